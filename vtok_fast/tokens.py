@@ -1,0 +1,169 @@
+"""`Tokens`: what a tokenizer makes of a video, and the file that holds it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "vtok-fast tokens 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens of one batch of videos of equal size, with what is needed to decode them.
+
+    Attributes:
+        model: name of the model's configuration.
+        config: the configuration itself, JSON values only.
+        video_shape: (T, H, W) of each video, in frames and pixels.
+        dtype: of the video that was encoded, and of the one that `decode` returns.
+        indices: (B, t, h, w) int32, of a model with a codebook; else None.
+        latents: (B, C, t, h, w) floating point, of a model without one; else None.
+    """
+
+    model: str
+    config: dict[str, Any]
+    video_shape: tuple[int, int, int]
+    dtype: torch.dtype
+    indices: Tensor | None = None
+    latents: Tensor | None = None
+
+    def __post_init__(self):
+        if (self.indices is None) == (self.latents is None):
+            raise ValueError("Tokens: give either indices or latents")
+        if self.indices is not None and (self.indices.dim() != 4 or self.indices.dtype != torch.int32):
+            raise ValueError(f"indices must be (B, t, h, w) int32, not {tuple(self.indices.shape)} {self.indices.dtype}")
+        if self.latents is not None and (self.latents.dim() != 5 or not self.latents.is_floating_point()):
+            raise ValueError(f"latents must be (B, C, t, h, w) floating point, not {tuple(self.latents.shape)} {self.latents.dtype}")
+        if len(self.video_shape) != 3 or min(self.video_shape) < 1:
+            raise ValueError(f"video_shape must be (T, H, W), each at least 1, not {tuple(self.video_shape)}")
+
+    @property
+    def data(self) -> Tensor:
+        return self.latents if self.indices is None else self.indices
+
+    @property
+    def batch(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(t, h, w)"""
+        return tuple(self.data.shape[-3:])
+
+    def to(self, *args, **kwargs) -> Tokens:
+        """On another device; as `Tensor.to`, but the indices stay int32."""
+        moved = self.data.to(*args, **kwargs)
+        return replace(self, indices=moved.to(torch.int32)) if self.latents is None else replace(self, latents=moved)
+
+    @staticmethod
+    def cat(parts: Sequence[Tokens]) -> Tokens:
+        """The tokens of chunks that follow one another in time, as one.
+
+        Raises ValueError if they come from different models or sizes, or if there are none.
+        """
+        if not parts:
+            raise ValueError("parts: there is nothing to concatenate")
+        first = parts[0]
+        for part in parts[1:]:
+            for name in ("model", "config", "dtype", "batch"):
+                if getattr(part, name) != getattr(first, name):
+                    raise ValueError(f"parts: {name} is {getattr(first, name)} in the first one, {getattr(part, name)} in another")
+            if part.video_shape[1:] != first.video_shape[1:]:
+                raise ValueError(f"parts: (H, W) is {first.video_shape[1:]} in the first one, {part.video_shape[1:]} in another")
+        data = torch.cat([part.data for part in parts], dim=-3)
+        shape = (sum(part.video_shape[0] for part in parts), *first.video_shape[1:])
+        kind = "latents" if first.indices is None else "indices"
+        return replace(first, video_shape=shape, **{kind: data})
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file with a checksum. A file that is there is replaced only once the new one is complete.
+
+        Raises OSError if it cannot be written; then nothing is left behind.
+        """
+        data = self.data.detach().cpu().contiguous()
+        header = {
+            "model": self.model,
+            "config": self.config,
+            "video_shape": list(self.video_shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "kind": "latents" if self.indices is None else "indices",
+        }
+        text = json.dumps(header, sort_keys=True)
+        metadata = {"format": FORMAT, "tokens": text, "sha256": _checksum(text, data)}
+        write_atomically(path, lambda temporary: save_file({"tokens": data}, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Tokens:
+        """Read what `save` wrote.
+
+        Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path: no tokens file at {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                data = file.get_tensor("tokens") if "tokens" in file.keys() else None  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"path: {path} is truncated or no safetensors file ({error})") from error
+        if data is None or metadata.get("format") != FORMAT:
+            raise ValueError(f"path: {path} is no tokens file of this version (format {metadata.get('format')!r}, wanted {FORMAT!r})")
+        if metadata.get("sha256") != _checksum(metadata.get("tokens", ""), data):
+            raise ValueError(f"path: {path} is damaged, its checksum does not match")
+        header = json.loads(metadata["tokens"])
+        return cls(
+            model=header["model"],
+            config=header["config"],
+            video_shape=tuple(header["video_shape"]),
+            dtype=getattr(torch, header["dtype"]),
+            **{header["kind"]: data},
+        )
+
+
+def _checksum(text: str, data: Tensor) -> str:
+    digest = hashlib.sha256(text.encode())
+    digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+    """Let `write(temporary)` write a file beside `path`, then rename it to `path`; on any error remove it.
+
+    Raises OSError, naming path, if the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"path: cannot write {path}: {error.strerror}") from error
+    os.close(handle)
+    try:
+        try:
+            write(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
+            os.replace(temporary, path)
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"path: cannot write {path}: {error}") from error
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # the only way to read it is to set it
+    os.umask(mask)
+    return mask
