@@ -1,0 +1,141 @@
+"""What can run an op here, who is chosen, and why not the others.
+
+An op holds its backends in order of preference, each with a ``can_run(call) -> str | None`` that gives the reason when it
+says no. Automatic choice takes the first that can and remembers why others could not (:func:`fallbacks`); ``backend=`` at a
+call raises :class:`BackendError` instead. ``with backend("reference"):`` and the environment variable
+``VTOK_FAST_BACKEND`` express a wish for a block or a program: an op that has no such backend, or whose call it cannot run,
+falls back and remembers that too.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+NAMES = ("sm90", "sm80", "triton", "cpu", "reference")
+ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
+
+_local = threading.local()
+_ops: dict[str, tuple[Backend, ...]] = {}
+_fallbacks: dict[tuple[str, str], str] = {}
+
+
+class BackendError(RuntimeError):
+    """An explicitly named backend cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op: ``can_run(call)`` gives None or the reason against it, ``run(call)`` does it.
+
+    ``worthwhile(call)``, asked by automatic choice alone, gives a reason where another backend was measured to be faster.
+    """
+
+    name: str
+    can_run: Callable[[Any], str | None]
+    run: Callable[[Any], Any]
+    worthwhile: Callable[[Any], str | None] = lambda call: None
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Makes an op's backends known, in order of preference. The reference comes last and can run everything."""
+    _ops[op] = backends
+
+
+def _checked(kind: str, name: str | None, known: tuple[str, ...]) -> str | None:
+    if name is not None and name not in known:
+        raise ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Prefers one backend for every op within the block (this thread only); None returns to automatic choice."""
+    previous = getattr(_local, "backend", None)
+    _local.backend = _checked("backend", name, NAMES) or "auto"
+    try:
+        yield
+    finally:
+        _local.backend = previous
+
+
+@contextmanager
+def algorithm(name: str) -> Iterator[None]:
+    """Fixes the CPU convolution's algorithm within the block: ``auto``, ``direct``, ``winograd2`` or ``winograd4``.
+
+    A convolution that is not a 3x3 plane at stride 1 is direct whatever the name.
+    """
+    previous = getattr(_local, "algorithm", None)
+    _local.algorithm = _checked("algorithm", name, ALGORITHMS)
+    try:
+        yield
+    finally:
+        _local.algorithm = previous
+
+
+def current_algorithm() -> str:
+    """The algorithm chosen by :func:`algorithm`, else by ``VTOK_FAST_CONV_ALGORITHM``, else ``auto``."""
+    name = getattr(_local, "algorithm", None)
+    return name or _checked("VTOK_FAST_CONV_ALGORITHM", os.environ.get("VTOK_FAST_CONV_ALGORITHM"), ALGORITHMS) or "auto"
+
+
+def preferred() -> str | None:
+    """The backend wished for by :func:`backend` or the environment, or None for automatic choice."""
+    name = getattr(_local, "backend", None)
+    if name is None:
+        name = _checked("VTOK_FAST_BACKEND", os.environ.get("VTOK_FAST_BACKEND") or None, NAMES)
+    return None if name == "auto" else name
+
+
+def select(op: str, call: Any, explicit: str | None = None) -> Backend:
+    """The backend that runs this call.
+
+    Raises:
+        ValueError: ``explicit`` is not a backend's name.
+        BackendError: the op has no such backend, or it cannot run this call.
+    """
+    candidates = _ops[op]
+    if explicit is not None:
+        _checked("backend", explicit, NAMES)
+        for candidate in candidates:
+            if candidate.name == explicit:
+                if reason := candidate.can_run(call):
+                    raise BackendError(f"{op}: backend={explicit!r} cannot run this call: {reason}")
+                return candidate
+        have = ", ".join(b.name for b in candidates)
+        raise BackendError(f"{op}: backend={explicit!r} does not exist for this op; it has {have}")
+    wish = preferred()
+    if wish is not None:
+        candidates = tuple(sorted(candidates, key=lambda b: b.name != wish))
+        if candidates[0].name != wish:
+            _fallbacks[op, wish] = "this op has no such backend"
+    for candidate in candidates:
+        reason = candidate.can_run(call)
+        if reason is None and candidate.name != wish:
+            reason = candidate.worthwhile(call)
+        if reason is None:
+            return candidate
+        _fallbacks[op, candidate.name] = reason
+    raise BackendError(f"{op}: no backend can run this call: {reason}")
+
+
+def fallbacks() -> dict[str, dict[str, str]]:
+    """Per op and backend, the latest reason for which automatic choice passed it over."""
+    result: dict[str, dict[str, str]] = {}
+    for (op, name), reason in _fallbacks.items():
+        result.setdefault(op, {})[name] = reason
+    return result
+
+
+def available_backends() -> dict[str, dict[str, str | None]]:
+    """Per op, each backend of this version with None where it can run here at all, or the reason why not."""
+    from vtok_fast import native
+
+    def reason(name: str) -> str | None:
+        return native.why_missing() if name == "cpu" else None
+
+    return {op: {b.name: reason(b.name) for b in candidates} for op, candidates in _ops.items()}

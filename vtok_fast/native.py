@@ -1,0 +1,80 @@
+"""The native module ``vtok_fast._C``: loading it, and handing tensors to it.
+
+Importing ``vtok_fast`` works without it (no compiler at build time, another platform): every op then runs its reference,
+and :func:`why_missing` says what went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5,
+                torch.uint8: 6}
+
+try:
+    from vtok_fast import _C  # type: ignore[attr-defined]
+
+    _missing: str | None = None
+except ImportError as error:
+    _C = None
+    _missing = f"the native module is not built ({error}); `pip install .` builds it"
+
+
+def lib() -> ModuleType | None:
+    """The native module, or None; :func:`why_missing` then gives the reason."""
+    return _C
+
+
+def why_missing() -> str | None:
+    """Why there is no native module, or None where there is one."""
+    return _missing
+
+
+def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, ...]] | None:
+    """A tensor as the native module takes it: data pointer, dtype code, sizes and strides in elements."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def threads() -> int:
+    """How many threads a CPU kernel may use: torch's own setting."""
+    return torch.get_num_threads()
+
+
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op may call the native module directly, without torch's dispatcher: eager mode, ordinary tensors, nothing
+    that asks for a gradient and nothing that traces, wraps or batches (compile, fake tensors, vmap, subclasses)."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
+            return False
+        if grad and t.requires_grad:
+            return False
+    return True
+
+
+def _share_openmp_threads() -> None:
+    """Points the native module at the GNU OpenMP runtime that torch has loaded, so that both use one set of threads."""
+    try:
+        with open("/proc/self/maps") as maps:
+            loaded = {line.split()[-1] for line in maps if "libgomp" in line}
+    except OSError:
+        return  # not Linux: the module uses its own threads
+    # torch's own copy first: a second runtime may have been loaded by another library.
+    for path in sorted(loaded, key=lambda p: os.sep + "torch" not in p):
+        if _C.use_openmp_runtime(path):
+            return
+
+
+if _C is not None:
+    _share_openmp_threads()
+    if isa := os.environ.get("VTOK_FAST_CPU_ISA"):
+        _C.set_isa(isa)

@@ -1,0 +1,373 @@
+"""``causal_conv3d``: 1D, 2D and 3D convolution over video in which padding, caching and upsampling are never materialised."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtok_fast import backends, native
+from vtok_fast.ops import causal_conv3d_backward as backward
+from vtok_fast.reference import causal_conv3d as reference
+
+Triple = tuple[int, int, int]
+MODES = ("zeros", "replicate", "reflect")
+_ALGORITHM_CODES = {"auto": 0, "direct": 1, "winograd2": 2, "winograd4": 4}
+
+
+class ConvCall(NamedTuple):
+    """One checked call, as backends see it."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    cache: Tensor | None
+    residual: Tensor | None
+    stride: Triple
+    dilation: Triple
+    groups: int
+    pad: tuple[int, int, int, int, int, int]  # front, back, top, bottom, left, right
+    time_mode: str
+    spatial_mode: str
+    alpha: float | None
+    activation: str | None
+    upsample: Triple
+    upsample_first_frame_once: bool
+    depth_to_space: Triple
+
+
+def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int | Sequence[int] = 1,
+                  dilation: int | Sequence[int] = 1, groups: int = 1, time_pad: Sequence[int] | None = None,
+                  spatial_pad: Sequence[Sequence[int]] | None = None, time_mode: str = "zeros", spatial_mode: str = "zeros",
+                  cache: Tensor | None = None, residual: Tensor | None = None, alpha: float | Tensor | None = None,
+                  activation: str | None = None, upsample: Sequence[int] = (1, 1, 1),
+                  upsample_first_frame_once: bool = False, depth_to_space: Sequence[int] = (1, 1, 1),
+                  backend: str | None = None) -> Tensor:
+    """Convolves a video; what lies before, behind and around it is defined by rules instead of by a padded copy.
+
+    The result is ``activation(conv(upsample(x)) + bias)``, then depth-to-space, then ``+ residual``, or with ``alpha``
+    ``alpha * residual + (1 - alpha) * that``. It is a fresh tensor in ``channels_last_3d`` memory format.
+    Contract: *close* (see :mod:`vtok_fast.parity`). First-order gradients for all tensor arguments.
+
+    Args:
+        x: (B, C, T, H, W), float32, float64, bfloat16 or float16; any strides.
+        weight: (O, C/groups, kt, kh, kw), the dtype of ``x``.
+        bias: (O), the dtype of ``x``.
+        stride, dilation: one int or (time, height, width).
+        time_pad: frames (front, back) added before and behind; default (dilation*(kt-1), 0), which is causal.
+        spatial_pad: ((top, bottom), (left, right)); default "same" (dilation*(k-1) split evenly, the odd one behind). Must be
+            given where a stride exceeds 1, because frameworks disagree there.
+        time_mode: ``zeros``; ``replicate`` repeats the first frame in front and the last behind; ``reflect``.
+        spatial_mode: ``zeros``, ``replicate`` or ``reflect`` (which needs pads smaller than the frame).
+        cache: (B, C, n, H, W), earlier input frames. The last ``front`` of them (counted after upsampling) stand before
+            ``x``; a shorter cache is preceded by zeros under ``zeros`` and by its own first frame under ``replicate``.
+        residual: the output's shape, or, with ``upsample``, the shape that becomes the output's by the same upsampling.
+        alpha: a float or a tensor of one element (gradients reach it); needs ``residual``.
+        activation: None or ``silu``.
+        upsample: nearest-neighbour factors (time, height, width) applied to ``x`` (and ``cache``) first. Pads count
+            upsampled frames, rows and columns.
+        upsample_first_frame_once: the first frame is not repeated in time: T frames become 1 + (T-1)*factor. A call with a
+            ``cache`` continues a video, so its frames are all repeated.
+        depth_to_space: (rt, rh, rw); output channels (O/(rt*rh*rw), rt, rh, rw), the first slowest, become positions.
+        backend: a name to insist on; else the best that can run.
+
+    Returns:
+        (B, O/(rt*rh*rw), To*rt, Ho*rh, Wo*rw), the dtype of ``x``.
+
+    Raises:
+        TypeError: dtypes differ or are not floating point.
+        ValueError: a shape, pad, mode or factor is impossible; names the argument and its value.
+        BackendError: ``backend`` cannot run this call.
+    """
+    stride, dilation = _triple("stride", stride, 1), _triple("dilation", dilation, 1)
+    upsample, depth_to_space = _triple("upsample", upsample, 1), _triple("depth_to_space", depth_to_space, 1)
+    _check_tensors(x, weight, bias, cache, groups)
+    pad = _resolve_pads(x, weight, stride, dilation, time_pad, spatial_pad)
+    if upsample_first_frame_once and cache is not None:
+        upsample_first_frame_once = False
+    size = _check_geometry(x, weight, cache, stride, dilation, pad, time_mode, spatial_mode, upsample,
+                           upsample_first_frame_once, depth_to_space)
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
+    _check_residual(x, residual, alpha, size, upsample, upsample_first_frame_once, depth_to_space)
+    blend = None
+    if isinstance(alpha, Tensor):
+        if torch.compiler.is_compiling() or alpha.requires_grad or alpha.device.type != "cpu":
+            blend, alpha = (residual, alpha), None  # outside the kernel: a graph, a gradient or a device keeps the value
+            residual = None
+        else:
+            alpha = float(alpha)
+    if native.is_plain(x, weight, bias, cache, residual):
+        y = run(ConvCall(x, weight, bias, cache, residual, stride, dilation, groups, pad, time_mode, spatial_mode, alpha,
+                         activation, upsample, upsample_first_frame_once, depth_to_space), backend)
+    else:
+        y = torch.ops.vtok_fast.causal_conv3d(x, weight, bias, cache, residual, stride, dilation, groups, pad, time_mode,
+                                              spatial_mode, alpha, activation, upsample, upsample_first_frame_once,
+                                              depth_to_space, backend)
+    if blend is not None:
+        residual, weight_of_residual = blend
+        if residual.shape != y.shape:
+            residual = reference.upsample_nearest(residual, upsample, upsample_first_frame_once)
+        y = torch.lerp(y, residual, weight_of_residual.to(y.dtype)).contiguous(memory_format=torch.channels_last_3d)
+    return y
+
+
+def output_size(x: Sequence[int], kernel: Sequence[int], stride: Triple, dilation: Triple, pad: Sequence[int],
+                upsample: Triple = (1, 1, 1), upsample_first_frame_once: bool = False) -> list[int]:
+    """(To, Ho, Wo) before depth-to-space, for ``x`` = (T, H, W); the cache does not matter, it stands in for padding."""
+    size = [n * u for n, u in zip(x, upsample)]
+    if upsample_first_frame_once:
+        size[0] -= upsample[0] - 1
+    return [(n + pad[2 * i] + pad[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i, n in enumerate(size)]
+
+
+def run(call: ConvCall, backend: str | None) -> Tensor:
+    """Runs a checked call on the chosen backend."""
+    return backends.select("causal_conv3d", call, backend).run(call)
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------------
+
+
+def _triple(name: str, value: int | Sequence[int], least: int) -> Triple:
+    triple = (value,) * 3 if isinstance(value, int) else tuple(value)
+    if len(triple) != 3 or any(not isinstance(v, int) or v < least for v in triple):
+        raise ValueError(f"{name}: expected one int or three (time, height, width), each at least {least}, got {value!r}")
+    return triple
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, groups: int) -> None:
+    if x.dim() != 5:
+        raise ValueError(f"x: expected (B, C, T, H, W), got shape {tuple(x.shape)}")
+    if weight.dim() != 5:
+        raise ValueError(f"weight: expected (O, C/groups, kt, kh, kw), got shape {tuple(weight.shape)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x: expected a floating point dtype, got {x.dtype}")
+    if not isinstance(groups, int) or groups < 1 or x.shape[1] % groups or weight.shape[0] % groups:
+        raise ValueError(f"groups: must divide {x.shape[1]} input and {weight.shape[0]} output channels, got {groups}")
+    if weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(f"weight: expects {weight.shape[1] * groups} input channels (shape {tuple(weight.shape)}, groups "
+                         f"{groups}), but x has {x.shape[1]} (shape {tuple(x.shape)})")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if cache is not None and (cache.dim() != 5 or cache.shape[:2] != x.shape[:2] or cache.shape[3:] != x.shape[3:]):
+        raise ValueError(f"cache: expected (B, C, n, H, W) like x {tuple(x.shape)}, got {tuple(cache.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("cache", cache)):
+        if tensor is not None:
+            _check_like(name, tensor, x)
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+
+
+def _resolve_pads(x: Tensor, weight: Tensor, stride: Triple, dilation: Triple, time_pad: Sequence[int] | None,
+                  spatial_pad: Sequence[Sequence[int]] | None) -> tuple[int, int, int, int, int, int]:
+    spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+    if spatial_pad is None:
+        if stride[1] > 1 or stride[2] > 1:
+            raise ValueError(f"spatial_pad: must be given with stride {stride}, because 'same' is ambiguous there")
+        spatial_pad = [(s // 2, s - s // 2) for s in spans[1:]]
+    time_pad = (spans[0], 0) if time_pad is None else time_pad
+    try:
+        (top, bottom), (left, right) = spatial_pad
+        front, back = time_pad
+    except (TypeError, ValueError):
+        raise ValueError(f"time_pad, spatial_pad: expected (front, back) and ((top, bottom), (left, right)), got {time_pad!r} "
+                         f"and {spatial_pad!r}") from None
+    pad = (front, back, top, bottom, left, right)
+    for name, p in zip(("time_pad", "time_pad", *("spatial_pad",) * 4), pad):
+        if not isinstance(p, int) or not 0 <= p < 2**31:
+            raise ValueError(f"{name}: pads must be ints, not negative and below 2**31, got {p!r}")
+    return pad
+
+
+def _check_geometry(x: Tensor, weight: Tensor, cache: Tensor | None, stride: Triple, dilation: Triple, pad: tuple[int, ...],
+                    time_mode: str, spatial_mode: str, upsample: Triple, once: bool, depth_to_space: Triple) -> list[int]:
+    for name, mode in (("time_mode", time_mode), ("spatial_mode", spatial_mode)):
+        if mode not in MODES:
+            raise ValueError(f"{name}: expected one of {', '.join(MODES)}, got {mode!r}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x: no dimension but the batch may be empty, got shape {tuple(x.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight: no dimension may be empty, got shape {tuple(weight.shape)}")
+    cached = 0 if cache is None else cache.shape[2] * upsample[0]
+    frames = x.shape[2] * upsample[0] - (upsample[0] - 1 if once else 0)
+    lengths = (frames + min(cached, pad[0]), x.shape[3] * upsample[1], x.shape[4] * upsample[2])
+    rest = (max(pad[0] - cached, 0), *pad[1:])
+    for axis, (name, length) in enumerate(zip(("time_pad", "spatial_pad", "spatial_pad"), lengths)):
+        mode = spatial_mode if axis else time_mode
+        largest = max(rest[2 * axis:2 * axis + 2])
+        if mode == "reflect" and largest >= length:
+            raise ValueError(f"{name}: reflect needs pads smaller than the {length} elements of the axis, got {largest}")
+    size = output_size(x.shape[2:], weight.shape[2:], stride, dilation, pad, upsample, once)
+    if min(size) < 1:
+        raise ValueError(f"x: too small for the kernel: {tuple(x.shape[2:])} (T, H, W) with pads {pad} and kernel "
+                         f"{tuple(weight.shape[2:])} gives an output of {tuple(size)}")
+    factor = depth_to_space[0] * depth_to_space[1] * depth_to_space[2]
+    if weight.shape[0] % factor:
+        raise ValueError(f"depth_to_space: {depth_to_space} does not divide {weight.shape[0]} output channels")
+    return [x.shape[0], weight.shape[0] // factor, *(s * r for s, r in zip(size, depth_to_space))]
+
+
+def _check_residual(x: Tensor, residual: Tensor | None, alpha: float | Tensor | None, size: list[int], upsample: Triple,
+                    once: bool, depth_to_space: Triple) -> None:
+    if residual is None:
+        if alpha is not None:
+            raise ValueError(f"alpha: blends with residual, which is None; got alpha={alpha!r}")
+        return
+    _check_like("residual", residual, x)
+    if isinstance(alpha, Tensor) and alpha.numel() != 1:
+        raise ValueError(f"alpha: expected a number or a tensor of one element, got shape {tuple(alpha.shape)}")
+    shape = list(residual.shape)
+    if shape == size:
+        return
+    if len(shape) == 5 and depth_to_space == (1, 1, 1):
+        up = [n * u for n, u in zip(shape[2:], upsample)]
+        if once:
+            up[0] -= upsample[0] - 1
+        if shape[:2] + up == size:
+            return
+    raise ValueError(f"residual: expected the output's shape {tuple(size)}, as it is or before upsampling by {upsample}, got "
+                     f"{tuple(residual.shape)}")
+
+
+# ---- backends ------------------------------------------------------------------------------------------------------------
+
+
+def _native_geometry(call: ConvCall) -> tuple:
+    return (call.stride, call.dilation, call.groups, call.pad, MODES.index(call.time_mode), MODES.index(call.spatial_mode),
+            call.upsample, call.upsample_first_frame_once)
+
+
+def _empty_output(call: ConvCall) -> Tensor:
+    size = output_size(call.x.shape[2:], call.weight.shape[2:], call.stride, call.dilation, call.pad, call.upsample,
+                       call.upsample_first_frame_once)
+    return torch.empty((call.x.shape[0], call.weight.shape[0], *size), dtype=call.x.dtype, device=call.x.device,
+                       memory_format=torch.channels_last_3d)
+
+
+def _cpu_can_run(call: ConvCall) -> str | None:
+    if call.x.device.type != "cpu":
+        return f"the tensors are on {call.x.device}"
+    if call.x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no {call.x.dtype} kernel"
+    return native.why_missing()
+
+
+@functools.lru_cache(maxsize=4096)
+def _choice(x: tuple, weight: tuple, geometry: tuple, threads: int, isa: str) -> str:
+    """The native module's choice for these shapes, strides and types; it reads no data, so the pointers are zero."""
+    stride, dilation, _, pad, *_, upsample, once = geometry
+    size = output_size(x[2][2:], weight[2][2:], stride, dilation, pad, upsample, once)
+    o, h, w = weight[2][0], size[1], size[2]
+    out = (0, x[1], (x[2][0], o, *size), (o * size[0] * h * w, 1, o * h * w, o * w, o))
+    return native.lib().causal_conv3d_choice(x, weight, out, *geometry, threads)
+
+
+def _cpu_worthwhile(call: ConvCall) -> str | None:
+    if backends.current_algorithm() != "auto":
+        return None
+    x, weight = ((0, *native.arg(t)[1:]) for t in (call.x, call.weight))
+    choice = _choice(x, weight, _native_geometry(call), native.threads(), native.lib().isa())
+    return "PyTorch's own convolution is faster on this shape" if choice == "reference" else None
+
+
+def _cpu_run(call: ConvCall) -> Tensor:
+    y = _empty_output(call)
+    plain = call.depth_to_space == (1, 1, 1)
+    residual = call.residual if plain else None
+    native.lib().causal_conv3d(
+        native.arg(call.x), native.arg(call.weight), native.arg(call.bias), native.arg(call.cache), native.arg(residual),
+        native.arg(y), *_native_geometry(call), call.alpha if plain else None, 1 if call.activation else 0,
+        _ALGORITHM_CODES[backends.current_algorithm()], native.threads())
+    if plain:
+        return y
+    y = reference.depth_to_space_3d(y, call.depth_to_space)
+    if call.residual is not None:
+        y = y + call.residual if call.alpha is None else torch.lerp(y, call.residual, call.alpha)
+    return y.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _reference_run(call: ConvCall) -> Tensor:
+    p = call.pad
+    return reference.causal_conv3d(
+        call.x, call.weight, call.bias, stride=call.stride, dilation=call.dilation, groups=call.groups, time_pad=p[:2],
+        spatial_pad=(p[2:4], p[4:]), time_mode=call.time_mode, spatial_mode=call.spatial_mode, cache=call.cache,
+        residual=call.residual, alpha=call.alpha, activation=call.activation, upsample=call.upsample,
+        upsample_first_frame_once=call.upsample_first_frame_once, depth_to_space=call.depth_to_space)
+
+
+backends.register("causal_conv3d", backends.Backend("cpu", _cpu_can_run, _cpu_run, _cpu_worthwhile),
+                  backends.Backend("reference", lambda call: None, _reference_run))
+
+# ---- torch.library -------------------------------------------------------------------------------------------------------
+
+torch.library.define(
+    "vtok_fast::causal_conv3d",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, int[] stride, int[] dilation, int groups, int[] "
+    "pad, str time_mode, str spatial_mode, float? alpha, str? activation, int[] upsample, bool upsample_first_frame_once, "
+    "int[] depth_to_space, str? backend) -> Tensor")
+
+
+def _call(*args) -> ConvCall:
+    return ConvCall(*(tuple(a) if isinstance(a, list) else a for a in args))
+
+
+@torch.library.impl("vtok_fast::causal_conv3d", ("cpu", "cuda"))
+def _impl(*args) -> Tensor:
+    return run(_call(*args[:-1]), args[-1])
+
+
+@torch.library.register_fake("vtok_fast::causal_conv3d")
+def _fake(*args) -> Tensor:
+    call = _call(*args[:-1])
+    size = output_size(call.x.shape[2:], call.weight.shape[2:], call.stride, call.dilation, call.pad, call.upsample,
+                       call.upsample_first_frame_once)
+    r = call.depth_to_space
+    return torch.empty((call.x.shape[0], call.weight.shape[0] // (r[0] * r[1] * r[2]), *(s * f for s, f in zip(size, r))),
+                       dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last_3d)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    call = _call(*inputs[:-1])
+    ctx.save_for_backward(call.x, call.weight, call.bias, call.cache)
+    ctx.residual_shape = None if call.residual is None else call.residual.shape
+    ctx.output_shape = output.shape
+    ctx.options = call._replace(x=None, weight=None, bias=None, cache=None, residual=None)
+    ctx.backend = inputs[-1]
+
+
+def _backward(ctx, grad: Tensor):
+    x, weight, bias, cache = ctx.saved_tensors
+    call = ctx.options._replace(x=x, weight=weight, bias=bias, cache=cache)
+    needs = ctx.needs_input_grad
+    grad_residual = None
+    if ctx.residual_shape is not None:
+        if needs[4]:
+            grad_residual = grad if call.alpha is None else grad * call.alpha
+            if ctx.residual_shape != ctx.output_shape:
+                grad_residual = backward.upsample_adjoint(grad_residual, call.upsample, call.upsample_first_frame_once)
+        if call.alpha is not None:
+            grad = grad * (1 - call.alpha)
+    grad = backward.space_to_depth_3d(grad, call.depth_to_space)
+    if call.activation == "silu":
+        # Recomputed instead of saved: one more forward for one activation less in memory.
+        linear = call._replace(alpha=None, activation=None, depth_to_space=(1, 1, 1))
+        pre = torch.ops.vtok_fast.causal_conv3d(*linear, ctx.backend)
+        sigmoid = torch.sigmoid(pre)
+        grad = grad * (sigmoid * (1 + pre * (1 - sigmoid)))
+    grad_x, grad_weight, grad_bias, grad_cache = torch.ops.vtok_fast.causal_conv3d_backward(
+        grad, x, weight, cache, call.stride, call.dilation, call.groups, call.pad, call.time_mode, call.spatial_mode,
+        call.upsample, call.upsample_first_frame_once, [needs[0], needs[1], needs[2] and bias is not None, needs[3] and cache is not None])
+    grads = [g if needed else None for g, needed in zip((grad_x, grad_weight, grad_bias, grad_cache), needs)]
+    return *grads, grad_residual, *[None] * 12
+
+
+torch.library.register_autograd("vtok_fast::causal_conv3d", _backward, setup_context=_setup_context)
