@@ -1,0 +1,1 @@
+"""``nn.Module`` faces of the ops. One file per op."""
