@@ -194,7 +194,16 @@ class ResBlock1d(nn.Module):
             return silu(norm(x))
         n, c, t = x.shape
         x = x.permute(0, 2, 1).reshape(n * t, c, 1)
-        return silu(norm(x)).reshape(n, t, c).permute(0, 2, 1)
+        x = group_norm_of_position(norm, x) if isinstance(norm, nn.GroupNorm) else norm(x)
+        return silu(x).reshape(n, t, c).permute(0, 2, 1)
+
+
+def group_norm_of_position(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """norm(x) for x (N, C, 1). Statistics of a few values only: LayerNorm over each group subtracts the mean first, where GroupNorm
+    multiplies by 1/std first and loses three digits."""
+    groups = x.reshape(x.shape[0], norm.num_groups, -1)
+    y = F.layer_norm(groups, groups.shape[2:], eps=norm.eps).reshape(x.shape)
+    return y * norm.weight[:, None] + norm.bias[:, None]
 
 
 class ResBlock3d(nn.Module):
