@@ -131,7 +131,11 @@ def check_file(path: str | os.PathLike, backend: str = "reference", algorithm: s
         raise Unsupported(f"{path}: system {system!r} is unknown here; known: {', '.join(SYSTEMS)}")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    checks = list(importlib.import_module(SYSTEMS[system]).check(golden, accelerator(backend, algorithm)))
+    accelerate = accelerator(backend, algorithm)
+    try:
+        checks = list(importlib.import_module(SYSTEMS[system]).check(golden, accelerate))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise Unsupported(f"{path}: {type(error).__name__}: {error}") from error
     if not checks:
         raise Unsupported(f"{path}: holds nothing to compare")
     return checks

@@ -24,7 +24,7 @@ class Tokens:
     """The tokens of one batch of videos of equal size, with what is needed to decode them.
 
     Attributes:
-        model: name of the model's configuration.
+        model: the system and the name of its configuration, as in "vidtok/fsq_causal_488_32768".
         config: the configuration itself, JSON values only.
         video_shape: (T, H, W) of each video, in frames and pixels.
         dtype: of the video that was encoded, and of the one that `decode` returns.

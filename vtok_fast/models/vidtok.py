@@ -16,22 +16,21 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vtok_fast.models.vidtok_checkpoint import METADATA_KEY, check_weights, read_weights
+from vtok_fast.models.vidtok_checks import check_finite, check_video
 from vtok_fast.models.vidtok_configs import VidTokConfig, get_config
 from vtok_fast.models.vidtok_networks import Decoder, Encoder
 from vtok_fast.models.vidtok_regularizers import FSQRegularizer, KLRegularizer
 from vtok_fast.tokens import Tokens, write_atomically
 
-METADATA_KEY = "vidtok_config"
+SYSTEM = "vidtok"
 
 
 class Reconstruction(NamedTuple):
@@ -89,7 +88,7 @@ class VidTok(nn.Module):
         Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, an empty batch, NaN or infinity.
         """
         self._check_video(video)
-        _check_finite("video", video)
+        check_finite("video", video)
         return self._tokens(self.encoder(video), video)
 
     @torch.no_grad()
@@ -137,14 +136,14 @@ class VidTok(nn.Module):
         Raises FileNotFoundError; ValueError for a file that is truncated, needs a config, or does not fit it (the keys are named).
         """
         path = Path(path)
-        weights, stored = _read_weights(path)
+        weights, stored = read_weights(path)
         if config is None and stored is None:
             raise ValueError(f"config: {path} does not say what model it holds, name one")
         config = get_config(stored if config is None else config)
         with torch.device("meta"):
             model = cls(config)
         model.regularization = _make_regularizer(config)  # its constants are in no checkpoint
-        _check_weights(path, config, weights, model.state_dict())
+        check_weights(path, config.name, weights, model.state_dict())
         model.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
         return model
 
@@ -162,7 +161,7 @@ class VidTok(nn.Module):
     def _tokens(self, z: Tensor, video: Tensor) -> Tokens:
         codes, indices, _ = self.regularization(z)
         return Tokens(
-            model=self.config.name,
+            model=f"{SYSTEM}/{self.config.name}",
             config=self.config.to_dict(),
             video_shape=(video.shape[2], video.shape[3], video.shape[4]),
             dtype=video.dtype,
@@ -174,16 +173,16 @@ class VidTok(nn.Module):
         """Check tokens, and give the latent that the decoder takes."""
         if not isinstance(tokens, Tokens):
             raise TypeError(f"tokens must be Tokens, not {type(tokens).__name__}")
-        if VidTokConfig.from_dict(tokens.config) != self.config:
-            raise ValueError(f"tokens.config: they come from a {tokens.model!r} model, this one is {self.config.name!r}")
+        if not tokens.model.startswith(f"{SYSTEM}/") or VidTokConfig.from_dict(tokens.config) != self.config:
+            raise ValueError(f"tokens come from a {tokens.model!r} model, this one is '{SYSTEM}/{self.config.name}'")
         expected = self.latent_shape(*tokens.video_shape)
         if tokens.grid != expected:
             raise ValueError(f"tokens have {tokens.grid} positions, a video of {tokens.video_shape} has {expected}")
-        parameter = self.decoder.mid.attn_1.norm.parameters().__next__()
+        parameter = next(self.parameters())
         if tokens.indices is None:
             if tokens.latents.shape[1] != self.config.z_channels:
                 raise ValueError(f"tokens.latents have {tokens.latents.shape[1]} channels, the model has {self.config.z_channels}")
-            _check_finite("tokens.latents", tokens.latents)
+            check_finite("tokens.latents", tokens.latents)
             return tokens.latents.to(parameter.device, parameter.dtype)
         size = self.regularization.codebook_size
         if tokens.indices.numel() and not 0 <= tokens.indices.min() <= tokens.indices.max() < size:
@@ -195,27 +194,7 @@ class VidTok(nn.Module):
         return video[:, :, -frames:] if video.shape[2] > frames else video
 
     def _check_video(self, video: Tensor) -> None:
-        config, parameter = self.config, next(self.encoder.parameters())
-        if not isinstance(video, Tensor):
-            raise TypeError(f"video must be a tensor, not {type(video).__name__}")
-        if video.dtype != parameter.dtype and not (video.is_floating_point() and torch.is_autocast_enabled(video.device.type)):
-            raise TypeError(f"video is {video.dtype}, the model {parameter.dtype}; convert one (values of a video are in [-1, 1])")
-        if video.device != parameter.device:
-            raise ValueError(f"video is on {video.device}, the model on {parameter.device}")
-        shape = tuple(video.shape)
-        if len(shape) != 5:
-            raise ValueError(f"video must be (B, C, T, H, W), not of shape {shape}")
-        b, c, t, h, w = shape
-        if b == 0 or t == 0:
-            raise ValueError(f"video of shape {shape} is empty")
-        if c != config.in_channels:
-            raise ValueError(f"video has {c} channels (axis 1 of {shape}), the model takes {config.in_channels}")
-        factor = config.spatial_factor
-        if h == 0 or w == 0 or h % factor or w % factor:
-            near = tuple(max(factor, round(size / factor) * factor) for size in (h, w))
-            raise ValueError(f"video is {h}x{w}, height and width must be multiples of {factor}: {near[0]}x{near[1]} would do")
-        if not config.causal and t < config.time_downsample_factor:
-            raise ValueError(f"video has {t} frames, a non-causal model needs at least {config.time_downsample_factor}")
+        check_video(video, self.config, next(self.parameters()))
 
 
 def _make_regularizer(config: VidTokConfig) -> nn.Module:
@@ -229,48 +208,3 @@ def _make_regularizer(config: VidTokConfig) -> nn.Module:
         commitment_loss_weight=config.commitment_loss_weight,
         diversity_gamma=config.diversity_gamma,
     )
-
-
-def _check_finite(name: str, x: Tensor) -> None:
-    if not torch.isfinite(x).all():
-        raise ValueError(f"{name} has {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors of a file of any of the formats, without `loss.*`, and the configuration if it holds one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no checkpoint at {path}")
-    stored = None
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                text = (file.metadata() or {}).get(METADATA_KEY)
-            stored = None if text is None else json.loads(text)
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"path: {path} is damaged, or holds Python objects besides tensors: {error}") from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, zipfile.BadZipFile, json.JSONDecodeError) as error:
-        raise ValueError(f"path: {path} is truncated or no checkpoint ({error})") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"path: {path} holds no state dict of tensors")
-    return {key: value for key, value in weights.items() if not key.startswith("loss.")}, stored
-
-
-def _check_weights(path: Path, config: VidTokConfig, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    missing = [key for key in wanted if key not in found]
-    unknown = [key for key in found if key not in wanted]
-    other = [
-        f"{key} {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in found and found[key].shape != wanted[key].shape
-    ]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
-        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", other))
-        if keys
-    ]
-    if problems:
-        raise ValueError(f"path: {path} does not fit the configuration {config.name!r}; " + "; ".join(problems))

@@ -27,7 +27,7 @@ class FSQRegularizer(nn.Module):
 
     For L levels: half = (L - 1)(1 + eps)/2, offset = 1/2 if L is even else 0, shift = atanh(offset/half);
     q = round(tanh(z + shift) half - offset), code = q/(L//2), index = sum_d (q_d + L_d//2) prod_{e<d} L_e (first channel fastest).
-    The gradient passes straight through the rounding alone. Computed in float32 (float64 for float64 input), outside autocast.
+    The gradient passes straight through the rounding alone. Computed in float32 (float64 for float64 input).
 
     The training loss is w (mean token entropy - diversity_gamma * entropy of the mean distribution) + commitment_loss_weight *
     mean (z - code)^2, with p = softmax(2 inv_temperature z . codebook). w falls linearly from entropy_loss_annealing_factor *
@@ -90,14 +90,13 @@ class FSQRegularizer(nn.Module):
         NaN in z gives NaN codes and an undefined index.
         """
         z = self.project_in(z.movedim(1, -1))
-        with torch.autocast(z.device.type, enabled=False):
-            wide = z if z.dtype == torch.float64 else z.float()
-            wide = wide.unflatten(-1, (self.num_codebooks, len(self.levels)))
-            bounded = torch.tanh(wide + self.shift) * self.reach - self.offset
-            q = bounded + (bounded.round() - bounded).detach()
-            codes = q / self.width
-            indices = ((q.detach().round().to(torch.int64) + self.width) * self.basis).sum(-1).to(torch.int32)
-            loss = None if step is None else self.loss(wide, codes.detach(), step)
+        wide = z if z.dtype == torch.float64 else z.float()
+        wide = wide.unflatten(-1, (self.num_codebooks, len(self.levels)))
+        bounded = torch.tanh(wide + self.shift) * self.reach - self.offset
+        rounded = bounded.detach().round()
+        codes = (rounded + (bounded - bounded.detach())) / self.width  # the value is exact, the gradient passes through bounded
+        indices = ((rounded.to(torch.int64) + self.width) * self.basis).sum(-1).to(torch.int32)
+        loss = None if step is None else self.loss(wide, codes.detach(), step)
         codes = self.project_out(codes.flatten(-2).to(z.dtype)).movedim(-1, 1)
         return Regularized(codes, indices.squeeze(-1) if self.num_codebooks == 1 else indices, loss)
 
@@ -119,13 +118,14 @@ class FSQRegularizer(nn.Module):
     def loss(self, z: Tensor, codes: Tensor, step: int) -> Tensor:
         """The training loss for z and codes (..., num_codebooks, len(levels))."""
         commitment = F.mse_loss(z, codes)
-        log_p = self.channel_log_probabilities(z)
-        p = [log.exp() for log in log_p]
-        if self.clamp_entropy:
-            token = self.clamped_token_entropy(p)
-        else:
-            token = -sum((a * b).sum(-1).mean() for a, b in zip(p, log_p, strict=True))
-        entropy = token - self.diversity_gamma * clamped_entropy(mean_distribution(p))
+        with torch.autocast(z.device.type, enabled=False):
+            log_p = self.channel_log_probabilities(z)
+            p = [log.exp() for log in log_p]
+            if self.clamp_entropy:
+                token = self.clamped_token_entropy(p)
+            else:
+                token = -sum((a * b).sum(-1).mean() for a, b in zip(p, log_p, strict=True))
+            entropy = token - self.diversity_gamma * clamped_entropy(mean_distribution(p))
         return self.entropy_weight(step) * entropy + self.commitment_loss_weight * commitment
 
     def channel_log_probabilities(self, z: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.models.vidtok_blocks import Caches
+from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.tokens import Tokens
 
 
@@ -55,8 +56,7 @@ class VidTokStream:
         differs from the chunk before, and in version 1.0 for a T that breaks the rule above."""
         model = self.model
         model._check_video(video)
-        if not torch.isfinite(video).all():
-            raise ValueError("video has values that are NaN or infinite")
+        check_finite("video", video)
         first, frames = self._encoded is None, video.shape[2]
         if model.config.version == "1.0" and frames % self.factor != (1 if first else 0) % self.factor:
             rule = f"1 + k * {self.factor}" if first else f"a multiple of {self.factor}"
