@@ -6,17 +6,19 @@ and :func:`why_missing` says what went wrong.
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5,
                 torch.uint8: 6}
 
+_C: Any
 try:
-    from vtok_fast import _C  # type: ignore[attr-defined]
-
+    _C = importlib.import_module("vtok_fast._C")
     _missing: str | None = None
 except ImportError as error:
     _C = None
