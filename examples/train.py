@@ -1,0 +1,229 @@
+"""Train a small tokenizer on a folder of clips.
+
+    python examples/train.py --model vidtok --config tiny --data data --hold-out bikes.mp4:0-137 --minutes 60 --output run
+
+AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average of the weights, which is what is saved.
+The loss is the mean absolute error, plus the mean squared error, plus the error of neighbouring pixels' differences (sharp edges
+cost more than flat ones), plus the quantiser's own loss where --aux is not 0. There is no perceptual network in it.
+
+`--output FOLDER` gets `state.pt` (everything that --resume needs), `model.safetensors` (the averaged weights) and `loss.png`.
+Batches depend on the seed and the number of the step alone, so a resumed run sees what an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from training_data import Clips, parse_hold_out  # beside this file
+
+from vtok_fast.models import VidTok
+from vtok_fast.tokens import write_atomically
+from vtok_fast.video import read_video
+
+MODELS = {"vidtok": VidTok}
+VALIDATION_SHAPE = (17, 128, 128)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a small tokenizer on a folder of clips.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="vidtok")
+    parser.add_argument("--config", default="tiny", help="a configuration by name")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of video files")
+    parser.add_argument("--hold-out", type=parse_hold_out, metavar="FILE:FIRST-END", help="frames for validation only")
+    parser.add_argument("--output", type=Path, default=Path("data/run"))
+    parser.add_argument("--steps", type=int, help="stop after so many steps")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes of training, resumed ones counted together")
+    parser.add_argument("--crop", type=parse_crop, nargs="+", metavar="BxTxHxW", help="shapes of batches, one drawn per step",
+                        default=[(1, 9, 64, 64), (1, 9, 64, 64), (1, 17, 64, 64), (1, 5, 96, 96)])
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--warmup", type=int, default=200, help="steps")
+    parser.add_argument("--weight-decay", type=float, default=1e-4)
+    parser.add_argument("--clip", type=float, default=1.0, help="highest norm of the gradient")
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--mse", type=float, default=1.0, help="weight of the squared error")
+    parser.add_argument("--edges", type=float, default=0.5, help="weight of the error of neighbouring pixels' differences")
+    parser.add_argument("--aux", type=float, default=0.0, help="weight of the quantiser's loss")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; fast where the CPU has the instructions")
+    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--every", type=int, default=500, help="validate and save every so many steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from --output")
+    options = parser.parse_args(argv)
+    if options.steps is None and options.minutes is None:
+        parser.error("give --steps or --minutes")
+    return options
+
+
+def parse_crop(text: str) -> tuple[int, ...]:
+    shape = tuple(int(part) for part in text.split("x"))
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"crop={text!r}: expected BxTxHxW")
+    return shape
+
+
+@dataclass
+class State:
+    """What a run is made of, and what its checkpoint holds."""
+
+    model: torch.nn.Module
+    average: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    validations: list[list[float]] = field(default_factory=list)  # [step, PSNR in dB]
+
+    def save(self, folder: Path) -> None:
+        state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 **{key: getattr(self, key) for key in ("step", "seconds", "losses", "validations")}}
+        write_atomically(folder / "state.pt", lambda temporary: torch.save(state, temporary))
+        self.average.save(folder / "model.safetensors")
+        plot(self, folder / "loss.png")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        for name in ("model", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state.pop(name))
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def learning_rate(options: argparse.Namespace, state: State) -> float:
+    """Linear warm-up, then a cosine to 1% over whichever budget, steps or minutes, is further spent."""
+    done = max(progress(options, state), 0.0)
+    warm = min(1.0, (state.step + 1) / max(1, options.warmup))
+    return options.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def progress(options: argparse.Namespace, state: State) -> float:
+    by_steps = state.step / options.steps if options.steps else 0.0
+    by_time = state.seconds / (60 * options.minutes) if options.minutes else 0.0
+    return max(by_steps, by_time)
+
+
+def loss_of(model: torch.nn.Module, x: Tensor, options: argparse.Namespace, step: int) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+        if options.aux:
+            result = model.reconstruct(x, step=step)
+            y, aux = result.video.float(), options.aux * result.loss
+        else:
+            y, aux = model(x).float(), 0.0
+    error = y - x
+    edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3, 4))
+    return error.abs().mean() + options.mse * F.mse_loss(y, x) + options.edges * edges + aux
+
+
+@torch.no_grad()
+def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
+    decay = min(decay, (1 + step) / (10 + step))  # the first weights are forgotten quickly
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
+
+
+@torch.inference_mode()
+def psnr(model: torch.nn.Module, video: Tensor) -> float:
+    """Of the reconstruction of video (B, 3, T, H, W), for values in [-1, 1], in dB."""
+    error = torch.stack([(model(clip[None]).clamp(-1, 1) - clip).square().mean() for clip in video]).mean()
+    return 10 * math.log10(4 / error.item())
+
+
+def validation_clips(options: argparse.Namespace) -> Tensor | None:
+    if options.hold_out is None:
+        return None
+    name, first, last = options.hold_out
+    t, h, w = VALIDATION_SHAPE
+    video = read_video(options.data / name, size=(h, w), start=first, frames=last - first).video
+    if video.shape[1] < t:
+        raise ValueError(f"hold_out: {video.shape[1]} frames are fewer than the {t} of a validation clip")
+    return torch.stack([video[:, i : i + t] for i in range(0, video.shape[1] - t + 1, t)][:8])
+
+
+def plot(state: State, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    size = max(1, len(state.losses) // 200)
+    means = [sum(state.losses[i : i + size]) / len(state.losses[i : i + size]) for i in range(0, len(state.losses), size)]
+    axes.plot([i * size for i in range(len(means))], means, color="#4063d8", label="training loss")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    if state.validations:
+        right = axes.twinx()
+        right.plot(*zip(*state.validations, strict=True), color="#cb3c33", marker=".", label="held out")
+        right.set_ylabel("PSNR of held-out frames, dB", color="#cb3c33")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def train(options: argparse.Namespace, console: Console) -> State:
+    torch.manual_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    model = MODELS[options.model](options.config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=options.weight_decay)
+    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
+    if options.resume:
+        state.load(options.output)
+    clips, validation = Clips(options.data, options.hold_out), validation_clips(options)
+    console.print(f"{options.model} {options.config}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+                  f"{torch.get_num_threads()} threads, from step {state.step}")
+    columns = (TextColumn("step {task.fields[step]:>6}  loss {task.fields[loss]:.4f}  held out {task.fields[psnr]} dB"), BarColumn(),
+               TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=1.0, step=state.step, loss=0.0, psnr="-")
+        while progress(options, state) < 1.0:
+            began = time.perf_counter()
+            dice = random.Random(f"{options.seed} {state.step}")
+            loss = loss_of(model, clips.sample(dice, dice.choice(options.crop)), options, state.step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(options, state)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+            if torch.isfinite(norm):  # one bad batch must not end a run
+                optimizer.step()
+            state.step += 1
+            update_average(state.average, model, options.ema, state.step)
+            state.losses.append(loss.item())
+            state.seconds += time.perf_counter() - began
+            last = progress(options, state) >= 1.0
+            if last or state.step % options.every == 0:
+                if validation is not None:
+                    state.validations.append([state.step, psnr(state.average, validation)])
+                    bar.update(task, psnr=f"{state.validations[-1][1]:.2f}")
+                state.save(options.output)
+                recent = state.losses[-options.every :]
+                console.print(json.dumps({"step": state.step, "minutes": round(state.seconds / 60, 2), "loss": sum(recent) / len(recent),
+                                          "psnr": state.validations[-1][1] if validation is not None else None}), highlight=False)
+            bar.update(task, completed=progress(options, state), step=state.step, loss=state.losses[-1])
+    return state
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(arguments(argv), Console())
+    except (OSError, ValueError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Video files in and out, by PyAV: frames as the tensors the models take, and back.
+
+Everything here needs the package `av`, which `pip install "vtok-fast[demo]"` brings.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtok_fast.tokens import write_atomically
+
+
+class VideoError(ValueError):
+    """A file that cannot be read as a video; the message names it and says why."""
+
+
+class Clip(NamedTuple):
+    """`video` (C, T, H, W), float32 in [-1, 1] or uint8; `fps` its frames per second."""
+
+    video: Tensor
+    fps: float
+
+
+def read_video(
+    path: str | os.PathLike,
+    *,
+    size: int | tuple[int, int] | None = None,
+    start: int = 0,
+    frames: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Clip:
+    """Decode frames [start, start + frames) of the first video stream of a file, as RGB.
+
+    Args:
+        size: (H, W): scale until the frame covers it, then cut out the centre. A number: scale the shorter side to it, and cut
+            nothing. None: as the file has it.
+        frames: how many at most; None: to the end.
+        dtype: float32, values in [-1, 1]; or uint8, values as decoded.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: size, start, frames or dtype is impossible.
+        VideoError: the file is damaged, has no video stream, or has no frame in that range.
+    """
+    av = _av()
+    path = Path(path)
+    if start < 0 or (frames is not None and frames < 1):
+        raise ValueError(f"start={start}, frames={frames}: need start >= 0 and frames >= 1")
+    if dtype not in (torch.float32, torch.uint8):
+        raise ValueError(f"dtype={dtype}: torch.float32 or torch.uint8")
+    if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
+        raise ValueError(f"size={size}: need at least one pixel")
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no video at {path}")
+    taken = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"path: {path} has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            fps = float(stream.average_rate or stream.guessed_rate or 25)
+            for index, frame in enumerate(container.decode(stream)):
+                if frames is not None and index >= start + frames:
+                    break
+                if index >= start:
+                    taken.append(_pixels(frame, size))
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(f"path: {path} cannot be read as a video ({error})") from error
+    if not taken:
+        raise VideoError(f"path: {path} has no frame {start} or later")
+    video = torch.from_numpy(np.stack(taken)).permute(3, 0, 1, 2).contiguous()
+    return Clip(video if dtype == torch.uint8 else to_float(video), fps)
+
+
+def to_float(video: Tensor) -> Tensor:
+    """uint8 values to float32 in [-1, 1]."""
+    return video.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """Values in [-1, 1] (others are clamped; NaN becomes black) to the nearest uint8."""
+    return video.float().nan_to_num(-1.0).add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def write_video(path: str | os.PathLike, video: Tensor, fps: float = 25.0) -> None:
+    """Write video (3, T, H, W) in [-1, 1] (or uint8) as an H.264 file in an MP4 container; H and W even.
+
+    A file that is there is replaced only once the new one is complete; after an error nothing is left behind.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        ValueError: not such a video, or fps is not positive.
+        OSError: the file cannot be written (no space left, no such folder, no permission).
+    """
+    av = _av()
+    shape = tuple(video.shape)
+    if len(shape) != 4 or shape[0] != 3 or 0 in shape or shape[2] % 2 or shape[3] % 2:
+        raise ValueError(f"video must be (3, T, H, W) with even H and W, not of shape {shape}")
+    if not fps > 0:
+        raise ValueError(f"fps={fps}: must be positive")
+    pixels = (video if video.dtype == torch.uint8 else to_uint8(video.detach())).cpu().permute(1, 2, 3, 0).contiguous().numpy()
+    rate = Fraction(fps).limit_denominator(1001)
+
+    def write(temporary: str) -> None:
+        try:
+            with av.open(temporary, "w", format="mp4") as container:
+                stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "medium"})
+                stream.width, stream.height, stream.pix_fmt = shape[3], shape[2], "yuv420p"
+                for frame in pixels:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode())
+        except av.error.FFmpegError as error:
+            code = getattr(error, "errno", None) or errno.EIO
+            raise OSError(code, os.strerror(code) if code > 0 else str(error)) from error
+
+    write_atomically(path, write)
+
+
+def _pixels(frame: Any, size: int | tuple[int, int] | None) -> np.ndarray:
+    """A decoded frame, scaled and cut, as (H, W, 3) uint8."""
+    height, width = frame.height, frame.width
+    if size is not None:
+        target = size if isinstance(size, tuple) else (size, size)
+        scale = max(target[0] / height, target[1] / width)
+        height, width = max(target[0], round(height * scale)), max(target[1], round(width * scale))
+    # AREA averages the pixels that fall together, so that shrinking does not alias.
+    rgb = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
+    if isinstance(size, tuple):
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        rgb = rgb[top : top + size[0], left : left + size[1]]
+    return rgb
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(f'reading and writing videos needs PyAV ({error}): pip install "vtok-fast[demo]"') from error
+    return av
