@@ -318,7 +318,9 @@ class TimeDown(nn.Module):
             padded = F.pad(x, (0, 0, 0, 0, 1, 0), mode="constant" if self.version == "1.0" else "replicate")
         if caches is not None:
             caches.keep(self, padded, 1)
-        return alpha * self.avg_pool(padded) + (1 - alpha) * run(self.conv, x, caches)
+        if padded.device.type == "cpu" and padded.dtype in (torch.float16, torch.bfloat16):
+            padded = padded.float()  # PyTorch has no narrower average pool there
+        return alpha * self.avg_pool(padded).to(x.dtype) + (1 - alpha) * run(self.conv, x, caches)
 
 
 class TimeUp(nn.Module):
