@@ -1,0 +1,166 @@
+#include "cpu/norm_act.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu/parallel.h"
+
+namespace vtok::cpu {
+namespace {
+
+// The first address in the buffer that starts a cache line: vectors that cross lines cost twice.
+float* aligned(std::vector<float>& buffer) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
+}
+constexpr int64_t kSlack = 32;  // floats: for the alignment, and for reading a whole vector at the last value
+
+// A thread's own scratch, kept between calls: a fresh one would cost page faults each time.
+float* thread_scratch(int64_t floats) {
+  static thread_local std::vector<float> buffer;
+  if (static_cast<int64_t>(buffer.size()) < floats + kSlack) buffer.resize(floats + kSlack);
+  return aligned(buffer);
+}
+
+float element(const Tensor& t, int64_t i) {
+  const auto* bytes = static_cast<const char*>(t.data) + i * t.stride[0] * element_size(t.dtype);
+  uint32_t bits = 0;
+  float f;
+  if (t.dtype == DType::f64) {
+    double d;
+    memcpy(&d, bytes, 8);
+    return static_cast<float>(d);
+  }
+  if (t.dtype == DType::f32) {
+    memcpy(&f, bytes, 4);
+    return f;
+  }
+  uint16_t h;
+  memcpy(&h, bytes, 2);
+  if (t.dtype == DType::bf16) {
+    bits = uint32_t(h) << 16;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  f = exponent == 31 ? (fraction ? NAN : INFINITY)
+                     : std::ldexp(float(exponent ? fraction | 1024 : fraction), (exponent ? exponent : 1) - 25);
+  return h & 0x8000 ? -f : f;
+}
+
+// Per-channel parameters in float32.
+const float* channel_vector(const Tensor& t, int64_t channels, float absent, std::vector<float>& buffer) {
+  buffer.resize(channels + kSlack);
+  float* v = aligned(buffer);
+  for (int64_t c = 0; c < channels; ++c) v[c] = t ? element(t, c) : absent;
+  return v;
+}
+
+Status check(const NormProblem& p) {
+  if (!is_float(p.x.dtype) || p.x.rank != 5) return Status::Invalid("x: expected a float32, bfloat16 or float16 tensor of rank 5");
+  const int64_t channels = p.x.size[1];
+  if (p.groups < 1 || channels % p.groups) return Status::Invalid("groups: " + std::to_string(p.groups) + " does not divide " + std::to_string(channels) + " channels");
+  for (auto [name, t] : {std::pair{"out", &p.out}, {"residual", &p.residual}, {"scale", &p.scale}, {"shift", &p.shift}}) {
+    if (!*t && t != &p.out) continue;
+    if (t->dtype != p.x.dtype || t->rank != 5 || !std::equal(t->size, t->size + 5, p.x.size))
+      return Status::Invalid(std::string(name) + ": expected the type and sizes of x");
+  }
+  for (const Tensor* t : {&p.weight, &p.bias})
+    if (*t && (t->rank != 1 || t->size[0] != channels)) return Status::Invalid("weight, bias: expected one value per channel");
+  auto frame_dense = [&](const Tensor& t) {  // rows of one frame and channel follow each other
+    return (t.size[4] == 1 || t.stride[4] == 1) && (t.size[3] == 1 || t.stride[3] == t.size[4]);
+  };
+  for (const Tensor* t : {&p.x, &p.out, &p.residual, &p.scale, &p.shift}) {
+    if (!*t) continue;
+    const bool modulation = t == &p.scale || t == &p.shift;
+    const bool fits = p.channels_last ? channels == 1 || t->stride[1] == 1
+                                      : frame_dense(*t) || (modulation && t->stride[3] == 0 && t->stride[4] == 0);
+    if (!fits) return Status::Unsupported("norm_act: these strides need a copy first");
+  }
+  return Status::Ok();
+}
+
+// Chan's rule for the moments of a union.
+void merge(Moments& into, const Moments& from) {
+  const double n = into.n + from.n, delta = from.mean - into.mean;
+  if (n == 0) return;
+  into.mean += delta * (from.n / n);
+  into.m2 += from.m2 + delta * delta * (into.n * from.n / n);
+  into.n = n;
+}
+
+// A frame becomes one long row where every tensor allows it, so that the kernels' runs of pixels are long.
+void merge_rows(NormPlan& plan) {
+  const std::pair<const void*, int64_t*> tensors[] = {{plan.x, plan.x_stride}, {plan.residual, plan.residual_stride}, {plan.out, plan.out_stride},
+                                                      {plan.scale, plan.scale_stride}, {plan.shift, plan.shift_stride}};
+  for (auto [data, stride] : tensors) {
+    if (plan.width == 1) stride[4] = stride[3];
+    if (data && plan.height > 1 && plan.width > 1 && stride[3] != plan.width * stride[4]) return;
+  }
+  plan.width *= plan.height;
+  plan.height = 1;
+}
+
+}  // namespace
+
+Status norm_act(const NormProblem& p) {
+  VTOK_RETURN_IF_ERROR(check(p));
+  NormPlan plan{};
+  plan.dtype = p.x.dtype;
+  plan.x = p.x.data, plan.residual = p.residual.data, plan.scale = p.scale.data, plan.shift = p.shift.data, plan.out = p.out.data;
+  plan.batch = p.x.size[0], plan.channels = p.x.size[1], plan.frames = p.x.size[2], plan.height = p.x.size[3], plan.width = p.x.size[4];
+  const int64_t C = plan.channels, area = plan.height * plan.width;
+  if (plan.batch * C * plan.frames * area == 0) return Status::Ok();
+  for (int i = 0; i < 5; ++i) {
+    plan.x_stride[i] = p.x.stride[i], plan.residual_stride[i] = p.residual.stride[i], plan.out_stride[i] = p.out.stride[i];
+    plan.scale_stride[i] = p.scale.stride[i], plan.shift_stride[i] = p.shift.stride[i];
+  }
+  merge_rows(plan);
+  std::vector<float> weights, biases;
+  plan.weight = channel_vector(p.weight, C, 1, weights), plan.bias = channel_vector(p.bias, C, 0, biases);
+  plan.channels_last = p.channels_last, plan.centred = p.centred, plan.silu = p.silu, plan.per_frame = p.per_frame;
+  plan.groups = p.groups, plan.eps = p.eps;
+
+  // A task's float32 copy should stay in the second-level cache; planes want long runs of each channel.
+  const int64_t together = p.over_positions && !p.channels_last ? 1 : p.over_positions ? C : C / p.groups;
+  const int64_t budget = p.channels_last ? 8192 : 65536;
+  plan.chunk = std::min(area, std::max<int64_t>(p.channels_last ? 1 : 64, std::min<int64_t>(budget / together, 4096) & ~int64_t(p.channels_last ? 0 : 15)));
+  plan.chunks_per_frame = (area + plan.chunk - 1) / plan.chunk;
+  const int64_t tasks = plan.batch * plan.frames * plan.chunks_per_frame;
+  auto task_at = [&](int64_t i) {
+    const int64_t first = i % plan.chunks_per_frame * plan.chunk, frame = i / plan.chunks_per_frame;
+    return NormTask{frame / plan.frames, frame % plan.frames, first, std::min(plan.chunk, area - first)};
+  };
+  const int64_t scratch = VTOK_DISPATCH(norm_scratch(plan));
+  if (!p.over_positions) {
+    parallel_for(tasks, p.threads, [&](int64_t i, int) { VTOK_DISPATCH(norm_positions(plan, task_at(i), thread_scratch(scratch))); });
+    return Status::Ok();
+  }
+
+  std::vector<Moments> partial(tasks * p.groups);
+  parallel_for(tasks, p.threads, [&](int64_t i, int) {
+    VTOK_DISPATCH(group_moments(plan, task_at(i), partial.data() + i * p.groups, thread_scratch(scratch)));
+  });
+  const int64_t spans = p.per_frame ? plan.frames : 1, per_span = tasks / (plan.batch * spans), cg = C / p.groups;
+  std::vector<float> means(plan.batch * spans * C + kSlack), gains(means.size()), offsets(means.size());
+  float *mean = aligned(means), *gain = aligned(gains), *offset = aligned(offsets);
+  for (int64_t span = 0; span < plan.batch * spans; ++span)
+    for (int64_t g = 0; g < p.groups; ++g) {
+      Moments all{};
+      for (int64_t i = 0; i < per_span; ++i) merge(all, partial[(span * per_span + i) * p.groups + g]);
+      const double rstd = 1 / std::sqrt(all.m2 / all.n + p.eps);
+      const float high = static_cast<float>(all.mean);  // x - high is exact near the mean; what float32 drops goes into the offset
+      for (int64_t c = g * cg; c < (g + 1) * cg; ++c) {
+        mean[span * C + c] = high;
+        gain[span * C + c] = static_cast<float>(rstd * plan.weight[c]);
+        offset[span * C + c] = static_cast<float>(plan.bias[c] - (all.mean - high) * rstd * plan.weight[c]);
+      }
+    }
+  plan.mean = mean, plan.gain = gain, plan.offset = offset;
+  parallel_for(tasks, p.threads, [&](int64_t i, int) { VTOK_DISPATCH(group_apply(plan, task_at(i))); });
+  return Status::Ok();
+}
+
+}  // namespace vtok::cpu
