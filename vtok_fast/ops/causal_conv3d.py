@@ -283,6 +283,8 @@ def _cpu_run(call: ConvCall) -> Tensor:
     y = _empty_output(call)
     plain = call.depth_to_space == (1, 1, 1)
     residual = call.residual if plain else None
+    if residual is not None and residual.stride(1) != 1:  # the epilogue reads channels as vectors
+        residual = residual.contiguous(memory_format=torch.channels_last_3d)
     native.lib().causal_conv3d(
         native.arg(call.x), native.arg(call.weight), native.arg(call.bias), native.arg(call.cache), native.arg(residual),
         native.arg(y), *_native_geometry(call), call.alpha if plain else None, 1 if call.activation else 0,

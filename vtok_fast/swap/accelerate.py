@@ -1,0 +1,251 @@
+"""``accelerate``: walk a model, swap what an adapter knows, check each swap, undo what fails, report."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok_fast import native, parity
+from vtok_fast.swap import torch_nn, vidtok
+from vtok_fast.swap.patch import Patch, Skip, Swap, hooked
+from vtok_fast.swap.report import Entry, Report
+
+# Asked in this order; the first that knows a module answers for it.
+ADAPTERS = (vidtok, torch_nn)
+
+_cache_shares: dict[int, int] = {}  # accelerated model -> bytes of the weight cache it pays for
+
+
+def accelerate(model: nn.Module, *, example: Any = None, check: bool = True, contract: str = "close") -> Report:
+    """Swaps the ops into ``model``, in place, and reports what was done.
+
+    No module is replaced: single methods of single instances are, so classes, parameters, ``state_dict`` keys, hooks on
+    untouched modules and references to the modules stay what they are. ``report.revert()`` gives the model back. A module
+    that is already accelerated is left as it is.
+
+    Args:
+        model: any module; those whose kind no adapter knows are left alone and named in the report.
+        example: the model's input, a tensor or a tuple of arguments. With it every swap is checked on the inputs that it gets
+            there, and the whole model end to end; without, on small random inputs of its own.
+        check: measure each swap against its contract and undo one that fails.
+        contract: "close" may replace arithmetic; "exact" allows only what is bit-equal to the eager chain.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: ``contract`` is unknown.
+        Whatever the model raises on ``example``. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if contract not in parity.CONTRACTS:
+        raise ValueError(f"contract: expected one of {', '.join(parity.CONTRACTS)}, got {contract!r}")
+    report = Report(contract)
+    arguments = None if example is None else example if isinstance(example, tuple) else (example,)
+    try:
+        candidates = _propose(model, report)
+        measured, whole = {}, None
+        if check and arguments is None:
+            measured = {c: _measure(c, c.swap.sample(c.module), {}) for c in candidates if c.swap.sample}
+        elif check:
+            measured, whole = _measure_on_example(model, arguments, candidates)
+        for c in candidates:
+            _install(c, measured.get(c), report)
+        if whole is not None and report._patches:
+            report.end_to_end = _measure_end_to_end(model, arguments, *whole)
+    except BaseException:
+        report.revert()
+        raise
+    if report._patches:
+        report._on_revert.append(_share_weight_cache(model))
+    return report
+
+
+@contextmanager
+def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
+    """``accelerate`` for a block; the model is given back at its end, also after an exception. Blocks may be nested."""
+    report = accelerate(model, **options)
+    try:
+        yield report
+    finally:
+        report.revert()
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    path: str
+    module: nn.Module
+    swap: Swap
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    parity: parity.Parity
+    eager_ms: float | None = None
+    fast_ms: float | None = None
+
+
+def _propose(model: nn.Module, report: Report) -> list[_Candidate]:
+    """What the adapters would swap, in the model's order; what stays goes into the report with its reason."""
+    candidates: list[_Candidate] = []
+    covered: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if module in covered:
+            continue
+        answer = next((a for a in (adapter.propose(module) for adapter in ADAPTERS) if a is not None), None)
+        why = answer.why if isinstance(answer, Skip) else ""
+        swaps = answer if isinstance(answer, list) else []
+        if swaps and report.contract == "exact":
+            why, swaps = "the swap replaces arithmetic, which the contract exact does not allow", []
+        if swaps and any(s.attribute in module.__dict__ for s in swaps):
+            why, swaps = "already accelerated, or its forward was replaced by somebody else", []
+            covered.update(module.modules())
+        for swap in swaps:
+            inside = [module] if swap.covers is None else [module.get_submodule(name) for name in swap.covers]
+            if reason := next(filter(None, map(hooked, inside)), None):
+                why, swaps = reason, []
+                break
+            covered.update(m for part in inside for m in part.modules())
+        candidates += [_Candidate(path, module, s) for s in swaps]
+        if not swaps and (why or _computes(module)):
+            report.skipped.append(Entry(path, type(module).__name__, why=why or "no adapter knows this kind of module"))
+    return candidates
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a module does something by itself, so that leaving it alone is worth a line."""
+    return not list(module.children()) and not isinstance(module, (nn.Identity, nn.Dropout, nn.ModuleList, nn.ModuleDict))
+
+
+def _install(c: _Candidate, measured: _Measurement | None, report: Report) -> None:
+    entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract="close")
+    if measured is not None:
+        entry = replace(entry, error=measured.parity.error, bound=measured.parity.bound, eager_ms=measured.eager_ms,
+                        fast_ms=measured.fast_ms)
+        if not measured.parity.ok:
+            report.skipped.append(replace(entry, why=f"failed its contract: {measured.parity}"))
+            return
+    patch = Patch(c.module, c.swap)
+    patch.install()
+    report._patches.append(patch)
+    report.swapped.append(entry)
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------------
+
+
+def _measure(c: _Candidate, args: tuple, kwargs: dict[str, Any]) -> _Measurement:
+    """Runs a copy of the module as it is, in float64, and swapped. The module itself is not touched."""
+    probe = copy.deepcopy(c.swap.probe(c.module)).eval()
+    with torch.no_grad():
+        method = getattr(probe, c.swap.attribute)
+        eager, eager_ms = _timed(method, args, kwargs)
+        double = copy.deepcopy(probe).double()
+        ref64 = getattr(double, c.swap.attribute)(*_to_double(args), **_to_double(kwargs))
+        del double
+        Patch(probe, c.swap).install()
+        fast, fast_ms = _timed(getattr(probe, c.swap.attribute), args, kwargs)
+    if c.swap.judge is not None:
+        return _Measurement(c.swap.judge(fast, eager, ref64), eager_ms, fast_ms)
+    return _Measurement(_close(fast, eager, ref64), eager_ms, fast_ms)
+
+
+def _close(fast: Any, eager: Any, ref64: Any) -> parity.Parity:
+    """The *close* contract on a tensor, or the worst over a tuple of them."""
+    if isinstance(fast, Tensor):
+        return parity.close(fast, ref64, eager)
+    parts = [_close(f, e, r) for f, e, r in zip(fast, eager, ref64) if isinstance(f, (Tensor, tuple, list))]
+    return max(parts, key=lambda p: p.error / p.bound)
+
+
+def _timed(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
+    """The result and the shortest of three runs in milliseconds."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        best = min(best, time.perf_counter() - start)
+    return result, best * 1e3
+
+
+def _to_double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_double(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _to_double(v) for k, v in value.items()}
+    return value
+
+
+def _measure_on_example(model: nn.Module, args: tuple, candidates: list[_Candidate]) -> tuple[dict, tuple]:
+    """Measures each candidate on the first inputs that it gets, while the model runs as it is; also the model's own result."""
+    measured: dict[_Candidate, _Measurement] = {}
+    handles = []
+    for c in candidates:
+        if c.swap.sample is None:
+            continue
+        if c.swap.attribute != "forward":  # no hook sees such a call
+            measured[c] = _measure(c, c.swap.sample(c.module), {})
+            continue
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, c: _Candidate = c) -> None:
+            if c not in measured:
+                measured[c] = _measure(replace(c, module=_without_hooks(module)), args, kwargs)
+
+        handles.append(c.module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            eager = model(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        ref64 = copy.deepcopy(model).double()(*_to_double(args))
+    return measured, (eager, ref64)
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    clone = copy.copy(module)
+    clone._forward_pre_hooks = type(module._forward_pre_hooks)()
+    clone._forward_pre_hooks_with_kwargs = type(module._forward_pre_hooks_with_kwargs)()
+    return clone
+
+
+def _measure_end_to_end(model: nn.Module, args: tuple, eager: Any, ref64: Any) -> Entry:
+    with torch.no_grad():
+        p = _close(model(*args), eager, ref64)
+    return Entry("", type(model).__name__, "end to end", contract="close", error=p.error, bound=p.bound)
+
+
+# ---- the cache of transformed weights ------------------------------------------------------------------------------------
+
+
+def _share_weight_cache(model: nn.Module) -> Any:
+    """Grants the native weight cache this model's own bytes (or what VTOK_FAST_WEIGHT_CACHE says); returns how to take them back."""
+    key = id(model)
+    _cache_shares[key] = sum(p.numel() * p.element_size() for p in model.parameters())
+    _set_weight_cache()
+
+    def give_back() -> None:
+        if _cache_shares.pop(key, None) is not None:
+            _set_weight_cache()
+
+    weakref.finalize(model, give_back)
+    return give_back
+
+
+def _set_weight_cache() -> None:
+    if (lib := native.lib()) is not None:
+        bound = os.environ.get("VTOK_FAST_WEIGHT_CACHE")
+        if bound is not None and not bound.isdigit():
+            raise ValueError(f"VTOK_FAST_WEIGHT_CACHE: expected a number of bytes, got {bound!r}")
+        lib.set_weight_cache(int(bound) if bound is not None else sum(_cache_shares.values()))

@@ -1,0 +1,135 @@
+"""What ``accelerate`` did: every module swapped or left alone, with the reason and the measured error."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vtok_fast.swap.patch import Patch
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module. ``error`` and ``bound`` are relative to float64 (see :mod:`vtok_fast.parity`), times in milliseconds on the
+    check's inputs; None where nothing was measured."""
+
+    path: str
+    kind: str
+    what: str = ""
+    why: str = ""
+    contract: str = ""
+    error: float | None = None
+    bound: float | None = None
+    eager_ms: float | None = None
+    fast_ms: float | None = None
+
+
+class Report:
+    """The result of :func:`vtok_fast.accelerate`.
+
+    Attributes:
+        swapped, skipped: lists of :class:`Entry`, in the model's order.
+        contract: "close" or "exact".
+        end_to_end: the whole model's error and bound on ``example``, or None where no example was given.
+    """
+
+    def __init__(self, contract: str):
+        self.contract = contract
+        self.swapped: list[Entry] = []
+        self.skipped: list[Entry] = []
+        self.end_to_end: Entry | None = None
+        self._patches: list[Patch] = []
+        self._on_revert: list[Any] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether the swaps are in place."""
+        return any(patch.installed for patch in self._patches)
+
+    def revert(self) -> None:
+        """Gives the model back as it was. Calling it again does nothing."""
+        for patch in reversed(self._patches):
+            patch.remove()
+        self._patches.clear()
+        for undo in self._on_revert:
+            undo()
+        self._on_revert.clear()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"contract": self.contract, "active": self.active, "swapped": [asdict(e) for e in self.swapped],
+                "skipped": [asdict(e) for e in self.skipped],
+                "end_to_end": None if self.end_to_end is None else asdict(self.end_to_end)}
+
+    def to_json(self, **options: Any) -> str:
+        """The report as JSON; ``options`` go to ``json.dumps``."""
+        return json.dumps(self.to_dict(), **{"indent": 2, **options})
+
+    def __repr__(self) -> str:
+        return f"<Report: {len(self.swapped)} swapped, {len(self.skipped)} left alone, contract {self.contract}>"
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield _swapped_table(self.swapped)
+        if self.skipped:
+            yield _skipped_table(self.skipped)
+        yield f"{len(self.swapped)} modules swapped, {len(self.skipped)} left alone, contract {self.contract}."
+        if self.end_to_end is not None:
+            e = self.end_to_end
+            yield f"End to end: error {e.error:.2e}, {e.bound:.2e} allowed."
+
+    def plot(self, path: str | os.PathLike | None = None) -> Any:
+        """Draws time before and after and the error against its bound, module by module (needs matplotlib).
+
+        Returns the figure; with ``path`` it is also written there.
+        """
+        from matplotlib.figure import Figure
+
+        entries = [e for e in self.swapped if e.fast_ms is not None]
+        figure = Figure(figsize=(11, 1.5 + 0.24 * len(entries)), layout="constrained")
+        time, error = figure.subplots(1, 2, sharey=True)
+        rows = range(len(entries))
+        time.barh([r - 0.2 for r in rows], [e.eager_ms for e in entries], 0.4, label="eager", color="#b8b8b8")
+        time.barh([r + 0.2 for r in rows], [e.fast_ms for e in entries], 0.4, label="vtok_fast", color="#2a78b5")
+        time.set(yticks=list(rows), yticklabels=[e.path or "(model)" for e in entries], xlabel="ms on the check's inputs")
+        time.tick_params(axis="y", labelsize=7)
+        time.invert_yaxis()
+        time.legend()
+        error.barh(list(rows), [e.error / e.bound if e.bound else 0.0 for e in entries], color="#2a78b5")
+        error.axvline(1, color="#c0392b")
+        error.set(xlabel="error / allowed error", xlim=(0, 1.05))
+        if path is not None:
+            temporary = Path(path).with_name(f".{Path(path).name}.part.png")
+            figure.savefig(temporary, dpi=130)
+            os.replace(temporary, path)
+        return figure
+
+
+def _swapped_table(entries: list[Entry]) -> Any:
+    from rich.table import Table
+
+    table = Table("module", "now", "error", "allowed", "speed-up", title="Swapped", title_justify="left")
+    for e in entries:
+        ratio = f"{e.eager_ms / e.fast_ms:.2f}" if e.eager_ms and e.fast_ms else ""
+        error = "" if e.error is None else "equal" if e.error == 0 else f"{e.error:.1e}"
+        table.add_row(e.path or "(model)", e.what, error, f"{e.bound:.1e}" if e.bound else "", ratio)
+    return table
+
+
+def _skipped_table(entries: list[Entry]) -> Any:
+    from rich.table import Table
+
+    table = Table("module", "kind", "why", title="Left alone", title_justify="left")
+    for e in entries:
+        table.add_row(e.path or "(model)", e.kind, e.why)
+    return table
