@@ -33,8 +33,8 @@ def propose(module: nn.Module) -> list[Swap] | Skip | None:
                      sample=lambda m: (_random(m.conv_out, 1, _channels(m), 4, 10, 14), None))]
     if kind not in _SWAPS:
         return None
-    if kind is blocks.ResBlock1d and isinstance(module.norm1, nn.GroupNorm) and module.causal:
-        return Skip("GroupNorm over the channels of a single pixel has no kernel")
+    if kind is blocks.ResBlock1d and not isinstance(module.norm1, blocks.LayerNorm):
+        return Skip("GroupNorm over a single pixel's channels has no kernel")
     if kind is FSQRegularizer and (module.num_codebooks > 1 or isinstance(module.project_in, nn.Linear)):
         return Skip("several codebooks, or projections around them")
     what, function, sample, judge = _SWAPS[kind]
