@@ -83,7 +83,7 @@ struct Direct {
     const int64_t segments = job.slots ? max_terms() * max_set_taps() : 0;
     const int64_t for_panels = dot ? round_up(segments * 16 * int64_t(sizeof(float*)) / 4, kLanes) + kDotSums
                                    : panels_per_task() * kTileRows * kPanel;
-    const int64_t for_packing = dot ? 0 : kLanes * taps * kPanel;
+    const int64_t for_packing = dot ? 0 : kLanes * taps * kLanes;
     scratch_floats = block_floats() + for_panels;
     if (scratch_floats < for_packing) scratch_floats = for_packing;
     scratch_floats = round_up(scratch_floats, 16) + 16;

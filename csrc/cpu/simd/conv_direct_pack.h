@@ -15,8 +15,8 @@ struct WeightSet {
   int64_t taps() const { return int64_t(row_taps) * col_taps; }
 };
 
-// Reads one panel of `width` output channels from `first` on, for `count` input channels from c0 on, into
-// block[count][kt*kh*kw][kPanel], zeros behind `width`.
+// Reads `width` <= kLanes output channels from `first` on, for `count` input channels from c0 on, into
+// block[count][kt*kh*kw][kLanes], zeros behind `width`.
 template <class E>
 static void read_weights(const Tensor& w, int64_t first, int64_t width, int64_t c0, int64_t count, float* block) {
   typedef typename E::type type;
@@ -25,24 +25,19 @@ static void read_weights(const Tensor& w, int64_t first, int64_t width, int64_t 
   auto dense = [&](int axis, int64_t stride) { return w.size[axis] == 1 || w.stride[axis] == stride; };
   if (dense(4, 1) && dense(3, kw) && dense(2, kh * kw) && (count == 1 || w.stride[1] == taps)) {
     // The usual layout: the run (c, kt, kh, kw) is contiguous for each output channel, so the block is a plain transpose.
-    for (int64_t k = 0; k < count * taps; k += kLanes) {
+    for (int64_t k = 0; k < count * taps; k += kLanes, block += kLanes * kLanes) {
       const int n = int(min64(kLanes, count * taps - k));
-      for (int v = 0; v < kPanel; v += kLanes) {
-        vfloat m[kLanes];
-        if (n == kLanes && v + kLanes <= width) {
+      vfloat m[kLanes];
+      if (n == kLanes && width == kLanes) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) m[i] = E::load(data + (v + i) * w.stride[0] + k);
-        } else {
-          for (int i = 0; i < kLanes; ++i)
-            m[i] = v + i < width ? VTOK_ISA::load_n<E>(data + (v + i) * w.stride[0] + k, n) : vfloat{};
-        }
+        for (int i = 0; i < kLanes; ++i) m[i] = E::load(data + i * w.stride[0] + k);
         transpose(m);
-        if (n == kLanes) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) store(block + (k + i) * kPanel + v, m[i]);
-        } else {
-          for (int i = 0; i < n; ++i) store(block + (k + i) * kPanel + v, m[i]);
-        }
+        for (int i = 0; i < kLanes; ++i) store(block + i * kLanes, m[i]);
+      } else {
+        for (int i = 0; i < kLanes; ++i) m[i] = i < width ? VTOK_ISA::load_n<E>(data + i * w.stride[0] + k, n) : vfloat{};
+        transpose(m);
+        for (int i = 0; i < n; ++i) store(block + i * kLanes, m[i]);
       }
     }
     return;
@@ -50,38 +45,42 @@ static void read_weights(const Tensor& w, int64_t first, int64_t width, int64_t 
   for (int64_t c = 0; c < count; ++c)
     for (int64_t t = 0; t < kt; ++t)
       for (int64_t h = 0; h < kh; ++h)
-        for (int64_t k = 0; k < kw; ++k, block += kPanel) {
+        for (int64_t k = 0; k < kw; ++k, block += kLanes) {
           const type* from = data + c * w.stride[1] + t * w.stride[2] + h * w.stride[3] + k * w.stride[4];
-          for (int i = 0; i < kPanel; ++i) block[i] = i < width ? E::get(from + i * w.stride[0]) : 0;
+          for (int i = 0; i < kLanes; ++i) block[i] = i < width ? E::get(from + i * w.stride[0]) : 0;
         }
 }
 
 // panel[slot][row tap][column tap][channel][vectors * kLanes]: each entry the sum of the taps that it stands for.
-// `block` is scratch of kLanes * kt * kh * kw * kPanel floats.
+// `block` is scratch of kLanes * kt * kh * kw * kLanes floats.
 template <class E>
 static void pack_panel(const DirectJob& job, const WeightSet& set, int64_t first, int64_t width, float* panel, float* block) {
   const Tensor& w = job.problem->weight;
   const int64_t kt = w.size[2], kh = w.size[3], kw = w.size[4], taps = kt * kh * kw;
-  const int vectors = width > kLanes ? kVectors : 1;
-  for (int64_t c0 = 0; c0 < job.channels; c0 += kLanes) {
-    const int64_t count = min64(kLanes, job.channels - c0);
-    read_weights<E>(w, first, width, c0, count, block);
-    float* entry = panel;
-    for (int slot = 0; slot < job.slots; ++slot)
-      for (int i = 0; i < set.row_taps; ++i)
-        for (int j = 0; j < set.col_taps; ++j, entry += job.channels * vectors * kLanes)
-          for (int64_t c = 0; c < count; ++c) {
-            vfloat sum[kVectors] = {};
+  const int64_t line = width > kLanes ? kPanel : kLanes;
+  for (int64_t v = 0; v < line; v += kLanes)
+    for (int64_t c0 = 0; c0 < job.channels; c0 += kLanes) {
+      const int64_t count = min64(kLanes, job.channels - c0);
+      read_weights<E>(w, first + v, min64(kLanes, width - v), c0, count, block);
+      float* entry = panel + c0 * line + v;
+      for (int slot = 0; slot < job.slots; ++slot)
+        for (int i = 0; i < set.row_taps; ++i)
+          for (int j = 0; j < set.col_taps; ++j, entry += job.channels * line) {
+            bool more = false;
             for (int64_t t = 0; t < kt; ++t) {
               if (!(job.slot_mask[slot] >> t & 1)) continue;
               for (int h = set.row_begin[i]; h < set.row_begin[i + 1]; ++h)
-                for (int k = set.col_begin[j]; k < set.col_begin[j + 1]; ++k)
-                  for (int v = 0; v < vectors; ++v)
-                    sum[v] += load(block + (c * taps + (t * kh + h) * kw + k) * kPanel + v * kLanes);
+                for (int k = set.col_begin[j]; k < set.col_begin[j + 1]; ++k, more = true) {
+                  const float* from = block + ((t * kh + h) * kw + k) * kLanes;
+                  if (more)
+                    for (int64_t c = 0; c < count; ++c)
+                      store(entry + c * line, load(entry + c * line) + load(from + c * taps * kLanes));
+                  else
+                    for (int64_t c = 0; c < count; ++c) store(entry + c * line, load(from + c * taps * kLanes));
+                }
             }
-            for (int v = 0; v < vectors; ++v) store(entry + ((c0 + c) * vectors + v) * kLanes, sum[v]);
           }
-  }
+    }
 }
 
 // For the dot kernel: [slot][vector of (row tap, column tap, channel)][output][lane], each slot padded with zeros.
