@@ -1,0 +1,152 @@
+// Counts thresholds with a vector of values at a time: neighbouring positions of one channel where those are adjacent, and
+// otherwise, where the channels of a position are adjacent, whatever channels the lanes fall on.
+#include "cpu/fsq.h"
+#include "cpu/vec.h"
+
+namespace vtok::cpu::VTOK_ISA {
+namespace {
+
+VTOK_INLINE vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
+VTOK_INLINE vint all(int32_t v) { return v - vint{}; }
+
+// One position, channel by channel, under any strides.
+template <class E>
+void position(const FsqRun& r, const FsqLevels& l, int64_t i) {
+  const auto* z = static_cast<const typename E::type*>(r.z) + i * r.z_step;
+  auto* codes = static_cast<typename E::type*>(r.codes) + i * r.codes_step;
+  int32_t index = 0;
+  bool nan = false;
+  for (int64_t c = 0; c < r.channels; ++c) {
+    const float value = E::get(z + c * r.z_channel), half = float(l.levels[c] / 2);
+    int32_t level = 0;
+    for (int64_t k = 0; k + 1 < l.levels[c]; ++k) level += value >= l.thresholds[c * l.pitch + k];
+    E::put(codes + c * r.codes_channel, value != value ? value : (float(level) - half) / half);
+    nan |= value != value;
+    index += level * l.basis[c];
+  }
+  r.indices[i * r.indices_step] = nan ? -1 : index;
+}
+
+// Positions adjacent: kVectors vectors of one channel from position i on, which add to the indices of the channels before. An
+// index that a NaN made -1 stays so.
+template <class E, int kVectors>
+VTOK_INLINE void adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t c, int64_t i) {
+  const auto* from = static_cast<const typename E::type*>(r.z) + c * r.z_channel + i;
+  auto* to = static_cast<typename E::type*>(r.codes) + c * r.codes_channel + i;
+  const float* thresholds = l.thresholds + c * l.pitch;
+  const float half = float(l.levels[c] / 2);
+  const int64_t count = l.levels[c] - 1;
+  vfloat z[kVectors];
+  vint level[kVectors] = {};
+  for (int v = 0; v < kVectors; ++v) z[v] = E::load(from + v * kLanes);
+  for (int64_t k = 0; k < count; ++k) {
+    const vfloat t = broadcast(thresholds[k]);
+    for (int v = 0; v < kVectors; ++v) level[v] -= z[v] >= t;
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const vint nan = z[v] != z[v];
+    const vfloat code = (to_float(level[v]) - half) / half;
+    E::store(to + v * kLanes, nan ? z[v] : code);
+    vint index = {};
+    if (c) memcpy(&index, r.indices + i + v * kLanes, sizeof index);
+    index = (nan | (index < 0)) ? all(-1) : index + level[v] * l.basis[c];
+    memcpy(r.indices + i + v * kLanes, &index, sizeof index);
+  }
+}
+
+template <int kChannels>
+VTOK_INLINE void sum_channels(const int32_t* parts, int32_t* to, int64_t channels) {
+  const int64_t n = kChannels ? kChannels : channels;
+  for (int i = 0; i < kLanes; ++i) {
+    int32_t sum = 0;
+    for (int64_t c = 0; c < n; ++c) sum += parts[i * n + c];
+    to[i] = sum;
+  }
+}
+
+constexpr int64_t kPartsLimit = 32;  // channels up to which the interleaved form is used
+
+// Channels adjacent: kLanes positions are `channels` vectors, and lane j of vector v holds channel (v * kLanes + j) % channels.
+template <class E>
+VTOK_INLINE bool adjacent_channels(const FsqRun& r, const FsqLevels& l, int64_t i) {
+  const auto* from = static_cast<const typename E::type*>(r.z) + i * r.channels;
+  auto* to = static_cast<typename E::type*>(r.codes) + i * r.channels;
+  int32_t parts[kPartsLimit * kLanes];
+  vint any_nan = {};
+  const float* table = l.interleaved;
+  for (int64_t v = 0; v < r.channels; ++v) {
+    const vfloat z = E::load(from + v * kLanes);
+    vint level = {};
+    for (int64_t k = 0; k < l.pitch; ++k, table += kLanes) level -= z >= load(table);
+    const vfloat half = load(table), code = (to_float(level) - half) / half;
+    vint basis;
+    memcpy(&basis, table + kLanes, sizeof basis);
+    table += 2 * kLanes;
+    const vint nan = z != z;
+    E::store(to + v * kLanes, nan ? z : code);
+    any_nan |= nan;
+    level *= basis;
+    memcpy(parts + v * kLanes, &level, sizeof level);
+  }
+  switch (r.channels) {
+    case 3: sum_channels<3>(parts, r.indices + i, 3); break;
+    case 4: sum_channels<4>(parts, r.indices + i, 4); break;
+    case 5: sum_channels<5>(parts, r.indices + i, 5); break;
+    case 6: sum_channels<6>(parts, r.indices + i, 6); break;
+    default: sum_channels<0>(parts, r.indices + i, r.channels);
+  }
+  uint64_t words[sizeof(vint) / 8], some = 0;
+  memcpy(words, &any_nan, sizeof any_nan);
+  for (uint64_t w : words) some |= w;
+  return some != 0;
+}
+
+template <class E>
+void run(const FsqRun& r, const FsqLevels& l) {
+  int64_t i = 0;
+  if (r.indices_step == 1 && r.z_step == 1 && r.codes_step == 1) {
+    const int64_t whole = r.positions / kLanes * kLanes, block = 64 * kLanes;  // a block's indices stay in the first-level cache
+    for (; i < whole; i += block) {
+      const int64_t end = i + block < whole ? i + block : whole;
+      for (int64_t c = 0; c < r.channels; ++c) {
+        int64_t j = i;
+        for (; j + 4 * kLanes <= end; j += 4 * kLanes) adjacent_positions<E, 4>(r, l, c, j);
+        for (; j < end; j += kLanes) adjacent_positions<E, 1>(r, l, c, j);
+      }
+    }
+    i = whole;
+  } else if (l.interleaved && r.indices_step == 1 && r.z_channel == 1 && r.codes_channel == 1 && r.z_step == r.channels &&
+             r.codes_step == r.channels) {
+    for (; i + kLanes <= r.positions; i += kLanes)
+      if (adjacent_channels<E>(r, l, i))
+        for (int j = 0; j < kLanes; ++j) position<E>(r, l, i + j);
+  }
+  for (; i < r.positions; ++i) position<E>(r, l, i);
+}
+
+}  // namespace
+
+int64_t fsq_interleaved_size(int64_t channels, int64_t pitch) {
+  return channels <= kPartsLimit ? channels * (pitch + 2) * kLanes : 0;
+}
+
+// Per vector v of a block: pitch vectors of thresholds, one of halves, one of bases (their bits).
+void fsq_interleave(const FsqLevels& l, int64_t channels, float* to) {
+  for (int64_t v = 0; v < channels; ++v, to += (l.pitch + 2) * kLanes)
+    for (int j = 0; j < kLanes; ++j) {
+      const int64_t c = (v * kLanes + j) % channels;
+      for (int64_t k = 0; k < l.pitch; ++k) to[k * kLanes + j] = l.thresholds[c * l.pitch + k];
+      to[l.pitch * kLanes + j] = float(l.levels[c] / 2);
+      memcpy(to + (l.pitch + 1) * kLanes + j, l.basis + c, 4);
+    }
+}
+
+void fsq_run(const FsqRun& r, const FsqLevels& l) {
+  switch (r.dtype) {
+    case DType::f16: return run<F16>(r, l);
+    case DType::bf16: return run<BF16>(r, l);
+    default: return run<F32>(r, l);
+  }
+}
+
+}  // namespace vtok::cpu::VTOK_ISA
