@@ -2,6 +2,9 @@
 #include "cpu/causal_conv3d.h"
 
 #include <algorithm>
+#include <initializer_list>
+#include <string>
+#include <utility>
 
 #include "cpu/simd/conv_direct.h"
 #include "cpu/winograd.h"
@@ -93,9 +96,24 @@ Choice native_choice(const ConvProblem& p, const ConvPlan& plan) {
   return best;
 }
 
+Status check_tensors(const ConvProblem& p) {
+  if (!is_float(p.x.dtype)) return Status::Unsupported("x: float32, float16 or bfloat16 expected");
+  for (auto [tensor, name] : {std::pair{&p.weight, "weight"}, {&p.cache, "cache"}, {&p.residual, "residual"}, {&p.out, "out"}})
+    if (*tensor && tensor->dtype != p.x.dtype) return Status::Invalid(std::string(name) + ": must have the dtype of x");
+  for (auto [tensor, name] : {std::pair{&p.residual, "residual"}, {&p.out, "out"}})
+    if (*tensor && tensor->size[1] > 1 && tensor->stride[1] != 1)
+      return Status::Invalid(std::string(name) + ": the channels of a pixel must be adjacent, got stride " +
+                             std::to_string(tensor->stride[1]));
+  for (int i : {0, 1, 3, 4})
+    if (p.cache && p.cache.size[i] != p.x.size[i])
+      return Status::Invalid("cache: must have the shape of x but for its frames");
+  return Status::Ok();
+}
+
 }  // namespace
 
 Status causal_conv3d(const ConvProblem& p) {
+  VTOK_RETURN_IF_ERROR(check_tensors(p));
   ConvPlan plan;
   VTOK_RETURN_IF_ERROR(make_plan(p, &plan));
   if (p.out.numel() == 0) return Status::Ok();
