@@ -1,7 +1,15 @@
-"""Fast kernels for video tokenizers, behind a thin PyTorch API."""
+"""Fast kernels for video tokenizers, behind a thin PyTorch API.
 
-from vtok_fast.backends import BackendError, algorithm, available_backends, backend
+``causal_conv3d``, ``norm_act``, ``fsq_quantize``, ``fsq_decode``, ``fsq_entropy_loss``: the ops. ``accelerate``: swaps them into an
+existing model. ``vtok_fast.nn``: modules. ``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is measured.
+"""
+
+from vtok_fast.backends import BackendError, algorithm, available_backends, backend, fallbacks
 from vtok_fast.ops.causal_conv3d import causal_conv3d
+from vtok_fast.ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
+from vtok_fast.ops.norm_act import norm_act
+from vtok_fast.swap import Report, accelerate, accelerated
 
-__all__ = ["BackendError", "algorithm", "available_backends", "backend", "causal_conv3d"]
+__all__ = ["BackendError", "FSQOutput", "Report", "accelerate", "accelerated", "algorithm", "available_backends", "backend",
+           "causal_conv3d", "fallbacks", "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "norm_act"]
 __version__ = "0.1.0"
