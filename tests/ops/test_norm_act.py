@@ -25,7 +25,7 @@ def isa(request):
     native.lib().set_isa("auto")
 
 
-def video(c, t=3, h=5, w=7, b=2, dtype=torch.float32, layout=torch.channels_last_3d, seed=0):
+def video(c, t=2, h=5, w=7, b=2, dtype=torch.float32, layout=torch.channels_last_3d, seed=0):
     x = torch.randn(b, c, t, h, w, generator=torch.Generator().manual_seed(seed)) * 2 + 3
     return x.to(dtype).contiguous(memory_format=layout)
 
@@ -50,16 +50,18 @@ def test_kernel_is_close_to_float64(isa, kind, layout):
         for c, groups in ((32, 4), (96, 1), (33, 3), (5, 5), (1, 1), (128, 32)):
             x = video(c, dtype=dtype, layout=LAYOUTS[layout])
             weight, bias = torch.randn(2, c).to(dtype)
-            for per_frame in (False, True):
-                assert_close(x, weight, bias, kind=kind, groups=groups, per_frame=per_frame)
-            assert_close(x, None, None, kind=kind, groups=groups, activation="silu")
-            full, per_channel, per_frame = torch.randn_like(x), torch.randn(2, c, 1, 1, 1).to(dtype), torch.randn(c, 3, 1, 1).to(dtype)
+            for per_frame in (False, True) if "group" in kind else (False,):
+                assert_close(x, weight, bias, kind=kind, groups=groups, per_frame=per_frame, activation="silu")
+            if c not in (33, 128):
+                continue
+            assert_close(x, None, None, kind=kind, groups=groups)
+            full, per_channel, per_frame = torch.randn_like(x), torch.randn(2, c, 1, 1, 1).to(dtype), torch.randn(c, 2, 1, 1).to(dtype)
             for scale, shift in ((full, per_channel), (per_frame, full[:, :1]), (None, per_channel), (full[:1, :, :1], None)):
                 assert_close(x, weight, bias, kind=kind, groups=groups, scale=scale, shift=shift, residual=full, activation="silu")
 
 
 @needs_native
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_shape_and_strides(data):
     b, t, h, w = (data.draw(st.integers(1, n)) for n in (2, 4, 9, 40))
@@ -104,7 +106,7 @@ def test_reference_is_torchs_own_layers():
     torch.testing.assert_close(norm_act(x, weight, bias), F.layer_norm(last, (32,), weight, bias, 1e-6).permute(0, 4, 1, 2, 3))
     torch.testing.assert_close(norm_act(x, weight, kind="rms"), F.rms_norm(last, (32,), weight, 1e-6).permute(0, 4, 1, 2, 3))
     torch.testing.assert_close(norm_act(x, weight, bias, kind="group", groups=8), F.group_norm(x, 8, weight, bias, 1e-6))
-    frames = torch.stack([F.group_norm(x[:, :, t], 8, weight, bias, 1e-6) for t in range(3)], 2)
+    frames = torch.stack([F.group_norm(x[:, :, t], 8, weight, bias, 1e-6) for t in range(2)], 2)
     torch.testing.assert_close(norm_act(x, weight, bias, kind="group", groups=8, per_frame=True), frames)
     rms = x.unflatten(1, (8, 4)).square().mean((2, 3, 4, 5), keepdim=True).add(1e-6).rsqrt()
     torch.testing.assert_close(norm_act(x, kind="group_rms", groups=8, activation="silu"),
@@ -162,7 +164,7 @@ def test_kernel_gradient_is_close():
 @pytest.mark.parametrize("layout", LAYOUTS.values())
 def test_opcheck(layout):
     x = video(8, layout=layout).requires_grad_()
-    for dtype, backend in ((torch.float32, None), (torch.float32, "reference"), (torch.bfloat16, None)):
+    for dtype, backend in ((torch.float32, None), (torch.bfloat16, "reference")):
         args = (x.to(dtype), torch.randn(8), torch.randn(8), torch.randn(2, 8, 1, 1, 1).to(dtype), None, None, "group", 2, True, 1e-6,
                 "silu", "once", backend)
         torch.library.opcheck(torch.ops.vtok_fast.norm_act, args)

@@ -127,9 +127,9 @@ def fsq_entropy_loss(z: Tensor, levels: Sequence[int], *, inv_temperature: float
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """The levels as a tuple, or a ValueError that says what is wrong with them."""
-    levels = tuple(int(level) if isinstance(level, int) or float(level).is_integer() else level for level in levels)
-    if not levels or any(not 2 <= level <= reference.MAX_LEVEL for level in levels):
-        raise ValueError(f"levels: expected one or more, each from 2 to {reference.MAX_LEVEL}, got {levels}")
+    levels = tuple(levels)
+    if not levels or any(not isinstance(level, int) or not 2 <= level <= reference.MAX_LEVEL for level in levels):
+        raise ValueError(f"levels: expected one or more ints from 2 to {reference.MAX_LEVEL}, got {levels}")
     if math.prod(levels) > 2**31:
         raise ValueError(f"levels: a codebook of at most 2**31, so that int32 holds its indices, got {levels} with {math.prod(levels)}")
     return levels
