@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/simd/conv_winograd.h"
@@ -14,8 +15,9 @@ namespace vtok::cpu {
 namespace {
 
 constexpr int kMaxVariants = 64;
-constexpr int64_t kWeightScratch = 8 << 20;   // bytes per thread of weights transformed in advance for one call
-constexpr int64_t kSharedWeights = 16 << 20;  // bytes of weights beyond which threads share a block
+// Bytes of transformed weights beyond which they are neither kept nor stored: making them again where they are used, a piece at a
+// time in the second-level cache, was measured to be as fast as reading so many from memory.
+constexpr int64_t kStoredWeights = 16 << 20;
 constexpr int64_t kOwnBlock = 4 << 20, kSharedBlock = 16 << 20;  // bytes of V
 
 using Floats = std::shared_ptr<float>;
@@ -130,22 +132,24 @@ struct Schedule {
   }
 };
 
-// Transformed weights of a call, from the cache or made here, or made panel by panel where they are used ("fused").
+// Transformed weights of a call, from the cache or made in advance, or made panel by panel where they are used ("fused").
 struct Weights {
   const Tensor& weight;
   const std::vector<uint64_t>& variants;
   int m, points, panel;
   int64_t channels, panels, stride;  // floats from xi to xi of one panel
   std::vector<std::shared_ptr<const float>> sets;
-  bool fused = false;
+  bool fused;
 
   Weights(const Tensor& w, const std::vector<uint64_t>& variants, int m)
       : weight(w), variants(variants), m(m), points((m + 2) * (m + 2)), panel(VTOK_DISPATCH(winograd_panel())),
-        channels(w.size[1]), panels(ceil_div(w.size[0], panel)), stride(channels * panel + 16) {}
+        channels(w.size[1]), panels(ceil_div(w.size[0], panel)), stride(channels * panel + 16),
+        fused(set_bytes() * int64_t(variants.size()) > kStoredWeights) {}
 
   int64_t set_bytes() const { return panels * points * stride * 4; }
 
   Status prepare(int threads) {
+    if (fused) return Status::Ok();
     sets.assign(variants.size(), nullptr);
     WeightKey key = weight_key(weight, m, panel);
     const bool caching = weight_cache_enabled();
@@ -156,12 +160,7 @@ struct Weights {
       if (caching) sets[i] = find_weights(key);
       if (!sets[i]) missing.push_back(i);
     }
-    const int64_t bytes = set_bytes() * int64_t(missing.size());
-    const bool keep = caching && !missing.empty() && weight_cache_has_room(key, bytes);
-    if (!keep && bytes > kWeightScratch * threads) {
-      fused = true;
-      return Status::Ok();
-    }
+    const bool keep = caching && weight_cache_has_room(key, set_bytes() * int64_t(missing.size()));
     std::vector<float*> made;
     for (size_t i : missing) {
       Floats set = allocate(set_bytes() / 4);
@@ -228,10 +227,9 @@ Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
   // The points an odd number of cache lines apart, so that the transforms' stores do not share a set.
   auto v_stride = [&](int64_t rows) { return rows * pitch + (rows * pitch / 16 % 2 ? 0 : 16); };
 
-  // Each thread has blocks of its own, or where the weights outgrow the last-level cache, all threads share a larger block and
-  // take panels of it, so that the weights pass once for many rows. The same where there are few rows.
-  const bool shared = weights.fused || weights.set_bytes() * int64_t(weights.variants.size()) > kSharedWeights ||
-                      (tiles * plan.To < 48 * threads && weights.panels >= 2 * threads);
+  // Each thread has blocks of its own, unless there are few rows or the weights are made on the way: then all threads share a
+  // larger block and take panels of it, so that the weights pass once for many rows.
+  const bool shared = weights.fused || (tiles * plan.To < 48 * threads && weights.panels >= 2 * threads);
   const int64_t limit = (shared ? kSharedBlock : kOwnBlock) / 4;
   const int64_t want_rows = shared ? 512 : 96;
   int64_t group = std::min<int64_t>(plan.To, 8);
@@ -334,12 +332,15 @@ double winograd_seconds(const ConvProblem& p, const ConvPlan& plan, int m) {
   const double rows = double(plan.batch) * tile_count(plan, m), depth = double(plan.channels);
   const double columns = double(weights.panels) * weights.panel, sets = double(terms.variants.size());
   const double product = 2.0 * weights.points * rows * count * depth * columns / rate;
-  const double streamed = sets * weights.set_bytes() * std::max(1.0, rows * plan.To / 96) / 20e9;
   const double moved = move * rows * m * m * (distinct * depth + plan.To * columns);
-  const bool cached = weight_cache_enabled() &&
-                      weight_cache_expects(weight_key(p.weight, m, weights.panel), int64_t(sets) * weights.set_bytes());
-  // Cached weights are still read once for their checksum.
-  const double prepared = depth * columns * (cached ? plan.kt * 9 * element_size(p.weight.dtype) / 15e9 : sets * weights.points * 0.2e-9);
+  double streamed = 0, prepared = sets * weights.points * depth * columns * 0.2e-9;
+  if (weights.fused) {  // once for each block of V
+    prepared *= std::max(1.0, rows * plan.To * 1.2 * depth * weights.points * 4 / kSharedBlock);
+  } else {
+    streamed = sets * weights.set_bytes() * std::max(1.0, rows * plan.To / 96) / 20e9;
+    if (weight_cache_enabled() && weight_cache_expects(weight_key(p.weight, m, weights.panel), int64_t(sets) * weights.set_bytes()))
+      prepared = depth * plan.out_channels * plan.kt * 9 * element_size(p.weight.dtype) / 15e9;  // the checksum
+  }
   return 15e-6 + (std::max(product, streamed) + moved + prepared) / std::max(p.threads, 1);
 }
 
