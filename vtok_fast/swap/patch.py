@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -54,7 +54,7 @@ class Patch:
 
     def __init__(self, module: nn.Module, swap: Swap):
         self.module, self.swap = module, swap
-        self.method = MethodType(swap.function, module)
+        self.method = MethodType(_renamed(swap.function, swap.attribute), module)
         self._previous: Any = _ABSENT
         self.installed = False
 
@@ -72,6 +72,20 @@ class Patch:
             else:
                 self.module.__dict__[self.swap.attribute] = self._previous
         self._previous, self.installed = _ABSENT, False
+
+
+def _renamed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The same function under the method's name. Pickle stores a bound method by that name, so a pickled model loads as it was
+    before it was accelerated."""
+    copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__, copy.__doc__, copy.__module__ = function.__kwdefaults__, function.__doc__, function.__module__
+    return copy
+
+
+def runs(module: nn.Module, function: Callable[..., Any], attribute: str = "forward") -> bool:
+    """Whether a module's method is, at present, this swap function."""
+    method = module.__dict__.get(attribute)
+    return method is not None and getattr(method, "__code__", None) is function.__code__
 
 
 def hooked(module: nn.Module) -> str | None:

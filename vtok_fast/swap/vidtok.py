@@ -20,7 +20,7 @@ from vtok_fast.models.vidtok_regularizers import FSQRegularizer, Regularized
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import fsq_quantize
 from vtok_fast.ops.norm_act import norm_act
-from vtok_fast.swap.patch import Skip, Swap
+from vtok_fast.swap.patch import Skip, Swap, runs
 
 Caches = blocks.Caches
 
@@ -203,7 +203,7 @@ def run_level(network: nn.Module, spatial: nn.Module, temporal: nn.Module, x: Te
     """As the network's own, but a swapped 1D block takes the video as it is: folding pixels into the batch would copy it."""
     for block, over_frames in zip(spatial.block, temporal.block):
         x = per_frame(block, x)
-        if getattr(over_frames.forward, "__func__", None) is resblock1d_forward:
+        if runs(over_frames, resblock1d_forward):
             x = blocks.run(over_frames, x, caches)
         else:
             x = over_time(over_frames, x, caches)
