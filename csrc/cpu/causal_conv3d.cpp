@@ -13,7 +13,8 @@ namespace vtok::cpu {
 namespace {
 
 // All constants below are per thread, measured on one core of a Zen 5 server (CPU time, torch 2.13): only their ratios decide.
-constexpr double kNarrowRate = 0.33;  // the dot kernel of few output channels, against the main kernel
+// The dot kernel of few output channels, against the main kernel: every vector of input that it reads serves so many sums.
+double narrow_rate(double outputs) { return 0.13 + 0.065 * outputs; }
 
 double flops(Isa isa) {
   switch (isa) {
@@ -56,19 +57,22 @@ double direct_seconds(const ConvProblem& p, const ConvPlan& plan) {
                       folded_taps(plan.rows, plan.Ho, plan.kh, p.upsample[1], p.spatial_mode) *
                       folded_taps(plan.cols, plan.Wo, plan.kw, p.upsample[2], p.spatial_mode);
   const bool narrow = outputs <= lanes(isa) / 2;
-  const double columns = narrow ? outputs / kNarrowRate : (int64_t(outputs) + lanes(isa) - 1) / lanes(isa) * lanes(isa);
+  const double columns = narrow ? outputs / narrow_rate(outputs) : (int64_t(outputs) + lanes(isa) - 1) / lanes(isa) * lanes(isa);
   // Neighbouring columns of few channels are gathered as one run.
   const double runs = p.groups == 1 && channels < lanes(isa) ? taps / plan.kw : taps;
-  const double gather = p.groups * (runs * 4e-9 + taps * channels * 0.085e-9);
+  const bool in_place = narrow && p.x.dtype == DType::f32 && p.x.stride[1] == 1 && int64_t(channels) % lanes(isa) == 0;
+  const double gather = in_place ? 0 : p.groups * (runs * 4e-9 + taps * channels * 0.085e-9);
   const double pack = double(plan.variants.size()) * plan.kh * plan.kw * channels * plan.out_channels * 0.5e-9;
   return 10e-6 + (2 * taps * channels * columns * p.groups / flops(isa) + gather + pack) / std::max(p.threads, 1);
 }
 
 // ATen multiplies the zeros of the padding and every repeated tap. Its oneDNN takes the best instruction set there is.
 double aten_seconds(const ConvProblem& p, const ConvPlan& plan) {
-  const double macs = double(plan.batch) * plan.To * plan.Ho * plan.Wo * plan.kt * plan.kh * plan.kw * plan.channels / p.groups *
-                      plan.out_channels;
-  double rate = 1.0;
+  const bool grouped = p.groups > 1;
+  const double channels = grouped ? double(plan.channels) / p.groups : double((plan.channels + 7) / 8 * 8);
+  const double outputs = grouped ? double(plan.out_channels) : double((plan.out_channels + 15) / 16 * 16);
+  const double macs = double(plan.batch) * plan.To * plan.Ho * plan.Wo * plan.kt * plan.kh * plan.kw * channels * outputs;
+  double rate = p.stride[1] * p.stride[2] > 1 ? 0.8 : 0.95;
   if (p.x.dtype == DType::bf16 && fast_bf16())
     rate = 2.1;
   else if (p.x.dtype != DType::f32)
@@ -76,7 +80,7 @@ double aten_seconds(const ConvProblem& p, const ConvPlan& plan) {
   else if (plan.kh * plan.kw == 1)
     rate = 0.45;
   const double group_channels = double(std::min(plan.channels, plan.out_channels)) / p.groups;
-  if (p.groups > 1 && group_channels < 16) rate *= group_channels < 2 ? 0.25 : group_channels / 26;
+  if (grouped && group_channels < 16) rate *= group_channels < 2 ? 0.25 : group_channels / 26;
   return 10e-6 + 2 * macs / (rate * flops(best_isa())) / std::max(p.threads, 1);
 }
 

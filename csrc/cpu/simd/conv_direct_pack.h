@@ -88,23 +88,23 @@ template <class E>
 static void pack_dot(const DirectJob& job, const WeightSet& set, int64_t first, float* to) {
   typedef typename E::type type;
   const Tensor& w = job.problem->weight;
-  const int64_t outputs = job.out_channels, depth = set.taps() * job.channels, padded = round_up(depth, kLanes);
+  const int64_t outputs = job.out_channels, padded = round_up(set.taps() * job.channels, kLanes);
   for (int slot = 0; slot < job.slots; ++slot, to += padded * outputs)
     for (int64_t o = 0; o < outputs; ++o) {
       const type* data = static_cast<const type*>(w.data) + (first + o) * w.stride[0];
-      for (int64_t k = 0; k < padded; ++k) {
-        float sum = 0;
-        if (k < depth) {
-          const int64_t c = k % job.channels, i = k / job.channels / set.col_taps, j = k / job.channels % set.col_taps;
-          for (int64_t t = 0; t < w.size[2]; ++t) {
-            if (!(job.slot_mask[slot] >> t & 1)) continue;
-            for (int h = set.row_begin[i]; h < set.row_begin[i + 1]; ++h)
-              for (int x = set.col_begin[j]; x < set.col_begin[j + 1]; ++x)
-                sum += E::get(data + c * w.stride[1] + t * w.stride[2] + h * w.stride[3] + x * w.stride[4]);
+      int64_t k = 0;
+      auto put = [&](float value) { to[(k / kLanes * outputs + o) * kLanes + k % kLanes] = value, ++k; };
+      for (int i = 0; i < set.row_taps; ++i)
+        for (int j = 0; j < set.col_taps; ++j)
+          for (int64_t c = 0; c < job.channels; ++c) {
+            float sum = 0;
+            for (uint64_t mask = job.slot_mask[slot]; mask; mask &= mask - 1)
+              for (int h = set.row_begin[i]; h < set.row_begin[i + 1]; ++h)
+                for (int x = set.col_begin[j]; x < set.col_begin[j + 1]; ++x)
+                  sum += E::get(data + c * w.stride[1] + __builtin_ctzll(mask) * w.stride[2] + h * w.stride[3] + x * w.stride[4]);
+            put(sum);
           }
-        }
-        to[(k / kLanes * outputs + o) * kLanes + k % kLanes] = sum;
-      }
+      while (k < padded) put(0);
     }
 }
 
