@@ -59,9 +59,10 @@ const float* channel_vector(const Tensor& t, int64_t channels, float absent, std
 }
 
 Status check(const NormProblem& p) {
-  if (!is_float(p.x.dtype) || p.x.rank != 5) return Status::Invalid("x: expected a float32, bfloat16 or float16 tensor of rank 5");
+  if (!is_float(p.x.dtype) || p.x.rank != 5) return Status::Invalid("x: expected float32, bfloat16 or float16 of rank 5");
   const int64_t channels = p.x.size[1];
-  if (p.groups < 1 || channels % p.groups) return Status::Invalid("groups: " + std::to_string(p.groups) + " does not divide " + std::to_string(channels) + " channels");
+  if (p.groups < 1 || channels % p.groups)
+    return Status::Invalid("groups: " + std::to_string(p.groups) + " does not divide " + std::to_string(channels) + " channels");
   for (auto [name, t] : {std::pair{"out", &p.out}, {"residual", &p.residual}, {"scale", &p.scale}, {"shift", &p.shift}}) {
     if (!*t && t != &p.out) continue;
     if (t->dtype != p.x.dtype || t->rank != 5 || !std::equal(t->size, t->size + 5, p.x.size))
@@ -93,8 +94,9 @@ void merge(Moments& into, const Moments& from) {
 
 // A frame becomes one long row where every tensor allows it, so that the kernels' runs of pixels are long.
 void merge_rows(NormPlan& plan) {
-  const std::pair<const void*, int64_t*> tensors[] = {{plan.x, plan.x_stride}, {plan.residual, plan.residual_stride}, {plan.out, plan.out_stride},
-                                                      {plan.scale, plan.scale_stride}, {plan.shift, plan.shift_stride}};
+  const std::pair<const void*, int64_t*> tensors[] = {
+      {plan.x, plan.x_stride}, {plan.residual, plan.residual_stride}, {plan.out, plan.out_stride},
+      {plan.scale, plan.scale_stride}, {plan.shift, plan.shift_stride}};
   for (auto [data, stride] : tensors) {
     if (plan.width == 1) stride[4] = stride[3];
     if (data && plan.height > 1 && plan.width > 1 && stride[3] != plan.width * stride[4]) return;
@@ -109,8 +111,10 @@ Status norm_act(const NormProblem& p) {
   VTOK_RETURN_IF_ERROR(check(p));
   NormPlan plan{};
   plan.dtype = p.x.dtype;
-  plan.x = p.x.data, plan.residual = p.residual.data, plan.scale = p.scale.data, plan.shift = p.shift.data, plan.out = p.out.data;
-  plan.batch = p.x.size[0], plan.channels = p.x.size[1], plan.frames = p.x.size[2], plan.height = p.x.size[3], plan.width = p.x.size[4];
+  plan.x = p.x.data, plan.residual = p.residual.data, plan.out = p.out.data;
+  plan.scale = p.scale.data, plan.shift = p.shift.data;
+  plan.batch = p.x.size[0], plan.channels = p.x.size[1];
+  plan.frames = p.x.size[2], plan.height = p.x.size[3], plan.width = p.x.size[4];
   const int64_t C = plan.channels, area = plan.height * plan.width;
   if (plan.batch * C * plan.frames * area == 0) return Status::Ok();
   for (int i = 0; i < 5; ++i) {
@@ -124,9 +128,10 @@ Status norm_act(const NormProblem& p) {
   plan.groups = p.groups, plan.eps = p.eps;
 
   // A task's float32 copy should stay in the second-level cache; planes want long runs of each channel.
-  const int64_t together = p.over_positions && !p.channels_last ? 1 : p.over_positions ? C : C / p.groups;
-  const int64_t budget = p.channels_last ? 8192 : 65536;
-  plan.chunk = std::min(area, std::max<int64_t>(p.channels_last ? 1 : 64, std::min<int64_t>(budget / together, 4096) & ~int64_t(p.channels_last ? 0 : 15)));
+  const int64_t together = !p.over_positions ? C / p.groups : p.channels_last ? C : 1;
+  plan.chunk = p.channels_last ? std::max<int64_t>(8192 / together, 1)
+                               : std::clamp<int64_t>(65536 / together & ~int64_t(15), 64, 4096);
+  plan.chunk = std::min(area, plan.chunk);
   plan.chunks_per_frame = (area + plan.chunk - 1) / plan.chunk;
   const int64_t tasks = plan.batch * plan.frames * plan.chunks_per_frame;
   auto task_at = [&](int64_t i) {
@@ -135,7 +140,9 @@ Status norm_act(const NormProblem& p) {
   };
   const int64_t scratch = VTOK_DISPATCH(norm_scratch(plan));
   if (!p.over_positions) {
-    parallel_for(tasks, p.threads, [&](int64_t i, int) { VTOK_DISPATCH(norm_positions(plan, task_at(i), thread_scratch(scratch))); });
+    parallel_for(tasks, p.threads, [&](int64_t i, int) {
+      VTOK_DISPATCH(norm_positions(plan, task_at(i), thread_scratch(scratch)));
+    });
     return Status::Ok();
   }
 
@@ -151,7 +158,8 @@ Status norm_act(const NormProblem& p) {
       Moments all{};
       for (int64_t i = 0; i < per_span; ++i) merge(all, partial[(span * per_span + i) * p.groups + g]);
       const double rstd = 1 / std::sqrt(all.m2 / all.n + p.eps);
-      const float high = static_cast<float>(all.mean);  // x - high is exact near the mean; what float32 drops goes into the offset
+      // x - high is exact near the mean; what float32 drops of the mean goes into the offset.
+      const float high = static_cast<float>(all.mean);
       for (int64_t c = g * cg; c < (g + 1) * cg; ++c) {
         mean[span * C + c] = high;
         gain[span * C + c] = static_cast<float>(rstd * plan.weight[c]);

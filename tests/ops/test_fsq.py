@@ -21,6 +21,11 @@ needs_native = pytest.mark.skipif(native.lib() is None, reason=str(native.why_mi
 ISAS = native.lib().supported_isas() if native.lib() else []
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     native.lib().set_isa(request.param)

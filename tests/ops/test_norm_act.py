@@ -18,6 +18,11 @@ needs_native = pytest.mark.skipif(native.lib() is None, reason=str(native.why_mi
 ISAS = native.lib().supported_isas() if native.lib() else []
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     native.lib().set_isa(request.param)
@@ -147,8 +152,13 @@ def test_gradients(kind, rounding):
         return norm_act(x, weight, bias, scale=scale, shift=shift, residual=residual, kind=kind, activation="silu",
                         groups=1 if rounding != "once" else 2, rounding=rounding)
 
-    tolerance = {"atol": 1e-4, "rtol": 1e-3, "eps": 1e-3} if rounding == "ltx" else {}  # its variance is float32 whatever the input
-    assert torch.autograd.gradcheck(f, args, **tolerance)
+    if rounding == "ltx":  # its variance is float32 whatever the input, too coarse for differences; its gradient is that of "once"
+        upstream = torch.randn_like(args[0])
+        got = torch.autograd.grad(f(*args), args, upstream)
+        options = {"scale": args[3], "shift": args[4], "residual": args[5], "kind": kind, "activation": "silu"}
+        want = torch.autograd.grad(norm_act(*args[:3], **options), args, upstream)
+        return torch.testing.assert_close(got, want)
+    assert torch.autograd.gradcheck(f, args)
 
 
 @needs_native

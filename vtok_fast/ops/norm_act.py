@@ -147,7 +147,8 @@ def _cpu_can_run(call: NormCall) -> str | None:
     if call.x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"no {call.x.dtype} kernel"
     if call.rounding != "once":
-        return f"rounding={call.rounding!r} promises the very bits of a chain of PyTorch's own reductions, whose order of summation only they have"
+        return (f"rounding={call.rounding!r} promises the bits of a chain of PyTorch's own reductions, and only they sum in their "
+                "order")
     return native.why_missing()
 
 

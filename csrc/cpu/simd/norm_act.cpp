@@ -61,7 +61,8 @@ struct Run {
 template <class E>
 VTOK_INLINE const typename E::type* address(const void* data, const int64_t* stride, NormTask k, int64_t c, int64_t h, int64_t w) {
   if (!data) return nullptr;
-  return static_cast<const typename E::type*>(data) + k.b * stride[0] + c * stride[1] + k.t * stride[2] + h * stride[3] + w * stride[4];
+  const int64_t at = k.b * stride[0] + c * stride[1] + k.t * stride[2] + h * stride[3] + w * stride[4];
+  return static_cast<const typename E::type*>(data) + at;
 }
 
 // The pixels of a task from its `done`-th on that lie in one image row, at channel c.
@@ -373,18 +374,22 @@ int64_t norm_scratch(const NormPlan& p) {
 
 void norm_positions(const NormPlan& p, NormTask k, float* scratch) {
   with_epilogue(p, [&](auto e, auto silu, auto plain) {
-    auto f = p.channels_last ? positions_rows<decltype(e), silu.value, plain.value> : positions_planes<decltype(e), silu.value, plain.value>;
-    f(p, k, scratch);
+    using E = decltype(e);
+    (p.channels_last ? positions_rows<E, silu.value, plain.value> : positions_planes<E, silu.value, plain.value>)(p, k, scratch);
   });
 }
 
 void group_moments(const NormPlan& p, NormTask k, Moments* out, float* scratch) {
-  with_type(p.dtype, [&](auto e) { (p.channels_last ? moments_rows<decltype(e)> : moments_planes<decltype(e)>)(p, k, out, scratch); });
+  with_type(p.dtype, [&](auto e) {
+    using E = decltype(e);
+    (p.channels_last ? moments_rows<E> : moments_planes<E>)(p, k, out, scratch);
+  });
 }
 
 void group_apply(const NormPlan& p, NormTask k) {
   with_epilogue(p, [&](auto e, auto silu, auto plain) {
-    (p.channels_last ? apply_rows<decltype(e), silu.value, plain.value> : apply_planes<decltype(e), silu.value, plain.value>)(p, k);
+    using E = decltype(e);
+    (p.channels_last ? apply_rows<E, silu.value, plain.value> : apply_planes<E, silu.value, plain.value>)(p, k);
   });
 }
 
