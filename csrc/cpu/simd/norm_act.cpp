@@ -195,14 +195,15 @@ void moments_rows(const NormPlan& p, NormTask k, Moments* out, float* scratch) {
     for (int64_t c = g * cg; c < (g + 1) * cg; ++c) means[c] = float(out[g].mean);
   for (int64_t c = 0; c < C; c += kLanes) {
     const vfloat mean = load(means + c);
-    vfloat d = {}, q = {};
-    for (int64_t i = 0; i < k.count; ++i) {
-      vfloat v = load(scratch + i * C + c) - mean;
-      d += v;
-      q = fma(v, v, q);
-    }
-    store(sums + c, d);
-    store(squares + c, q);
+    vfloat d[2] = {}, q[2] = {};  // two chains of sums, even and odd pixels
+    for (int64_t i = 0; i < k.count; i += 2)
+      for (int j = 0; j < 2 && i + j < k.count; ++j) {
+        vfloat v = load(scratch + (i + j) * C + c) - mean;
+        d[j] += v;
+        q[j] = fma(v, v, q[j]);
+      }
+    store(sums + c, d[0] + d[1]);
+    store(squares + c, q[0] + q[1]);
   }
   for (int g = 0; g < p.groups; ++g) {
     double d = 0, q = 0;
@@ -295,6 +296,22 @@ void positions_planes(const NormPlan& p, NormTask k, float* scratch) {
   }
 }
 
+constexpr int kChains = 4;  // independent sums: one alone would wait for each addition
+
+// The sums of v - pivot and of its square over n values, which are followed by kChains vectors of room.
+VTOK_INLINE void differences(float* run, int64_t n, float pivot, float* d, float* q) {
+  vfloat ds[kChains] = {}, qs[kChains] = {};
+  for (int j = 0; j < kChains; ++j) store(run + n + j * kLanes, broadcast(pivot));  // what differs by nothing
+  for (int64_t i = 0; i < n; i += kChains * kLanes)
+    for (int j = 0; j < kChains; ++j) {
+      vfloat v = load(run + i + j * kLanes) - pivot;
+      ds[j] += v;
+      qs[j] = fma(v, v, qs[j]);
+    }
+  *d = total((ds[0] + ds[1]) + (ds[2] + ds[3]));
+  *q = total((qs[0] + qs[1]) + (qs[2] + qs[3]));
+}
+
 template <class E>
 void moments_planes(const NormPlan& p, NormTask k, Moments* out, float* run) {
   const int64_t cg = p.channels / p.groups, n = k.count;
@@ -302,24 +319,20 @@ void moments_planes(const NormPlan& p, NormTask k, Moments* out, float* run) {
     double mean = 0, m2 = 0;
     for (int64_t c = 0; c < cg; ++c) {
       fill_run<E>(run_at<E>(p, k, 0, g * cg + c), run);
-      vfloat s = {}, d = {}, q = {};
-      float pivot = 0;
-      if (p.centred) {
-        for (int64_t i = 0; i < n; i += kLanes) s += load(run + i);
-        pivot = total(s) / n;
-        store(run + n, broadcast(pivot));
+      float pivot = 0, d, q;
+      if (p.centred) {  // any value near the mean will do: that of the first few pixels
+        const int64_t few = at_most(n, 16 * kLanes);
+        vfloat s = {};
+        for (int64_t i = 0; i < few; i += kLanes) s += load(run + i);
+        pivot = total(s) / few;
       }
-      for (int64_t i = 0; i < n; i += kLanes) {
-        vfloat v = load(run + i) - pivot;
-        d += v;
-        q = fma(v, v, q);
-      }
+      differences(run, n, pivot, &d, &q);
       if (p.centred) {  // Chan's rule: this channel joins the ones before it
-        const double left = double(total(d)) / n, own = pivot + left, delta = own - mean, before = double(n) * c;
-        m2 += total(q) - left * left * n + delta * delta * (before * n / (before + n));
+        const double left = double(d) / n, own = pivot + left, delta = own - mean, before = double(n) * c;
+        m2 += q - left * left * n + delta * delta * (before * n / (before + n));
         mean += delta * (n / (before + n));
       } else {
-        m2 += total(q);
+        m2 += q;
       }
     }
     out[g] = {double(n) * cg, mean, m2};
@@ -368,7 +381,7 @@ void with_epilogue(const NormPlan& p, F&& f) {
 
 int64_t norm_scratch(const NormPlan& p) {
   const int64_t cg = p.channels / p.groups;
-  const int64_t rows = (p.chunk + 16) * (p.channels + 2 * kLanes), planes = (3 + cg) * rounded_up(p.chunk) + kLanes;
+  const int64_t rows = (p.chunk + 16) * (p.channels + 2 * kLanes), planes = (3 + cg) * rounded_up(p.chunk) + (kChains + 1) * kLanes;
   return p.channels_last ? rows : planes;
 }
 
