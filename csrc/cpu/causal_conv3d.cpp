@@ -63,7 +63,8 @@ double direct_seconds(const ConvProblem& p, const ConvPlan& plan) {
   const bool in_place = narrow && p.x.dtype == DType::f32 && p.x.stride[1] == 1 && int64_t(channels) % lanes(isa) == 0;
   const double gather = in_place ? 0 : p.groups * (runs * 4e-9 + taps * channels * 0.085e-9);
   const double pack = double(plan.variants.size()) * plan.kh * plan.kw * channels * plan.out_channels * 0.5e-9;
-  return 10e-6 + (2 * taps * channels * columns * p.groups / flops(isa) + gather + pack) / std::max(p.threads, 1);
+  const double moved = 0.05e-9 * element_size(p.x.dtype) * (p.x.numel() + p.out.numel());
+  return 10e-6 + (2 * taps * channels * columns * p.groups / flops(isa) + gather + pack + moved) / std::max(p.threads, 1);
 }
 
 // ATen multiplies the zeros of the padding and every repeated tap. Its oneDNN takes the best instruction set there is.
@@ -77,11 +78,13 @@ double aten_seconds(const ConvProblem& p, const ConvPlan& plan) {
     rate = 2.1;
   else if (p.x.dtype != DType::f32)
     rate = 0.01;  // ATen's own loops
-  else if (plan.kh * plan.kw == 1)
-    rate = 0.45;
   const double group_channels = double(std::min(plan.channels, plan.out_channels)) / p.groups;
   if (grouped && group_channels < 16) rate *= group_channels < 2 ? 0.25 : group_channels / 26;
-  return 10e-6 + 2 * macs / (rate * flops(best_isa())) / std::max(p.threads, 1);
+  // Padding in front or unevenly is a copy of the input.
+  const bool copied = p.pad[0] != 0 || p.pad[1] != 0 || p.pad[2] != p.pad[3] || p.pad[4] != p.pad[5] ||
+                      p.spatial_mode != PadMode::zeros || p.upsample[0] * p.upsample[1] * p.upsample[2] > 1;
+  const double moved = 0.03e-9 * element_size(p.x.dtype) * (p.x.numel() * (copied ? 3 : 1) + p.out.numel());
+  return 10e-6 + (2 * macs / (rate * flops(best_isa())) + moved) / std::max(p.threads, 1);
 }
 
 struct Choice {

@@ -152,6 +152,7 @@ struct Direct {
     const int terms = job.patterns[tile.region->pattern].terms;
     const DirectTerm* term = job.terms + job.term_begin[tile.t[0]];  // slots are the same for all rows of a tile
     const int64_t depth_of_slot = slot_depth(tile.set);
+    const Epilogue<E> epilogue(problem, plan, problem.bias ? bias : nullptr);
     bool first = true;
     auto multiply_block = [&](int64_t weight_row, int64_t depth, bool last) {
       for (int64_t panel = panel0; panel < panel1; ++panel) {
@@ -161,13 +162,15 @@ struct Direct {
         float* c = sums + (panel - panel0) * kTileRows * kPanel;
         for (int i = 0; i < row_groups; ++i) {
           const int r0 = tile.rows * i / row_groups, r1 = tile.rows * (i + 1) / row_groups;
+          const int64_t channel = group * job.out_channels + panel * kPanel;
+          if (last) prefetch_out(epilogue, tile, r0, r1, channel, width);
           Multiply multiply;
           if (inner_major)
             multiply = vectors == kVectors ? multiply_of<InnerMajor, kVectors>(r1 - r0) : multiply_of<InnerMajor, 1>(r1 - r0);
           else
             multiply = vectors == kVectors ? multiply_of<RowMajor, kVectors>(r1 - r0) : multiply_of<RowMajor, 1>(r1 - r0);
           multiply(block + r0 * (inner_major ? InnerMajor::row : RowMajor::row), b, depth, c + r0 * kPanel, !first);
-          if (last) finish(tile, r0, r1, c + r0 * kPanel, group * job.out_channels + panel * kPanel, width);
+          if (last) finish(epilogue, tile, r0, r1, c + r0 * kPanel, channel, width);
         }
       }
       first = false;
@@ -190,9 +193,16 @@ struct Direct {
     }
   }
 
+  // The lines that finish() will write arrive while the product runs.
+  void prefetch_out(const Epilogue<E>& epilogue, const Tile& tile, int r0, int r1, int64_t channel, int64_t width) const {
+    for (int r = r0; r < r1; ++r) {
+      const type* out = epilogue.out_pixel(tile.batch[r], tile.t[r], tile.h[r], tile.w[r]) + channel;
+      for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(type))) __builtin_prefetch(out + i, 1);
+    }
+  }
+
   // c: the sums of the rows r0 .. r1 - 1.
-  void finish(const Tile& tile, int r0, int r1, const float* c, int64_t channel, int64_t width) const {
-    const Epilogue<E> epilogue(problem, plan, problem.bias ? bias : nullptr);
+  void finish(const Epilogue<E>& epilogue, const Tile& tile, int r0, int r1, const float* c, int64_t channel, int64_t width) const {
     for (int r = r0; r < r1; ++r, c += kPanel) {
       type* out = epilogue.out_pixel(tile.batch[r], tile.t[r], tile.h[r], tile.w[r]);
       const type* residual = epilogue.residual_pixel(tile.batch[r], tile.t[r], tile.h[r], tile.w[r]);
@@ -210,6 +220,7 @@ struct Direct {
     // Whole vectors of float32 channels are read where they are; anything else is gathered first.
     const bool in_place = sizeof(type) == 4 && C % kLanes == 0 && (!problem.cache || problem.cache.stride[1] == 1) &&
                           problem.x.stride[1] == 1;
+    const Epilogue<E> epilogue(problem, plan, problem.bias ? bias : nullptr);
     const float* weight = panel_at(set_index(*tile.region), group, 0);
     float* sums = block + block_floats();
     const float** at = reinterpret_cast<const float**>(sums + kDotSums);
@@ -245,7 +256,7 @@ struct Direct {
       for (int r = r0; r < r1; ++r) {
         float line[kPanel];
         for (int o = 0; o < outputs; ++o) line[o] = tree_sum(load(sums + ((r - r0) * outputs + o) * kLanes));
-        finish(tile, r, r + 1, line, group * outputs, outputs);
+        finish(epilogue, tile, r, r + 1, line, group * outputs, outputs);
       }
     }
   }
