@@ -32,7 +32,7 @@ def main() -> int:
     if results is None and not options.quick and not options.k:
         results = str(here / "results" / f"{machine.slug(machine.describe())}.json")
     arguments = [str(here / f"{name}.py") for name in options.only or NAMES]
-    arguments += ["-q", "--no-header", "--benchmark-quiet", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+    arguments += ["-q", "--no-header", "--benchmark-quiet", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--disable-warnings",
                   f"--rootdir={here.parent}", f"--confcutdir={here}"]
     arguments += [flag for flag, wanted in (("--quick", options.quick), ("--full", options.full)) if wanted]
     for flag, value in (("--results", results), ("--seconds", options.seconds), ("--threads", options.threads)):
