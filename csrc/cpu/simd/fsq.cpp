@@ -9,6 +9,16 @@ namespace {
 VTOK_INLINE vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
 VTOK_INLINE vint all(int32_t v) { return v - vint{}; }
 
+// level + 1 where z has reached t; a NaN reaches nothing.
+VTOK_INLINE vint counted(vint level, vfloat z, vfloat t) {
+#if defined(__AVX512F__) && VTOK_LANES == 16  // the generic form turns the mask into a vector first
+  const __mmask16 reached = _mm512_cmp_ps_mask((__m512)z, (__m512)t, _CMP_GE_OQ);
+  return (vint)_mm512_mask_add_epi32((__m512i)level, reached, (__m512i)level, _mm512_set1_epi32(1));
+#else
+  return level - (z >= t);
+#endif
+}
+
 // One position, channel by channel, under any strides.
 template <class E>
 void position(const FsqRun& r, const FsqLevels& l, int64_t i) {
@@ -35,17 +45,18 @@ VTOK_INLINE void adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t
   auto* to = static_cast<typename E::type*>(r.codes) + c * r.codes_channel + i;
   const float* thresholds = l.thresholds + c * l.pitch;
   const float half = float(l.levels[c] / 2);
+  const bool power_of_two = !(l.levels[c] / 2 & (l.levels[c] / 2 - 1));  // then the reciprocal is exact, and the product the quotient
   const int64_t count = l.levels[c] - 1;
   vfloat z[kVectors];
   vint level[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) z[v] = E::load(from + v * kLanes);
   for (int64_t k = 0; k < count; ++k) {
     const vfloat t = broadcast(thresholds[k]);
-    for (int v = 0; v < kVectors; ++v) level[v] -= z[v] >= t;
+    for (int v = 0; v < kVectors; ++v) level[v] = counted(level[v], z[v], t);
   }
   for (int v = 0; v < kVectors; ++v) {
     const vint nan = z[v] != z[v];
-    const vfloat code = (to_float(level[v]) - half) / half;
+    const vfloat centred = to_float(level[v]) - half, code = power_of_two ? centred * (1 / half) : centred / half;
     E::store(to + v * kLanes, nan ? z[v] : code);
     vint index = {};
     if (c) memcpy(&index, r.indices + i + v * kLanes, sizeof index);
@@ -77,7 +88,7 @@ VTOK_INLINE bool adjacent_channels(const FsqRun& r, const FsqLevels& l, int64_t 
   for (int64_t v = 0; v < r.channels; ++v) {
     const vfloat z = E::load(from + v * kLanes);
     vint level = {};
-    for (int64_t k = 0; k < l.pitch; ++k, table += kLanes) level -= z >= load(table);
+    for (int64_t k = 0; k < l.pitch; ++k, table += kLanes) level = counted(level, z, load(table));
     const vfloat half = load(table), code = (to_float(level) - half) / half;
     vint basis;
     memcpy(&basis, table + kLanes, sizeof basis);
