@@ -179,16 +179,34 @@ VTOK_INLINE void store_n(typename E::type* p, vfloat v, int n) {
   memcpy(p, whole, n * sizeof *whole);
 }
 
-// exp(x) for x <= 88 (larger saturates), within 2 ulp: 2^n * p(r), r in [-ln2/2, ln2/2], Cody-Waite reduction, degree-6 polynomial.
+// min and max that give x where x is NaN.
+VTOK_INLINE vfloat at_most(vfloat x, vfloat high) {
+#if defined(__AVX512F__) && VTOK_LANES == 16
+  return (vfloat)_mm512_min_ps((__m512)high, (__m512)x);
+#elif defined(__AVX2__) && VTOK_LANES == 8
+  return (vfloat)_mm256_min_ps((__m256)high, (__m256)x);
+#else
+  return x > high ? high : x;
+#endif
+}
+VTOK_INLINE vfloat at_least(vfloat x, vfloat low) {
+#if defined(__AVX512F__) && VTOK_LANES == 16
+  return (vfloat)_mm512_max_ps((__m512)low, (__m512)x);
+#elif defined(__AVX2__) && VTOK_LANES == 8
+  return (vfloat)_mm256_max_ps((__m256)low, (__m256)x);
+#else
+  return x < low ? low : x;
+#endif
+}
+
+// exp(x), within 3 ulp; beyond +-87 it saturates there, NaN stays NaN. 2^n * p(r) with |r| <= ln2/2: Cody-Waite reduction,
+// degree-6 polynomial, the exponent added as an integer.
 VTOK_INLINE vfloat exp(vfloat x) {
-  const vfloat high = broadcast(88.37f), low = broadcast(-87.33f);
-  vint nan = x != x;
-  vfloat bounded = x > high ? high : x;
-  bounded = bounded < low ? low : bounded;
-  vfloat shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+  x = at_least(at_most(x, broadcast(88.37f)), broadcast(-87.33f));
+  vfloat shifted = fma(x, broadcast(1.44269504f), broadcast(12582912.0f));  // 1.5 * 2^23: rounds to an integer in the low bits
   vint n = (vint)shifted - (vint)broadcast(12582912.0f);
   vfloat k = shifted - 12582912.0f;
-  vfloat r = fma(k, broadcast(-0.693145752f), bounded);
+  vfloat r = fma(k, broadcast(-0.693145752f), x);
   r = fma(k, broadcast(-1.42860677e-6f), r);
   vfloat p = broadcast(1.0f / 720);
   p = fma(p, r, broadcast(1.0f / 120));
@@ -197,8 +215,7 @@ VTOK_INLINE vfloat exp(vfloat x) {
   p = fma(p, r, broadcast(0.5f));
   p = fma(p, r, broadcast(1.0f));
   p = fma(p, r, broadcast(1.0f));
-  vfloat result = p * (vfloat)((n + 127) << 23);
-  return nan ? x : result;
+  return p * (vfloat)((n + 127) << 23);
 }
 
 VTOK_INLINE vfloat silu(vfloat x) { return x / (1.0f + exp(-x)); }
