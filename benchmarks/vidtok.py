@@ -33,7 +33,7 @@ class Case:
 def cases(settings: Settings) -> list[Case]:
     if settings.quick:
         return [Case("tiny", (9, 64, 64))]
-    chosen = [Case("tiny", (17, 128, 128)), Case("fsq_causal_488_32768", (17, 64, 64))]
+    chosen = [Case("tiny", (17, 128, 128)), Case("fsq_causal_488_32768", (17, 96, 96))]
     return chosen + [Case("fsq_causal_488_32768", (17, 256, 256), memory=True)] if settings.full else chosen
 
 
