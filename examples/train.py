@@ -4,7 +4,8 @@
 
 AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average of the weights, which is what is saved.
 The loss is the mean absolute error, plus the mean squared error, plus the error of neighbouring pixels' differences (sharp edges
-cost more than flat ones), plus the quantiser's own loss where --aux is not 0. There is no perceptual network in it.
+cost more than flat ones), plus a penalty that keeps latents out of the flat part of the quantiser's bound, plus the quantiser's own
+loss where --aux is not 0. There is no perceptual network in it.
 
 `--output FOLDER` gets `state.pt` (everything that --resume needs), `model.safetensors` (the averaged weights) and `loss.png`.
 Batches depend on the seed and the number of the step alone, so a resumed run sees what an uninterrupted one would have seen.
@@ -28,7 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from training_data import Clips, parse_hold_out  # beside this file
+from initialise import initialise  # this and the next lie beside this file
+from training_data import Clips, parse_hold_out
 
 from vtok_fast.models import VidTok
 from vtok_fast.tokens import write_atomically
@@ -48,16 +50,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("data/run"))
     parser.add_argument("--steps", type=int, help="stop after so many steps")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes of training, resumed ones counted together")
+    parser.add_argument("--stop", type=int, metavar="STEP", help="stop at this step, to be resumed; the schedule stays that of the whole run")
     parser.add_argument("--crop", type=parse_crop, nargs="+", metavar="BxTxHxW", help="shapes of batches, one drawn per step",
-                        default=[(1, 9, 64, 64), (1, 9, 64, 64), (1, 17, 64, 64), (1, 5, 96, 96)])
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--warmup", type=int, default=200, help="steps")
+                        default=[(1, 9, 40, 40), (1, 9, 48, 48), (1, 9, 64, 64), (1, 5, 56, 56)])
+    parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate")
+    parser.add_argument("--warmup", type=int, default=50, help="steps")
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--clip", type=float, default=1.0, help="highest norm of the gradient")
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--mse", type=float, default=1.0, help="weight of the squared error")
     parser.add_argument("--edges", type=float, default=0.5, help="weight of the error of neighbouring pixels' differences")
     parser.add_argument("--aux", type=float, default=0.0, help="weight of the quantiser's loss")
+    parser.add_argument("--saturation", type=float, default=0.1, help="weight of the penalty on latents where tanh is flat")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; fast where the CPU has the instructions")
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--every", type=int, default=500, help="validate and save every so many steps")
@@ -118,11 +122,16 @@ def progress(options: argparse.Namespace, state: State) -> float:
 
 def loss_of(model: torch.nn.Module, x: Tensor, options: argparse.Namespace, step: int) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+        kept: list[Tensor] = []
+        handle = model.encoder.register_forward_hook(lambda module, args, z: kept.append(z.float()))
         if options.aux:
             result = model.reconstruct(x, step=step)
             y, aux = result.video.float(), options.aux * result.loss
         else:
             y, aux = model(x).float(), 0.0
+        handle.remove()
+    # Beyond 1.5 the bound of the quantiser is flat: no gradient leads back, and 8 levels become 2.
+    aux = aux + options.saturation * F.relu(kept[0].abs() - 1.5).square().mean()
     error = y - x
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3, 4))
     return error.abs().mean() + options.mse * F.mse_loss(y, x) + options.edges * edges + aux
@@ -177,18 +186,19 @@ def train(options: argparse.Namespace, console: Console) -> State:
         torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
     model = MODELS[options.model](options.config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=options.weight_decay)
+    clips, validation = Clips(options.data, options.hold_out), validation_clips(options)
+    initialise(model, clips.sample(random.Random(options.seed), (8, *options.crop[0][1:])))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay)
     state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
     if options.resume:
         state.load(options.output)
-    clips, validation = Clips(options.data, options.hold_out), validation_clips(options)
     console.print(f"{options.model} {options.config}: {sum(p.numel() for p in model.parameters()):,} parameters, "
                   f"{torch.get_num_threads()} threads, from step {state.step}")
     columns = (TextColumn("step {task.fields[step]:>6}  loss {task.fields[loss]:.4f}  held out {task.fields[psnr]} dB"), BarColumn(),
                TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=1.0, step=state.step, loss=0.0, psnr="-")
-        while progress(options, state) < 1.0:
+        while progress(options, state) < 1.0 and state.step != options.stop:
             began = time.perf_counter()
             dice = random.Random(f"{options.seed} {state.step}")
             loss = loss_of(model, clips.sample(dice, dice.choice(options.crop)), options, state.step)
@@ -203,15 +213,16 @@ def train(options: argparse.Namespace, console: Console) -> State:
             update_average(state.average, model, options.ema, state.step)
             state.losses.append(loss.item())
             state.seconds += time.perf_counter() - began
-            last = progress(options, state) >= 1.0
+            last = progress(options, state) >= 1.0 or state.step == options.stop
             if last or state.step % options.every == 0:
                 if validation is not None:
                     state.validations.append([state.step, psnr(state.average, validation)])
                     bar.update(task, psnr=f"{state.validations[-1][1]:.2f}")
                 state.save(options.output)
                 recent = state.losses[-options.every :]
-                console.print(json.dumps({"step": state.step, "minutes": round(state.seconds / 60, 2), "loss": sum(recent) / len(recent),
-                                          "psnr": state.validations[-1][1] if validation is not None else None}), highlight=False)
+                line = {"step": state.step, "minutes": round(state.seconds / 60, 2), "loss": round(sum(recent) / len(recent), 4),
+                        "psnr": round(state.validations[-1][1], 3) if validation is not None else None}
+                console.print(json.dumps(line), highlight=False, soft_wrap=True)
             bar.update(task, completed=progress(options, state), step=state.step, loss=state.losses[-1])
     return state
 

@@ -1,0 +1,75 @@
+# The commands of this project. Each sets up what it needs: .venv with pinned packages, and the native module, rebuilt when its
+# sources change. `make` alone lists them.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
+
+# A build for other GPUs is another build.
+BUILT := $(VENV)/.built-$(shell printf '%s' '$(VTOK_FAST_CUDA_ARCHS)' | tr -c 'A-Za-z0-9' '_')
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+VIDEO ?=
+CONFIG ?=
+CHECKPOINT ?=
+DEMO_OPTIONS = $(if $(VIDEO),--video '$(VIDEO)') $(if $(CONFIG),--config '$(CONFIG)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all bench setup needs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  make demo VIDEO=my.mp4 CONFIG=fsq_causal_488_32768 CHECKPOINT=vidtok_fsq_causal_488_32768.ckpt"
+	@echo "  make test PYTHON=/usr/bin/python3.12      (which Python .venv is made from)"
+
+demo: setup $(if $(VIDEO),,data/bikes.mp4) ## a real clip through VidTok, plain and accelerated; the result is in demo/
+	@$(RUN) -m vtok_fast.cli demo $(DEMO_OPTIONS)
+
+test: setup ## the tests, but for the slow ones
+	@$(RUN) -m pytest -m "not slow"
+
+test-all: setup ## every test
+	@$(RUN) -m pytest
+
+bench: setup ## each op beside its strongest peers
+	@$(RUN) -m benchmarks
+
+setup: $(BUILT) ## .venv, the packages and the native module
+
+clean: ## remove what was built and written, except .venv and data
+	@rm -rf build dist demo *.egg-info .pytest_cache .benchmarks .hypothesis vtok_fast/_C*.so $(VENV)/.built-*
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# One line names the Debian package that is missing, before anything else happens.
+needs:
+	@missing() { echo "missing: $$1. Install it: apt install $$2"; exit 1; }; \
+	command -v git >/dev/null || missing git git; \
+	command -v g++ >/dev/null || missing "g++ (the C++ compiler)" g++; \
+	command -v $(PYTHON) >/dev/null || missing $(PYTHON) python3; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || missing "Python 3.10 or newer ($(PYTHON) is older)" python3; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing "Python's module venv" python3-venv; \
+	$(PYTHON) -c 'import os, sysconfig, sys; sys.exit(not os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' \
+	  || missing "Python.h (Python's headers)" python3-dev
+
+$(VENV)/.created: | needs
+	@echo "Making $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed: requirements-dev.txt $(VENV)/.created
+	@echo "Installing the packages of requirements-dev.txt (torch is large: some minutes)"
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(BUILT): $(SOURCES) $(VENV)/.installed
+	@echo "Building the native module"
+	@$(PIP) --no-deps --editable .
+	@rm -f $(VENV)/.built-*
+	@touch $@
+
+data/bikes.mp4: scripts/fetch_clip.py | $(BUILT)
+	@$(RUN) scripts/fetch_clip.py data
+	@touch $@

@@ -1,0 +1,188 @@
+"""The command line: what it prints, its exit codes, and that bad input is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+
+from vtok_fast import doctor  # noqa: E402
+from vtok_fast.models import VidTok  # noqa: E402
+from vtok_fast.tokens import Tokens  # noqa: E402
+from vtok_fast.video import read_video, write_video  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*options: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "vtok_fast.cli", *map(str, options)], capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | environment)
+
+
+def one_line(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 1, result
+    assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Twenty frames of a gradient that moves."""
+    path = tmp_path_factory.mktemp("clip") / "waves.mp4"
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 48), torch.linspace(-1, 1, 64), indexing="ij")
+    frames = [torch.stack((torch.sin(3 * x + t / 4), torch.cos(2 * y - t / 6), x * y)) for t in range(20)]
+    write_video(path, torch.stack(frames, 1), fps=10)
+    return path
+
+
+@pytest.fixture(scope="module")
+def demo(clip, tmp_path_factory):
+    output = tmp_path_factory.mktemp("out") / "demo"
+    return run("demo", "--video", clip, "--output", output, "--size", 32, "--rounds", 1, "--threads", 1, "--json"), output
+
+
+def test_info(tmp_path):
+    result = run("info", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["torch"] == torch.__version__
+    assert set(facts["ops"]) >= {"causal_conv3d", "norm_act", "fsq"}
+    assert all(backends["reference"] is None for backends in facts["ops"].values())
+    assert "causal_conv3d" in run("info", cwd=tmp_path).stdout
+
+
+def test_demo_writes_a_folder(demo, clip):
+    result, output = demo
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in output.iterdir()} == {"tokens.safetensors", "reconstruction.mp4", "demo.png", "demo.json"}
+    assert json.loads(result.stdout) == json.loads((output / "demo.json").read_text())
+    tokens = Tokens.load(output / "tokens.safetensors")
+    assert tokens.video_shape == (17, 32, 32) and tuple(tokens.indices.shape) == (1, 5, 4, 4)
+    back = read_video(output / "reconstruction.mp4")
+    assert back.video.shape == (3, 17, 32, 32) and back.fps == 10
+    assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_measures(demo, clip):
+    facts = json.loads(demo[0].stdout)
+    assert facts["trained"] and facts["shape"] == [1, 3, 17, 32, 32]
+    assert facts["swapped"] > 0 or facts["skipped"] > 0
+    assert facts["parity"]["ok"] and facts["parity"]["tokens"]["total"] == 5 * 4 * 4
+    for variant in ("eager", "fast"):
+        part = facts["seconds"][variant]
+        assert 0 < part["encode"] < part["total"] and 0 < part["decode"] < part["total"]
+        assert facts["peak_bytes"] is None or facts["peak_bytes"][variant] > 0
+    assert facts["compression"]["ratio"] == pytest.approx(3 * 17 * 32 * 32 * 8 / (80 * 15))
+    # The tokens that it wrote hold the picture: decoded, they are the reconstruction.
+    model = VidTok.from_checkpoint(ROOT / "vtok_fast" / "models" / "weights" / "vidtok_tiny.safetensors").eval()
+    video = model.decode(Tokens.load(demo[1] / "tokens.safetensors"))[0]
+    source = read_video(clip, size=(32, 32), frames=17).video
+    assert 10 * torch.log10(4 / (video.clamp(-1, 1) - source).square().mean()) == pytest.approx(facts["psnr_db"], abs=0.01)
+
+
+def test_demo_says_so_without_weights(clip, tmp_path):
+    result = run("demo", "--video", clip, "--output", tmp_path / "demo", "--size", 16, "--rounds", 1, "--config", "fsq_causal_488_4096",
+                 "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    assert "RANDOM WEIGHTS" in result.stdout
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["trained"] is False
+
+
+def test_demo_on_a_short_clip(clip, tmp_path):
+    result = run("demo", "--video", clip, "--output", tmp_path / "demo", "--size", 16, "--rounds", 1, "--start", 13, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["shape"] == [1, 3, 5, 16, 16]  # 7 frames are left, 1 + 4 come back complete
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--video", "nowhere.mp4"), "no video at nowhere.mp4"),
+    ((), "data/bikes.mp4 is not there"),
+    (("--config", "huge"), "config='huge'"),
+    (("--checkpoint", "none.ckpt"), "no checkpoint at none.ckpt"),
+    (("--chunks", "0"), "chunks=0"),
+    (("--size", "20"), "multiples of 8"),
+])
+def test_demo_with_bad_input(clip, tmp_path, options, message):
+    given = () if options == () or "--video" in options else ("--video", clip)
+    assert message in one_line(run("demo", *given, *options, cwd=tmp_path))
+    assert not (tmp_path / "demo").exists() or not list((tmp_path / "demo").iterdir())
+
+
+def test_demo_on_a_file_that_is_no_video(tmp_path):
+    (tmp_path / "notes.mp4").write_text("no video")
+    assert "notes.mp4 cannot be read as a video" in one_line(run("demo", "--video", "notes.mp4", cwd=tmp_path))
+
+
+def test_check(tmp_path):
+    result = run("check", "--json", cwd=tmp_path)
+    facts = json.loads(result.stdout)
+    assert result.returncode == 0, [outcome for outcome in facts["outcomes"] if not outcome["ok"]]
+    assert {outcome["op"] for outcome in facts["outcomes"]} >= {"causal_conv3d", "norm_act", "fsq", "VidTok"}
+    measured = [outcome for outcome in facts["outcomes"] if outcome["error"] is not None]
+    assert measured and all(outcome["error"] <= outcome["bound"] for outcome in measured)
+
+
+def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys):
+    from vtok_fast import check, cli
+
+    def wrong(*args, backend=None, **options):
+        return norm_act(*args, backend="reference", **options) * (1.0 if backend == "reference" else 1.001)
+
+    norm_act = check.norm_act
+    monkeypatch.setattr(check, "norm_act", wrong)
+    monkeypatch.setattr(check, "available_backends", lambda: {"norm_act": {"cpu": None}})
+    monkeypatch.setattr(check, "_vidtok", lambda: iter(()))
+    monkeypatch.setattr(sys, "argv", ["vtok-fast", "check", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert any(not outcome["ok"] for outcome in json.loads(capsys.readouterr().out)["outcomes"])
+
+
+def test_bench_passes_its_options_on(tmp_path):
+    result = run("bench", "no_such_op", "--quick", cwd=tmp_path)
+    assert result.returncode != 0 and "no_such_op" in result.stderr
+
+
+def test_doctor(tmp_path):
+    result = run("doctor", "--json", cwd=tmp_path)
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    assert findings["torch"]["level"] == "ok" and torch.__version__ in findings["torch"]["text"]
+    assert result.returncode == int(any(finding["level"] == "bad" for finding in findings.values()))
+
+
+def blocked(folder: Path, module: str) -> dict[str, str]:
+    """An environment in which a module cannot be imported."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules[{module!r}] = None\n")
+    return os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def test_doctor_without_torch(tmp_path):
+    result = subprocess.run([sys.executable, doctor.__file__], capture_output=True, text=True, env=blocked(tmp_path, "torch"))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "bad   torch: cannot be imported" in result.stdout and "-> " in result.stdout
+
+
+def test_doctor_without_the_native_module(tmp_path):
+    result = subprocess.run([sys.executable, doctor.__file__], capture_output=True, text=True, env=blocked(tmp_path, "vtok_fast._C"))
+    assert result.returncode == 1
+    assert "bad   native module: the native module is not built" in result.stdout and "pip install ." in result.stdout
+
+
+@pytest.mark.parametrize(("openmp", "level"), [([], "ok"), (["/a/libgomp.so.1"], "ok"), (["/a/libgomp.so.1", "/b/libiomp5.so"], "hint")])
+def test_doctor_counts_openmp_runtimes(openmp, level):
+    assert doctor._openmp({"openmp": openmp}).level == level
+
+
+@pytest.mark.parametrize(("version", "cuda", "level"), [("2.5.1+cpu", False, "bad"), ("2.6.0", False, "ok"), ("2.9.1", True, "hint"),
+                                                       ("2.9.1", False, "ok"), ("2.13.0+cpu", False, "ok")])
+def test_doctor_knows_torch_versions(version, cuda, level):
+    assert doctor._torch({"torch": version, "cuda": cuda, "threads": 2}, "").level == level

@@ -1,0 +1,95 @@
+"""The training example: that it learns, that it resumes where it stopped, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+
+from vtok_fast.models import VidTok  # noqa: E402
+from vtok_fast.video import write_video  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--threads", "1", "--crop", "1x5x16x16", "--warmup", "2", "--ema", "0.5")
+
+
+def train(*options: str | Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, ROOT / "examples" / "train.py", *map(str, options)], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 96), indexing="ij")
+    for name, phase in (("one", 0.0), ("two", 1.5)):
+        frames = [torch.stack((torch.sin(3 * x + phase + t / 5), torch.cos(2 * y), x * y)) for t in range(20)]
+        write_video(folder / f"{name}.mp4", torch.stack(frames, 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """Six steps without a break, with three frames of validation held out of one clip."""
+    output = tmp_path_factory.mktemp("run")
+    result = train("--data", data, "--output", output, "--steps", 6, "--every", 3, "--hold-out", "two.mp4:0-17", *SMALL)
+    assert result.returncode == 0, result.stderr
+    return output, result.stdout
+
+
+def test_it_writes_what_it_says(run):
+    output, said = run
+    assert {path.name for path in output.iterdir()} == {"state.pt", "model.safetensors", "loss.png"}
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert all(0 < line["psnr"] < 60 for line in lines)
+    assert VidTok.from_checkpoint(output / "model.safetensors").config.name == "tiny"
+
+
+def test_the_average_lags_behind(run):
+    state = torch.load(run[0] / "state.pt", weights_only=True)
+    saved = VidTok.from_checkpoint(run[0] / "model.safetensors").state_dict()
+    assert all(torch.equal(saved[key], value) for key, value in state["average"].items())
+    assert any(not torch.equal(saved[key], value) for key, value in state["model"].items())
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(run, data, tmp_path):
+    options = ("--data", data, "--output", tmp_path, "--every", 3, "--hold-out", "two.mp4:0-17", *SMALL)
+    for stop in (("--stop", 3), ("--resume",)):
+        result = train("--steps", 6, *stop, *options)
+        assert result.returncode == 0, result.stderr
+    unbroken, resumed = (torch.load(folder / "state.pt", weights_only=True) for folder in (run[0], tmp_path))
+    assert resumed["step"] == 6 and resumed["losses"] == unbroken["losses"]
+    for part in ("model", "average"):
+        assert all(torch.equal(resumed[part][key], value) for key, value in unbroken[part].items())
+
+
+def test_it_learns(data, tmp_path):
+    result = train("--data", data, "--output", tmp_path, "--steps", 40, "--every", 40, "--lr", "3e-3", *SMALL)
+    assert result.returncode == 0, result.stderr
+    losses = torch.load(tmp_path / "state.pt", weights_only=True)["losses"]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--data", "nowhere"), "no video"),
+    (("--hold-out", "other.mp4:0-17"), "hold_out='other.mp4'"),
+    (("--hold-out", "two.mp4:0-9"), "fewer than"),
+    (("--crop", "1x5x512x512"), "512x512"),
+    (("--config", "huge"), "config='huge'"),
+    (("--resume",), "state.pt"),
+])
+def test_bad_input_is_one_line(data, tmp_path, options, message):
+    result = train("--data", data, "--output", tmp_path, "--steps", 1, *SMALL, *options)
+    assert result.returncode == 1
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("train: ") and message in lines[-1]
+    assert "Traceback" not in result.stderr

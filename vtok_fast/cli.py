@@ -1,0 +1,177 @@
+"""The command `vtok-fast`: info, doctor, demo, check, bench.
+
+Whatever needs torch is imported inside the commands, so that `doctor` and `--help` work without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(help="Fast kernels for video tokenizers.", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def main() -> None:
+    """The console script: an expected error is one line on standard error and exit code 1."""
+    try:
+        app()
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        print(f"vtok-fast: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, the processor, threads, and which backends each op has here."""
+    import platform
+
+    import torch
+
+    import vtok_fast
+    from vtok_fast import native
+
+    lib = native.lib()
+    facts: dict[str, Any] = {
+        "vtok_fast": vtok_fast.__version__, "torch": torch.__version__, "python": platform.python_version(), "cpu": _cpu_name(),
+        "native_module": native.why_missing() or "built", "isa": lib.isa() if lib else None,
+        "supported_isas": list(lib.supported_isas()) if lib else [], "threads": torch.get_num_threads(),
+        "threading_runtime": lib.threading_runtime() if lib else None, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "ops": vtok_fast.available_backends(),
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        if key != "ops":
+            text = ", ".join(value) if isinstance(value, list) else "none" if value is None else str(value)
+            table.add_row(key.replace("_", " "), text)
+    ops = Table("op", "backend", "here")
+    for op, backends in facts["ops"].items():
+        for name, missing in backends.items():
+            ops.add_row(op, name, "yes" if missing is None else f"no: {missing}")
+    console = Console()
+    console.print(table)
+    console.print(ops)
+
+
+def _cpu_name() -> str:
+    import platform
+
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look for what is wrong with this installation; exit code 1 if something is."""
+    from vtok_fast.doctor import examine
+    from vtok_fast.doctor import main as report
+
+    if not as_json:
+        raise typer.Exit(report())
+    findings = examine()
+    _print_json([dataclasses.asdict(finding) for finding in findings])
+    raise typer.Exit(int(any(finding.level == "bad" for finding in findings)))
+
+
+@app.command()
+def demo(
+    video: Annotated[Optional[Path], typer.Option(help="A video file. Default: the clip that scripts/fetch_clip.py puts into data/.")] = None,
+    config: Annotated[str, typer.Option(help="A VidTok configuration by name.")] = "tiny",
+    checkpoint: Annotated[Optional[Path], typer.Option(help="Its weights. Without, a released configuration runs on random ones.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("demo"),
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 128,
+    start: Annotated[Optional[int], typer.Option(help="First frame.")] = None,
+    chunks: Annotated[Optional[int], typer.Option(help="Chunks of 17 frames.")] = None,
+    rounds: Annotated[Optional[int], typer.Option(help="Timed repetitions of each variant.")] = None,
+    threads: Annotated[Optional[int], typer.Option(help="Threads. Default: torch's own choice.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a real clip through VidTok, in plain PyTorch and accelerated, and show what differs."""
+    import torch
+    from rich.console import Console
+
+    from vtok_fast.demo import Options, run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = Options(video, config, checkpoint, output, size, start, chunks, rounds)
+    result = run(options) if as_json else run(options, Console().print)
+    if as_json:
+        _print_json(result)
+    raise typer.Exit(0 if result["parity"]["ok"] else 1)
+
+
+@app.command()
+def check(as_json: Json = False) -> None:
+    """Compare every op and a VidTok with the reference on this machine; exit code 1 if one is too far off."""
+    from vtok_fast.check import outcomes
+
+    found = list(outcomes())
+    failed = [outcome for outcome in found if not outcome.ok]
+    if as_json:
+        _print_json({"ok": not failed, "outcomes": [dataclasses.asdict(outcome) for outcome in found]})
+        raise typer.Exit(int(bool(failed)))
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("op", "backend", "case", "result")
+    for outcome in found:
+        text = f"not run: {outcome.skipped}" if outcome.skipped else ("" if outcome.ok else "TOO FAR: ") + outcome.text
+        table.add_row(outcome.op, outcome.backend, outcome.case, text)
+    console = Console()
+    console.print(table)
+    skipped = sum(outcome.skipped is not None for outcome in found)
+    console.print(f"{len(found) - len(failed) - skipped} within their contract, {len(failed)} not, {skipped} not run")
+    raise typer.Exit(int(bool(failed)))
+
+
+@app.command()
+def bench(
+    names: Annotated[Optional[list[str]], typer.Argument(help="causal_conv3d, norm_act, fsq, ... Default: all.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few, small cases.")] = False,
+    threads: Annotated[Optional[int], typer.Option(help="Threads.")] = None,
+    match: Annotated[Optional[str], typer.Option("-k", help="Only cases whose name matches.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time each op beside its strongest peers (the benchmarks come with the source, not with the wheel)."""
+    import tempfile
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise FileNotFoundError(f"bench: there is no {root / 'benchmarks'}; run it in a clone of the source, installed by pip install -e .")
+    command = [sys.executable, "-m", "benchmarks", *(word for name in names or () for word in ("--only", name))]
+    command += ["--quick"] if quick else []
+    command += ["--threads", str(threads)] if threads else []
+    command += ["-k", match] if match else []
+    if not as_json:
+        raise typer.Exit(subprocess.run(command, cwd=root).returncode)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.json"
+        status = subprocess.run([*command, "--json", str(file)], cwd=root, stdout=sys.stderr).returncode
+        if file.is_file():
+            print(file.read_text())
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    main()

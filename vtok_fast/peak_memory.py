@@ -1,0 +1,75 @@
+"""The peak memory of one encode and decode of a VidTok, each variant in a fresh process.
+
+    peak("eager", (17, 128, 128), config="tiny", checkpoint=path)  # bytes
+
+Measured is the high-water resident set during the work, minus what was resident when the model was loaded and swapped. That
+counts everything the work allocates, in Python, in torch, and in the native module, at the allocator's own granularity.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+VARIANTS = ("eager", "fast", "fast without weight cache")
+
+
+def peak(variant: str, shape: tuple[int, int, int], *, config: str | dict[str, Any], checkpoint: str | os.PathLike | None = None,
+         threads: int | None = None) -> int:
+    """Bytes that encoding and decoding one video of shape (T, H, W) takes at most, beyond the loaded model.
+
+    Raises ValueError for an unknown variant, RuntimeError if the process failed (its last line is in the message) or the system
+    keeps no high-water mark (it is Linux's /proc/self/status).
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is none of {', '.join(VARIANTS)}")
+    task = {"variant": variant, "shape": list(shape), "config": config, "checkpoint": None if checkpoint is None else str(checkpoint),
+            "threads": threads}
+    environment = dict(os.environ)
+    if variant == "fast without weight cache":
+        environment["VTOK_FAST_WEIGHT_CACHE"] = "0"
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")])
+    result = subprocess.run([sys.executable, "-m", "vtok_fast.peak_memory", json.dumps(task)], capture_output=True, text=True,
+                            env=environment)
+    if result.returncode:
+        reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]
+        raise RuntimeError(f"measuring the memory of {variant}: {reason}")
+    return int(result.stdout.split()[-1])
+
+
+def _resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (highest) of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _measure(task: dict[str, Any]) -> int:
+    import torch
+
+    from vtok_fast.models import VidTok
+
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    torch.manual_seed(0)
+    model = VidTok.from_checkpoint(task["checkpoint"], task["config"]) if task["checkpoint"] else VidTok(task["config"])
+    model.eval()
+    if task["variant"] != "eager":
+        import vtok_fast
+
+        vtok_fast.accelerate(model, check=False)  # a check would leave freed memory behind that the work then reuses
+    video = torch.rand(1, model.config.in_channels, *task["shape"]) * 2 - 1
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _resident("VmRSS")
+    with torch.inference_mode():
+        model.decode(model.encode(video))
+    return _resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(_measure(json.loads(sys.argv[1])))
