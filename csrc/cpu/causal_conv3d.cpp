@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu/huge_pages.h"
 #include "cpu/simd/conv_direct.h"
 #include "cpu/winograd.h"
 
@@ -124,6 +125,7 @@ Status causal_conv3d(const ConvProblem& p) {
   ConvPlan plan;
   VTOK_RETURN_IF_ERROR(make_plan(p, &plan));
   if (p.out.numel() == 0) return Status::Ok();
+  advise_huge_pages(p.out);
   const Algorithm algorithm = p.algorithm == Algorithm::automatic ? native_choice(p, plan).algorithm : p.algorithm;
   const int m = static_cast<int>(algorithm);
   if (algorithm != Algorithm::direct && winograd_can_run(p, plan, m)) return conv_winograd(p, plan, m);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 
 namespace vtok::cpu {
@@ -39,6 +40,8 @@ Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices,
                     const std::vector<int64_t>& levels, int dim, int threads) {
   VTOK_RETURN_IF_ERROR(check(z, codes, indices, thresholds, levels, dim));
   if (z.numel() == 0) return Status::Ok();
+  advise_huge_pages(codes);
+  advise_huge_pages(indices);
   const int64_t channels = static_cast<int64_t>(levels.size());
   std::vector<int32_t> basis(channels);
   for (int64_t c = 0, b = 1; c < channels; b *= levels[c++]) basis[c] = static_cast<int32_t>(b);

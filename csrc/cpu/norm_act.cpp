@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 
 namespace vtok::cpu {
@@ -117,6 +118,7 @@ Status norm_act(const NormProblem& p) {
   plan.frames = p.x.size[2], plan.height = p.x.size[3], plan.width = p.x.size[4];
   const int64_t C = plan.channels, area = plan.height * plan.width;
   if (plan.batch * C * plan.frames * area == 0) return Status::Ok();
+  advise_huge_pages(p.out);
   for (int i = 0; i < 5; ++i) {
     plan.x_stride[i] = p.x.stride[i], plan.residual_stride[i] = p.residual.stride[i], plan.out_stride[i] = p.out.stride[i];
     plan.scale_stride[i] = p.scale.stride[i], plan.shift_stride[i] = p.shift.stride[i];

@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/conv_winograd.h"
 #include "cpu/weight_cache.h"
@@ -24,6 +25,7 @@ using Floats = std::shared_ptr<float>;
 
 Floats allocate(int64_t floats) {
   void* p = std::aligned_alloc(64, size_t((floats * 4 + 63) / 64 * 64));
+  if (p) advise_huge_pages(p, floats * 4);
   return Floats(static_cast<float*>(p), std::free);
 }
 

@@ -1,6 +1,7 @@
 // The direct convolution on one instruction set: weights are packed once per call, then every task gathers a block of input
 // pixels (zeros, border copies and upsampling happen in that gather), multiplies it with all panels of its output channels, and
 // finishes the tile (bias, activation, residual, type) while it is in the cache.
+#include "cpu/huge_pages.h"
 #include "cpu/simd/conv_direct.h"
 
 #include <cstdlib>
@@ -93,6 +94,7 @@ struct Direct {
     const int64_t total = (weight_floats + bias_floats + zero_floats + threads * scratch_floats) * 4;
     weights = static_cast<float*>(aligned_alloc(64, size_t(total)));
     if (!weights) return false;
+    advise_huge_pages(weights, total);
     bias = weights + weight_floats;
     zero_line = bias + bias_floats;
     scratch = zero_line + zero_floats;
