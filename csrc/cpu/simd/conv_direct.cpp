@@ -1,11 +1,11 @@
 // The direct convolution on one instruction set: weights are packed once per call, then every task gathers a block of input
 // pixels (zeros, border copies and upsampling happen in that gather), multiplies it with all panels of its output channels, and
 // finishes the tile (bias, activation, residual, type) while it is in the cache.
-#include "cpu/huge_pages.h"
 #include "cpu/simd/conv_direct.h"
 
 #include <cstdlib>
 
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/conv_direct_pack.h"
 #include "cpu/simd/conv_epilogue.h"
