@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vtok_fast import native
+
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 import golden  # noqa: E402
@@ -35,6 +37,13 @@ def test_golden_file(name):
     checks = golden.check_file(FILES[name])
     assert {check.case for check in checks} >= set(golden.Golden.load(FILES[name]).cases)
     assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+@pytest.mark.parametrize("algorithm", ["direct", "winograd2", "winograd4"])
+@pytest.mark.parametrize("name", sorted(FILES) or [pytest.param("none", marks=pytest.mark.skip("no golden files found"))])
+def test_golden_file_accelerated(name, algorithm):
+    assert [check for check in golden.check_file(FILES[name], "cpu", algorithm) if not check.passed] == []
 
 
 def rewrite(source: Path, target: Path, *, key: str = "", change=None, meta: dict | None = None) -> Path:
