@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -12,8 +13,9 @@ def initialise(model: torch.nn.Module, x: Tensor) -> None:
 
     Convolutions on the main path pass each pixel on, times an orthogonal matrix of channels (a strided one passes on the mean of its
     window), and residual branches start at zero. The first layers get small random biases, because a norm over channels keeps the
-    brightness of a pixel only relative to a constant (large ones hide the signal, and every learning rate is then too high). The encoder's last layer gives the largest principal components of its input on x, with
-    variance 1: several quantisation steps. The decoder's last layer is the least-squares fit of x to its input.
+    brightness of a pixel only relative to a constant (large ones hide the signal, and every learning rate is then too high). The encoder's last layer gives the mean colours, as well as its
+    input can tell them, and the largest principal components of what else is in it, all with variance 1: several quantisation steps.
+    The decoder's last layer is the least-squares fit of x to its input.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
@@ -33,18 +35,43 @@ def initialise(model: torch.nn.Module, x: Tensor) -> None:
     for network in (model.encoder, model.decoder):
         network.conv_out.register_forward_pre_hook(lambda module, args: features.append(args[0]))
     model(x)
-    inner = features.pop(0).movedim(1, -1).flatten(0, -2)
-    values, vectors = torch.linalg.eigh(torch.cov(inner.T))
-    components = (vectors / values.clamp(min=1e-6).sqrt()).T.flip(0)[: model.config.z_channels]
-    set_pointwise(innermost(model.encoder.conv_out), components, bias=-components @ inner.mean(0))
+    inner = features.pop(0)
+    colours = F.adaptive_avg_pool3d(x, inner.shape[2:])
+    components, offset = projections(pixels(inner), pixels(colours), model.config.z_channels)
+    set_pointwise(innermost(model.encoder.conv_out), components, bias=offset)
     model(x)
-    outer = features[-1][:, :, -x.shape[2] :].movedim(1, -1).flatten(0, -2)
-    outer = torch.cat((outer, torch.ones_like(outer[:, :1])), 1).double()
-    gram = outer.T @ outer + 1e-6 * outer.shape[0] * torch.eye(outer.shape[1])
-    solution = torch.linalg.solve(gram, outer.T @ x.movedim(1, -1).flatten(0, -2).double()).float()
-    set_pointwise(innermost(model.decoder.conv_out), solution[:-1].T, bias=solution[-1])
+    outer = pixels(features[-1][:, :, -x.shape[2] :])
+    solution = regress(outer, pixels(x))
+    set_pointwise(innermost(model.decoder.conv_out), solution.T, bias=pixels(x).mean(0) - outer.mean(0) @ solution)
     for network in (model.encoder, model.decoder):
         network.conv_out._forward_pre_hooks.clear()
+
+
+def pixels(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B*T*H*W, C)"""
+    return x.movedim(1, -1).flatten(0, -2)
+
+
+def regress(inputs: Tensor, targets: Tensor) -> Tensor:
+    """The matrix (C, K) that predicts targets (N, K) best from inputs (N, C), both without their means; lightly damped."""
+    inputs, targets = (v.double() - v.double().mean(0) for v in (inputs, targets))
+    damping = 1e-6 * len(inputs) * torch.eye(inputs.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(inputs.T @ inputs + damping, inputs.T @ targets).float()
+
+
+def projections(inputs: Tensor, colours: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Matrix (count, C) and offset (count): uncorrelated values of variance 1, first those that predict the colours (N, 3)."""
+
+    def whitened(directions: Tensor, k: int) -> Tensor:  # (C, n) -> (C, k)
+        values, vectors = torch.linalg.eigh(torch.cov((inputs @ directions).T))
+        return directions @ (vectors / values.clamp(min=1e-8).sqrt()).flip(1)[:, :k]
+
+    centred = inputs - inputs.mean(0)
+    first = whitened(regress(inputs, colours), min(count, colours.shape[1]))
+    explained = first @ (first.T @ (centred.T @ centred) / len(centred))  # (C, C): what those values tell about the inputs
+    rest = whitened(torch.eye(inputs.shape[1]) - explained, count - first.shape[1])
+    matrix = torch.cat((first, rest), 1).T
+    return matrix, -matrix @ inputs.mean(0)
 
 
 def scale_to(layer: torch.nn.Module, network: torch.nn.Module, x: Tensor) -> None:

@@ -75,9 +75,8 @@ class Clips:
 
     @staticmethod
     def _recolour(dice: random.Random, x: Tensor) -> Tensor:
-        """Saturation, contrast, brightness and the order of the colours: few clips stand for the colours of many."""
-        if dice.random() < 0.3:
-            x = x[dice.sample(range(3), 3)]
+        """Saturation, contrast, brightness and the balance of the colours: few clips stand for the colours of many."""
         grey = x.mean(0, keepdim=True)
-        x = grey + dice.uniform(0.2, 1.2) * (x - grey)
-        return (dice.uniform(0.6, 1.15) * x + dice.uniform(-0.25, 0.25)).clamp(-1.0, 1.0)
+        x = grey + dice.uniform(0.6, 1.5) * (x - grey)
+        balance = torch.tensor([dice.uniform(-0.1, 0.1) for _ in range(3)])[:, None, None, None]
+        return (dice.uniform(0.6, 1.15) * x + dice.uniform(-0.25, 0.25) + balance).clamp(-1.0, 1.0)

@@ -14,8 +14,10 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
-from vtok_fast import doctor  # noqa: E402
+from vtok_fast import cli, doctor, peak_memory  # noqa: E402
+from vtok_fast import demo as demo_module  # noqa: E402
 from vtok_fast.models import VidTok  # noqa: E402
+from vtok_fast.models.vidtok_configs import CONFIGS  # noqa: E402
 from vtok_fast.tokens import Tokens  # noqa: E402
 from vtok_fast.video import read_video, write_video  # noqa: E402
 
@@ -27,10 +29,23 @@ def run(*options: str | Path, cwd: Path | None = None, **environment: str) -> su
                           env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | environment)
 
 
-def one_line(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode == 1, result
-    assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    return result.stderr
+def run_here(*options: str | Path) -> int:
+    """The same in this process, which has torch already: the exit code."""
+    before = sys.argv
+    sys.argv = ["vtok-fast", *map(str, options)]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def one_line(code: int, said: str) -> str:
+    assert code == 1
+    assert "Traceback" not in said and len(said.strip().splitlines()) == 1, said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +103,33 @@ def test_demo_measures(demo, clip):
     assert 10 * torch.log10(4 / (video.clamp(-1, 1) - source).square().mean()) == pytest.approx(facts["psnr_db"], abs=0.01)
 
 
-def test_demo_says_so_without_weights(clip, tmp_path):
-    result = run("demo", "--video", clip, "--output", tmp_path / "demo", "--size", 16, "--rounds", 1, "--config", "fsq_causal_488_4096",
-                 "--threads", 1)
-    assert result.returncode == 0, result.stderr
-    assert "RANDOM WEIGHTS" in result.stdout
-    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["trained"] is False
+def test_demo_says_so_without_weights(clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "released", CONFIGS["tiny"] | {"ch": 4})
+    monkeypatch.setattr(peak_memory, "peak", lambda variant, shape, **_: 1)  # measured in the demo above
+    said = []
+    result = demo_module.run(demo_module.Options(clip, "released", output=tmp_path / "demo", size=16, rounds=1), said.append)
+    assert result["trained"] is False
+    assert any("RANDOM WEIGHTS" in line for line in said if isinstance(line, str))
 
 
-def test_demo_on_a_short_clip(clip, tmp_path):
-    result = run("demo", "--video", clip, "--output", tmp_path / "demo", "--size", 16, "--rounds", 1, "--start", 13, "--json")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["shape"] == [1, 3, 5, 16, 16]  # 7 frames are left, 1 + 4 come back complete
+def test_demo_takes_a_checkpoint(tmp_path):
+    saved = VidTok("tiny")
+    saved.save(tmp_path / "mine.safetensors")
+    model, trained = demo_module.load_model(demo_module.Options(checkpoint=tmp_path / "mine.safetensors"))
+    assert trained and all(torch.equal(value, saved.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_demo_on_a_short_clip(clip):
+    options = demo_module.Options(clip, size=16, start=13)
+    clips, _ = demo_module.load_clips(options, demo_module.load_model(options)[0], few=False)
+    assert clips.shape == (1, 3, 5, 16, 16)  # 7 frames are left, 1 + 4 come back complete
+
+
+def test_demo_takes_several_chunks(clip):
+    options = demo_module.Options(clip, size=16, chunks=3, start=0)
+    clips, fps = demo_module.load_clips(options, VidTok(**CONFIGS["fsq_noncausal_488_262144"] | {"ch": 4}), few=False)
+    assert (clips.shape, fps) == ((1, 3, 16, 16, 16), 10)  # 20 frames hold one chunk of 16
+    assert torch.equal(clips[0], read_video(clip, size=(16, 16), frames=16).video)
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -110,28 +140,30 @@ def test_demo_on_a_short_clip(clip, tmp_path):
     (("--chunks", "0"), "chunks=0"),
     (("--size", "20"), "multiples of 8"),
 ])
-def test_demo_with_bad_input(clip, tmp_path, options, message):
+def test_demo_with_bad_input(clip, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
     given = () if options == () or "--video" in options else ("--video", clip)
-    assert message in one_line(run("demo", *given, *options, cwd=tmp_path))
+    assert message in one_line(run_here("demo", *given, *options), capsys.readouterr().err)
     assert not (tmp_path / "demo").exists() or not list((tmp_path / "demo").iterdir())
 
 
 def test_demo_on_a_file_that_is_no_video(tmp_path):
     (tmp_path / "notes.mp4").write_text("no video")
-    assert "notes.mp4 cannot be read as a video" in one_line(run("demo", "--video", "notes.mp4", cwd=tmp_path))
+    result = run("demo", "--video", "notes.mp4", cwd=tmp_path)
+    assert "notes.mp4 cannot be read as a video" in one_line(result.returncode, result.stderr)
 
 
-def test_check(tmp_path):
-    result = run("check", "--json", cwd=tmp_path)
-    facts = json.loads(result.stdout)
-    assert result.returncode == 0, [outcome for outcome in facts["outcomes"] if not outcome["ok"]]
+def test_check(capsys):
+    code = run_here("check", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert code == 0, [outcome for outcome in facts["outcomes"] if not outcome["ok"]]
     assert {outcome["op"] for outcome in facts["outcomes"]} >= {"causal_conv3d", "norm_act", "fsq", "VidTok"}
     measured = [outcome for outcome in facts["outcomes"] if outcome["error"] is not None]
     assert measured and all(outcome["error"] <= outcome["bound"] for outcome in measured)
 
 
 def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys):
-    from vtok_fast import check, cli
+    from vtok_fast import check
 
     def wrong(*args, backend=None, **options):
         return norm_act(*args, backend="reference", **options) * (1.0 if backend == "reference" else 1.001)
@@ -140,10 +172,7 @@ def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(check, "norm_act", wrong)
     monkeypatch.setattr(check, "available_backends", lambda: {"norm_act": {"cpu": None}})
     monkeypatch.setattr(check, "_vidtok", lambda: iter(()))
-    monkeypatch.setattr(sys, "argv", ["vtok-fast", "check", "--json"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 1
+    assert run_here("check", "--json") == 1
     assert any(not outcome["ok"] for outcome in json.loads(capsys.readouterr().out)["outcomes"])
 
 

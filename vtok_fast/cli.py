@@ -115,7 +115,8 @@ def demo(
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(video, config, checkpoint, output, size, start, chunks, rounds)
-    result = run(options) if as_json else run(options, Console().print)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    result = run(options) if as_json else run(options, console.print)
     if as_json:
         _print_json(result)
     raise typer.Exit(0 if result["parity"]["ok"] else 1)
