@@ -4,6 +4,7 @@
 existing model. ``vtok_fast.nn``: modules. ``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is measured.
 """
 
+from vtok_fast import models, nn
 from vtok_fast.backends import BackendError, algorithm, available_backends, backend, fallbacks
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
@@ -11,5 +12,5 @@ from vtok_fast.ops.norm_act import norm_act
 from vtok_fast.swap import Report, accelerate, accelerated
 
 __all__ = ["BackendError", "FSQOutput", "Report", "accelerate", "accelerated", "algorithm", "available_backends", "backend",
-           "causal_conv3d", "fallbacks", "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "norm_act"]
+           "causal_conv3d", "fallbacks", "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "models", "nn", "norm_act"]
 __version__ = "0.1.0"

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5,
                 torch.uint8: 6}
@@ -50,6 +51,8 @@ def threads() -> int:
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether an op may call the native module directly, without torch's dispatcher: eager mode, ordinary tensors, nothing
     that asks for a gradient and nothing that traces, wraps or batches (compile, fake tensors, vmap, subclasses)."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record vtok_fast's ops; use torch.compile or torch.export")
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
     grad = torch.is_grad_enabled()
@@ -58,8 +61,10 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
             continue
         if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
             return False
-        if grad and t.requires_grad:
-            return False
+        if grad and t.requires_grad or t.layout is not torch.strided or t.is_neg():
+            return False  # the dispatcher knows what to do, or says why it cannot
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError("vtok_fast's ops have no forward-mode derivative")
     return True
 
 
@@ -79,4 +84,7 @@ def _share_openmp_threads() -> None:
 if _C is not None:
     _share_openmp_threads()
     if isa := os.environ.get("VTOK_FAST_CPU_ISA"):
-        _C.set_isa(isa)
+        try:
+            _C.set_isa(isa)
+        except ValueError as error:
+            raise ValueError(f"VTOK_FAST_CPU_ISA={isa!r}: {error}; here: auto, {', '.join(_C.supported_isas())}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -145,7 +146,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> N
 
     Raises OSError, naming path, if the file cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link keeps pointing to what it points to
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"path: cannot write {path}: it is no regular file")
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 
 import pytest
@@ -364,3 +365,20 @@ def test_gaussian_latent():
     assert torch.equal(model.reconstruct(clip()).video, model.reconstruct(clip()).video)
     model.train()
     assert not torch.equal(model.reconstruct(clip()).video, model.reconstruct(clip()).video)
+
+
+def test_a_file_that_is_no_file_is_not_replaced(tmp_path):
+    (tmp_path / "real.safetensors").write_bytes(b"")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to("real.safetensors")
+    VidTok("tiny").save(link)
+    assert link.is_symlink() and (tmp_path / "real.safetensors").stat().st_size > 1000
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        VidTok("tiny").save(tmp_path / "pipe")
+
+
+def test_thresholds_survive_a_narrower_model():
+    layer = FSQRegularizer((8, 8, 5))
+    expected = layer.reach.clone()
+    assert torch.equal(layer.bfloat16().reach, expected) and torch.equal(layer.half().shift, FSQRegularizer((8, 8, 5)).shift)

@@ -285,7 +285,7 @@ def test_compiles_without_graph_breaks():
 X, W = torch.zeros(1, 4, 3, 8, 8), torch.zeros(6, 4, 3, 3, 3)
 BAD = [
     ({"x": X[0]}, ValueError, r"x: expected \(B, C, T, H, W\), got shape \(4, 3, 8, 8\)"),
-    ({"x": X.int()}, TypeError, "x: expected a floating point dtype, got torch.int32"),
+    ({"x": X.int()}, TypeError, "x: expected a floating point dtype .* got torch.int32"),
     ({"weight": W[0]}, ValueError, "weight: expected"),
     ({"weight": W[:, :3]}, ValueError, "weight: expects 3 input channels.*x has 4"),
     ({"weight": W.double()}, TypeError, "weight: expected the dtype of x, torch.float32, got torch.float64"),
@@ -330,3 +330,19 @@ def test_float64_has_no_cpu_kernel_and_says_so():
 def test_empty_batch():
     y = vtok_fast.causal_conv3d(X[:0], W)
     assert y.shape == (0, 6, 3, 8, 8)
+
+
+@needs_native
+def test_tensors_that_are_not_what_their_memory_says():
+    n = torch.conj(torch.randn(1, 4, 3, 8, 8, dtype=torch.complex64)).imag  # a view with its sign bit pending
+    assert n.is_neg()
+    torch.testing.assert_close(vtok_fast.causal_conv3d(n, W + 1, backend="cpu"), vtok_fast.causal_conv3d(n.clone(), W + 1, backend="reference"))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            vtok_fast.causal_conv3d(torch.autograd.forward_ad.make_dual(X, X), W)
+    with pytest.raises(RuntimeError, match="torch.jit.trace cannot record"):
+        torch.jit.trace(lambda x: vtok_fast.causal_conv3d(x, W), X)
+    with pytest.raises(ValueError, match="would make an output of"):
+        vtok_fast.causal_conv3d(X, W, spatial_pad=((10**9, 0), (10**9, 0)))
+    with pytest.raises(TypeError, match="x: expected a tensor, got list"):
+        vtok_fast.causal_conv3d([1], W)

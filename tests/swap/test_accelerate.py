@@ -258,3 +258,57 @@ def test_batches_with_several_clips(model):
         eager, ref64 = model.encoder(video), copy.deepcopy(model).double().encoder(video.double())
         vtok_fast.accelerate(model, check=False)
         assert parity.close(model.encoder(video), ref64, eager).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(model, video, dtype):
+    ref = copy.deepcopy(model).double().encoder(video.double())
+
+    def run():
+        with torch.autocast("cpu", dtype):
+            z = model.encoder(video)
+            z.float().square().mean().backward()
+        grads = torch.cat([p.grad.flatten() for p in model.encoder.parameters()])
+        model.zero_grad()
+        return z.detach(), grads
+
+    (eager, eager_grads), _ = run(), vtok_fast.accelerate(model, check=False)
+    fast, fast_grads = run()
+    assert fast.dtype == dtype
+    error = {name: parity.relative_errors(z, ref.detach())["whole"] for name, z in (("fast", fast), ("eager", eager))}
+    assert error["fast"] <= 2 * error["eager"]
+    assert (fast_grads - eager_grads).norm() <= 0.1 * eager_grads.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(model, video, dtype):
+    ref = copy.deepcopy(model).double().encoder(video.double())
+    model.to(dtype)
+    with torch.no_grad():
+        eager = model.encoder(video.to(dtype))
+        report = vtok_fast.accelerate(model)
+        fast = model.encoder(video.to(dtype))
+    assert not [e for e in report.skipped if e.why.startswith("failed")]
+    assert parity.relative_errors(fast, ref)["whole"] <= 2 * parity.relative_errors(eager, ref)["whole"]
+
+
+def test_tokens_are_compared_on_an_example(model, video):
+    report = vtok_fast.accelerate(model, example=video)
+    (tokens,) = report.tokens
+    assert tokens.ok and tokens.total == 2 * 4 * 4 and "tokens equal" in str(report)
+
+
+def test_random_numbers_of_the_program_are_left_alone(model):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    vtok_fast.accelerate(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_bad_setting_leaves_the_model_as_it_was(model, monkeypatch):
+    before = snapshot(model)
+    monkeypatch.setenv("VTOK_FAST_WEIGHT_CACHE", "lots")
+    with pytest.raises(ValueError, match="VTOK_FAST_WEIGHT_CACHE: expected a number of bytes, got 'lots'"):
+        vtok_fast.accelerate(model, check=False)
+    assert same(before, snapshot(model))

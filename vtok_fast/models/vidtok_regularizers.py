@@ -74,14 +74,22 @@ class FSQRegularizer(nn.Module):
         self.project_in = nn.Linear(dim, inner) if dim != inner else nn.Identity()
         self.project_out = nn.Linear(inner, dim) if dim != inner else nn.Identity()
 
-        size = torch.tensor(self.levels)
+        self.set_constants()
+
+    def set_constants(self, device: torch.device | None = None) -> None:
+        size = torch.tensor(self.levels, device=device)
         offset = torch.where(size % 2 == 0, 0.5, 0.0)
-        half = (size - 1) * (1 + eps) / 2  # float32, as are all constants of the official code
+        half = (size - 1) * (1 + self.eps) / 2  # float32, as are all constants of the official code
         self.register_buffer("reach", half, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
         self.register_buffer("shift", torch.atanh(offset / half), persistent=False)
         self.register_buffer("width", size // 2, persistent=False)
-        self.register_buffer("basis", torch.cumprod(torch.tensor((1, *self.levels[:-1])), 0), persistent=False)
+        self.register_buffer("basis", torch.cumprod(torch.tensor((1, *self.levels[:-1]), device=device), 0), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.set_constants(self.basis.device)  # `model.half()` must not move the thresholds
+        return self
 
     def forward(self, z: Tensor, *, step: int | None = None) -> Regularized:
         """Quantise z (B, C, ...) with C = dim. With `step`, the number of training steps so far, also the loss.

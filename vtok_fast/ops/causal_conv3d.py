@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -84,6 +85,7 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stri
     """
     stride, dilation = _triple("stride", stride, 1), _triple("dilation", dilation, 1)
     upsample, depth_to_space = _triple("upsample", upsample, 1), _triple("depth_to_space", depth_to_space, 1)
+    x, weight, bias, cache, residual = _autocast(x, weight, bias, cache, residual)
     _check_tensors(x, weight, bias, cache, groups)
     pad = _resolve_pads(x, weight, stride, dilation, time_pad, spatial_pad)
     if upsample_first_frame_once and cache is not None:
@@ -139,13 +141,28 @@ def _triple(name: str, value: int | Sequence[int], least: int) -> Triple:
     return triple
 
 
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, the tensors in its dtype, as PyTorch's own convolutions take them; float64 is left alone."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in narrow else t for t in tensors)
+
+
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, groups: int) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("cache", cache)):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "cache")):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record vtok_fast's ops; use torch.compile or torch.export")
     if x.dim() != 5:
         raise ValueError(f"x: expected (B, C, T, H, W), got shape {tuple(x.shape)}")
     if weight.dim() != 5:
         raise ValueError(f"weight: expected (O, C/groups, kt, kh, kw), got shape {tuple(weight.shape)}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x: expected a floating point dtype, got {x.dtype}")
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"x: expected a floating point dtype (float32, float64, bfloat16, float16), got {x.dtype}")
     if not isinstance(groups, int) or groups < 1 or x.shape[1] % groups or weight.shape[0] % groups:
         raise ValueError(f"groups: must divide {x.shape[1]} input and {weight.shape[0]} output channels, got {groups}")
     if weight.shape[1] * groups != x.shape[1]:
@@ -210,6 +227,9 @@ def _check_geometry(x: Tensor, weight: Tensor, cache: Tensor | None, stride: Tri
     if min(size) < 1:
         raise ValueError(f"x: too small for the kernel: {tuple(x.shape[2:])} (T, H, W) with pads {pad} and kernel "
                          f"{tuple(weight.shape[2:])} gives an output of {tuple(size)}")
+    if math.prod(size) * weight.shape[0] * max(x.shape[0], 1) >= 2**48:
+        raise ValueError(f"time_pad, spatial_pad: {pad} (front, back, top, bottom, left, right) would make an output of {tuple(size)} "
+                         f"(T, H, W) with {weight.shape[0]} channels, which no machine holds")
     factor = depth_to_space[0] * depth_to_space[1] * depth_to_space[2]
     if weight.shape[0] % factor:
         raise ValueError(f"depth_to_space: {depth_to_space} does not divide {weight.shape[0]} output channels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -127,7 +128,10 @@ def fsq_entropy_loss(z: Tensor, levels: Sequence[int], *, inv_temperature: float
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """The levels as a tuple, or a ValueError that says what is wrong with them."""
-    levels = tuple(levels)
+    try:
+        levels = tuple(operator.index(level) for level in levels)
+    except TypeError:
+        raise ValueError(f"levels: expected a sequence of ints, got {levels!r}") from None
     if not levels or any(not isinstance(level, int) or not 2 <= level <= reference.MAX_LEVEL for level in levels):
         raise ValueError(f"levels: expected one or more ints from 2 to {reference.MAX_LEVEL}, got {levels}")
     if math.prod(levels) > 2**31:

@@ -54,18 +54,18 @@ def accelerate(model: nn.Module, *, example: Any = None, check: bool = True, con
         candidates = _propose(model, report)
         measured, whole = {}, None
         if check and arguments is None:
-            measured = {c: _measure(c, c.swap.sample(c.module), {}) for c in candidates if c.swap.sample}
+            measured = {c: _measure(c, _sample(c), {}) for c in candidates if c.swap.sample}
         elif check:
             measured, whole = _measure_on_example(model, arguments, candidates)
         for c in candidates:
             _install(c, measured.get(c), report)
+        if report._patches:
+            report._on_revert.append(_share_weight_cache(model))
         if whole is not None and report._patches:
-            report.end_to_end = _measure_end_to_end(model, arguments, *whole)
+            _measure_end_to_end(model, arguments, *whole, report)
     except BaseException:
         report.revert()
         raise
-    if report._patches:
-        report._on_revert.append(_share_weight_cache(model))
     return report
 
 
@@ -194,7 +194,7 @@ def _measure_on_example(model: nn.Module, args: tuple, candidates: list[_Candida
         if c.swap.sample is None:
             continue
         if c.swap.attribute != "forward":  # no hook sees such a call
-            measured[c] = _measure(c, c.swap.sample(c.module), {})
+            measured[c] = _measure(c, _sample(c), {})
             continue
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, c: _Candidate = c) -> None:
@@ -203,14 +203,31 @@ def _measure_on_example(model: nn.Module, args: tuple, candidates: list[_Candida
 
         handles.append(c.module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        with torch.no_grad():
-            eager = model(*args)
+        eager = _run(model, args)
     finally:
         for handle in handles:
             handle.remove()
-    with torch.no_grad():
-        ref64 = copy.deepcopy(model).double()(*_to_double(args))
-    return measured, (eager, ref64)
+    return measured, (eager, _run(copy.deepcopy(model).double(), _to_double(args)))
+
+
+def _sample(c: _Candidate) -> tuple:
+    """The candidate's random arguments, the same every time and without touching the program's random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return c.swap.sample(c.module)
+
+
+def _run(model: nn.Module, args: tuple) -> tuple[Any, list[tuple[Tensor, tuple[int, ...]]]]:
+    """The model's result, and on the way the latents that its FSQ quantisers got, with their levels."""
+    latents: list[tuple[Tensor, tuple[int, ...]]] = []
+    handles = [module.register_forward_pre_hook(lambda _, inputs, levels=levels: latents.append((inputs[0], levels)))
+               for module, levels in vidtok.quantisers(model)]
+    try:
+        with torch.no_grad():
+            return model(*args), latents
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
@@ -220,10 +237,13 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     return clone
 
 
-def _measure_end_to_end(model: nn.Module, args: tuple, eager: Any, ref64: Any) -> Entry:
-    with torch.no_grad():
-        p = _close(model(*args), eager, ref64)
-    return Entry("", type(model).__name__, "end to end", contract="close", error=p.error, bound=p.bound)
+def _measure_end_to_end(model: nn.Module, args: tuple, eager: tuple, ref64: tuple, report: Report) -> None:
+    fast = _run(model, args)
+    p = _close(fast[0], eager[0], ref64[0])
+    report.end_to_end = Entry("", type(model).__name__, "end to end", "" if p.ok else f"beyond its contract: {p}", "close",
+                              p.error, p.bound)
+    for (z, levels), (z_eager, _), (z64, _) in zip(fast[1], eager[1], ref64[1]):
+        report.tokens.append(parity.tokens(z, z_eager, z64, levels))
 
 
 # ---- the cache of transformed weights ------------------------------------------------------------------------------------
@@ -232,20 +252,21 @@ def _measure_end_to_end(model: nn.Module, args: tuple, eager: Any, ref64: Any) -
 def _share_weight_cache(model: nn.Module) -> Any:
     """Grants the native weight cache this model's own bytes (or what VTOK_FAST_WEIGHT_CACHE says); returns how to take them back."""
     key = id(model)
-    _cache_shares[key] = sum(p.numel() * p.element_size() for p in model.parameters())
-    _set_weight_cache()
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    _set_weight_cache(sum(_cache_shares.values()) + own)
+    _cache_shares[key] = own
 
     def give_back() -> None:
         if _cache_shares.pop(key, None) is not None:
-            _set_weight_cache()
+            _set_weight_cache(sum(_cache_shares.values()))
 
     weakref.finalize(model, give_back)
     return give_back
 
 
-def _set_weight_cache() -> None:
+def _set_weight_cache(shares: int) -> None:
     if (lib := native.lib()) is not None:
         bound = os.environ.get("VTOK_FAST_WEIGHT_CACHE")
         if bound is not None and not bound.isdigit():
             raise ValueError(f"VTOK_FAST_WEIGHT_CACHE: expected a number of bytes, got {bound!r}")
-        lib.set_weight_cache(int(bound) if bound is not None else sum(_cache_shares.values()))
+        lib.set_weight_cache(int(bound) if bound is not None else shares)

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtok_fast.parity import TokenParity
+from vtok_fast.tokens import write_atomically
+
 if TYPE_CHECKING:
     from vtok_fast.swap.patch import Patch
 
@@ -34,7 +37,9 @@ class Report:
     Attributes:
         swapped, skipped: lists of :class:`Entry`, in the model's order.
         contract: "close" or "exact".
-        end_to_end: the whole model's error and bound on ``example``, or None where no example was given.
+        end_to_end: the whole model's error and bound on ``example``, with a ``why`` where it is beyond the bound (a token that falls
+            to the other side of a rounding threshold does that: see ``tokens``); None where no example was given.
+        tokens: a :class:`vtok_fast.parity.TokenParity` for each FSQ quantiser of the model, on ``example``.
     """
 
     def __init__(self, contract: str):
@@ -42,6 +47,7 @@ class Report:
         self.swapped: list[Entry] = []
         self.skipped: list[Entry] = []
         self.end_to_end: Entry | None = None
+        self.tokens: list[TokenParity] = []
         self._patches: list[Patch] = []
         self._on_revert: list[Any] = []
 
@@ -62,7 +68,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return {"contract": self.contract, "active": self.active, "swapped": [asdict(e) for e in self.swapped],
                 "skipped": [asdict(e) for e in self.skipped],
-                "end_to_end": None if self.end_to_end is None else asdict(self.end_to_end)}
+                "end_to_end": None if self.end_to_end is None else asdict(self.end_to_end),
+                "tokens": [asdict(t) | {"ok": t.ok} for t in self.tokens]}
 
     def to_json(self, **options: Any) -> str:
         """The report as JSON; ``options`` go to ``json.dumps``."""
@@ -86,7 +93,9 @@ class Report:
         yield f"{len(self.swapped)} modules swapped, {len(self.skipped)} left alone, contract {self.contract}."
         if self.end_to_end is not None:
             e = self.end_to_end
-            yield f"End to end: error {e.error:.2e}, {e.bound:.2e} allowed."
+            yield f"End to end: error {e.error:.2e}, {e.bound:.2e} allowed{': TOO FAR' if e.why else ''}."
+        for tokens in self.tokens:
+            yield f"Tokens: {tokens}{'' if tokens.ok else ': TOO MANY'}."
 
     def plot(self, path: str | os.PathLike | None = None) -> Any:
         """Draws time before and after and the error against its bound, module by module (needs matplotlib).
@@ -109,9 +118,7 @@ class Report:
         error.axvline(1, color="#c0392b")
         error.set(xlabel="error / allowed error", xlim=(0, 1.05))
         if path is not None:
-            temporary = Path(path).with_name(f".{Path(path).name}.part.png")
-            figure.savefig(temporary, dpi=130)
-            os.replace(temporary, path)
+            write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format=Path(path).suffix[1:] or "png"))
         return figure
 
 

@@ -37,8 +37,16 @@ def propose(module: nn.Module) -> list[Swap] | Skip | None:
         return Skip("GroupNorm over a single pixel's channels has no kernel")
     if kind is FSQRegularizer and (module.num_codebooks > 1 or isinstance(module.project_in, nn.Linear)):
         return Skip("several codebooks, or projections around them")
+    if kind is blocks.TimeDown and module.mix_factor.dtype in (torch.float16, torch.bfloat16):
+        return Skip("a pool folded into 16-bit weights would be rounded twice")
     what, function, sample, judge = _SWAPS[kind]
     return [Swap(what, function, sample=sample, judge=judge)]
+
+
+def quantisers(model: nn.Module) -> list[tuple[nn.Module, tuple[int, ...]]]:
+    """The FSQ quantisers in a model whose inputs are latents themselves, and their levels."""
+    return [(m, m.levels) for m in model.modules()
+            if isinstance(m, FSQRegularizer) and m.num_codebooks == 1 and not isinstance(m.project_in, nn.Linear)]
 
 
 # ---- layers --------------------------------------------------------------------------------------------------------------
@@ -140,7 +148,7 @@ def time_down(block: blocks.TimeDown, x: Tensor, caches: Caches | None = None) -
     """alpha * average of 3 frames + (1 - alpha) * conv is one convolution: the average is a third on every temporal tap."""
     layer = block.conv.conv if block.causal else block.conv
     alpha = torch.sigmoid(block.mix_factor)
-    options = {"weight": _blend_identity(layer.weight, alpha, [1 / 3] * 3), "bias": (1 - alpha) * layer.bias}
+    options = {"weight": _blend_average(layer.weight, alpha), "bias": (1 - alpha) * layer.bias}
     if caches is not None:  # the pool's own cache is the last frame of the convolution's input
         caches.keep(block, x, 1)
     if block.causal:
@@ -149,23 +157,20 @@ def time_down(block: blocks.TimeDown, x: Tensor, caches: Caches | None = None) -
 
 
 def time_up(block: blocks.TimeUp, x: Tensor, caches: Caches | None = None) -> Tensor:
-    """alpha * u + (1 - alpha) * conv(u) of the upsampled u is one convolution of u, and with nearest upsampling one of x."""
-    layer = block.conv.conv if block.causal else block.conv
+    """alpha * u + (1 - alpha) * conv(u) of the upsampled u; with nearest upsampling u is never made."""
     alpha = torch.sigmoid(block.mix_factor)
-    here = [0.0, 0.0, 1.0] if block.causal else [0.0, 1.0, 0.0]  # the tap that reads the frame itself
-    options = {"weight": _blend_identity(layer.weight, alpha, here), "bias": (1 - alpha) * layer.bias}
     if block.mode == "nearest" and caches is None:
-        return conv(block.conv, x, upsample=(2, 1, 1), **options)
-    return conv(block.conv, block.upsample(x, caches), caches, **options)
+        return conv(block.conv, x, upsample=(2, 1, 1), residual=x, alpha=alpha)
+    u = block.upsample(x, caches)
+    return conv(block.conv, u, caches, residual=u, alpha=alpha)
 
 
-def _blend_identity(weight: Tensor, alpha: Tensor, taps: list[float]) -> Tensor:
-    """(1 - alpha) * weight + alpha * identity, with share ``taps[k]`` of the identity at temporal tap k, in the middle of the plane."""
-    o, c, _, kh, kw = weight.shape
-    identity = torch.zeros_like(weight)
-    for k, share in enumerate(taps):
-        identity[:, :, k, kh // 2, kw // 2] = share * torch.eye(o, c, dtype=weight.dtype, device=weight.device)
-    return (1 - alpha) * weight + alpha * identity
+def _blend_average(weight: Tensor, alpha: Tensor) -> Tensor:
+    """(1 - alpha) * weight + alpha * the kernel of an average over time."""
+    o, c, kt, kh, kw = weight.shape
+    average = torch.zeros_like(weight)
+    average[:, :, :, kh // 2, kw // 2] = torch.eye(o, c, dtype=weight.dtype, device=weight.device).unsqueeze(-1) / kt
+    return (1 - alpha) * weight + alpha * average
 
 
 # ---- what takes the place of each forward --------------------------------------------------------------------------------
@@ -267,7 +272,7 @@ _SWAPS = {
     blocks.SpatialUp: ("upsampling folded into the conv", spatial_up_forward,
                        lambda m: (_random(m, 2, _conv_channels(m), 10, 14),), None),
     blocks.TimeDown: ("pool folded into the conv", time_down, lambda m: (_random(m, 1, _conv_channels(m), 4, 10, 14),), None),
-    blocks.TimeUp: ("upsampling and blend folded into the conv", time_up,
+    blocks.TimeUp: ("upsampling folded into the conv, blend fused", time_up,
                     lambda m: (_random(m, 1, _conv_channels(m), 3, 10, 14),), None),
     blocks.CausalConv3d: ("conv with virtual padding", causal_conv3d_forward,
                           lambda m: (_random(m, 1, m.conv.in_channels, 4, 10, 14),), None),
