@@ -24,7 +24,7 @@ def main() -> None:
     try:
         app()
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        print(f"vtok-fast: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"vtok-fast: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
         sys.exit(1)
 
 
