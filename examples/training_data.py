@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
@@ -75,8 +76,11 @@ class Clips:
 
     @staticmethod
     def _recolour(dice: random.Random, x: Tensor) -> Tensor:
-        """Saturation, contrast, brightness and the balance of the colours: few clips stand for the colours of many."""
-        grey = x.mean(0, keepdim=True)
-        x = grey + dice.uniform(0.6, 1.5) * (x - grey)
-        balance = torch.tensor([dice.uniform(-0.1, 0.1) for _ in range(3)])[:, None, None, None]
-        return (dice.uniform(0.6, 1.15) * x + dice.uniform(-0.25, 0.25) + balance).clamp(-1.0, 1.0)
+        """Hue, saturation, contrast and brightness: few clips stand for the colours of many."""
+        turn = dice.uniform(0, 2 * math.pi) if dice.random() < 0.7 else 0.0
+        saturation = dice.uniform(0.6, 2.0)
+        grey = torch.full((3, 3), 1 / 3)
+        across = 3**-0.5 * torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])  # a quarter turn about the grey axis
+        matrix = grey + saturation * (math.cos(turn) * (torch.eye(3) - grey) + math.sin(turn) * across)
+        x = torch.einsum("ij,jthw->ithw", matrix, x)
+        return (dice.uniform(0.6, 1.15) * x + dice.uniform(-0.25, 0.25)).clamp(-1.0, 1.0)

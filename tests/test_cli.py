@@ -64,14 +64,14 @@ def demo(clip, tmp_path_factory):
     return run("demo", "--video", clip, "--output", output, "--size", 32, "--rounds", 1, "--threads", 1, "--json"), output
 
 
-def test_info(tmp_path):
-    result = run("info", "--json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    facts = json.loads(result.stdout)
+def test_info(capsys):
+    assert run_here("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
     assert facts["torch"] == torch.__version__
     assert set(facts["ops"]) >= {"causal_conv3d", "norm_act", "fsq"}
     assert all(backends["reference"] is None for backends in facts["ops"].values())
-    assert "causal_conv3d" in run("info", cwd=tmp_path).stdout
+    assert run_here("info") == 0
+    assert "causal_conv3d" in capsys.readouterr().out
 
 
 def test_demo_writes_a_folder(demo, clip):
@@ -181,11 +181,11 @@ def test_bench_passes_its_options_on(tmp_path):
     assert result.returncode != 0 and "no_such_op" in result.stderr
 
 
-def test_doctor(tmp_path):
-    result = run("doctor", "--json", cwd=tmp_path)
-    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+def test_doctor(capsys):
+    code = run_here("doctor", "--json")
+    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert findings["torch"]["level"] == "ok" and torch.__version__ in findings["torch"]["text"]
-    assert result.returncode == int(any(finding["level"] == "bad" for finding in findings.values()))
+    assert code == int(any(finding["level"] == "bad" for finding in findings.values()))
 
 
 def blocked(folder: Path, module: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -62,7 +63,7 @@ def test_the_average_lags_behind(run):
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(run, data, tmp_path):
-    options = ("--data", data, "--output", tmp_path, "--every", 3, "--hold-out", "two.mp4:0-17", *SMALL)
+    options = ("--data", data, "--output", tmp_path, "--every", 3, *SMALL)
     for stop in (("--stop", 3), ("--resume",)):
         result = train("--steps", 6, *stop, *options)
         assert result.returncode == 0, result.stderr
@@ -87,9 +88,13 @@ def test_it_learns(data, tmp_path):
     (("--config", "huge"), "config='huge'"),
     (("--resume",), "state.pt"),
 ])
-def test_bad_input_is_one_line(data, tmp_path, options, message):
-    result = train("--data", data, "--output", tmp_path, "--steps", 1, *SMALL, *options)
-    assert result.returncode == 1
-    lines = result.stderr.strip().splitlines()
-    assert lines[-1].startswith("train: ") and message in lines[-1]
-    assert "Traceback" not in result.stderr
+def test_bad_input_is_one_line(data, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    threads = torch.get_num_threads()
+    try:
+        code = importlib.import_module("train").main([str(o) for o in ("--data", data, "--output", tmp_path, "--steps", 1, *SMALL, *options)])
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 1
+    assert len(lines) == 1 and lines[0].startswith("train: ") and message in lines[0]
