@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("isa", [] { return vtok::cpu::isa_name(vtok::cpu::active_isa()); }, "The instance of the CPU kernels in use.");
   m.def("set_isa", [](const char* name) {
+    if (vtok::InFlight::count > 0) throw std::runtime_error("isa: cannot change while another thread runs a kernel");
     if (!vtok::cpu::set_isa(name)) throw py::value_error(std::string("isa: not available on this processor: ") + name);
   });
   m.def("supported_isas", [] {

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+
 #include "status.h"
 #include "tensor.h"
 
@@ -45,11 +47,19 @@ inline void raise_if_error(const Status& status) {
   throw pybind11::error_already_set();
 }
 
+// Counts the launchers that run: the instance of the kernels must not change under one.
+struct InFlight {
+  static inline std::atomic<int> count{0};
+  InFlight() { ++count; }
+  ~InFlight() { --count; }
+};
+
 // Runs a launcher without the interpreter lock and raises what it reports.
 template <class F>
 void launch(F&& launcher) {
   Status status;
   {
+    const InFlight running;
     pybind11::gil_scoped_release release;
     status = launcher();
   }

@@ -50,7 +50,7 @@ void vtok::bind_causal_conv3d(py::module_& m) {
                                    std::array<int, 3> upsample, bool upsample_first_frame_once, int threads) {
     return cpu::causal_conv3d_choice(problem(x, weight, {}, {}, {}, out, stride, dilation, groups, pad, time_mode, spatial_mode,
                                              upsample, upsample_first_frame_once, {}, 0, 0, threads));
-  });
+  }, py::call_guard<py::gil_scoped_release>());
   m.def("set_weight_cache", &cpu::set_weight_cache, py::arg("bytes"), "Bound of the cache of transformed weights.");
   m.def("clear_weight_cache", &cpu::clear_weight_cache);
   m.def("weight_cache_stats", [] {

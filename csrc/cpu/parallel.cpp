@@ -1,6 +1,8 @@
 #include "cpu/parallel.h"
 
 #include <atomic>
+#include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -22,9 +24,18 @@ struct Region {
   int64_t tasks;
   TaskFn fn;
   void* context;
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // the first one: an exception must not leave another thread's region
 
-  void run(int thread) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(context, task, thread);
+  void run(int thread) noexcept {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      try {
+        fn(context, task, thread);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+        next = tasks;
+      }
+    }
   }
 };
 
@@ -38,13 +49,21 @@ void parallel_tasks(int64_t tasks, int threads, TaskFn fn, void* context) {
   region.tasks = tasks;
   region.fn = fn;
   region.context = context;
-  if (threads <= 1) return region.run(0);
-  if (gomp_parallel) return gomp_parallel(gomp_entry, &region, static_cast<unsigned>(threads), 0);
-  std::vector<std::thread> helpers;
-  helpers.reserve(threads - 1);
-  for (int t = 1; t < threads; ++t) helpers.emplace_back([&region, t] { region.run(t); });
-  region.run(0);
-  for (auto& helper : helpers) helper.join();
+  if (threads <= 1) {
+    region.run(0);
+  } else if (gomp_parallel) {
+    gomp_parallel(gomp_entry, &region, static_cast<unsigned>(threads), 0);
+  } else {
+    std::vector<std::thread> helpers;
+    helpers.reserve(threads - 1);
+    try {
+      for (int t = 1; t < threads; ++t) helpers.emplace_back([&region, t] { region.run(t); });
+    } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+    }
+    region.run(0);
+    for (auto& helper : helpers) helper.join();
+  }
+  if (region.failed) std::rethrow_exception(region.error);
 }
 
 bool use_openmp_runtime(const char* path) {

@@ -49,6 +49,27 @@ VTOK_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
+// The lanes of a, or of a and b one behind the other, that index names. (clang's own builtin takes constants alone.)
+template <class V, class I>
+VTOK_INLINE V shuffle(V a, V b, I index) {
+#if defined(__clang__)
+  constexpr int n = sizeof(I) / 4;
+  V r;
+  for (int i = 0; i < n; ++i) r[i] = index[i] < n ? a[index[i]] : b[index[i] - n];
+  return r;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+template <class V, class I>
+VTOK_INLINE V shuffle(V a, I index) {
+#if defined(__clang__)
+  return shuffle(a, a, index);
+#else
+  return __builtin_shuffle(a, index);
+#endif
+}
+
 VTOK_INLINE float sum(vfloat v) {
   float s = 0;
   for (int i = 0; i < kLanes; ++i) s += v[i];
@@ -199,10 +220,10 @@ VTOK_INLINE vfloat at_least(vfloat x, vfloat low) {
 #endif
 }
 
-// exp(x), within 3 ulp; beyond +-87 it saturates there, NaN stays NaN. 2^n * p(r) with |r| <= ln2/2: Cody-Waite reduction,
+// exp(x), within 3 ulp; from 88.4 on it is infinite, below -87 it stays 1e-38, NaN stays NaN. 2^n * p(r) with |r| <= ln2/2: Cody-Waite reduction,
 // degree-6 polynomial, the exponent added as an integer.
 VTOK_INLINE vfloat exp(vfloat x) {
-  x = at_least(at_most(x, broadcast(88.37f)), broadcast(-87.33f));
+  x = at_least(at_most(x, broadcast(88.8f)), broadcast(-87.33f));
   vfloat shifted = fma(x, broadcast(1.44269504f), broadcast(12582912.0f));  // 1.5 * 2^23: rounds to an integer in the low bits
   vint n = (vint)shifted - (vint)broadcast(12582912.0f);
   vfloat k = shifted - 12582912.0f;

@@ -342,7 +342,28 @@ def test_tensors_that_are_not_what_their_memory_says():
             vtok_fast.causal_conv3d(torch.autograd.forward_ad.make_dual(X, X), W)
     with pytest.raises(RuntimeError, match="torch.jit.trace cannot record"):
         torch.jit.trace(lambda x: vtok_fast.causal_conv3d(x, W), X)
-    with pytest.raises(ValueError, match="would make an output of"):
+    with pytest.raises(ValueError, match="time_pad, spatial_pad: .* make an axis of"):
         vtok_fast.causal_conv3d(X, W, spatial_pad=((10**9, 0), (10**9, 0)))
     with pytest.raises(TypeError, match="x: expected a tensor, got list"):
         vtok_fast.causal_conv3d([1], W)
+
+
+@needs_native
+@pytest.mark.parametrize("algorithm", ["direct", "winograd4"])
+def test_strided_and_expanded_arguments(algorithm):
+    x, w = torch.randn(1, 16, 3, 8, 8), torch.randn(32, 16, 3, 3, 3)
+    for bias in (torch.randn(32, 2)[:, 0], torch.randn(1).expand(32)):
+        for image in (x, x[:, :, :1].expand(-1, -1, 3, -1, -1), x.transpose(3, 4)):
+            residual = torch.randn(1, 1, 3, 8, 8).expand(1, 32, 3, 8, 8)
+            expected = vtok_fast.causal_conv3d(image.double(), w.double(), bias.double(), residual=residual.double())
+            with vtok_fast.algorithm(algorithm):
+                actual = vtok_fast.causal_conv3d(image, w, bias, residual=residual, backend="cpu")
+            same = vtok_fast.causal_conv3d(image, w, bias, residual=residual, backend="reference")
+            assert (p := parity.close(actual, expected, same)).ok, p
+
+
+@pytest.mark.parametrize("options", [{"time_pad": (10**9, 0)}, {"spatial_pad": ((0, 0), (2**31 - 1, 0))}, {"upsample": (1, 1, 2**30)},
+                                     {"stride": 2**40, "spatial_pad": ONE}], ids=str)
+def test_absurd_sizes_are_refused_at_once(options):
+    with pytest.raises(ValueError, match="time_pad|upsample|stride"):
+        vtok_fast.causal_conv3d(X, W, **options)

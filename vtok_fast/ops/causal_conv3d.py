@@ -16,6 +16,7 @@ from vtok_fast.reference import causal_conv3d as reference
 
 Triple = tuple[int, int, int]
 MODES = ("zeros", "replicate", "reflect")
+LARGEST_STEP, LARGEST_AXIS = 2**16, 2**27  # beyond any video; the kernels' tables of an axis hold ints
 _ALGORITHM_CODES = {"auto": 0, "direct": 1, "winograd2": 2, "winograd4": 4}
 
 
@@ -136,8 +137,8 @@ def run(call: ConvCall, backend: str | None) -> Tensor:
 
 def _triple(name: str, value: int | Sequence[int], least: int) -> Triple:
     triple = (value,) * 3 if isinstance(value, int) else tuple(value)
-    if len(triple) != 3 or any(not isinstance(v, int) or v < least for v in triple):
-        raise ValueError(f"{name}: expected one int or three (time, height, width), each at least {least}, got {value!r}")
+    if len(triple) != 3 or any(not isinstance(v, int) or not least <= v <= LARGEST_STEP for v in triple):
+        raise ValueError(f"{name}: expected one int or three (time, height, width), each from {least} to {LARGEST_STEP}, got {value!r}")
     return triple
 
 
@@ -227,6 +228,9 @@ def _check_geometry(x: Tensor, weight: Tensor, cache: Tensor | None, stride: Tri
     if min(size) < 1:
         raise ValueError(f"x: too small for the kernel: {tuple(x.shape[2:])} (T, H, W) with pads {pad} and kernel "
                          f"{tuple(weight.shape[2:])} gives an output of {tuple(size)}")
+    if max(size[i] * weight.shape[2 + i] for i in range(3)) > LARGEST_AXIS or max(lengths) > LARGEST_AXIS:
+        raise ValueError(f"time_pad, spatial_pad: {pad} (front, back, top, bottom, left, right) and upsample {upsample} make an axis of "
+                         f"more than {LARGEST_AXIS} elements times taps")
     if math.prod(size) * weight.shape[0] * max(x.shape[0], 1) >= 2**48:
         raise ValueError(f"time_pad, spatial_pad: {pad} (front, back, top, bottom, left, right) would make an output of {tuple(size)} "
                          f"(T, H, W) with {weight.shape[0]} channels, which no machine holds")
@@ -301,12 +305,13 @@ def _cpu_worthwhile(call: ConvCall) -> str | None:
 
 def _cpu_run(call: ConvCall) -> Tensor:
     y = _empty_output(call)
+    bias = None if call.bias is None else call.bias.contiguous()
     plain = call.depth_to_space == (1, 1, 1)
     residual = call.residual if plain else None
     if residual is not None and residual.stride(1) != 1:  # the epilogue reads channels as vectors
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
     native.lib().causal_conv3d(
-        native.arg(call.x), native.arg(call.weight), native.arg(call.bias), native.arg(call.cache), native.arg(residual),
+        native.arg(call.x), native.arg(call.weight), native.arg(bias), native.arg(call.cache), native.arg(residual),
         native.arg(y), *_native_geometry(call), call.alpha if plain else None, 1 if call.activation else 0,
         _ALGORITHM_CODES[backends.current_algorithm()], native.threads())
     if plain:

@@ -122,7 +122,7 @@ VTOK_INLINE float tree_sum(vfloat v) {
     vint rotated;
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) rotated[i] = (i + half) % kLanes;
-    v += __builtin_shuffle(v, rotated);
+    v += shuffle(v, rotated);
   }
   return v[0];
 }
@@ -140,8 +140,8 @@ VTOK_INLINE void transpose(vfloat* m) {
     vfloat next[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(m[i], m[i + kLanes / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(m[i], m[i + kLanes / 2], high);
+      next[2 * i] = shuffle(m[i], m[i + kLanes / 2], low);
+      next[2 * i + 1] = shuffle(m[i], m[i + kLanes / 2], high);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) m[i] = next[i];

@@ -77,10 +77,10 @@ VTOK_INLINE void transpose(const float* from, int64_t channel_stride, int n, flo
       quad r[4];
       for (int i = 0; i < 4; ++i) memcpy(&r[i], at + i * channel_stride + j, sizeof r[i]);
       const quad_index low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
-      const quad a = __builtin_shuffle(r[0], r[2], low), b = __builtin_shuffle(r[1], r[3], low);
-      const quad d = __builtin_shuffle(r[0], r[2], high), e = __builtin_shuffle(r[1], r[3], high);
-      r[0] = __builtin_shuffle(a, b, low), r[1] = __builtin_shuffle(a, b, high);
-      r[2] = __builtin_shuffle(d, e, low), r[3] = __builtin_shuffle(d, e, high);
+      const quad a = shuffle(r[0], r[2], low), b = shuffle(r[1], r[3], low);
+      const quad d = shuffle(r[0], r[2], high), e = shuffle(r[1], r[3], high);
+      r[0] = shuffle(a, b, low), r[1] = shuffle(a, b, high);
+      r[2] = shuffle(d, e, low), r[3] = shuffle(d, e, high);
       for (int i = 0; i < 4; ++i) memcpy(to + (j + i) * kLanes + c, &r[i], sizeof r[i]);
     }
     for (; j < n; ++j)

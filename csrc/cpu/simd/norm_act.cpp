@@ -21,16 +21,12 @@ alignas(64) const int32_t kPartner[4][16] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1
 
 // The sum of all lanes in log2(lanes) dependent additions instead of lanes.
 VTOK_INLINE float total(vfloat v) {
-#if defined(__clang__)
-  return sum(v);
-#else
   for (int step = kLanes == 16 ? 0 : kLanes == 8 ? 1 : 2; step < 4; ++step) {
     vint partner;
     memcpy(&partner, kPartner[step], sizeof partner);
-    v += __builtin_shuffle(v, partner);
+    v += shuffle(v, partner);
   }
   return v[0];
-#endif
 }
 
 VTOK_INLINE float reciprocal_std(float mean_square, float eps) { return 1.0f / __builtin_sqrtf(mean_square + eps); }
