@@ -1,6 +1,10 @@
 """Train a small tokenizer on a folder of clips.
 
-    python examples/train.py --model vidtok --config tiny --data data --hold-out bikes.mp4:0-137 --minutes 60 --output run
+    python scripts/fetch_clip.py data
+    python examples/train.py --model vidtok --config tiny --data data --hold-out bikes.mp4:0-137 --bf16 --threads 1 --steps 4460
+
+is how the weights of the package were made (with --minutes 18 in place of --steps, which came to 4460 steps): 21.9 dB PSNR on the
+frames held out, which are other scenes of a clip whose second half was trained on.
 
 AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average of the weights, which is what is saved.
 The loss is the mean absolute error, plus the mean squared error, plus the error of neighbouring pixels' differences (sharp edges
