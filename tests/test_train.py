@@ -20,6 +20,7 @@ from vtok_fast.video import write_video  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--threads", "1", "--crop", "1x5x16x16", "--warmup", "2", "--ema", "0.5")
+HELD_OUT = ("--hold-out", "two.mp4:0-17")
 
 
 def train(*options: str | Path) -> subprocess.CompletedProcess:
@@ -41,7 +42,7 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     """Six steps without a break, with three frames of validation held out of one clip."""
     output = tmp_path_factory.mktemp("run")
-    result = train("--data", data, "--output", output, "--steps", 6, "--every", 3, "--hold-out", "two.mp4:0-17", *SMALL)
+    result = train("--data", data, "--output", output, "--steps", 6, "--every", 3, *HELD_OUT, *SMALL)
     assert result.returncode == 0, result.stderr
     return output, result.stdout
 
@@ -63,7 +64,7 @@ def test_the_average_lags_behind(run):
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(run, data, tmp_path):
-    options = ("--data", data, "--output", tmp_path, "--every", 3, *SMALL)
+    options = ("--data", data, "--output", tmp_path, "--every", 3, *HELD_OUT, *SMALL)
     for stop in (("--stop", 3), ("--resume",)):
         result = train("--steps", 6, *stop, *options)
         assert result.returncode == 0, result.stderr
