@@ -160,7 +160,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> N
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
             os.replace(temporary, path)
         except (SafetensorError, OSError) as error:
-            raise OSError(f"path: cannot write {path}: {error}") from error
+            raise OSError(getattr(error, "errno", None) or errno.EIO, f"path: cannot write {path}: {error}") from error
     except BaseException:
         os.unlink(temporary)
         raise
