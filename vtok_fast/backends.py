@@ -3,7 +3,8 @@
 An op holds its backends in order of preference, each with a ``can_run(call) -> str | None`` that gives the reason when it
 says no. Automatic choice takes the first that can and remembers why others could not (:func:`fallbacks`); ``backend=`` at a
 call raises :class:`BackendError` instead. ``with backend("reference"):`` and the environment variable
-``VTOK_FAST_BACKEND`` express a wish for a block or a program: an op that has no such backend, or whose call it cannot run,
+``VTOK_FAST_BACKEND``, read at import, express a wish for a block or a program: an op that has no such backend, or whose call it
+cannot run,
 falls back and remembers that too.
 """
 
@@ -52,6 +53,11 @@ def _checked(kind: str, name: str | None, known: tuple[str, ...]) -> str | None:
     return name
 
 
+# Read once: a look into the environment costs as much as the checks of a small call.
+_environment_backend = _checked("VTOK_FAST_BACKEND", os.environ.get("VTOK_FAST_BACKEND") or None, NAMES)
+_environment_algorithm = _checked("VTOK_FAST_CONV_ALGORITHM", os.environ.get("VTOK_FAST_CONV_ALGORITHM") or None, ALGORITHMS) or "auto"
+
+
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
     """Prefers one backend for every op within the block (this thread only); None returns to automatic choice."""
@@ -78,16 +84,13 @@ def algorithm(name: str) -> Iterator[None]:
 
 
 def current_algorithm() -> str:
-    """The algorithm chosen by :func:`algorithm`, else by ``VTOK_FAST_CONV_ALGORITHM``, else ``auto``."""
-    name = getattr(_local, "algorithm", None)
-    return name or _checked("VTOK_FAST_CONV_ALGORITHM", os.environ.get("VTOK_FAST_CONV_ALGORITHM"), ALGORITHMS) or "auto"
+    """The algorithm chosen by :func:`algorithm`, else by ``VTOK_FAST_CONV_ALGORITHM`` at import, else ``auto``."""
+    return getattr(_local, "algorithm", None) or _environment_algorithm
 
 
 def preferred() -> str | None:
     """The backend wished for by :func:`backend` or the environment, or None for automatic choice."""
-    name = getattr(_local, "backend", None)
-    if name is None:
-        name = _checked("VTOK_FAST_BACKEND", os.environ.get("VTOK_FAST_BACKEND") or None, NAMES)
+    name = getattr(_local, "backend", None) or _environment_backend
     return None if name == "auto" else name
 
 

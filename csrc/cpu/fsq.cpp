@@ -9,6 +9,9 @@
 namespace vtok::cpu {
 namespace {
 
+constexpr int64_t kSerial = 64 * 1024;         // values below which waking another thread costs more than it saves
+constexpr int64_t kStreamBytes = 16 << 20;  // of codes: whoever reads more than this next finds little of it in a cache
+
 struct Axis {
   int64_t size, z, codes, indices;
 };
@@ -72,6 +75,9 @@ Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices,
     }
   }
 
+  const int64_t values = z.numel(), width = element_size(z.dtype);
+  if (values < kSerial) threads = 1;
+  const bool stream = values * width > kStreamBytes;
   const int64_t chunk = 4096, chunks = (inner.size + chunk - 1) / chunk;
   parallel_for(outer * chunks, threads, [&](int64_t task, int) {
     const int64_t first = task % chunks * chunk;
@@ -80,10 +86,9 @@ Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices,
       const int64_t k = rest % axes[i].size;
       at_z += k * axes[i].z, at_codes += k * axes[i].codes, at_indices += k * axes[i].indices;
     }
-    const int width = element_size(z.dtype);
     const FsqRun run{z.dtype, static_cast<const char*>(z.data) + at_z * width, static_cast<char*>(codes.data) + at_codes * width,
                      static_cast<int32_t*>(indices.data) + at_indices, std::min(chunk, inner.size - first), channels, inner.z,
-                     z.stride[dim], inner.codes, codes.stride[dim], inner.indices};
+                     z.stride[dim], inner.codes, codes.stride[dim], inner.indices, stream};
     VTOK_DISPATCH(fsq_run(run, table));
   });
   return Status::Ok();

@@ -22,6 +22,7 @@ struct FsqRun {
   int32_t* indices;
   int64_t positions, channels;
   int64_t z_step, z_channel, codes_step, codes_channel, indices_step;
+  bool stream;  // the result is too large for the caches: write past them
 };
 
 struct FsqLevels {

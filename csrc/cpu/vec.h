@@ -32,6 +32,21 @@ VTOK_INLINE vfloat load(const float* p) {
   return v;
 }
 VTOK_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
+// Past the caches, to an address that is a multiple of the vector's size. Other threads see it after stream_fence().
+VTOK_INLINE void stream(float* p, vfloat v) {
+#if defined(__AVX512F__) && VTOK_LANES == 16
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__) && VTOK_LANES == 8
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  memcpy(p, &v, sizeof v);
+#endif
+}
+VTOK_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 VTOK_INLINE vfloat load_n(const float* p, int n) {  // the first n lanes, zeros behind
   vfloat v = {};
   memcpy(&v, p, 4 * n);

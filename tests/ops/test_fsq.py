@@ -123,6 +123,18 @@ def test_every_element_is_written_and_none_beside(isa):
         assert (between >= 0).all() and (indices[:32] == -7).all() and (indices[-32:] == -7).all()
 
 
+@pytest.mark.parametrize("size", ((17, 256, 256), (3, 601, 601)), ids=str)
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last_3d), ids=("planar", "channels last"))
+def test_results_larger_than_the_caches(isa, layout, size):
+    """Codes above 16 MiB are written past the caches, where the addresses allow it; odd sizes put them off the vectors' grid."""
+    z = (torch.randn(1, 4, *size) * 1.5).contiguous(memory_format=layout)
+    z[0, 2, 1, 77, 5] = math.nan
+    codes, indices = fsq_quantize(z, [8, 5, 8, 3])
+    want_codes, want_indices = fsq_quantize(z, [8, 5, 8, 3], backend="reference")
+    assert z.numel() * 4 > 16 << 20 and same(codes, want_codes) and torch.equal(indices, want_indices)
+    assert indices[0, 1, 77, 5] == -1
+
+
 @pytest.mark.parametrize("dtype", (*NARROW, torch.float64))
 def test_all_codes_of_a_codebook_are_fixed_points(dtype):
     levels = [8] * 5

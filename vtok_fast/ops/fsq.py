@@ -129,10 +129,14 @@ def fsq_entropy_loss(z: Tensor, levels: Sequence[int], *, inv_temperature: float
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """The levels as a tuple, or a ValueError that says what is wrong with them."""
     try:
-        levels = tuple(operator.index(level) for level in levels)
+        return _possible(tuple(map(operator.index, levels)))
     except TypeError:
         raise ValueError(f"levels: expected a sequence of ints, got {levels!r}") from None
-    if not levels or any(not isinstance(level, int) or not 2 <= level <= reference.MAX_LEVEL for level in levels):
+
+
+@functools.lru_cache(maxsize=256)
+def _possible(levels: tuple[int, ...]) -> tuple[int, ...]:
+    if not levels or not all(2 <= level <= reference.MAX_LEVEL for level in levels):
         raise ValueError(f"levels: expected one or more ints from 2 to {reference.MAX_LEVEL}, got {levels}")
     if math.prod(levels) > 2**31:
         raise ValueError(f"levels: a codebook of at most 2**31, so that int32 holds its indices, got {levels} with {math.prod(levels)}")
@@ -169,7 +173,7 @@ def threshold_table(levels: tuple[int, ...], variant: str) -> Tensor:
 
 
 def _cpu_can_run(call: FSQCall) -> str | None:
-    if call.z.device.type != "cpu":
+    if not call.z.is_cpu:
         return f"the tensors are on {call.z.device}"
     if call.z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"no {call.z.dtype} kernel"
@@ -179,7 +183,9 @@ def _cpu_can_run(call: FSQCall) -> str | None:
 
 
 def _outputs(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty((*z.shape[:dim], *z.shape[dim + 1:]), dtype=torch.int32, device=z.device)
+    positions = list(z.shape)
+    del positions[dim]
+    return torch.empty_like(z), z.new_empty(positions, dtype=torch.int32)
 
 
 def _cpu_run(call: FSQCall) -> tuple[Tensor, Tensor]:

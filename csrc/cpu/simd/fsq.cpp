@@ -37,10 +37,23 @@ void position(const FsqRun& r, const FsqLevels& l, int64_t i) {
   r.indices[i * r.indices_step] = nan ? -1 : index;
 }
 
-// Positions adjacent: kVectors vectors of one channel from position i on, which add to the indices of the channels before. An
-// index that a NaN made -1 stays so.
-template <class E, int kVectors>
-VTOK_INLINE void adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t c, int64_t i) {
+template <class E, bool kStream>
+VTOK_INLINE void put(typename E::type* to, vfloat v) {
+  if constexpr (kStream) stream(to, v);
+  else E::store(to, v);
+}
+
+VTOK_INLINE bool any(vint mask) {
+  uint64_t words[sizeof mask / 8], some = 0;
+  memcpy(words, &mask, sizeof mask);
+  for (uint64_t w : words) some |= w;
+  return some != 0;
+}
+
+// Positions adjacent: kVectors vectors of one channel from position i on. What they add to the index is summed over the channels in
+// `parts`, which the last channel writes out. The result has a one where a value is NaN: such positions are done again, one by one.
+template <class E, int kVectors, bool kStream>
+VTOK_INLINE vint adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t c, int64_t i, int32_t* parts) {
   const auto* from = static_cast<const typename E::type*>(r.z) + c * r.z_channel + i;
   auto* to = static_cast<typename E::type*>(r.codes) + c * r.codes_channel + i;
   const float* thresholds = l.thresholds + c * l.pitch;
@@ -48,21 +61,23 @@ VTOK_INLINE void adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t
   const bool power_of_two = !(l.levels[c] / 2 & (l.levels[c] / 2 - 1));  // then the reciprocal is exact, and the product the quotient
   const int64_t count = l.levels[c] - 1;
   vfloat z[kVectors];
-  vint level[kVectors] = {};
+  vint level[kVectors] = {}, nan = {};
   for (int v = 0; v < kVectors; ++v) z[v] = E::load(from + v * kLanes);
   for (int64_t k = 0; k < count; ++k) {
     const vfloat t = broadcast(thresholds[k]);
     for (int v = 0; v < kVectors; ++v) level[v] = counted(level[v], z[v], t);
   }
   for (int v = 0; v < kVectors; ++v) {
-    const vint nan = z[v] != z[v];
-    const vfloat centred = to_float(level[v]) - half, code = power_of_two ? centred * (1 / half) : centred / half;
-    E::store(to + v * kLanes, nan ? z[v] : code);
+    const vfloat centred = to_float(level[v]) - half;
+    put<E, kStream>(to + v * kLanes, power_of_two ? centred * (1 / half) : centred / half);
+    nan |= z[v] != z[v];
     vint index = {};
-    if (c) memcpy(&index, r.indices + i + v * kLanes, sizeof index);
-    index = (nan | (index < 0)) ? all(-1) : index + level[v] * l.basis[c];
-    memcpy(r.indices + i + v * kLanes, &index, sizeof index);
+    if (c) memcpy(&index, parts + v * kLanes, sizeof index);
+    index += level[v] * l.basis[c];
+    if (c + 1 == r.channels) put<F32, kStream>(reinterpret_cast<float*>(r.indices + i) + v * kLanes, (vfloat)index);
+    else memcpy(parts + v * kLanes, &index, sizeof index);
   }
+  return nan;
 }
 
 template <int kChannels>
@@ -71,6 +86,7 @@ VTOK_INLINE void sum_channels(const int32_t* parts, int32_t* to, int64_t channel
   for (int i = 0; i < kLanes; ++i) {
     int32_t sum = 0;
     for (int64_t c = 0; c < n; ++c) sum += parts[i * n + c];
+    asm("" : "+r"(sum));  // in scalar registers: made into vectors, these sums are mostly inserts
     to[i] = sum;
   }
 }
@@ -78,24 +94,25 @@ VTOK_INLINE void sum_channels(const int32_t* parts, int32_t* to, int64_t channel
 constexpr int64_t kPartsLimit = 32;  // channels up to which the interleaved form is used
 
 // Channels adjacent: kLanes positions are `channels` vectors, and lane j of vector v holds channel (v * kLanes + j) % channels.
-template <class E>
+// Whether a value is NaN: then these positions are done again, one by one.
+template <class E, bool kStream, int kPitch>
 VTOK_INLINE bool adjacent_channels(const FsqRun& r, const FsqLevels& l, int64_t i) {
+  const int64_t pitch = kPitch ? kPitch : l.pitch;
   const auto* from = static_cast<const typename E::type*>(r.z) + i * r.channels;
   auto* to = static_cast<typename E::type*>(r.codes) + i * r.channels;
   int32_t parts[kPartsLimit * kLanes];
-  vint any_nan = {};
+  vint nan = {};
   const float* table = l.interleaved;
   for (int64_t v = 0; v < r.channels; ++v) {
     const vfloat z = E::load(from + v * kLanes);
     vint level = {};
-    for (int64_t k = 0; k < l.pitch; ++k, table += kLanes) level = counted(level, z, load(table));
-    const vfloat half = load(table), code = (to_float(level) - half) / half;
+    for (int64_t k = 0; k < pitch; ++k, table += kLanes) level = counted(level, z, load(table));
+    const vfloat half = load(table);
     vint basis;
     memcpy(&basis, table + kLanes, sizeof basis);
     table += 2 * kLanes;
-    const vint nan = z != z;
-    E::store(to + v * kLanes, nan ? z : code);
-    any_nan |= nan;
+    put<E, kStream>(to + v * kLanes, (to_float(level) - half) / half);
+    nan |= z != z;
     level *= basis;
     memcpy(parts + v * kLanes, &level, sizeof level);
   }
@@ -106,32 +123,53 @@ VTOK_INLINE bool adjacent_channels(const FsqRun& r, const FsqLevels& l, int64_t 
     case 6: sum_channels<6>(parts, r.indices + i, 6); break;
     default: sum_channels<0>(parts, r.indices + i, r.channels);
   }
-  uint64_t words[sizeof(vint) / 8], some = 0;
-  memcpy(words, &any_nan, sizeof any_nan);
-  for (uint64_t w : words) some |= w;
-  return some != 0;
+  return any(nan);
 }
+
+template <class E, bool kStream>
+void run_planar(const FsqRun& r, const FsqLevels& l, int64_t whole) {
+  constexpr int64_t kBlock = 64 * kLanes;  // its part of the indices stays in the first-level cache
+  int32_t parts[kBlock];
+  for (int64_t i = 0; i < whole; i += kBlock) {
+    const int64_t end = i + kBlock < whole ? i + kBlock : whole;
+    vint nan = {};
+    for (int64_t c = 0; c < r.channels; ++c) {
+      int64_t j = i;
+      for (; j + 4 * kLanes <= end; j += 4 * kLanes) nan |= adjacent_positions<E, 4, kStream>(r, l, c, j, parts + j - i);
+      for (; j < end; j += kLanes) nan |= adjacent_positions<E, 1, kStream>(r, l, c, j, parts + j - i);
+    }
+    if (any(nan))
+      for (int64_t j = i; j < end; ++j) position<E>(r, l, j);
+  }
+}
+
+template <class E, bool kStream, int kPitch = 0>
+void run_interleaved(const FsqRun& r, const FsqLevels& l, int64_t whole) {
+  if (!kPitch && l.pitch == 7) return run_interleaved<E, kStream, 7>(r, l, whole);  // eight levels at most, as most codebooks have
+  for (int64_t i = 0; i < whole; i += kLanes)
+    if (adjacent_channels<E, kStream, kPitch>(r, l, i))
+      for (int j = 0; j < kLanes; ++j) position<E>(r, l, i + j);
+}
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(vfloat) == 0; }
 
 template <class E>
 void run(const FsqRun& r, const FsqLevels& l) {
-  int64_t i = 0;
+  constexpr bool can_stream = sizeof(typename E::type) == 4;
+  const bool stream = r.stream && can_stream && aligned(r.codes) && aligned(r.indices);
+  const int64_t whole = r.positions / kLanes * kLanes;
+  int64_t i = whole;
   if (r.indices_step == 1 && r.z_step == 1 && r.codes_step == 1) {
-    const int64_t whole = r.positions / kLanes * kLanes, block = 64 * kLanes;  // a block's indices stay in the first-level cache
-    for (; i < whole; i += block) {
-      const int64_t end = i + block < whole ? i + block : whole;
-      for (int64_t c = 0; c < r.channels; ++c) {
-        int64_t j = i;
-        for (; j + 4 * kLanes <= end; j += 4 * kLanes) adjacent_positions<E, 4>(r, l, c, j);
-        for (; j < end; j += kLanes) adjacent_positions<E, 1>(r, l, c, j);
-      }
-    }
-    i = whole;
+    if (stream && r.codes_channel % kLanes == 0) run_planar<E, can_stream>(r, l, whole);
+    else run_planar<E, false>(r, l, whole);
   } else if (l.interleaved && r.indices_step == 1 && r.z_channel == 1 && r.codes_channel == 1 && r.z_step == r.channels &&
              r.codes_step == r.channels) {
-    for (; i + kLanes <= r.positions; i += kLanes)
-      if (adjacent_channels<E>(r, l, i))
-        for (int j = 0; j < kLanes; ++j) position<E>(r, l, i + j);
+    if (stream) run_interleaved<E, can_stream>(r, l, whole);
+    else run_interleaved<E, false>(r, l, whole);
+  } else {
+    i = 0;
   }
+  if (stream) stream_fence();
   for (; i < r.positions; ++i) position<E>(r, l, i);
 }
 
