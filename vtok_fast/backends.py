@@ -4,8 +4,7 @@ An op holds its backends in order of preference, each with a ``can_run(call) -> 
 says no. Automatic choice takes the first that can and remembers why others could not (:func:`fallbacks`); ``backend=`` at a
 call raises :class:`BackendError` instead. ``with backend("reference"):`` and the environment variable
 ``VTOK_FAST_BACKEND``, read at import, express a wish for a block or a program: an op that has no such backend, or whose call it
-cannot run,
-falls back and remembers that too.
+cannot run, falls back and remembers that too.
 """
 
 from __future__ import annotations

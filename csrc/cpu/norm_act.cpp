@@ -16,6 +16,7 @@ namespace {
 float* aligned(std::vector<float>& buffer) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
 }
+constexpr int64_t kCachedBytes = 1 << 20;  // that two threads leave in their second-level caches
 constexpr int64_t kSlack = 32;  // floats: for the alignment, and for reading a whole vector at the last value
 
 // A thread's own scratch, kept between calls: a fresh one would cost page faults each time.
@@ -130,7 +131,7 @@ Status norm_act(const NormProblem& p) {
   plan.groups = p.groups, plan.eps = p.eps;
 
   // A task's float32 copy should stay in the second-level cache; planes want long runs of each channel.
-  const int64_t together = !p.over_positions ? C / p.groups : p.channels_last ? C : 1;
+  const int64_t together = p.channels_last ? C : p.over_positions ? 1 : C / p.groups;
   plan.chunk = p.channels_last ? std::max<int64_t>(8192 / together, 1)
                                : std::clamp<int64_t>(65536 / together & ~int64_t(15), 64, 4096);
   plan.chunk = std::min(area, plan.chunk);
@@ -148,28 +149,35 @@ Status norm_act(const NormProblem& p) {
     return Status::Ok();
   }
 
-  std::vector<Moments> partial(tasks * p.groups);
-  parallel_for(tasks, p.threads, [&](int64_t i, int) {
-    VTOK_DISPATCH(group_moments(plan, task_at(i), partial.data() + i * p.groups, thread_scratch(scratch)));
-  });
-  const int64_t spans = p.per_frame ? plan.frames : 1, per_span = tasks / (plan.batch * spans), cg = C / p.groups;
-  std::vector<float> means(plan.batch * spans * C + kSlack), gains(means.size()), offsets(means.size());
+  // Some spans (what shares statistics) at a time, so that the second pass finds in a cache what the first has read. It goes
+  // backwards: of a span that is larger than the cache, the end is what is still there.
+  const int64_t spans = plan.batch * (p.per_frame ? plan.frames : 1), per_span = tasks / spans, cg = C / p.groups;
+  const int64_t span_bytes = (p.per_frame ? 1 : plan.frames) * area * C * element_size(plan.dtype) * (p.residual ? 2 : 1);
+  const int64_t together_spans = std::max<int64_t>(kCachedBytes / span_bytes, 1);
+  std::vector<Moments> partial(std::min(together_spans, spans) * per_span * p.groups);
+  std::vector<float> means(spans * C + kSlack), gains(means.size()), offsets(means.size());
   float *mean = aligned(means), *gain = aligned(gains), *offset = aligned(offsets);
-  for (int64_t span = 0; span < plan.batch * spans; ++span)
-    for (int64_t g = 0; g < p.groups; ++g) {
-      Moments all{};
-      for (int64_t i = 0; i < per_span; ++i) merge(all, partial[(span * per_span + i) * p.groups + g]);
-      const double rstd = 1 / std::sqrt(all.m2 / all.n + p.eps);
-      // x - high is exact near the mean; what float32 drops of the mean goes into the offset.
-      const float high = static_cast<float>(all.mean);
-      for (int64_t c = g * cg; c < (g + 1) * cg; ++c) {
-        mean[span * C + c] = high;
-        gain[span * C + c] = static_cast<float>(rstd * plan.weight[c]);
-        offset[span * C + c] = static_cast<float>(plan.bias[c] - (all.mean - high) * rstd * plan.weight[c]);
-      }
-    }
   plan.mean = mean, plan.gain = gain, plan.offset = offset;
-  parallel_for(tasks, p.threads, [&](int64_t i, int) { VTOK_DISPATCH(group_apply(plan, task_at(i))); });
+  for (int64_t begin = 0; begin < spans; begin += together_spans) {
+    const int64_t end = std::min(begin + together_spans, spans), first = begin * per_span, count = (end - begin) * per_span;
+    parallel_for(count, p.threads, [&](int64_t i, int) {
+      VTOK_DISPATCH(group_moments(plan, task_at(first + i), partial.data() + i * p.groups, thread_scratch(scratch)));
+    });
+    for (int64_t span = begin; span < end; ++span)
+      for (int64_t g = 0; g < p.groups; ++g) {
+        Moments all{};
+        for (int64_t i = 0; i < per_span; ++i) merge(all, partial[((span - begin) * per_span + i) * p.groups + g]);
+        const double rstd = 1 / std::sqrt(all.m2 / all.n + p.eps);
+        // x - high is exact near the mean; what float32 drops of the mean goes into the offset.
+        const float high = static_cast<float>(all.mean);
+        for (int64_t c = g * cg; c < (g + 1) * cg; ++c) {
+          mean[span * C + c] = high;
+          gain[span * C + c] = static_cast<float>(rstd * plan.weight[c]);
+          offset[span * C + c] = static_cast<float>(plan.bias[c] - (all.mean - high) * rstd * plan.weight[c]);
+        }
+      }
+    parallel_for(count, p.threads, [&](int64_t i, int) { VTOK_DISPATCH(group_apply(plan, task_at(first + count - 1 - i))); });
+  }
   return Status::Ok();
 }
 
