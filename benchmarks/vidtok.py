@@ -1,6 +1,6 @@
 """VidTok, encode and decode: the plain PyTorch model beside the accelerated one, with and without the cache of transformed weights.
 
-With ``--full`` also the peak memory of one pass at 17x256x256, each variant in a process of its own (see memory.py).
+With ``--full`` also the peak memory of one pass at 17x256x256, each variant in a process of its own (see vtok_fast/peak_memory.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import memory
 from benchmarks.harness import Candidate, Settings, Trial
-from vtok_fast import native
+from vtok_fast import native, peak_memory
 from vtok_fast.models import VidTok
 from vtok_fast.swap import accelerate
 
@@ -86,5 +85,7 @@ def test_vidtok(case: Case, run_trial, keep) -> None:
         return
     if sys.platform != "linux":
         pytest.skip("peak memory is read from /proc")
-    variants = {v: memory.peak(case.config, case.size, v, torch.get_num_threads()) for v in memory.VARIANTS}
+    names = ("eager", "vtok_fast", "vtok_fast, no weight cache")
+    variants = {name: peak_memory.measure(variant, case.size, config=case.config, threads=torch.get_num_threads())
+                for name, variant in zip(names, peak_memory.VARIANTS, strict=True)}
     keep("memory", {"case": str(case), "variants": variants})

@@ -225,7 +225,7 @@ def measure_memory(model: VidTok, shape: tuple[int, int, int]) -> dict[str, int]
         file = os.path.join(folder, "model.safetensors")
         model.save(file)
         config = model.config.to_dict()
-        return {variant: peak_memory.peak(variant, shape, config=config, checkpoint=file, threads=torch.get_num_threads())
+        return {variant: peak_memory.measure(variant, shape, config=config, checkpoint=file, threads=torch.get_num_threads())["peak"]
                 for variant in peak_memory.VARIANTS}
 
 

@@ -1,26 +1,32 @@
 """The peak memory of one encode and decode of a VidTok, each variant in a fresh process.
 
-    peak("eager", (17, 128, 128), config="tiny", checkpoint=path)  # bytes
+    measure("eager", (17, 128, 128), config="tiny", checkpoint=path)["peak"]  # bytes
 
-Measured is the high-water resident set during the work, minus what was resident when the model was loaded and swapped. That
-counts everything the work allocates, in Python, in torch, and in the native module, at the allocator's own granularity.
+The peak is the high-water resident set during the work, minus what was resident when the model was loaded and swapped. That counts
+everything the work allocates, in Python, in torch, and in the native module, with the allocator at its defaults, as a user has it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 VARIANTS = ("eager", "fast", "fast without weight cache")
 
 
-def peak(variant: str, shape: tuple[int, int, int], *, config: str | dict[str, Any], checkpoint: str | os.PathLike | None = None,
-         threads: int | None = None) -> int:
-    """Bytes that encoding and decoding one video of shape (T, H, W) takes at most, beyond the loaded model.
+def measure(variant: str, shape: tuple[int, int, int], *, config: str | dict[str, Any], checkpoint: str | os.PathLike | None = None,
+            threads: int | None = None) -> dict[str, float]:
+    """What encoding and decoding one video of shape (T, H, W) takes beyond the loaded model.
+
+    Returns ``peak``, ``loaded`` (resident before), ``model`` (its parameters) and ``weight_cache`` (transformed weights, part of the
+    peak) in bytes; ``seconds`` of the one pass and ``encode_seconds`` of its first half.
 
     Raises ValueError for an unknown variant, RuntimeError if the process failed (its last line is in the message) or the system
     keeps no high-water mark (it is Linux's /proc/self/status).
@@ -29,7 +35,8 @@ def peak(variant: str, shape: tuple[int, int, int], *, config: str | dict[str, A
         raise ValueError(f"variant={variant!r} is none of {', '.join(VARIANTS)}")
     task = {"variant": variant, "shape": list(shape), "config": config, "checkpoint": None if checkpoint is None else str(checkpoint),
             "threads": threads}
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment.pop("VTOK_FAST_WEIGHT_CACHE", None)
     if variant == "fast without weight cache":
         environment["VTOK_FAST_WEIGHT_CACHE"] = "0"
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")])
@@ -38,7 +45,7 @@ def peak(variant: str, shape: tuple[int, int, int], *, config: str | dict[str, A
     if result.returncode:
         reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]
         raise RuntimeError(f"measuring the memory of {variant}: {reason}")
-    return int(result.stdout.split()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _resident(field: str) -> int:
@@ -49,9 +56,11 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _measure(task: dict[str, Any]) -> int:
+def _measure(task: dict[str, Any]) -> dict[str, float]:
     import torch
 
+    import vtok_fast
+    from vtok_fast import native
     from vtok_fast.models import VidTok
 
     if task["threads"]:
@@ -60,16 +69,23 @@ def _measure(task: dict[str, Any]) -> int:
     model = VidTok.from_checkpoint(task["checkpoint"], task["config"]) if task["checkpoint"] else VidTok(task["config"])
     model.eval()
     if task["variant"] != "eager":
-        import vtok_fast
-
         vtok_fast.accelerate(model, check=False)  # a check would leave freed memory behind that the work then reuses
     video = torch.rand(1, model.config.in_channels, *task["shape"]) * 2 - 1
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what loading freed is not part of the model
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = _resident("VmRSS")
+    loaded = _resident("VmRSS")
     with torch.inference_mode():
-        model.decode(model.encode(video))
-    return _resident("VmHWM") - before
+        start = time.perf_counter()
+        tokens = model.encode(video)
+        middle = time.perf_counter()
+        model.decode(tokens)
+        end = time.perf_counter()
+    return {"peak": _resident("VmHWM") - loaded, "loaded": loaded, "seconds": end - start, "encode_seconds": middle - start,
+            "weight_cache": native.lib().weight_cache_stats()["bytes"] if native.lib() else 0,
+            "model": sum(p.numel() * p.element_size() for p in model.parameters())}
 
 
 if __name__ == "__main__":
-    print(_measure(json.loads(sys.argv[1])))
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))

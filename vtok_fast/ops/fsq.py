@@ -128,8 +128,9 @@ def fsq_entropy_loss(z: Tensor, levels: Sequence[int], *, inv_temperature: float
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """The levels as a tuple, or a ValueError that says what is wrong with them."""
+    possible = _possible.__wrapped__ if torch.compiler.is_compiling() else _possible  # tracing through a cache makes torch warn
     try:
-        return _possible(tuple(map(operator.index, levels)))
+        return possible(tuple(map(operator.index, levels)))
     except TypeError:
         raise ValueError(f"levels: expected a sequence of ints, got {levels!r}") from None
 
