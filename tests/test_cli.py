@@ -194,10 +194,17 @@ def blocked(folder: Path, module: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
-def test_doctor_without_torch(tmp_path):
-    result = subprocess.run([sys.executable, doctor.__file__], capture_output=True, text=True, env=blocked(tmp_path, "torch"))
+@pytest.mark.parametrize("how", [[doctor.__file__], ["-m", "vtok_fast.cli", "doctor"]], ids=["file", "command"])
+def test_doctor_without_torch(tmp_path, how):
+    result = subprocess.run([sys.executable, *how], capture_output=True, text=True, env=blocked(tmp_path, "torch"))
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "bad   torch: cannot be imported" in result.stdout and "-> " in result.stdout
+
+
+def test_the_package_without_torch_says_so(tmp_path):
+    result = subprocess.run([sys.executable, "-c", "import vtok_fast; vtok_fast.accelerate"], capture_output=True, text=True,
+                            env=blocked(tmp_path, "torch"))
+    assert "vtok_fast.accelerate needs torch, which cannot be imported" in result.stderr.splitlines()[-1]
 
 
 def test_doctor_without_the_native_module(tmp_path):

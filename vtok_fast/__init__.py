@@ -4,12 +4,20 @@
 existing model. ``vtok_fast.nn``: modules. ``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is measured.
 """
 
-from vtok_fast import models, nn
-from vtok_fast.backends import BackendError, algorithm, available_backends, backend, fallbacks
-from vtok_fast.ops.causal_conv3d import causal_conv3d
-from vtok_fast.ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
-from vtok_fast.ops.norm_act import norm_act
-from vtok_fast.swap import Report, accelerate, accelerated
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:  # the command line's doctor still has something to say then
+    _why = str(error)
+
+    def __getattr__(name: str):
+        raise ImportError(f"vtok_fast.{name} needs torch, which cannot be imported: {_why}")
+else:
+    from vtok_fast import models, nn
+    from vtok_fast.backends import BackendError, algorithm, available_backends, backend, fallbacks
+    from vtok_fast.ops.causal_conv3d import causal_conv3d
+    from vtok_fast.ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
+    from vtok_fast.ops.norm_act import norm_act
+    from vtok_fast.swap import Report, accelerate, accelerated
 
 __all__ = ["BackendError", "FSQOutput", "Report", "accelerate", "accelerated", "algorithm", "available_backends", "backend",
            "causal_conv3d", "fallbacks", "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "models", "nn", "norm_act"]
