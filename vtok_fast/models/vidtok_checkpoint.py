@@ -16,15 +16,15 @@ from torch import Tensor
 METADATA_KEY = "vidtok_config"  # of our own .safetensors files: the configuration, as JSON
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors of a file of any of the formats, without `loss.*`, and the configuration if it holds one."""
+def read_weights(path: Path, key: str = METADATA_KEY) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of a file of any of the formats, without `loss.*`, and the JSON under `key` in its metadata if it is there."""
     if not path.is_file():
         raise FileNotFoundError(f"path: no checkpoint at {path}")
     stored = None
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                text = (file.metadata() or {}).get(METADATA_KEY)
+                text = (file.metadata() or {}).get(key)
             stored = None if text is None else json.loads(text)
             weights = load_file(path)
         else:
