@@ -113,6 +113,15 @@ class Tokenizer(nn.Module):
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
 
     @classmethod
+    def read_checkpoint(cls, path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """The tensors of a file, and what `save` stored beside them; a system with file formats of its own overrides it."""
+        return read_weights(path, METADATA_KEY)
+
+    def fit_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file under this model's keys; a system whose releases differ in their keys overrides it."""
+        return weights
+
+    @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, config: str | Config | dict[str, Any] | None = None, *,
                         dtype: torch.dtype = torch.float32, **parts: Any):
         """Load a file that `save` wrote, or a state dict (.pt, .ckpt, .safetensors) of the same keys.
@@ -125,7 +134,7 @@ class Tokenizer(nn.Module):
         Raises FileNotFoundError; ValueError for a file that is truncated, of another system, needs a config, or does not fit it.
         """
         path = Path(path)
-        weights, stored = read_weights(path, METADATA_KEY)
+        weights, stored = cls.read_checkpoint(path)
         if stored is not None and stored["system"] != cls.system:
             raise ValueError(f"path: {path} holds a {stored['system']!r} model, not {cls.system!r}")
         if config is None and stored is None:
@@ -136,6 +145,7 @@ class Tokenizer(nn.Module):
         for module in model.modules():
             if hasattr(module, "set_constants"):  # what is in no checkpoint
                 module.set_constants(torch.device("cpu"))
+        weights = model.fit_weights(weights)
         check_weights(path, config.name, weights, model.own_state())
         model.load_state_dict({key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()},
                               strict=False, assign=True)
