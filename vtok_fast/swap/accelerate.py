@@ -6,7 +6,7 @@ import copy
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vtok_fast import native, parity
-from vtok_fast.swap import torch_nn, vidtok
+from vtok_fast.swap import pad_conv, vidtok
 from vtok_fast.swap.patch import Patch, Skip, Swap, hooked
 from vtok_fast.swap.report import Entry, Report
 
 # Asked in this order; the first that knows a module answers for it.
-ADAPTERS = (vidtok, torch_nn)
+ADAPTERS = (vidtok, pad_conv)
 
 _cache_shares: dict[int, int] = {}  # accelerated model -> bytes of the weight cache it pays for
 
@@ -104,7 +104,8 @@ def _propose(model: nn.Module, report: Report) -> list[_Candidate]:
         why = answer.why if isinstance(answer, Skip) else ""
         swaps = answer if isinstance(answer, list) else []
         if swaps and report.contract == "exact":
-            why, swaps = "the swap replaces arithmetic, which the contract exact does not allow", []
+            swaps = [replace(swap, function=swap.exact, judge=_equal) for swap in swaps if swap.exact is not None]
+            why = "" if swaps else "the swap replaces arithmetic, which the contract exact does not allow"
         if swaps and any(s.attribute in module.__dict__ for s in swaps):
             why, swaps = "already accelerated, or its forward was replaced by somebody else", []
             covered.update(module.modules())
@@ -126,10 +127,10 @@ def _computes(module: nn.Module) -> bool:
 
 
 def _install(c: _Candidate, measured: _Measurement | None, report: Report) -> None:
-    entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract="close")
+    entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract=report.contract)
     if measured is not None:
         entry = replace(entry, error=measured.parity.error, bound=measured.parity.bound, eager_ms=measured.eager_ms,
-                        fast_ms=measured.fast_ms)
+                        fast_ms=measured.fast_ms, note=getattr(measured.parity, "note", ""))
         if not measured.parity.ok:
             report.skipped.append(replace(entry, why=f"failed its contract: {measured.parity}"))
             return
@@ -146,32 +147,65 @@ def _measure(c: _Candidate, args: tuple, kwargs: dict[str, Any]) -> _Measurement
     """Runs a copy of the module as it is, in float64, and swapped. The module itself is not touched."""
     probe = copy.deepcopy(c.swap.probe(c.module)).eval()
     with torch.no_grad():
-        method = getattr(probe, c.swap.attribute)
-        eager, eager_ms = _timed(method, args, kwargs)
-        double = copy.deepcopy(probe).double()
-        ref64 = getattr(double, c.swap.attribute)(*_to_double(args), **_to_double(kwargs))
-        del double
+        eager, eager_ms = _timed(getattr(probe, c.swap.attribute), args, kwargs)
+        if c.swap.reference is not None:
+            ref64 = c.swap.reference(probe, *args, **kwargs), None
+        else:
+            double = copy.deepcopy(probe).double()
+            ref64 = _call(getattr(double, c.swap.attribute), _to_double(args), _to_double(kwargs))
+            del double
         Patch(probe, c.swap).install()
         fast, fast_ms = _timed(getattr(probe, c.swap.attribute), args, kwargs)
     if c.swap.judge is not None:
-        return _Measurement(c.swap.judge(fast, eager, ref64), eager_ms, fast_ms)
+        return _Measurement(c.swap.judge(fast[0], eager[0], ref64[0]), eager_ms, fast_ms)
     return _Measurement(_close(fast, eager, ref64), eager_ms, fast_ms)
 
 
 def _close(fast: Any, eager: Any, ref64: Any) -> parity.Parity:
-    """The *close* contract on a tensor, or the worst over a tuple of them."""
-    if isinstance(fast, Tensor):
-        return parity.close(fast, ref64, eager)
-    parts = [_close(f, e, r) for f, e, r in zip(fast, eager, ref64) if isinstance(f, (Tensor, tuple, list))]
-    return max(parts, key=lambda p: p.error / p.bound)
+    """The *close* contract on a tensor, or the worst over all tensors in tuples, lists and mappings."""
+    return max((parity.close(f, r, e) for f, e, r in _tensors(fast, eager, ref64)), key=lambda p: p.error / p.bound)
 
 
-def _timed(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, float]:
-    """The result and the shortest of three runs in milliseconds."""
+def _equal(fast: Any, eager: Any, ref64: Any) -> parity.Parity:
+    """The *exact* contract between a swapped and an eager result, the worst over all tensors."""
+    return max((parity.exact(f, e) for f, e in _tensors(fast, eager)), key=lambda p: p.error)
+
+
+def _tensors(*values: Any) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors that stand at the same place in several results of one kind; where one has none (a cache entry that nothing reads
+    is not kept, say), there is nothing to compare."""
+    if all(isinstance(v, Tensor) for v in values):
+        yield values
+    elif all(isinstance(v, Mapping) for v in values):
+        for key in values[0]:
+            yield from _tensors(*(v[key] for v in values))
+    elif all(isinstance(v, (tuple, list)) for v in values):
+        for parts in zip(*values, strict=True):
+            yield from _tensors(*parts)
+
+
+def _call(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The result, and the arguments' lists and dicts (feature caches) as the call left them; the caller's own are not touched."""
+    args, kwargs = _containers(args), _containers(kwargs)
+    result = function(*args, **kwargs)
+    return result, [v for v in (*args, *kwargs.values()) if isinstance(v, (list, dict))]
+
+
+def _containers(value: Any) -> Any:
+    """The same tensors in fresh tuples, lists and dicts."""
+    if type(value) in (tuple, list):
+        return type(value)(_containers(v) for v in value)
+    if type(value) is dict:
+        return {k: _containers(v) for k, v in value.items()}
+    return value
+
+
+def _timed(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Any, Any], float]:
+    """What :func:`_call` gives, and the shortest of three runs in milliseconds."""
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        result = function(*args, **kwargs)
+        result = _call(function, args, kwargs)
         best = min(best, time.perf_counter() - start)
     return result, best * 1e3
 
@@ -179,9 +213,9 @@ def _timed(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, flo
 def _to_double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list):
         return type(value)(_to_double(v) for v in value)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {k: _to_double(v) for k, v in value.items()}
     return value
 

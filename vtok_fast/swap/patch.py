@@ -31,6 +31,9 @@ class Swap:
         sample: makes small random arguments for the check, ``sample(module) -> tuple``; None for a swap that only moves data.
         probe: the part of the module to copy for the check, where the method does not need all of it.
         judge: compares (fast, eager, float64) results where the *close* contract on tensors is not the right measure.
+        reference: ``reference(module, *args)``, the float64 result where a double copy of the module does not give it.
+        exact: what takes the place of the method under the contract *exact*: the same arithmetic on fewer copies. None where
+            there is nothing of that kind.
     """
 
     what: str
@@ -40,6 +43,8 @@ class Swap:
     sample: Callable[[nn.Module], tuple] | None = None
     probe: Callable[[nn.Module], nn.Module] = lambda module: module
     judge: Callable[[Any, Any, Any], Parity] | None = None
+    reference: Callable[..., Any] | None = None
+    exact: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

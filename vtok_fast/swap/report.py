@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Entry:
     """One module. ``error`` and ``bound`` are relative to float64 (see :mod:`vtok_fast.parity`), times in milliseconds on the
-    check's inputs; None where nothing was measured."""
+    check's inputs; None where nothing was measured. ``note`` is what else the check saw."""
 
     path: str
     kind: str
@@ -29,6 +29,7 @@ class Entry:
     bound: float | None = None
     eager_ms: float | None = None
     fast_ms: float | None = None
+    note: str = ""
 
 
 class Report:
