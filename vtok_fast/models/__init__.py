@@ -1,6 +1,10 @@
 """The tokenizers, as readable PyTorch modules."""
 
+from vtok_fast.models.cosmos import Cosmos
+from vtok_fast.models.cosmos_configs import CosmosConfig
+from vtok_fast.models.tivtok import TivTok
+from vtok_fast.models.tivtok_config import TivTokConfig
 from vtok_fast.models.vidtok import VidTok
 from vtok_fast.models.vidtok_configs import VidTokConfig
 
-__all__ = ["VidTok", "VidTokConfig"]
+__all__ = ["Cosmos", "CosmosConfig", "TivTok", "TivTokConfig", "VidTok", "VidTokConfig"]
