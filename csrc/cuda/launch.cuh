@@ -1,0 +1,55 @@
+// Launching a kernel, on a GPU or in the emulator, and errors of CUDA as a Status.
+#pragma once
+#include <string>
+#include <utility>
+
+#include "status.h"
+
+#ifdef VTOK_EMULATOR
+#include "emulator.h"
+#else
+#include <cuda_runtime.h>
+
+namespace vtok::cuda {
+
+inline Status status_of(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status::Ok();
+  const std::string message = std::string("CUDA: ") + cudaGetErrorString(error) + " (" + what + ")";
+  return error == cudaErrorMemoryAllocation ? Status::OutOfMemory(message) : Status::Internal(message);
+}
+
+// What a launcher may want to know of the current device.
+struct Device {
+  int multiprocessors, shared_limit, capability;  // shared_limit: bytes a block may opt in to; capability: 80, 90, ...
+};
+
+inline Status current_device(Device& device) {
+  int id = 0, major = 0, minor = 0;
+  VTOK_RETURN_IF_ERROR(status_of(cudaGetDevice(&id), "current device"));
+  VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id), "device"));
+  VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id), "device"));
+  VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id), "device"));
+  VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id), "device"));
+  device.capability = major * 10 + minor;
+  return Status::Ok();
+}
+
+template <class... Parameters, class... Arguments>
+Status launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+              Arguments&&... arguments) {
+  if (shared_bytes > 48 * 1024)  // the largest amount that needs no permission
+    VTOK_RETURN_IF_ERROR(status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                        static_cast<int>(shared_bytes)), what));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return status_of(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
+}
+
+}  // namespace vtok::cuda
+#endif
+
+// VTOK_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...) is a Status. Commas of template arguments do no harm.
+#define VTOK_LAUNCH(...) ::vtok::cuda::launch(#__VA_ARGS__, __VA_ARGS__)
