@@ -69,10 +69,10 @@ def test_released_configurations(name):
 def test_tiny_is_small_and_suits_the_kernels():
     model = VidTok("tiny")
     assert sum(p.numel() for p in model.parameters()) <= 1_000_000
-    assert (model.config.version, model.config.causal, model.config.levels) == ("1.0", True, (8,) * 5)
+    assert (model.config.version, model.config.causal, model.config.levels) == ("1.0", True, (8,) * 6)
     planes = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
     assert planes and all(m.in_channels % 16 == 0 and m.out_channels % 16 == 0 for m in planes)
-    assert model.latent_shape(17, 128, 128) == (5, 16, 16)
+    assert model.latent_shape(17, 128, 128) == (5, 32, 32)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_gradients_flow_and_are_close(model, video):
     def gradients(model, video):
         for p in model.parameters():
             p.grad = None
-        model.decoder(model.encoder(video)[:, :5].tanh()).square().mean().backward()
+        model.decoder(model.encoder(video).tanh()).square().mean().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     torch.manual_seed(2)
@@ -295,7 +295,7 @@ def test_half_precision(model, video, dtype):
 def test_tokens_are_compared_on_an_example(model, video):
     report = vtok_fast.accelerate(model, example=video)
     (tokens,) = report.tokens
-    assert tokens.ok and tokens.total == 2 * 4 * 4 and "tokens equal" in str(report)
+    assert tokens.ok and tokens.total == 2 * 8 * 8 and "tokens equal" in str(report)
 
 
 def test_random_numbers_of_the_program_are_left_alone(model):
