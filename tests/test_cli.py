@@ -222,3 +222,22 @@ def test_doctor_counts_openmp_runtimes(openmp, level):
                                                        ("2.9.1", False, "ok"), ("2.13.0+cpu", False, "ok")])
 def test_doctor_knows_torch_versions(version, cuda, level):
     assert doctor._torch({"torch": version, "cuda": cuda, "threads": 2}, "").level == level
+
+
+def test_tokenize_and_detokenize(clip, tmp_path, capsys):
+    assert run_here("tokenize", clip, "-o", tmp_path / "clip.tokens", "--size", "32x48", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["model"], facts["frames"], facts["size"], facts["windows"]) == ("vidtok/tiny", 20, [32, 48], 2)
+    assert facts["tokens"] == Tokens.load(tmp_path / "clip.tokens").indices.numel()
+    assert run_here("detokenize", tmp_path / "clip.tokens", "-o", tmp_path / "back.mp4") == 0
+    assert "20 frames of 32x48" in capsys.readouterr().out
+    assert read_video(tmp_path / "back.mp4").video.shape == (3, 20, 32, 48)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--size", "32x"], "size='32x'"),
+    (["--model", "vidtok/fsq_causal_488_4096"], "checkpoint: vidtok/fsq_causal_488_4096 needs one"),
+    (["--window", "16"], "window=16"),
+])
+def test_tokenize_refuses_in_one_line(clip, tmp_path, capsys, options, said):
+    assert said in one_line(run_here("tokenize", clip, "-o", tmp_path / "clip.tokens", *options), capsys.readouterr().err)

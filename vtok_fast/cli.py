@@ -1,14 +1,16 @@
-"""The command `vtok-fast`: info, doctor, demo, check, bench.
+"""The command `vtok-fast`: info, doctor, demo, check, bench, tokenize, detokenize.
 
 Whatever needs torch is imported inside the commands, so that `doctor` and `--help` work without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -120,6 +122,89 @@ def demo(
     if as_json:
         _print_json(result)
     raise typer.Exit(0 if result["parity"]["ok"] else 1)
+
+
+Checkpoint = Annotated[Optional[Path], typer.Option(help="The model's weights. vidtok/tiny brings its own.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write. Beside it lies OUTPUT.parts while the work lasts.")]
+Accelerate = Annotated[bool, typer.Option(help="Swap the fast kernels in.")]
+
+
+@app.command()
+def tokenize(
+    video: Annotated[Path, typer.Argument(help="A video file.")],
+    output: Output,
+    model: Annotated[str, typer.Option(help="System and configuration, as in vidtok/fsq_causal_488_32768.")] = "vidtok/tiny",
+    checkpoint: Checkpoint = None,
+    size: Annotated[Optional[str], typer.Option(help="HxW: scale and cut; N: scale the shorter side to it. Default: as the file has it.")] = None,
+    window: Annotated[Optional[int], typer.Option(help="Frames that are tokenised together.")] = None,
+    accelerate: Accelerate = True,
+    as_json: Json = False,
+) -> None:
+    """Write the tokens of a video. A run that was stopped goes on where it was."""
+    from vtok_fast import video_tokens
+
+    pixels = None if size is None else _pixels(size)
+    chosen = video_tokens.load_model(model, checkpoint)
+    with _progress(as_json, "windows") as progress:
+        tokens = video_tokens.tokenize(video, output, _ready(chosen, accelerate), size=pixels, window=window, progress=progress)
+    facts = {"output": str(output), "model": tokens.model, "frames": tokens.info["frames"], "size": list(tokens.video_shape[1:]),
+             "windows": tokens.batch, "tokens": tokens.data.numel() if tokens.latents is None else tokens.data[:, 0].numel(),
+             "bytes": output.stat().st_size}
+    if as_json:
+        _print_json(facts)
+    else:
+        print(f"{facts['frames']} frames of {'x'.join(map(str, facts['size']))} as {facts['tokens']:,} tokens of {tokens.model} in {output}")
+
+
+@app.command()
+def detokenize(
+    tokens: Annotated[Path, typer.Argument(help="What tokenize wrote.")],
+    output: Output,
+    model: Annotated[Optional[str], typer.Option(help="Default: the one that made the tokens.")] = None,
+    checkpoint: Checkpoint = None,
+    accelerate: Accelerate = True,
+    as_json: Json = False,
+) -> None:
+    """Write the video (MP4) of a file of tokens. A run that was stopped goes on where it was."""
+    from vtok_fast import video_tokens
+    from vtok_fast.tokens import Tokens
+
+    loaded = Tokens.load(tokens)
+    chosen = video_tokens.load_model(model or loaded.model, checkpoint, loaded.config if model is None else None)
+    with _progress(as_json, "windows") as progress:
+        video_tokens.detokenize(tokens, output, _ready(chosen, accelerate), progress=progress)
+    facts = {"output": str(output), "model": loaded.model, "frames": loaded.info.get("frames"), "size": list(loaded.video_shape[1:])}
+    if as_json:
+        _print_json(facts)
+    else:
+        print(f"{output}: {facts['frames']} frames of {'x'.join(map(str, facts['size']))}")
+
+
+def _pixels(text: str) -> int | tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"size={text!r}: expected HxW or a number of pixels, such as 256x448 or 256")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _ready(model: Any, accelerate: bool) -> Any:
+    if accelerate:
+        import vtok_fast
+
+        vtok_fast.accelerate(model)
+    return model
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on standard error, as a function of what is done and of how much there is (None: unknown)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.command()

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Tokens:
         dtype: of the video that was encoded, and of the one that `decode` returns.
         indices: (B, t, h, w) int32, of a model with a codebook; else None.
         latents: (B, C, t, h, w) floating point, of a model without one; else None.
+        info: what else is known, JSON values only, such as the frames per second; goes into the file, and no model reads it.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Tokens:
     dtype: torch.dtype
     indices: Tensor | None = None
     latents: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if (self.indices is None) == (self.latents is None):
@@ -68,19 +70,29 @@ class Tokens:
         moved = self.data.to(*args, **kwargs)
         return replace(self, indices=moved.to(torch.int32)) if self.latents is None else replace(self, latents=moved)
 
+    def clip(self, index: int) -> Tokens:
+        """Those of one video of the batch."""
+        data = self.data[index : index + 1]
+        return replace(self, indices=data) if self.latents is None else replace(self, latents=data)
+
+    @staticmethod
+    def stack(parts: Sequence[Tokens]) -> Tokens:
+        """The tokens of several videos of one size, as one batch.
+
+        Raises ValueError if they come from different models or sizes, or if there are none.
+        """
+        first = _same(parts, "model", "config", "dtype", "video_shape")
+        data = torch.cat([part.data for part in parts])
+        return replace(first, **{"latents" if first.indices is None else "indices": data})
+
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
         """The tokens of chunks that follow one another in time, as one.
 
         Raises ValueError if they come from different models or sizes, or if there are none.
         """
-        if not parts:
-            raise ValueError("parts: there is nothing to concatenate")
-        first = parts[0]
+        first = _same(parts, "model", "config", "dtype", "batch")
         for part in parts[1:]:
-            for name in ("model", "config", "dtype", "batch"):
-                if getattr(part, name) != getattr(first, name):
-                    raise ValueError(f"parts: {name} is {getattr(first, name)} in the first one, {getattr(part, name)} in another")
             if part.video_shape[1:] != first.video_shape[1:]:
                 raise ValueError(f"parts: (H, W) is {first.video_shape[1:]} in the first one, {part.video_shape[1:]} in another")
         data = torch.cat([part.data for part in parts], dim=-3)
@@ -100,6 +112,7 @@ class Tokens:
             "video_shape": list(self.video_shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "kind": "latents" if self.indices is None else "indices",
+            "info": self.info,
         }
         text = json.dumps(header, sort_keys=True)
         metadata = {"format": FORMAT, "tokens": text, "sha256": _checksum(text, data)}
@@ -130,8 +143,20 @@ class Tokens:
             config=header["config"],
             video_shape=tuple(header["video_shape"]),
             dtype=getattr(torch, header["dtype"]),
+            info=header.get("info", {}),
             **{header["kind"]: data},
         )
+
+
+def _same(parts: Sequence[Tokens], *names: str) -> Tokens:
+    """The first of parts, which agree in these attributes."""
+    if not parts:
+        raise ValueError("parts: there is nothing to concatenate")
+    for part in parts[1:]:
+        for name in names:
+            if getattr(part, name) != getattr(parts[0], name):
+                raise ValueError(f"parts: {name} is {getattr(parts[0], name)} in the first one, {getattr(part, name)} in another")
+    return parts[0]
 
 
 def _checksum(text: str, data: Tensor) -> str:

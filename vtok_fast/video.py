@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,35 +53,75 @@ def read_video(
         ValueError: size, start, frames or dtype is impossible.
         VideoError: the file is damaged, has no video stream, or has no frame in that range.
     """
-    av = _av()
-    path = Path(path)
     if start < 0 or (frames is not None and frames < 1):
         raise ValueError(f"start={start}, frames={frames}: need start >= 0 and frames >= 1")
     if dtype not in (torch.float32, torch.uint8):
         raise ValueError(f"dtype={dtype}: torch.float32 or torch.uint8")
     if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
         raise ValueError(f"size={size}: need at least one pixel")
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no video at {path}")
     taken = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(f"path: {path} has no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            fps = float(stream.average_rate or stream.guessed_rate or 25)
-            for index, frame in enumerate(container.decode(stream)):
-                if frames is not None and index >= start + frames:
-                    break
-                if index >= start:
-                    taken.append(_pixels(frame, size))
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"path: {path} cannot be read as a video ({error})") from error
+    with open_video(path) as source:
+        for index, frame in enumerate(source.frames()):
+            if frames is not None and index >= start + frames:
+                break
+            if index >= start:
+                taken.append(_pixels(frame, size))
+        fps = source.fps
     if not taken:
         raise VideoError(f"path: {path} has no frame {start} or later")
-    video = torch.from_numpy(np.stack(taken)).permute(3, 0, 1, 2).contiguous()
+    video = _video(taken)
     return Clip(video if dtype == torch.uint8 else to_float(video), fps)
+
+
+class open_video:
+    """A video file while it is read, as a context: its `fps`, `height`, `width` and `count` of frames (0 where the file does not say), its frames one by one, or in windows.
+
+    Raises ImportError, FileNotFoundError and VideoError as `read_video` does.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._av, self.path = _av(), Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"path: no video at {self.path}")
+        try:
+            self._container = self._av.open(str(self.path))
+        except (self._av.error.FFmpegError, OSError) as error:
+            raise self._unreadable(error) from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise VideoError(f"path: {self.path} has no video stream")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        self.height, self.width, self.count = self._stream.height, self._stream.width, self._stream.frames
+
+    def __enter__(self) -> open_video:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._container.close()
+
+    def frames(self) -> Iterator[Any]:
+        """The frames as PyAV gives them, from the first on."""
+        try:
+            yield from self._container.decode(self._stream)
+        except (self._av.error.FFmpegError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def windows(self, length: int, size: int | tuple[int, int] | None = None) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """Windows of `length` frames, the last one perhaps of fewer: how many, and a function that gives them as (C, T, H, W) uint8 (so
+        that a window that is not needed costs no conversion)."""
+        window: list[Any] = []
+        for frame in self.frames():
+            window.append(frame)
+            if len(window) == length:
+                yield len(window), partial(_stacked, window, size)
+                window = []
+        if window:
+            yield len(window), partial(_stacked, window, size)
+
+    def _unreadable(self, error: Exception) -> VideoError:
+        return VideoError(f"path: {self.path} cannot be read as a video ({error})")
 
 
 def to_float(video: Tensor) -> Tensor:
@@ -114,7 +156,7 @@ def write_video(path: str | os.PathLike, video: Tensor, fps: float = 25.0) -> No
     def write(temporary: str) -> None:
         try:
             with av.open(temporary, "w", format="mp4") as container:
-                stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "medium"})
+                stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "medium", "bf": "0"})  # no frame leans on a later one: see join_videos
                 stream.width, stream.height, stream.pix_fmt = shape[3], shape[2], "yuv420p"
                 for frame in pixels:
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -124,6 +166,46 @@ def write_video(path: str | os.PathLike, video: Tensor, fps: float = 25.0) -> No
             raise OSError(code, os.strerror(code) if code > 0 else str(error)) from error
 
     write_atomically(path, write)
+
+
+def join_videos(path: str | os.PathLike, parts: Sequence[str | os.PathLike]) -> None:
+    """Write the files that `write_video` wrote, one after the other, as one, without coding them again.
+
+    They have one size and one frame rate. Errors as for `write_video`; VideoError for a part that cannot be read.
+    """
+    av = _av()
+
+    def write(temporary: str) -> None:
+        try:
+            with av.open(temporary, "w", format="mp4") as container:
+                stream, offset = None, 0
+                for part in parts:
+                    with av.open(str(part)) as source:
+                        track = source.streams.video[0]
+                        stream = stream or container.add_stream_from_template(track)
+                        end = offset
+                        for packet in source.demux(track):
+                            if packet.dts is None:  # the end, not a packet
+                                continue
+                            packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
+                            end = max(end, packet.pts + packet.duration)
+                            packet.stream = stream
+                            container.mux(packet)
+                        offset = end
+        except av.error.FFmpegError as error:
+            code = getattr(error, "errno", None) or errno.EIO
+            raise OSError(code, os.strerror(code) if code > 0 else str(error)) from error
+
+    write_atomically(path, write)
+
+
+def _stacked(frames: Sequence[Any], size: int | tuple[int, int] | None) -> Tensor:
+    return _video([_pixels(frame, size) for frame in frames])
+
+
+def _video(frames: Sequence[np.ndarray]) -> Tensor:
+    """(T) frames (H, W, C) as (C, T, H, W)."""
+    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous()
 
 
 def _pixels(frame: Any, size: int | tuple[int, int] | None) -> np.ndarray:

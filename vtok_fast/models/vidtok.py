@@ -53,6 +53,8 @@ class VidTok(nn.Module):
     Raises ValueError for an unknown name or an impossible structure.
     """
 
+    system = SYSTEM
+
     def __init__(self, config: str | VidTokConfig | dict[str, Any] | None = None, **fields: Any):
         super().__init__()
         if config is not None and fields:

@@ -33,9 +33,8 @@ def check_video(video: Tensor, config: VidTokConfig, parameter: Tensor) -> None:
 
 
 def check_finite(name: str, x: Tensor) -> None:
-    """Raises ValueError for NaN or infinity. A compiled graph cannot ask for values, and leaves it out."""
+    """Raise ValueError if x holds NaN or infinity. A compiled graph cannot ask for values, and leaves it out."""
     if torch.compiler.is_compiling():
         return
-    """Raise ValueError if x holds NaN or infinity."""
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} has {int((~torch.isfinite(x)).sum())} values that are NaN or infinite")
