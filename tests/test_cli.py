@@ -80,7 +80,7 @@ def test_demo_writes_a_folder(demo, clip):
     assert {path.name for path in output.iterdir()} == {"tokens.safetensors", "reconstruction.mp4", "demo.png", "demo.json"}
     assert json.loads(result.stdout) == json.loads((output / "demo.json").read_text())
     tokens = Tokens.load(output / "tokens.safetensors")
-    assert tokens.video_shape == (17, 32, 32) and tuple(tokens.indices.shape) == (1, 5, 4, 4)
+    assert tokens.video_shape == (17, 32, 32) and tuple(tokens.indices.shape) == (1, 5, 8, 8)
     back = read_video(output / "reconstruction.mp4")
     assert back.video.shape == (3, 17, 32, 32) and back.fps == 10
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -90,12 +90,12 @@ def test_demo_measures(demo, clip):
     facts = json.loads(demo[0].stdout)
     assert facts["trained"] and facts["shape"] == [1, 3, 17, 32, 32]
     assert facts["swapped"] > 0 or facts["skipped"] > 0
-    assert facts["parity"]["ok"] and facts["parity"]["tokens"]["total"] == 5 * 4 * 4
+    assert facts["parity"]["ok"] and facts["parity"]["tokens"]["total"] == 5 * 8 * 8
     for variant in ("eager", "fast"):
         part = facts["seconds"][variant]
         assert 0 < part["encode"] < part["total"] and 0 < part["decode"] < part["total"]
         assert facts["peak_bytes"] is None or facts["peak_bytes"][variant] > 0
-    assert facts["compression"]["ratio"] == pytest.approx(3 * 17 * 32 * 32 * 8 / (80 * 15))
+    assert facts["compression"]["ratio"] == pytest.approx(3 * 17 * 32 * 32 * 8 / (320 * 18))
     # The tokens that it wrote hold the picture: decoded, they are the reconstruction.
     model = VidTok.from_checkpoint(ROOT / "vtok_fast" / "models" / "weights" / "vidtok_tiny.safetensors").eval()
     video = model.decode(Tokens.load(demo[1] / "tokens.safetensors"))[0]
@@ -138,7 +138,7 @@ def test_demo_takes_several_chunks(clip):
     (("--config", "huge"), "config='huge'"),
     (("--checkpoint", "none.ckpt"), "no checkpoint at none.ckpt"),
     (("--chunks", "0"), "chunks=0"),
-    (("--size", "20"), "multiples of 8"),
+    (("--size", "22"), "multiples of 4"),
 ])
 def test_demo_with_bad_input(clip, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
