@@ -27,7 +27,8 @@ from torch import Tensor
 
 TOLERANCE = 1e-5  # relative norm error of a float32 computation; the official code itself stays within 3e-6
 ROOT = Path(__file__).resolve().parent
-SYSTEMS = {"VidTok": "golden_vidtok"}  # the module beside this file that checks it: check(golden, accelerate) -> iterator of Checks
+# The module beside this file that checks each system: check(golden, accelerate) -> iterator of Checks.
+SYSTEMS = {"VidTok": "golden_vidtok", "Cosmos tokenizer": "golden_cosmos"}
 
 
 class Unsupported(ValueError):
@@ -179,5 +180,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT.parent))
-    sys.modules.setdefault("golden", sys.modules["__main__"])  # golden_vidtok imports this module under its name
+    sys.modules.setdefault("golden", sys.modules["__main__"])  # the modules of the systems import this one under its name
     sys.exit(main())
