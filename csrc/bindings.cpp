@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
   vtok::bind_causal_conv3d(m);
   vtok::bind_norm_act(m);
   vtok::bind_fsq(m);
+  vtok::bind_token_packing(m);
 
   m.def("isa", [] { return vtok::cpu::isa_name(vtok::cpu::active_isa()); }, "The instance of the CPU kernels in use.");
   m.def("set_isa", [](const char* name) {

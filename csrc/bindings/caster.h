@@ -69,5 +69,6 @@ void launch(F&& launcher) {
 void bind_causal_conv3d(pybind11::module_& m);
 void bind_norm_act(pybind11::module_& m);
 void bind_fsq(pybind11::module_& m);
+void bind_token_packing(pybind11::module_& m);
 
 }  // namespace vtok
