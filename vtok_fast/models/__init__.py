@@ -6,5 +6,7 @@ from vtok_fast.models.tivtok import TivTok
 from vtok_fast.models.tivtok_config import TivTokConfig
 from vtok_fast.models.vidtok import VidTok
 from vtok_fast.models.vidtok_configs import VidTokConfig
+from vtok_fast.models.vtok import VTok
+from vtok_fast.models.vtok_config import VTokConfig
 
-__all__ = ["Cosmos", "CosmosConfig", "TivTok", "TivTokConfig", "VidTok", "VidTokConfig"]
+__all__ = ["Cosmos", "CosmosConfig", "TivTok", "TivTokConfig", "VTok", "VTokConfig", "VidTok", "VidTokConfig"]
