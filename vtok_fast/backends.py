@@ -9,12 +9,16 @@ cannot run, falls back and remembers that too.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 NAMES = ("sm90", "sm80", "triton", "cpu", "reference")
 ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
@@ -133,11 +137,30 @@ def fallbacks() -> dict[str, dict[str, str]]:
     return result
 
 
+@functools.cache
+def why_no_triton() -> str | None:
+    """Why Triton cannot be imported here, or None where it can. Its kernels are imported at their first call only."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
+
+
+def why_not_triton_on(tensor: torch.Tensor) -> str | None:
+    """Why a Triton kernel cannot take this tensor, or None where it can: a GPU that Triton compiles for."""
+    if tensor.device.type != "cuda":
+        return f"the tensors are on {tensor.device}"
+    return why_no_triton()
+
+
 def available_backends() -> dict[str, dict[str, str | None]]:
     """Per op, each backend of this version with None where it can run here at all, or the reason why not."""
     from vtok_fast import native
 
     def reason(name: str) -> str | None:
+        if name == "triton":
+            return why_no_triton() or (None if torch.cuda.is_available() else "there is no GPU")
         return native.why_missing() if name == "cpu" else None
 
     return {op: {b.name: reason(b.name) for b in candidates} for op, candidates in _ops.items()}
