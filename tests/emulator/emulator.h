@@ -1,0 +1,34 @@
+// The emulator of the CUDA execution model, as kernels and launchers see it: see emulator.py for how to use it.
+//
+//   types.h         qualifiers, vector types and half precision of CUDA C++
+//   machine.h .cpp  threads as fibers, the scheduler, barriers and shuffles, vector clocks
+//   memory.h .cpp   shared and global memory, with every access checked
+//   instructions.h  the functions of ptx.cuh
+//   calls.h .cpp    calling a launcher from Python
+#pragma once
+#include <tuple>
+
+#include "instructions.h"
+#include "status.h"
+
+namespace vtok::cuda {
+
+struct Device {
+  int multiprocessors, shared_limit, capability;
+};
+
+inline Status current_device(Device& device) {
+  device = {emu::config.multiprocessors, emu::config.shared_limit, emu::config.capability};
+  return Status::Ok();
+}
+
+template <class... Parameters, class... Arguments>
+Status launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+              Arguments&&... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "more bytes of parameters than every GPU takes");
+  const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
+  const std::string error = emu::run(grid, block, shared_bytes, [&] { std::apply(kernel, held); });
+  return error.empty() ? Status::Ok() : Status::Internal(error);
+}
+
+}  // namespace vtok::cuda

@@ -1,0 +1,37 @@
+// Shared and global memory, with every access checked.
+//
+// Shared memory is an arena that a kernel addresses by 32-bit offsets. Beside each 2 bytes of it stand the last write and the
+// reads since: an access that is not ordered after the write (and, if it writes, after the reads) is a race, in whatever order
+// the threads ran. Global memory is the buffers that the test has registered; beside each 2 bytes of it stands who wrote last.
+#pragma once
+#include "machine.h"
+
+namespace emu {
+
+// What an agent did at a time of its own clock.
+struct Event {
+  int agent = -1;
+  uint32_t clock = 0;
+  Where where;
+};
+
+void reset_shared(size_t bytes);  // at the start of a block: filled with 0xff, nothing written
+uint32_t shared_base();
+
+// Bounds, alignment to `align`, and for a read also initialised bytes and races; then copies. `agent` of a write: see Event.
+void check_shared(uint32_t address, uint32_t bytes, uint32_t align, const char* what, const Where& where);
+void read_shared(void* to, uint32_t address, uint32_t bytes, uint32_t align, const char* what, const Where& where, Thread& by);
+void write_shared(uint32_t address, const void* from, uint32_t bytes, uint32_t align, const char* what, const Where& where);
+// A copy is a write by the agent `by.id + n` at the clock of its group; finish_copies puts those up to a group in place.
+void start_copy(const Copy& copy, const Where& where);
+void finish_copies(Thread& by, uint32_t up_to_group);
+
+void register_global(const void* begin, uint64_t bytes, const char* name);
+void forget_globals();
+void forget_global_accesses();  // at the start of a launch
+void read_global(void* to, const void* from, uint32_t bytes, uint32_t align, const char* what, const Where& where);
+void check_global_read(const void* from, uint32_t bytes, uint32_t align, const char* what, const Where& where);
+void write_global(void* to, const void* from, uint32_t bytes, uint32_t align, const char* what, const Where& where);
+void add_global(float* to, float value, const Where& where);
+
+}  // namespace emu
