@@ -2,6 +2,8 @@
 
 from vtok_fast.models.cosmos import Cosmos
 from vtok_fast.models.cosmos_configs import CosmosConfig
+from vtok_fast.models.promag import ProMAG
+from vtok_fast.models.promag_config import ProMAGConfig
 from vtok_fast.models.tivtok import TivTok
 from vtok_fast.models.tivtok_config import TivTokConfig
 from vtok_fast.models.vidtok import VidTok
@@ -9,4 +11,4 @@ from vtok_fast.models.vidtok_configs import VidTokConfig
 from vtok_fast.models.vtok import VTok
 from vtok_fast.models.vtok_config import VTokConfig
 
-__all__ = ["Cosmos", "CosmosConfig", "TivTok", "TivTokConfig", "VTok", "VTokConfig", "VidTok", "VidTokConfig"]
+__all__ = ["Cosmos", "CosmosConfig", "ProMAG", "ProMAGConfig", "TivTok", "TivTokConfig", "VTok", "VTokConfig", "VidTok", "VidTokConfig"]

@@ -10,7 +10,7 @@ from vtok_fast.tokens import Tokens
 
 def blend_weights(overlap: int, like: Tensor) -> Tensor:
     """Weights (overlap, 1, 1) of the earlier window in the frames that two windows share: (n - i)/(n + 1), falling linearly."""
-    i = torch.arange(overlap, dtype=torch.float32, device=like.device)
+    i = torch.arange(overlap, dtype=torch.float64, device=like.device)
     return ((overlap - i) / (overlap + 1)).to(like.dtype)[:, None, None]
 
 
