@@ -17,10 +17,12 @@ else:
     from vtok_fast.ops.causal_conv3d import causal_conv3d
     from vtok_fast.ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
     from vtok_fast.ops.norm_act import norm_act
+    from vtok_fast.ops.scope_attention import scope_attention
     from vtok_fast.ops.token_packing import PackedTokens, pack_tokens, router_scores, select_tokens, token_budget, unpack_tokens
+    from vtok_fast.scope import Scope
     from vtok_fast.swap import Report, accelerate, accelerated
 
-__all__ = ["BackendError", "FSQOutput", "PackedTokens", "Report", "accelerate", "accelerated", "algorithm", "available_backends", "backend",
-           "causal_conv3d", "fallbacks", "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "models", "nn", "norm_act",
-           "pack_tokens", "router_scores", "select_tokens", "token_budget", "unpack_tokens"]
+__all__ = ["BackendError", "FSQOutput", "PackedTokens", "Report", "Scope", "accelerate", "accelerated", "algorithm", "available_backends",
+           "backend", "causal_conv3d", "fallbacks", "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "models", "nn", "norm_act",
+           "pack_tokens", "router_scores", "scope_attention", "select_tokens", "token_budget", "unpack_tokens"]
 __version__ = "0.1.0"

@@ -37,12 +37,14 @@ class Backend:
     """One way to run an op: ``can_run(call)`` gives None or the reason against it, ``run(call)`` does it.
 
     ``worthwhile(call)``, asked by automatic choice alone, gives a reason where another backend was measured to be faster.
+    ``why_missing()`` gives the reason where no call at all can run here; by default ``cpu`` needs the native module.
     """
 
     name: str
     can_run: Callable[[Any], str | None]
     run: Callable[[Any], Any]
     worthwhile: Callable[[Any], str | None] = lambda call: None
+    why_missing: Callable[[], str | None] | None = None
 
 
 def register(op: str, *backends: Backend) -> None:

@@ -70,19 +70,22 @@ class Scope:
         if q_offsets.dim() != 1 or len(q_offsets) < 2:
             raise ValueError(f"q_offsets: expected shape (segments + 1,) with a segment at least, got {tuple(q_offsets.shape)}")
         if range_offsets.shape != q_offsets.shape:
-            raise ValueError(f"range_offsets: expected the shape of q_offsets, {tuple(q_offsets.shape)}, got {tuple(range_offsets.shape)}")
+            raise ValueError(f"range_offsets: expected the shape of q_offsets, {tuple(q_offsets.shape)}, "
+                             f"got {tuple(range_offsets.shape)}")
         if ranges.dim() != 2 or ranges.shape[1] != 2:
             raise ValueError(f"ranges: expected shape (ranges, 2), got {tuple(ranges.shape)}")
         self._set(q_offsets.contiguous(), range_offsets.contiguous(), ranges.contiguous(), q_len, k_len)
         if validate or q_offsets.device.type == "cpu":
             self.validate()
 
-    def _set(self, q_offsets: Tensor, range_offsets: Tensor, ranges: Tensor, q_len: int, k_len: int, validated: bool = False) -> None:
-        values = {"q_offsets": q_offsets, "range_offsets": range_offsets, "ranges": ranges, "q_len": q_len, "k_len": k_len,
-                  "validated": validated, "cache": {}}
+    def _set(self, q_offsets: Tensor, range_offsets: Tensor, ranges: Tensor, q_len: int, k_len: int,
+             validated: bool = False) -> None:
+        # A compiled graph passes a tensor on as the same object, but not a view.
+        csr = CSR(*(t.clone() if t._is_view() else t for t in (q_offsets, range_offsets, ranges)))
+        values = {**csr._asdict(), "q_len": q_len, "k_len": k_len, "validated": validated, "cache": {}}
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        _by_tensor[q_offsets] = weakref.ref(self)
+        _by_tensor[csr.q_offsets] = weakref.ref(self)
 
     @classmethod
     def _make(cls, q_offsets: Any, range_offsets: Any, ranges: Any, q_len: int, k_len: int, validated: bool = True) -> Scope:
@@ -97,7 +100,7 @@ class Scope:
         """The scope whose tensors these are, with whatever is cached on it; else a new one."""
         known = _by_tensor.get(csr.q_offsets)
         scope = known() if known is not None else None
-        if scope is not None and scope.ranges is csr.ranges and (scope.q_len, scope.k_len) == (q_len, k_len):
+        if scope is not None and (scope.q_len, scope.k_len) == (q_len, k_len) and scope.ranges.data_ptr() == csr.ranges.data_ptr():
             return scope
         return cls(*csr, q_len, k_len)
 
@@ -178,8 +181,8 @@ class Scope:
         for name, cu, length in (("cu_seqlens", cu_q, q_len), ("cu_seqlens_k", cu_k, k_len)):
             if length is None:
                 if not host:
-                    raise ValueError(f"{'q_len' if name == 'cu_seqlens' else 'k_len'}: must be given for {name} on {cu.device}: to read "
-                                     "its last value is to wait for the device")
+                    raise ValueError(f"{'q_len' if name == 'cu_seqlens' else 'k_len'}: must be given for {name} on {cu.device}: "
+                                     "to read its last value is to wait for the device")
                 length = int(cu[-1])
             if host or validate:
                 _check_cumulative(name, cu, length)
@@ -385,7 +388,8 @@ def _check_values(q_offsets: Tensor, range_offsets: Tensor, ranges: Tensor, q_le
             if not 0 <= lo <= hi <= k_len:
                 raise ValueError(f"ranges: expected keys from 0 to {k_len}, got ({lo}, {hi}) at index {i}")
             if i > first and lo < r[i - 1][1]:
-                raise ValueError(f"ranges: segment {s} sees {tuple(r[i - 1])} and ({lo}, {hi}); expected ascending ranges that do not overlap")
+                raise ValueError(f"ranges: segment {s} sees {tuple(r[i - 1])} and ({lo}, {hi}); expected ascending ranges that do "
+                                 "not overlap")
 
 
 def _clamp(csr: CSR, q_len: int, k_len: int) -> tuple[CSR, Tensor]:
@@ -430,7 +434,7 @@ def _transpose_host(scope: Scope) -> Scope:
     first, last = torch.searchsorted(cuts, ranges).unbind(1)
     count = last - first
     owner = torch.repeat_interleave(segment, count)
-    piece = torch.arange(len(owner)) - torch.repeat_interleave(count.cumsum(0) - count, count) + torch.repeat_interleave(first, count)
+    piece = torch.arange(len(owner)) + torch.repeat_interleave(first - count.cumsum(0) + count, count)
     order = (piece * scope.segments + owner).argsort()
     piece, owner = piece[order], owner[order]
     starts, ends = q[owner], q[owner + 1]
@@ -446,8 +450,8 @@ def _transpose_device(scope: Scope) -> Scope:
     q, r, ranges = (t.long() for t in scope.safe()[0])
     segments, device = scope.segments, scope.device
     if 2 * len(ranges) * segments > 1 << 24:
-        raise ValueError(f"scope: {len(ranges)} ranges in {segments} segments on {device} are too many to transpose there; build the "
-                         "scope on the host, with Scope.packed or with Scope.cat of such")
+        raise ValueError(f"scope: {len(ranges)} ranges in {segments} segments on {device} are too many to transpose there; build "
+                         "the scope on the host, with Scope.packed or with Scope.cat of such")
     cuts = F.pad(F.pad(ranges.flatten().sort().values, (1, 0)), (0, 1), value=scope.k_len)
     owner = torch.searchsorted(r[1:], torch.arange(len(ranges), device=device), right=True)
     first, last = torch.searchsorted(cuts, ranges).unbind(1)
