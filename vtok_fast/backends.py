@@ -37,14 +37,14 @@ class Backend:
     """One way to run an op: ``can_run(call)`` gives None or the reason against it, ``run(call)`` does it.
 
     ``worthwhile(call)``, asked by automatic choice alone, gives a reason where another backend was measured to be faster.
-    ``why_missing()`` gives the reason where no call at all can run here; by default ``cpu`` needs the native module.
+    ``needs_native``: whether a ``cpu`` backend is made of the native module's kernels.
     """
 
     name: str
     can_run: Callable[[Any], str | None]
     run: Callable[[Any], Any]
     worthwhile: Callable[[Any], str | None] = lambda call: None
-    why_missing: Callable[[], str | None] | None = None
+    needs_native: bool = True
 
 
 def register(op: str, *backends: Backend) -> None:
@@ -160,9 +160,9 @@ def available_backends() -> dict[str, dict[str, str | None]]:
     """Per op, each backend of this version with None where it can run here at all, or the reason why not."""
     from vtok_fast import native
 
-    def reason(name: str) -> str | None:
-        if name == "triton":
+    def reason(candidate: Backend) -> str | None:
+        if candidate.name == "triton":
             return why_no_triton() or (None if torch.cuda.is_available() else "there is no GPU")
-        return native.why_missing() if name == "cpu" else None
+        return native.why_missing() if candidate.name == "cpu" and candidate.needs_native else None
 
-    return {op: {b.name: reason(b.name) for b in candidates} for op, candidates in _ops.items()}
+    return {op: {b.name: reason(b) for b in candidates} for op, candidates in _ops.items()}

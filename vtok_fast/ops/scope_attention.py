@@ -111,7 +111,7 @@ def _reference_run(call: ScopeCall) -> tuple[Tensor, ...]:
 
 
 backends.register("scope_attention",
-                  backends.Backend("cpu", scope_attention_cpu.can_run, scope_attention_cpu.run, why_missing=lambda: None),
+                  backends.Backend("cpu", scope_attention_cpu.can_run, scope_attention_cpu.run, needs_native=False),
                   backends.Backend("reference", lambda call: None, _reference_run))
 
 # ---- torch.library -------------------------------------------------------------------------------------------------------
