@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import vtok_fast
 from vtok_fast.models import TivTok, TivTokConfig
 from vtok_fast.models import tivtok as implementation
 from vtok_fast.models.tivtok_quantizer import SoftVQ
@@ -58,7 +59,7 @@ def test_sets_of_invariant_tokens():
 
 
 def test_scopes_of_the_paper():
-    mask = implementation.scope_mask(TivTokConfig.get("t128"), 4, 1024)
+    mask = implementation.encoder_scope(96, 8, 1024, 4, TivTokConfig.get("t128").patch_scope).mask()
     assert mask.shape == (4224, 4224) and mask.sum() == 4224 * 96 + 4 * 1032**2 + 96 * 4 * 1032
     assert 0.28 < mask.double().mean() < 0.29
 
@@ -77,7 +78,7 @@ def test_scopes_token_by_token(patch_scope):
               "all": {"TIV": (1, 1), "TV": (1, 1), "X": (1, 1)}}[patch_scope],
     }
     expected = [[bool(table[q][k][0 if tq == tk else 1]) for k, tk in kinds] for q, tq in kinds]
-    assert torch.equal(implementation.scope_mask(config, slices, patches), torch.tensor(expected))
+    assert torch.equal(implementation.encoder_scope(6, 2, patches, slices, patch_scope).mask(), torch.tensor(expected))
     q, k, v = torch.randn(3, 2, 2, len(kinds), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = implementation.attend_by_scope(config, slices, patches)(q, k, v)
     for i, seen in enumerate(expected):
@@ -225,7 +226,10 @@ def test_gradients(fields):
 
 
 def test_acceleration():
+    """The attention's backends, and the quantiser's swap."""
     check_acceleration(make(), clip(1, 3, 10, 8, 12))
+    report = vtok_fast.accelerate(make(**FSQ), example=clip(1, 3, 10, 8, 12))
+    assert "quantizer.fsq" in [entry.path for entry in report.swapped] and [tokens.ok for tokens in report.tokens] == [True] * 2
 
 
 def test_half_precision():

@@ -5,7 +5,7 @@
     video = model.decode(tokens)
 
 The encoder is one ViT over [TIV | TV(1) X(1) | TV(2) X(2) | ...]: learned queries TIV and TV(t), and the patches X(t) of slice t. Their
-*scopes* differ: TIV sees everything, TV(t) only TIV, itself and X(t) (scope-induced factorisation). The decoder makes each slice on its
+*scopes* differ: TIV sees everything, TV(t) only TIV, itself and X(t) (scope-induced factorisation, by `scope_attention`). The decoder makes each slice on its
 own from TIV and TV(t) (invariant broadcasting), so slices are a batch. A long video is cut into chunks of 16 frames, encoded apart; the
 chunks then share the mean of their TIV. The last chunk may have fewer slices, its last slice is filled up with copies of the last frame.
 
@@ -16,6 +16,7 @@ tells its tokens apart by a learned embedding; the patch queries are one learned
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from vtok_fast.models.transformer import (Attend, Transformer, init_vit, patchif
 from vtok_fast.models.vidtok import Reconstruction
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.models.vidtok_regularizers import FSQRegularizer
+from vtok_fast.ops.scope_attention import scope_attention
+from vtok_fast.scope import Scope
 from vtok_fast.tokens import Tokens
 
 CHUNKS_AT_ONCE, SLICES_AT_ONCE = 8, 32  # in one batch, of one video; they bound the memory
@@ -259,18 +262,10 @@ def attend_by_scope(config: TivTokConfig, slices: int, patches: int) -> Attend:
     """The attention of the encoder's tokens [TIV | TV(1) X(1) | ...] by their scopes."""
     if config.scope == "dense":
         return F.scaled_dot_product_attention
-    mask = scope_mask(config, slices, patches)
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device))
+    return partial(scope_attention, scope=encoder_scope(config.tiv, config.tv, patches, slices, config.patch_scope))
 
 
-def scope_mask(config: TivTokConfig, slices: int, patches: int) -> Tensor:
-    """What each token sees, (N, N) boolean: the definition of the scopes."""
-    own = torch.arange(slices).repeat_interleave(config.tv + patches)
-    own = F.pad(own, (config.tiv, 0), value=-1)  # the slice of each token, -1 for TIV
-    is_patch = F.pad((torch.arange(config.tv + patches) >= config.tv).repeat(slices), (config.tiv, 0))
-    local = (own[:, None] == own) | (own == -1)
-    if config.patch_scope == "all":
-        local |= is_patch[:, None]
-    elif config.patch_scope == "patches":
-        local &= ~is_patch[:, None] | is_patch
-    return local | (own == -1)[:, None]
+@lru_cache(maxsize=64)
+def encoder_scope(tiv: int, tv: int, patches: int, slices: int, patches_see: str) -> Scope:
+    """One object for each size of video: what a backend works out from a scope is kept on it."""
+    return Scope.time_invariant(tiv=tiv, tv=tv, patches=patches, slices=slices, patches_see=patches_see)

@@ -35,7 +35,7 @@ def rotary_table(positions: Tensor, frequencies: Sequence[Tensor]) -> Tensor:
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the consecutive pairs of x (..., N, D) by angles (N, D/2); in float32 (float64 for float64), the dtype of x."""
+    """Turn the consecutive pairs of x (..., D) by angles that broadcast to (..., D/2); in float32 (float64 for float64)."""
     wide = x if x.dtype == torch.float64 else x.float()
     cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
@@ -54,10 +54,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, angles: Tensor | None = None, attend: Attend = F.scaled_dot_product_attention) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, heads, D)
         if angles is not None:
-            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+            q, k = apply_rotary(q, angles[:, None]), apply_rotary(k, angles[:, None])
+        return self.proj(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
