@@ -28,7 +28,7 @@ from torch import Tensor
 TOLERANCE = 1e-5  # relative norm error of a float32 computation; the official code itself stays within 3e-6
 ROOT = Path(__file__).resolve().parent
 # The module beside this file that checks each system: check(golden, accelerate) -> iterator of Checks.
-SYSTEMS = {"VidTok": "golden_vidtok", "Cosmos tokenizer": "golden_cosmos"}
+SYSTEMS = {"VidTok": "golden_vidtok", "Cosmos tokenizer": "golden_cosmos", "InfoTok": "golden_infotok"}
 
 
 class Unsupported(ValueError):

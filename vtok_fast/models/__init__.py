@@ -2,6 +2,8 @@
 
 from vtok_fast.models.cosmos import Cosmos
 from vtok_fast.models.cosmos_configs import CosmosConfig
+from vtok_fast.models.infotok import InfoTok
+from vtok_fast.models.infotok_configs import InfoTokConfig
 from vtok_fast.models.promag import ProMAG
 from vtok_fast.models.promag_config import ProMAGConfig
 from vtok_fast.models.tivtok import TivTok
@@ -11,4 +13,5 @@ from vtok_fast.models.vidtok_configs import VidTokConfig
 from vtok_fast.models.vtok import VTok
 from vtok_fast.models.vtok_config import VTokConfig
 
-__all__ = ["Cosmos", "CosmosConfig", "ProMAG", "ProMAGConfig", "TivTok", "TivTokConfig", "VTok", "VTokConfig", "VidTok", "VidTokConfig"]
+__all__ = ["Cosmos", "CosmosConfig", "InfoTok", "InfoTokConfig", "ProMAG", "ProMAGConfig", "TivTok", "TivTokConfig", "VTok", "VTokConfig",
+           "VidTok", "VidTokConfig"]

@@ -117,8 +117,8 @@ class Cosmos(CosmosBase):
         """
         return self._decode(self.codes_of(self.check_tokens(tokens)), tokens.video_shape[0]).to(tokens.dtype)
 
-    def stream(self, size: int = 49, overlap: int = 0) -> WindowStream:
-        """Encode and decode a long video in windows of `size` frames, by default without overlap, as the official program does."""
+    def stream(self, size: int = 17, overlap: int = 0) -> WindowStream:
+        """Encode and decode a long video in windows of `size` frames, by default independent ones, as the official program does."""
         return WindowStream(self, size, overlap)
 
     @property

@@ -13,11 +13,14 @@ from vtok_fast.models.vidtok_checkpoint import read_weights
 
 # Of patcher and quantiser: in the state dict or not, depending on the release and the file format.
 CONSTANTS = ("wavelets", "_arange", "patch_size_buffer", "_levels", "_basis", "implicit_codebook")
+NETWORK = "network."
 
 
 def read_cosmos(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of a state dict, of a released TorchScript file (.jit: the model, or its encoder or decoder alone), or of a folder with
     encoder.jit and decoder.jit; and the JSON under `key` that a file of our own holds.
+
+    Where keys start with "network.", as those of predict1 and InfoTok do, these are the ones that are read, and not the "ema." beside them.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
     """
@@ -26,7 +29,9 @@ def read_cosmos(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]
         return parts[0] | parts[1], None
     if path.suffix == ".jit":
         return _read_jit(path), None
-    return read_weights(path, key)
+    weights, stored = read_weights(path, key)
+    network = {name.removeprefix(NETWORK): value for name, value in weights.items() if name.startswith(NETWORK)}
+    return network or weights, stored
 
 
 def _read_jit(path: Path) -> dict[str, Tensor]:

@@ -29,7 +29,8 @@ def read_weights(path: Path, key: str = METADATA_KEY) -> tuple[dict[str, Tensor]
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
+            for nest in ("state_dict", "model"):
+                weights = weights.get(nest, weights) if isinstance(weights, dict) else weights
     except pickle.UnpicklingError as error:
         raise ValueError(f"path: {path} is damaged, or holds Python objects besides tensors: {error}") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, zipfile.BadZipFile, json.JSONDecodeError) as error:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vtok_fast import native, parity
-from vtok_fast.swap import cosmos, pad_conv, promag, vidtok
+from vtok_fast.swap import cosmos, infotok, pad_conv, promag, vidtok
 from vtok_fast.swap.patch import Patch, Skip, Swap, hooked
 from vtok_fast.swap.report import Entry, Report
 
 # Asked in this order; the first that knows a module answers for it.
-ADAPTERS = (vidtok, cosmos, promag, pad_conv)
+ADAPTERS = (vidtok, cosmos, infotok, promag, pad_conv)
 
 _cache_shares: dict[int, int] = {}  # accelerated model -> bytes of the weight cache it pays for
 
