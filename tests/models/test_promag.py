@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import vtok_fast
 from vtok_fast import native, parity
 from vtok_fast.models import ProMAG, ProMAGConfig
 from vtok_fast.models import promag_blocks as blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_face import (check_acceleration, check_files, check_gradients, check_learning, check_refusals, check_tokens,  # noqa: E402
-                            clip, randomise)
+from tokenizer_face import (check_acceleration, check_autocast, check_files, check_gradients, check_learning, check_refusals,  # noqa: E402
+                            check_tokens, clip, randomise)
 
 SMALL = {"ch": 4, "ch_mult": (1, 2, 1), "strides": ((2, 2, 2), (1, 2, 2)), "num_res_blocks": 1, "mid_blocks": 1, "groups": 2, "z_channels": 3,
          "chunk_frames": 9, "overlap": 2}
@@ -273,6 +274,16 @@ def test_acceleration(fields):
     assert not [entry for entry in report.skipped if entry.kind in ("GroupNorm", "CausalConv3d", "ResBlock", "AdaNorm")]
 
 
+@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+def test_acceleration_without_an_example():
+    """Every kind of layer is checked on inputs of its own."""
+    for fields in ({"growth": 1}, {"growth": 1, "key_embedding": "position", "norm": "group", "per_frame": True}):
+        report = vtok_fast.accelerate(make(**{**fields, "ch": 16, "groups": 4}))
+        assert not [entry for entry in report.skipped if entry.error is not None], report
+        measured = {entry.kind for entry in report.swapped if entry.error is not None}
+        assert {"ResBlock", "NormConv", "NormSiLU", "CausalConv3d", "AdaNorm"} <= measured
+
+
 def test_latent_is_sampled_in_training_alone():
     model, video = make(), clip(1, 3, 5, 8, 8)
     assert torch.equal(model.reconstruct(video).codes, model.encode(video).latents)
@@ -284,6 +295,7 @@ def test_half_precision():
     model, video = make(growth=1), clip(1, 3, 11, 8, 8)
     tokens = model.bfloat16().encode(video.bfloat16())
     assert tokens.latents.dtype == torch.bfloat16 and model.decode(tokens).dtype == torch.bfloat16
+    check_autocast(make(growth=1), clip(1, 3, 11, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_8x"])

@@ -15,8 +15,8 @@ from vtok_fast.models import tivtok as implementation
 from vtok_fast.models.tivtok_quantizer import SoftVQ
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_face import (check_acceleration, check_files, check_gradients, check_learning, check_refusals, check_tokens,  # noqa: E402
-                            clip, randomise)
+from tokenizer_face import (check_acceleration, check_autocast, check_files, check_gradients, check_learning, check_refusals,  # noqa: E402
+                            check_stream, check_tokens, clip, randomise)
 
 SMALL = {"frames": 8, "patch": (2, 4, 4), "dim": 24, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "tiv": 6, "tv": 2, "latent_dim": 5,
          "codebook": 32}
@@ -236,6 +236,12 @@ def test_half_precision():
     model, video = make(), clip(1, 3, 10, 8, 8)
     tokens = model.bfloat16().encode(video.bfloat16())
     assert tokens.latents.dtype == torch.bfloat16 and model.decode(tokens).dtype == torch.bfloat16
+    check_autocast(make(), clip(1, 3, 10, 8, 8))
+
+
+def test_stream():
+    model = make()
+    check_stream(model, clip(1, 3, 21, 8, 8), model.stream())
 
 
 def test_learning():

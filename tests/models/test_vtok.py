@@ -16,8 +16,8 @@ from vtok_fast.models import vtok as implementation
 from vtok_fast.models.vtok_backbones import CLIP_MEAN, CLIP_STD, CLIPBackbone
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_face import (check_acceleration, check_files, check_gradients, check_learning, check_refusals, check_tokens,  # noqa: E402
-                            clip, randomise)
+from tokenizer_face import (check_acceleration, check_autocast, check_files, check_gradients, check_learning, check_refusals,  # noqa: E402
+                            check_stream, check_tokens, clip, randomise)
 
 SMALL = {"dim": 16, "depth": 1, "heads": 2, "freeze_backbone": False, "key_grid": (2, 3), "token_dim": 10, "motion_hidden": 12, "patch": 4,
          "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "mlp_ratio": 2.0}
@@ -208,6 +208,12 @@ def test_half_precision():
     model, video = make(), clip(1, 3, 5, 8, 8)
     tokens = model.bfloat16().encode(video.bfloat16())
     assert tokens.latents.dtype == torch.bfloat16 and model.decode(tokens).dtype == torch.bfloat16
+    check_autocast(make(), clip(1, 3, 5, 8, 8))
+
+
+def test_stream():
+    model = make()
+    check_stream(model, clip(1, 3, 21, 8, 8), model.stream(frames=8))
 
 
 def test_learning():

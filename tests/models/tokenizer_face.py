@@ -118,6 +118,32 @@ def check_gradients(model, video: torch.Tensor) -> None:
     assert video.grad.isfinite().all() and video.grad.any()
 
 
+def check_autocast(model, video: torch.Tensor) -> None:
+    """Under bfloat16 autocast the model trains: outputs stay within a bfloat16 model's reach of float32's, gradients are finite."""
+    model.eval()
+    with torch.no_grad():
+        expected = model(video)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = model.reconstruct(video, step=1)
+    (result.video.float().square().mean() + result.loss).backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = model.eval()(video)
+    assert (y - expected).norm() < 0.1 * expected.norm()
+
+
+def check_stream(model, video: torch.Tensor, stream) -> None:
+    """Windows that do not overlap: each is a video of its own."""
+    parts, frames = [], video.shape[2]
+    for start, end in stream.chunks(frames):
+        tokens = stream.encode_chunk(video[:, :, start:end])
+        assert torch.equal(tokens.data, model.encode(video[:, :, start:end]).data)
+        parts.append(stream.decode_chunk(tokens))
+        assert torch.equal(parts[-1], model.decode(tokens))
+    assert torch.cat(parts, dim=2).shape == video.shape
+
+
 def check_acceleration(model, video: torch.Tensor) -> vtok_fast.Report:
     """Accelerated, outputs and gradients are close to those of the float64 model with the reference ops; reverting gives it back.
 

@@ -31,6 +31,7 @@ from vtok_fast.models.transformer import (Attend, Transformer, init_vit, patchif
 from vtok_fast.models.vidtok import Reconstruction
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.models.vidtok_regularizers import FSQRegularizer
+from vtok_fast.models.windows import WindowStream
 from vtok_fast.ops.scope_attention import scope_attention
 from vtok_fast.scope import Scope
 from vtok_fast.tokens import Tokens
@@ -94,6 +95,10 @@ class TivTok(Tokenizer):
         data = self.check_tokens(tokens)
         codes = data if tokens.indices is None else self.quantizer.fsq.decode(data, self.parameter.dtype)
         return self._decode(codes, tokens.video_shape).to(tokens.dtype)
+
+    def stream(self, frames: int | None = None) -> WindowStream:
+        """Encode and decode a video in windows of `frames` (default: a chunk's), each with invariant tokens of its own."""
+        return WindowStream(self, frames or self.config.frames)
 
     def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(1, 1, N): the tokens lie in a row, and their number does not depend on the frame size."""

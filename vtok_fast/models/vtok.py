@@ -27,6 +27,7 @@ from vtok_fast.models.vidtok import Reconstruction
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.models.vtok_backbones import ViT, feature_map, plane_angles
 from vtok_fast.models.vtok_config import VTokConfig
+from vtok_fast.models.windows import WindowStream
 from vtok_fast.tokens import Tokens
 
 FRAMES_AT_ONCE = 16  # of each video of the batch; it bounds the memory
@@ -114,6 +115,10 @@ class VTok(Tokenizer):
     def sequence(self, tokens: Tokens) -> Tensor:
         """The tokens as a sequence (B, N, token_dim) for a language model, on the model's device. Errors as for `decode`."""
         return self.check_tokens(tokens)[:, :, 0, 0].mT
+
+    def stream(self, frames: int = 16) -> WindowStream:
+        """Encode and decode a video in windows of `frames`, each with a key frame of its own."""
+        return WindowStream(self, frames)
 
     def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(1, 1, N): the tokens lie in a row, and their number does not depend on the frame size."""
