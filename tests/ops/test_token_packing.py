@@ -308,8 +308,9 @@ def test_gradients(backend):
 def test_opcheck_and_compile(backend):
     keep, z = torch.rand(2, 3, 4) < 0.5, torch.randn(2, 5, 3, 4, requires_grad=True)
     ops, scores = torch.ops.vtok_fast, torch.rand(2, 3, 4)
-    torch.library.opcheck(ops.pack_tokens, (z, keep, 30, backend))
-    torch.library.opcheck(ops.pack_tokens, (z, keep, None, backend))
+    torch.library.opcheck(ops.pack_tokens, (z, keep, 30, None, "vidtok", backend))
+    torch.library.opcheck(ops.pack_tokens, (z, keep, None, None, "vidtok", backend))
+    torch.library.opcheck(ops.pack_tokens, (z.detach(), keep, 30, [8, 5, 4, 4, 4], "vidtok", backend))
     torch.library.opcheck(ops.unpack_tokens, (torch.randn(int(keep.sum()), 5, requires_grad=True), keep, 1.0, backend))
     torch.library.opcheck(ops.select_tokens, (scores, torch.tensor([3, 9]), "topk", 4, backend))
     torch.library.opcheck(ops.router_scores, (torch.randn(1, 3, 5, 8, 8), torch.randn(1, 3, 5, 8, 8), [4, 8, 8], backend))

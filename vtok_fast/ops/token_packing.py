@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vtok_fast import backends, native
-from vtok_fast.ops.fsq import fsq_quantize
-from vtok_fast.ops.packed_tokens import CAPACITY, POSITION, ROWS, PackedTokens, note_error, raise_device_errors
+from vtok_fast.ops.fsq import VARIANTS, check_levels, fsq_quantize, threshold_table
+from vtok_fast.ops.packed_tokens import CAPACITY, POSITION, ROWS, PackedTokens, error_flag, note_error, raise_device_errors
 from vtok_fast.ops.token_selection import router_scores, select_tokens, token_budget
 from vtok_fast.reference import token_packing as reference
 
@@ -25,6 +26,8 @@ class PackCall(NamedTuple):
     tokens: Tensor
     keep: Tensor
     capacity: int | None
+    levels: tuple[int, ...] | None
+    variant: str
 
 
 class UnpackCall(NamedTuple):
@@ -73,19 +76,28 @@ def pack_tokens(tokens: Tensor | Sequence[Tensor], keep: Tensor | Sequence[Tenso
         raise ValueError(f"keep: at most 2**31 - 1 positions, which int32 counts, got {keep.numel()}")
     if capacity is not None and not (isinstance(capacity, int) and 0 <= capacity < 2**31):
         raise ValueError(f"capacity: expected a number of tokens, got {capacity!r}")
-    if levels is not None and tokens.dim() == keep.dim():
-        raise ValueError(f"levels: expected tokens (B, C, *grid) to quantise, got shape {tuple(tokens.shape)}")
-    call = PackCall(tokens if levels is None else tokens.detach(), keep, capacity)
+    if levels is not None:
+        levels = _check_levels(levels, variant, tokens, keep)
+        tokens = tokens.detach()
+    call = PackCall(tokens, keep, capacity, levels, variant)
     if native.is_plain(*call[:2]):
         packed = run_pack(call, backend)
     else:
         packed = torch.ops.vtok_fast.pack_tokens(*call, backend)
     if validate:
         raise_device_errors(tokens.device)
-    values, indices, cu_seqlens = packed
-    if levels is not None:
-        values = fsq_quantize(values, levels, variant=variant).indices.masked_fill(indices < 0, 0)
-    return PackedTokens(values, indices, cu_seqlens, keep, bounded=capacity is not None)
+    return PackedTokens(*packed, keep, bounded=capacity is not None)
+
+
+def _check_levels(levels: Sequence[int], variant: str, tokens: Tensor, keep: Tensor) -> tuple[int, ...]:
+    levels = check_levels(levels)
+    if tokens.dim() == keep.dim() or tokens.shape[1] != len(levels):
+        raise ValueError(f"levels: expected one for each channel of tokens, shape {tuple(tokens.shape)}, got {levels}")
+    if not tokens.is_floating_point():
+        raise TypeError(f"tokens: expected a floating point dtype to quantise, got {tokens.dtype}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    return levels
 
 
 def _mask_of_positions(positions: Tensor, tokens: Tensor) -> Tensor:
@@ -165,7 +177,8 @@ def run_unpack(call: UnpackCall, backend: str | None) -> Tensor:
 # ---- backends ------------------------------------------------------------------------------------------------------------
 
 
-_BYTES = {1: torch.uint8, 2: torch.float16, 4: torch.float32, 8: torch.float64}  # what stands for any dtype of that size
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BYTES = {1: torch.uint8, 2: torch.float16, 4: torch.float32, 8: torch.float64}  # what stands for any dtype of that size in C++
 
 
 def _cpu_can_run(tokens: Tensor) -> str | None:
@@ -191,7 +204,16 @@ def _cpu_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     values, indices = tokens.new_empty(rows, tokens.shape[1]), tokens.new_empty(rows, dtype=torch.int32)
     values[total:], indices[total:] = 0, -1
     native.lib().pack_tokens(_moved(tokens), arg(keep), _moved(values), arg(indices), native.threads())
-    return values if call.tokens.dim() > call.keep.dim() else values.squeeze(1), indices, cu_seqlens
+    values = values if call.tokens.dim() > call.keep.dim() else values.squeeze(1)
+    return _quantised(values, indices, call), indices, cu_seqlens
+
+
+def _quantised(values: Tensor, indices: Tensor, call: PackCall) -> Tensor:
+    """FSQ of the packed rows, where asked for; 0 in those that are no tokens."""
+    if call.levels is None:
+        return values
+    values = fsq_quantize(values, call.levels, variant=call.variant).indices
+    return values if call.capacity is None else values.masked_fill_(indices < 0, 0)
 
 
 def _cpu_unpack(call: UnpackCall) -> Tensor:
@@ -221,8 +243,8 @@ def _reference_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
         note_error(over, CAPACITY)
     elif not call.keep.is_cpu:
         raise_device_errors(call.keep.device)
-    values, indices, cu_seqlens = reference.pack_tokens(*call)
-    return values.contiguous(), indices, cu_seqlens
+    values, indices, cu_seqlens = reference.pack_tokens(*call[:3])
+    return _quantised(values.contiguous(), indices, call), indices, cu_seqlens
 
 
 def _reference_unpack(call: UnpackCall) -> Tensor:
@@ -233,27 +255,77 @@ def _reference_unpack(call: UnpackCall) -> Tensor:
     return reference.unpack_tokens(*call)
 
 
-backends.register("pack_tokens", backends.Backend("cpu", lambda call: _cpu_can_run(call.tokens), _cpu_pack),
+def _triton_can_run(tokens: Tensor) -> str | None:
+    if tokens.dtype.itemsize not in _INTEGERS:
+        return f"no kernel for elements of {tokens.dtype.itemsize} bytes"
+    return backends.why_not_triton_on(tokens)
+
+
+def _triton_pack_can_run(call: PackCall) -> str | None:
+    if call.levels is not None and call.tokens.dtype == torch.float64:
+        return "in float64 the formula of FSQ decides, not its thresholds"
+    return _triton_can_run(call.tokens)
+
+
+def _triton_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
+    from vtok_fast.kernels import token_packing as kernels
+
+    tokens, keep = call.tokens, call.keep.flatten(1).contiguous().view(torch.uint8)
+    tokens = tokens.flatten(1).unsqueeze(1) if tokens.dim() == call.keep.dim() else tokens.flatten(2)
+    device = tokens.device
+    if call.capacity is None and not keep.is_cpu:
+        raise_device_errors(device)
+    if call.levels is not None:
+        tables = _fsq_tables(call.levels, call.variant, device)
+        return kernels.pack_tokens(tokens, keep, call.capacity, error_flag(device), *tables)
+    values, indices, cu_seqlens = kernels.pack_tokens(tokens.view(_INTEGERS[tokens.dtype.itemsize]), keep, call.capacity, error_flag(device))
+    values = values.view(call.tokens.dtype)
+    return values if call.tokens.dim() > call.keep.dim() else values.squeeze(1), indices, cu_seqlens
+
+
+@functools.lru_cache(maxsize=64)
+def _fsq_tables(levels: tuple[int, ...], variant: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The thresholds of each channel, and what a level of it adds to the index, on the device."""
+    basis = [math.prod(levels[:i]) for i in range(len(levels))]
+    return threshold_table(levels, variant).to(device), torch.tensor(basis, dtype=torch.int32, device=device)
+
+
+def _triton_unpack(call: UnpackCall) -> Tensor:
+    from vtok_fast.kernels import token_packing as kernels
+
+    integer = _INTEGERS[call.values.dtype.itemsize]
+    values, mask = call.values.contiguous(), call.mask.flatten(1).contiguous().view(torch.uint8)
+    dense = _dense(values, call.mask)
+    flat = dense.flatten(1).unsqueeze(1) if values.dim() == 1 else dense.flatten(2)
+    fill = torch.tensor([call.fill], dtype=torch.float64).to(values.dtype).view(integer).item()  # its bits, known on the host
+    kernels.unpack_tokens(values.view(integer).view(len(values), flat.shape[1]), mask, fill, flat.view(integer), error_flag(values.device))
+    return dense
+
+
+backends.register("pack_tokens", backends.Backend("triton", _triton_pack_can_run, _triton_pack),
+                  backends.Backend("cpu", lambda call: _cpu_can_run(call.tokens), _cpu_pack),
                   backends.Backend("reference", lambda call: None, _reference_pack))
-backends.register("unpack_tokens", backends.Backend("cpu", lambda call: _cpu_can_run(call.values), _cpu_unpack),
+backends.register("unpack_tokens", backends.Backend("triton", lambda call: _triton_can_run(call.values), _triton_unpack),
+                  backends.Backend("cpu", lambda call: _cpu_can_run(call.values), _cpu_unpack),
                   backends.Backend("reference", lambda call: None, _reference_unpack))
 
 # ---- torch.library -------------------------------------------------------------------------------------------------------
 
-torch.library.define("vtok_fast::pack_tokens", "(Tensor tokens, Tensor keep, SymInt? capacity, str? backend) -> (Tensor, Tensor, Tensor)")
+torch.library.define("vtok_fast::pack_tokens", "(Tensor tokens, Tensor keep, SymInt? capacity, int[]? levels, str variant, str? backend) -> "
+                     "(Tensor, Tensor, Tensor)")
 torch.library.define("vtok_fast::unpack_tokens", "(Tensor values, Tensor mask, float fill, str? backend) -> Tensor")
 
 
 @torch.library.impl("vtok_fast::pack_tokens", ("cpu", "cuda"))
-def _pack_impl(tokens, keep, capacity, backend):
-    return run_pack(PackCall(tokens, keep, capacity), backend)
+def _pack_impl(tokens, keep, capacity, levels, variant, backend):
+    return run_pack(PackCall(tokens, keep, capacity, None if levels is None else tuple(levels), variant), backend)
 
 
 @torch.library.register_fake("vtok_fast::pack_tokens")
-def _pack_fake(tokens, keep, capacity, backend):
+def _pack_fake(tokens, keep, capacity, levels, variant, backend):
     rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
-    channels = tokens.shape[1:2] if tokens.dim() > keep.dim() else ()
-    return (tokens.new_empty(rows, *channels), tokens.new_empty(rows, dtype=torch.int32),
+    channels = tokens.shape[1:2] if tokens.dim() > keep.dim() and levels is None else ()
+    return (tokens.new_empty(rows, *channels, dtype=tokens.dtype if levels is None else torch.int32), tokens.new_empty(rows, dtype=torch.int32),
             tokens.new_empty(keep.shape[0] + 1, dtype=torch.int32))
 
 
@@ -263,7 +335,7 @@ def _pack_setup(ctx, inputs, output) -> None:
 
 def _pack_backward(ctx, grad_values, grad_indices, grad_cu_seqlens):
     (keep,) = ctx.saved_tensors
-    return torch.ops.vtok_fast.unpack_tokens(grad_values, keep, 0.0, None), None, None, None
+    return torch.ops.vtok_fast.unpack_tokens(grad_values, keep, 0.0, None), None, None, None, None, None
 
 
 torch.library.register_autograd("vtok_fast::pack_tokens", _pack_backward, setup_context=_pack_setup)
@@ -286,7 +358,7 @@ def _unpack_setup(ctx, inputs, output) -> None:
 
 def _unpack_backward(ctx, grad):
     (mask,) = ctx.saved_tensors
-    return torch.ops.vtok_fast.pack_tokens(grad, mask, ctx.rows, None)[0], None, None, None
+    return torch.ops.vtok_fast.pack_tokens(grad, mask, ctx.rows, None, "vidtok", None)[0], None, None, None
 
 
 torch.library.register_autograd("vtok_fast::unpack_tokens", _unpack_backward, setup_context=_unpack_setup)

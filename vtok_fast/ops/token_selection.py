@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast import backends, native
-from vtok_fast.ops.packed_tokens import BUDGET, note_error
+from vtok_fast.ops.packed_tokens import BUDGET, error_flag, note_error
 from vtok_fast.reference import token_packing as reference
 
 METHODS = reference.METHODS
@@ -135,6 +135,11 @@ def token_budget(scores: Tensor, rate: float | Tensor, *, strategy: str = "elbo"
         if not 0 <= decay <= 1:
             raise ValueError(f"decay: expected 0 to 1, got {decay!r}")
         reference.update_mean(elbo_mean, scores.detach(), decay)
+    if native.is_plain(scores, rate, elbo_mean) and backends.why_not_triton_on(scores) is None and scores.dtype != torch.float64:
+        from vtok_fast.kernels import token_packing as kernels
+
+        rate = rate.to(scores.device, torch.float64).contiguous()
+        return kernels.token_budget(scores.contiguous().flatten(1), rate, strategy, elbo_mean, released)
     return reference.counts(reference.rates(scores.detach(), rate, strategy, elbo_mean), tokens, released)
 
 
@@ -255,9 +260,40 @@ def _select_reference_run(call: SelectCall) -> Tensor:
     return reference.select_tokens(call.scores, call.budget, method=call.method, stride=call.stride)
 
 
-backends.register("router_scores", backends.Backend("cpu", _scores_cpu_can_run, _scores_cpu_run),
+def _scores_triton_can_run(call: ScoresCall) -> str | None:
+    if call.video.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no {call.video.dtype} kernel"
+    return backends.why_not_triton_on(call.video)
+
+
+def _scores_triton_run(call: ScoresCall) -> Tensor:
+    from vtok_fast.kernels import token_packing as kernels
+
+    return kernels.router_scores(*call)
+
+
+def _select_triton_can_run(call: SelectCall) -> str | None:
+    if call.method not in ("topk", "threshold"):
+        return f"method={call.method!r} is one comparison, which PyTorch does"
+    if call.scores.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no {call.scores.dtype} kernel"
+    if call.scores.shape[0] and math.prod(call.scores.shape[1:]) >= 2**31:
+        return "2**31 or more tokens in a clip"
+    return backends.why_not_triton_on(call.scores)
+
+
+def _select_triton_run(call: SelectCall) -> Tensor:
+    from vtok_fast.kernels import token_packing as kernels
+
+    scores = call.scores.contiguous().flatten(1)
+    return kernels.select_tokens(scores, call.budget, call.method == "threshold", error_flag(scores.device)).view(call.scores.shape)
+
+
+backends.register("router_scores", backends.Backend("triton", _scores_triton_can_run, _scores_triton_run),
+                  backends.Backend("cpu", _scores_cpu_can_run, _scores_cpu_run),
                   backends.Backend("reference", lambda call: None, lambda call: reference.router_scores(*call)))
-backends.register("select_tokens", backends.Backend("cpu", _select_cpu_can_run, _select_cpu_run),
+backends.register("select_tokens", backends.Backend("triton", _select_triton_can_run, _select_triton_run),
+                  backends.Backend("cpu", _select_cpu_can_run, _select_cpu_run),
                   backends.Backend("reference", lambda call: None, _select_reference_run))
 
 # ---- torch.library -------------------------------------------------------------------------------------------------------
