@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from vtok_fast.models import cosmos_blocks as blocks
 from vtok_fast.models.cosmos import Cosmos
-from vtok_fast.models.cosmos_checkpoint import CONSTANTS
+from vtok_fast.models.cosmos_checkpoint import CONSTANTS, fit_constants
 from vtok_fast.models.cosmos_configs import CosmosConfig
 from vtok_fast.models.cosmos_patcher import Patcher, UnPatcher
 from vtok_fast.models.cosmos_quantizers import FSQuantizer, ResidualFSQuantizer
 
 # Entries of the configuration that say nothing beyond the ones that are read.
-IGNORED = {"encoder", "decoder", "quantizer", "embedding_dim", "name"}
+IGNORED = {"encoder", "decoder", "quantizer", "embedding_dim", "num_quantizers", "persistent_quantizer", "name"}
 
 
 def check(golden: Golden, accelerate) -> Iterator[Check]:
@@ -59,12 +59,12 @@ def model_config(golden: Golden, weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def load(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[Check]:
-    """Load the weights under exactly their keys, and compare the constants among them with the model's own."""
+    """Load the weights under their keys, and compare the constants among them with the model's own."""
     own = model.state_dict()
     for key, value in weights.items():
         if key.rpartition(".")[2] in CONSTANTS and key in own:
             yield close("constants", key, own[key].float(), value)
-    model.load_state_dict(weights)
+    model.load_state_dict(fit_constants(weights, own))  # a file may leave constants out
 
 
 def check_model(golden: Golden, accelerate) -> Iterator[Check]:

@@ -331,6 +331,15 @@ def outputs(module, *inputs) -> dict[str, torch.Tensor]:
     return {"y": y.detach(), "x": x.grad, **{name: p.grad.clone() for name, p in module.named_parameters()}}
 
 
+def test_autocast():
+    """The router compares a float32 video with a bfloat16 reconstruction."""
+    model, video = make(), face.clip(1, 3, 5, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.encode(video, rate=0.5).grid == (2, 2, 2)
+        model.train().reconstruct(video, rate=0.75).video.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 @pytest.mark.parametrize("twice", [True, False])
 def test_the_accelerated_block_is_close(twice):

@@ -41,7 +41,7 @@ class InfoTok(CosmosBase):
         config: a name in `InfoTokConfig.presets`, an `InfoTokConfig`, a dict of its fields, or None:
         fields: the fields of an `InfoTokConfig` (with config=None).
 
-    Methods that choose tokens take `choice`: rate, rate_strategy, router, selection as in `InfoTokConfig` (whose values hold otherwise),
+    `num_tokens` counts all of them, at rate 1. Methods that choose tokens take `choice`: rate, rate_strategy, router, selection as in `InfoTokConfig` (whose values hold otherwise),
     rate also as a tensor (B,), and elbo_mean, the mean score of the data (see `mean_score`), for "global_elbo" and "bin".
 
     Raises ValueError for an unknown name or an impossible structure.
@@ -176,7 +176,8 @@ class InfoTok(CosmosBase):
         with torch.no_grad():
             if router == "decode":
                 s = self.config.spatial_factor
-                return router_scores(x, self._decode(codes.detach()), (self.config.time_downsample_factor, s, s))
+                reconstruction = self._decode(codes.detach()).to(x.dtype)  # autocast may have narrowed it
+                return router_scores(x, reconstruction, (self.config.time_downsample_factor, s, s))
             z = z.detach() if z.dtype == torch.float64 else z.detach().float()
             change = z.diff(dim=2).abs().mean(1)
             first = change.flatten(1).amax(1) if z.shape[2] > 1 else z.new_zeros(len(z))

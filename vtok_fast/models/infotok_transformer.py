@@ -50,8 +50,9 @@ class Attention(nn.Module):
         return self.mha.out_proj(self.attend(q, k, v, frames).transpose(1, 2).flatten(2))
 
     def turn(self, x: Tensor, angles: Tensor, frames: int) -> Tensor:
-        heads = x.unflatten(-1, (self.mha.num_heads, -1)).transpose(1, 2)
-        return apply_rotary(heads, angles.repeat(frames, 1)).transpose(1, 2).flatten(2)
+        """Rotary positions, the same in every frame."""
+        heads = x.unflatten(-1, (self.mha.num_heads, -1)).unflatten(1, (frames, -1)).transpose(2, 3)  # (B, frames, heads, n, D)
+        return apply_rotary(heads, angles).transpose(2, 3).flatten(3).flatten(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
         """Block-causal attention of (B, heads, S, D) by a dense mask: S^2 bytes, 1.2 GB for 81 frames of 240x432."""
