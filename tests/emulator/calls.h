@@ -30,9 +30,9 @@ template <>
 struct Read<vtok::Tensor> {
   static vtok::Tensor from(const Arg& a) { return a.tensor; }
 };
-template <>
-struct Read<cudaStream_t> {
-  static cudaStream_t from(const Arg&) { return nullptr; }
+template <class T>
+struct Read<T*> {  // a stream
+  static T* from(const Arg&) { return nullptr; }
 };
 template <class T>
 struct Read<std::optional<T>> {

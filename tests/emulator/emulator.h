@@ -23,10 +23,11 @@ inline Status current_device(Device& device) {
 }
 
 template <class... Parameters, class... Arguments>
-Status launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+Status launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
               Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "more bytes of parameters than every GPU takes");
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
+  emu::launched = what;
   const std::string error = emu::run(grid, block, shared_bytes, [&] { std::apply(kernel, held); });
   return error.empty() ? Status::Ok() : Status::Internal(error);
 }

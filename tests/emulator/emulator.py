@@ -21,7 +21,8 @@ that two threads write, or one writes and another then reads, without a barrier 
 all reach or that differ among threads; deadlocks; launches that no GPU takes.
 
 ``seed`` decides the order of blocks and threads and when asynchronous copies land: 0 at once, 1 as late as allowed, 2 and up at
-random. After a call ``conv.bank_conflicts`` is what ldmatrix would have lost in its last launch.
+random. After a call ``conv.launched`` is the last launch as the source has it, kernel and arguments, and ``conv.bank_conflicts`` is
+what ldmatrix would have lost in it.
 
 Compiled code is kept in tests/emulator/.cache, by a hash of all sources and flags.
 """
@@ -119,6 +120,7 @@ class Library:
         self._lib = ctypes.CDLL(str(path))
         self._lib.emu_register.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p
         self._lib.emu_bank_conflicts.restype = ctypes.c_uint64
+        self._lib.emu_launched.restype = ctypes.c_char_p
         for name in names:
             setattr(self, name, lambda *args, name=name, **options: self._call(name, args, **options))
 
@@ -126,6 +128,11 @@ class Library:
     def bank_conflicts(self) -> int:
         """Cycles that ldmatrix would have lost to bank conflicts in the last launch."""
         return self._lib.emu_bank_conflicts()
+
+    @property
+    def launched(self) -> str:
+        """The arguments of the last VTOK_LAUNCH, as its source has them."""
+        return self._lib.emu_launched().decode()
 
     def _call(self, name: str, args: Sequence[Any], *, seed: int = 0, also: Sequence[torch.Tensor] = (), shared_limit: int = 99 << 10,
               multiprocessors: int = 4, capability: int = 80) -> None:

@@ -67,7 +67,8 @@ inline dim3 grid;
 inline Block block;
 inline Thread* self = nullptr;
 inline std::mt19937 random_bits;
-inline uint64_t bank_conflicts = 0;  // cycles that ldmatrix would have lost to them, in this launch
+inline const char* launched = "";    // the last launch, as its source has it
+inline uint64_t bank_conflicts = 0;  // cycles that ldmatrix would have lost to them, in that launch
 
 inline bool chance() { return config.seed >= 2 ? random_bits() & 1 : config.seed == 0; }
 
