@@ -18,12 +18,13 @@ _HEADER = struct.Struct("<4sBBxxIQ")  # magic, version, dimensions of a grid, cl
 
 # ---- what a device found and nobody has waited for yet ---------------------------------------------------------------------
 
-BUDGET, CAPACITY, ROWS, POSITION = 1, 2, 4, 8
+BUDGET, CAPACITY, ROWS, POSITION, SCOPE = 1, 2, 4, 8, 16
 _MESSAGES = {
     BUDGET: "budget: a value was outside 0 to the number of tokens, and was clamped",
     CAPACITY: "capacity: more tokens were kept than fit, and the last ones were left out",
     ROWS: "packed: the mask kept more positions than there are values; those without one were filled",
     POSITION: "keep: a position was outside its clip, and was left out",
+    SCOPE: "scope: a range was outside the keys, out of order or overlapped another, and was clamped",
 }
 _flags: dict[torch.device, Tensor] = {}
 
