@@ -163,6 +163,8 @@ def available_backends() -> dict[str, dict[str, str | None]]:
     def reason(candidate: Backend) -> str | None:
         if candidate.name == "triton":
             return why_no_triton() or (None if torch.cuda.is_available() else "there is no GPU")
+        if candidate.name in ("sm90", "sm80"):
+            return native.why_no_cuda()
         return native.why_missing() if candidate.name == "cpu" and candidate.needs_native else None
 
     return {op: {b.name: reason(b) for b in candidates} for op, candidates in _ops.items()}

@@ -36,6 +36,21 @@ def why_missing() -> str | None:
     return _missing
 
 
+def why_no_cuda(tensor: torch.Tensor | None = None) -> str | None:
+    """Why the CUDA kernels cannot run here at all, or on this tensor, or None where they can."""
+    if tensor is not None and tensor.device.type != "cuda":
+        return f"the tensors are on {tensor.device}"
+    if _missing is not None:
+        return _missing
+    if not _C.cuda_archs:
+        return "the native module was built without CUDA kernels; VTOK_FAST_CUDA_ARCHS chooses them at build time"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.cuda.get_device_capability(tensor.device if tensor is not None else None) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
 def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, ...]] | None:
     """A tensor as the native module takes it: data pointer, dtype code, sizes and strides in elements."""
     if tensor is None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from vtok_fast import backends, native
 from vtok_fast.ops import causal_conv3d_backward as backward
+from vtok_fast.ops import causal_conv3d_cuda as cuda
 from vtok_fast.reference import causal_conv3d as reference
 
 Triple = tuple[int, int, int]
-MODES = ("zeros", "replicate", "reflect")
+MODES = cuda.MODES
 LARGEST_STEP, LARGEST_AXIS = 2**16, 2**27  # beyond any video; the kernels' tables of an axis hold ints
 _ALGORITHM_CODES = {"auto": 0, "direct": 1, "winograd2": 2, "winograd4": 4}
 
@@ -270,11 +271,19 @@ def _native_geometry(call: ConvCall) -> tuple:
             call.upsample, call.upsample_first_frame_once)
 
 
-def _empty_output(call: ConvCall) -> Tensor:
+def _empty_output(call: ConvCall, depth_to_space: Triple = (1, 1, 1)) -> Tensor:
     size = output_size(call.x.shape[2:], call.weight.shape[2:], call.stride, call.dilation, call.pad, call.upsample,
                        call.upsample_first_frame_once)
-    return torch.empty((call.x.shape[0], call.weight.shape[0], *size), dtype=call.x.dtype, device=call.x.device,
-                       memory_format=torch.channels_last_3d)
+    return torch.empty((call.x.shape[0], call.weight.shape[0] // math.prod(depth_to_space), *(s * r for s, r in zip(size, depth_to_space))),
+                       dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last_3d)
+
+
+def _sm80_can_run(call: ConvCall) -> str | None:
+    return cuda.why_not(call.x, call.weight, call.groups, call.depth_to_space)
+
+
+def _sm80_run(call: ConvCall) -> Tensor:
+    return cuda.forward(call, _native_geometry(call), _empty_output(call, call.depth_to_space))
 
 
 def _cpu_can_run(call: ConvCall) -> str | None:
@@ -331,7 +340,8 @@ def _reference_run(call: ConvCall) -> Tensor:
         upsample_first_frame_once=call.upsample_first_frame_once, depth_to_space=call.depth_to_space)
 
 
-backends.register("causal_conv3d", backends.Backend("cpu", _cpu_can_run, _cpu_run, _cpu_worthwhile),
+backends.register("causal_conv3d", backends.Backend("sm80", _sm80_can_run, _sm80_run, cuda.why_slower),
+                  backends.Backend("cpu", _cpu_can_run, _cpu_run, _cpu_worthwhile),
                   backends.Backend("reference", lambda call: None, _reference_run))
 
 # ---- torch.library -------------------------------------------------------------------------------------------------------
@@ -355,11 +365,7 @@ def _impl(*args) -> Tensor:
 @torch.library.register_fake("vtok_fast::causal_conv3d")
 def _fake(*args) -> Tensor:
     call = _call(*args[:-1])
-    size = output_size(call.x.shape[2:], call.weight.shape[2:], call.stride, call.dilation, call.pad, call.upsample,
-                       call.upsample_first_frame_once)
-    r = call.depth_to_space
-    return torch.empty((call.x.shape[0], call.weight.shape[0] // (r[0] * r[1] * r[2]), *(s * f for s, f in zip(size, r))),
-                       dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last_3d)
+    return _empty_output(call, call.depth_to_space)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -369,6 +375,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.output_shape = output.shape
     ctx.options = call._replace(x=None, weight=None, bias=None, cache=None, residual=None)
     ctx.backend = inputs[-1]
+    ctx.wish = inputs[-1] or backends.preferred()  # asked here, because the backward runs in a thread of its own
 
 
 def _backward(ctx, grad: Tensor):
@@ -392,7 +399,8 @@ def _backward(ctx, grad: Tensor):
         grad = grad * (sigmoid * (1 + pre * (1 - sigmoid)))
     grad_x, grad_weight, grad_bias, grad_cache = torch.ops.vtok_fast.causal_conv3d_backward(
         grad, x, weight, cache, call.stride, call.dilation, call.groups, call.pad, call.time_mode, call.spatial_mode,
-        call.upsample, call.upsample_first_frame_once, [needs[0], needs[1], needs[2] and bias is not None, needs[3] and cache is not None])
+        call.upsample, call.upsample_first_frame_once, [needs[0], needs[1], needs[2] and bias is not None, needs[3] and cache is not None],
+        ctx.wish)
     grads = [g if needed else None for g, needed in zip((grad_x, grad_weight, grad_bias, grad_cache), needs)]
     return *grads, grad_residual, *[None] * 12
 

@@ -2,7 +2,8 @@
 
 With respect to the input, a convolution's gradient is a convolution: of the output's gradient, with flipped weights and
 mirrored pads. Where the forward kernel can run that, it does; everything else is ATen on the padded input, followed by the
-adjoint of the padding (what was read several times, a replicated frame say, sums its gradients).
+adjoint of the padding (what was read several times, a replicated frame say, sums its gradients). On a GPU, kernels of their own
+compute all of it (:mod:`vtok_fast.ops.causal_conv3d_cuda`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtok_fast.ops import causal_conv3d_cuda as cuda
 from vtok_fast.reference import causal_conv3d as reference
 
 Triple = tuple[int, int, int]
@@ -72,15 +74,20 @@ def _input_gradient(grad: Tensor, weight: Tensor, padded_size: list[int], stride
 torch.library.define(
     "vtok_fast::causal_conv3d_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor? cache, int[] stride, int[] dilation, int groups, int[] pad, str time_mode, "
-    "str spatial_mode, int[] upsample, bool upsample_first_frame_once, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)")
+    "str spatial_mode, int[] upsample, bool upsample_first_frame_once, bool[] mask, str? backend) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 @torch.library.impl("vtok_fast::causal_conv3d_backward", ("cpu", "cuda"))
-def _impl(grad, x, weight, cache, stride, dilation, groups, pad, time_mode, spatial_mode, upsample, once, mask):
+def _impl(grad, x, weight, cache, stride, dilation, groups, pad, time_mode, spatial_mode, upsample, once, mask, backend):
     stride, dilation, upsample = tuple(stride), tuple(dilation), tuple(upsample)
     none = grad.new_empty(0)
     grad_x = grad_weight = grad_bias = grad_cache = none
     once = once and cache is None
+    if backend in (None, "sm80") and cuda.why_not(x, weight, groups) is None:
+        geometry = (stride, dilation, groups, pad, cuda.MODES.index(time_mode), cuda.MODES.index(spatial_mode), upsample, once)
+        grads = cuda.backward(grad, x, weight, cache, geometry, mask)
+        sources = (x, weight, None, cache)
+        return tuple(none.clone() if g is None else g if s is None else _laid_out_like(s, g) for g, s in zip(grads, sources))
     front, back, *space = pad
     height, width = x.shape[3] * upsample[1], x.shape[4] * upsample[2]
     # Symmetric zeros stay inside the convolution; everything else is padded in the open.
@@ -118,6 +125,6 @@ def _impl(grad, x, weight, cache, stride, dilation, groups, pad, time_mode, spat
 
 
 @torch.library.register_fake("vtok_fast::causal_conv3d_backward")
-def _fake(grad, x, weight, cache, stride, dilation, groups, pad, time_mode, spatial_mode, upsample, once, mask):
+def _fake(grad, x, weight, cache, stride, dilation, groups, pad, time_mode, spatial_mode, upsample, once, mask, backend):
     sources = (x, weight, grad.new_empty(weight.shape[0]), cache)
     return tuple(torch.empty_like(s) if needed else grad.new_empty(0) for s, needed in zip(sources, mask))

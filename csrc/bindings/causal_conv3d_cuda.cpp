@@ -1,0 +1,21 @@
+// Only in a module built for GPUs (VTOK_FAST_CUDA_ARCHS).
+#ifdef VTOK_CUDA
+#include "cuda/causal_conv3d_call.h"
+
+#include "bindings/caster.h"
+
+namespace vtok {
+
+// A launcher of causal_conv3d_call.h as it is, without the interpreter lock and with its Status raised.
+template <class... P>
+auto released(Status (*launcher)(P...)) {
+  return [launcher](P... arguments) { launch([&] { return launcher(arguments...); }); };
+}
+
+void bind_causal_conv3d_cuda(pybind11::module_& m) {
+  m.def("causal_conv3d_cuda", released(cuda::causal_conv3d_call));
+  m.def("causal_conv3d_cuda_backward", released(cuda::causal_conv3d_backward_call));
+}
+
+}  // namespace vtok
+#endif

@@ -1,0 +1,82 @@
+// What the launchers of causal_conv3d share: the problem's numbers for the kernels, and the weights in the kernels' order.
+#include "cuda/causal_conv3d_plan.h"
+
+#include <algorithm>
+#include <string>
+
+namespace vtok::cuda {
+namespace {
+
+// One element per thread, written in order: k_frame elements of one time tap of one kernel channel.
+template <class Bits>
+__global__ void __launch_bounds__(256) relay_weight_kernel(const RelaidWeight w, Bits* to) {
+  const int row = blockIdx.x, group = row / w.outputs, kernel_n = row % w.outputs, dt = blockIdx.y;
+  const int n = kernel_n % w.phase_channels * w.phases + kernel_n / w.phase_channels;
+  const int taps = w.kernel[1] * w.kernel[2], block_k = taps * w.block_channels;
+  const Bits* from = static_cast<const Bits*>(w.from.data) + group * w.from.group + n * w.from.n + dt * w.from.tap[0];
+  Bits* row_to = to + (int64_t(row) * w.kernel[0] + dt) * w.k_frame;
+  for (int k = threadIdx.x; k < w.k_frame; k += blockDim.x) {
+    const int block = k / block_k, in_block = k % block_k, tap = in_block / w.block_channels;
+    const int channel = block * w.block_channels + in_block % w.block_channels;
+    Bits value = 0;  // the padding at the end
+    if (channel < w.channels)
+      value = ptx::ld_global(from + channel * w.from.channel + tap / w.kernel[2] * w.from.tap[1] + tap % w.kernel[2] * w.from.tap[2]);
+    ptx::st_global(row_to + k, value);
+  }
+}
+
+}  // namespace
+
+Status relay_weight(const RelaidWeight& w, int element_bytes, void* to, void* stream) {
+  const dim3 grid(unsigned(w.groups * w.outputs), unsigned(w.kernel[0]));
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (element_bytes == 2) return VTOK_LAUNCH(relay_weight_kernel<uint16_t>, grid, dim3(256), 0, s, w, static_cast<uint16_t*>(to));
+  return VTOK_LAUNCH(relay_weight_kernel<uint32_t>, grid, dim3(256), 0, s, w, static_cast<uint32_t*>(to));
+}
+
+Status make_source(const ConvProblem& p, Source* source) {
+  if (p.x.rank != 5 || p.weight.rank != 5) return Status::Invalid("x and weight must have 5 dimensions");
+  if (p.x.dtype != DType::f32 && p.x.dtype != DType::f16 && p.x.dtype != DType::bf16)
+    return Status::Unsupported("x: float32, bfloat16 or float16 only");
+  if (p.groups < 1 || p.weight.size[0] % p.groups || p.weight.size[1] * p.groups != p.x.size[1])
+    return Status::Invalid("weight: expected (O, " + std::to_string(p.x.size[1]) + " / groups, kt, kh, kw)");
+  Source& s = *source;
+  s.once = p.upsample_first_frame_once && !p.cache && p.x.size[2] > 0;
+  const int64_t cached = p.cache ? p.cache.size[2] * p.upsample[0] : 0, used = std::min(cached, p.pad[0]);
+  s.cached = int(cached), s.used_cache = int(used);
+  s.time_mode = p.time_mode, s.spatial_mode = p.spatial_mode;
+  s.positions = p.x.size[0];
+  for (int axis = 0; axis < 3; ++axis) {
+    int64_t length = p.x.size[2 + axis] * p.upsample[axis];
+    if (axis == 0) length += used - (s.once ? p.upsample[0] - 1 : 0);
+    const int64_t front = p.pad[2 * axis] - (axis == 0 ? used : 0), k = p.weight.size[2 + axis];
+    const int64_t span = length + front + p.pad[2 * axis + 1] - p.dilation[axis] * (k - 1) - 1;
+    if (span < 0 || span >= (int64_t(1) << 30) || k > (1 << 15))
+      return Status::Invalid("x: axis " + std::to_string(axis) + " of " + std::to_string(length) + " elements does not suit the kernel");
+    s.kernel[axis] = int(k), s.stride[axis] = p.stride[axis], s.dilation[axis] = p.dilation[axis];
+    s.pad[axis] = int(front), s.gap[axis] = 1, s.length[axis] = int(length), s.upsample[axis] = p.upsample[axis];
+    s.out[axis] = int(span / p.stride[axis] + 1);
+    s.positions *= s.out[axis];
+  }
+  if (s.kernel[0] > 32) return Status::Unsupported("weight: at most 32 temporal taps, got " + std::to_string(s.kernel[0]));
+  return Status::Ok();
+}
+
+bool bind_source(const Tensor& x, const Tensor& cache, int groups, Source* source) {
+  Source& s = *source;
+  const int bytes = element_size(x.dtype);
+  const int64_t group = x.size[1] / groups * x.stride[1];
+  bool chunks = x.stride[1] == 1 && x.size[1] / groups * bytes % 16 == 0 && aligned16(x.data) && aligned16(cache.data);
+  for (int i : {0, 2, 3, 4}) chunks = chunks && (x.size[i] == 1 || x.stride[i] * bytes % 16 == 0);
+  if (cache)
+    for (int i : {0, 2}) chunks = chunks && (cache.size[i] == 1 || cache.stride[i] * bytes % 16 == 0);
+  s.x = static_cast<const char*>(x.data), s.cache = static_cast<const char*>(cache.data);
+  s.batch_bytes = x.stride[0] * bytes, s.frame_bytes = x.stride[2] * bytes, s.group_bytes = group * bytes;
+  s.cache_batch_bytes = cache ? cache.stride[0] * bytes : 0, s.cache_frame_bytes = cache ? cache.stride[2] * bytes : 0;
+  s.unit_bytes = chunks ? 16 : bytes, s.channel_bytes = int(x.stride[1] * bytes);
+  s.row_units = x.size[3] == 1 ? 0 : x.stride[3] * bytes / s.unit_bytes;
+  s.col_units = x.size[4] == 1 ? 0 : x.stride[4] * bytes / s.unit_bytes;
+  return chunks;
+}
+
+}  // namespace vtok::cuda

@@ -1,0 +1,65 @@
+// Host side of the convolutions on a GPU: checks, the tables of the problem that every kernel takes, and scratch memory.
+#pragma once
+#include "cuda/causal_conv3d_epilogue.cuh"
+#include "cuda/launch.cuh"
+
+namespace vtok::cuda {
+
+// Hands out pieces of the caller's scratch memory; without any it only counts.
+class Workspace {
+ public:
+  Workspace(void* base, int64_t* bytes) : base_(static_cast<char*>(base)), bytes_(bytes) {}
+  template <class T = char>
+  T* take(int64_t count) {
+    const int64_t at = used_;
+    used_ += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(base_ + at);
+  }
+  bool only_counts() const {
+    if (bytes_) *bytes_ = used_;
+    return bytes_ != nullptr;
+  }
+
+ private:
+  char* base_;
+  int64_t* bytes_;
+  int64_t used_ = 0;
+};
+
+struct WeightView {  // element strides; negative where a tap is mirrored, and then `data` is the last tap
+  const void* data;
+  int64_t group, n, channel, tap[3];
+};
+
+// The weights as the kernels read them: [groups * outputs][kt][k_frame], k_frame in blocks of block_channels (see ConvParams).
+// One launch per call, at a cost of one read and one write of the weights: the kernels never see a stale copy.
+struct RelaidWeight {
+  WeightView from;
+  int groups, outputs, channels, kernel[3];
+  int block_channels, k_frame;
+  int phases, phase_channels;  // depth-to-space: kernel channel n is row n % phase_channels * phases + n / phase_channels
+};
+Status relay_weight(const RelaidWeight& w, int element_bytes, void* to, void* stream);
+
+// A source of `length` (upsampled) coordinates for outputs of `out`, everything of the forward call but dgrad's changes.
+Status make_source(const ConvProblem& p, Source* source);
+
+// Fills the pointers, strides and the unit of reading x (and the cache) and tells whether 16-byte chunks of channels can be read.
+bool bind_source(const Tensor& x, const Tensor& cache, int groups, Source* source);
+
+inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The convolution that forward and dgrad share. `source` is bound; `weight.data` may be null where only scratch is counted.
+struct ConvTask {
+  Source source;
+  bool chunks;  // 16-byte chunks of channels can be read
+  Epilogue epilogue;
+  RelaidWeight weight;
+  const void* bias;
+  DType dtype;
+  bool tf32;
+};
+Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream);
+
+}  // namespace vtok::cuda
