@@ -1,4 +1,7 @@
-"""The Cosmos tokenizer: structure, files, tokens, what it refuses, windows, acceleration. (test_golden.py compares it with the official code.)"""
+"""The Cosmos tokenizer: structure, files, tokens, what it refuses, windows, acceleration.
+
+test_golden.py compares it with the official code.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from vtok_fast.models.windows import WindowStream
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tokenizer_face as face  # noqa: E402
 
-SMALL = {"channels": 8, "channels_mult": (1, 2, 2), "num_res_blocks": 1, "patch_size": 2, "temporal_compression": 4, "z_channels": 8}
+SMALL = {"channels": 8, "channels_mult": (1, 2, 2), "num_res_blocks": 1, "patch_size": 2, "temporal_compression": 4,
+         "z_channels": 8}  # fmt: skip
 FSQ = {**SMALL, "levels": (8, 5, 5)}
 AE = {**SMALL, "formulation": "AE", "latent_channels": 3}
 VAE = {**AE, "formulation": "VAE", "z_factor": 2}
@@ -184,7 +188,8 @@ def test_torchscript_files(tmp_path):
     tiny = {"channels": 4, "channels_mult": (1, 1), "spatial_compression": 4, "legacy_mode": True}
     model, video = make("AE", **tiny), face.clip(1, 3, 5, 8, 8)
     latent = model.encode(video).latents
-    for name, parts, example in (("encoder", ("encoder", "quant_conv"), video), ("decoder", ("post_quant_conv", "decoder"), latent)):
+    halves = {"encoder": (("encoder", "quant_conv"), video), "decoder": (("post_quant_conv", "decoder"), latent)}
+    for name, (parts, example) in halves.items():
         part = Part()
         for key in parts:
             part.add_module(key, getattr(model, key))
@@ -267,7 +272,8 @@ BLOCKS = {
 
 
 def outputs(module: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The result and all gradients. A bias of k moves every score of a softmax by the same amount: its gradient is rounding noise."""
+    """The result and all gradients. A bias of k moves every score of a softmax by the same amount: its gradient is rounding
+    noise."""
     module.zero_grad()
     x = x.clone().requires_grad_()
     y = module(x)

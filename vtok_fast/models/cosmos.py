@@ -4,9 +4,9 @@
     tokens = model.encode(video)         # video (B, 3, T, H, W) in [-1, 1]
     video = model.decode(tokens)
 
-Every video comes back complete: one of 1 + k * temporal_compression frames as it is, any other filled up behind with copies of its last
-frame and cut again, as the official programs do. A frame depends on no later one (beyond its own group), but on all earlier ones,
-because of the attention over time: so there is no exact streaming in bounded memory, and `stream` works in windows.
+Every video comes back complete: one of 1 + k * temporal_compression frames as it is, any other filled up behind with copies of its
+last frame and cut again, as the official programs do. A frame depends on no later one (beyond its own group), but on all earlier
+ones, because of the attention over time: so there is no exact streaming in bounded memory, and `stream` works in windows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vtok_fast.tokens import Tokens
 
 
 class CosmosBase(Tokenizer):
-    """What Cosmos and the tokenizers built on it share: encoder, decoder, the 1x1x1 convolutions around the bottleneck, sizes and files."""
+    """What Cosmos and the tokenizers built on it share: networks, bottleneck, sizes and files."""
 
     def make_networks(self, config: CosmosConfig) -> None:
         self.encoder, self.decoder = Encoder(config), Decoder(config)

@@ -1,7 +1,7 @@
 """The layers of the Cosmos tokenizer, one small class per kind, in plain PyTorch.
 
-They compute what the layers of https://github.com/NVIDIA/Cosmos-Tokenizer (Apache-2.0) compute, under the same state-dict keys. Video
-tensors are (B, C, T, H, W). A causal layer repeats the first frame in front, and sees zeros around each frame.
+They compute what the layers of https://github.com/NVIDIA/Cosmos-Tokenizer (Apache-2.0) compute, under the same state-dict keys.
+Video tensors are (B, C, T, H, W). A causal layer repeats the first frame in front, and sees zeros around each frame.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PLANE, TIME, POINT = (1, 3, 3), (3, 1, 1), (1, 1, 1)  # kernels
 
 
 class CausalConv3d(nn.Module):
-    """Convolution that sees no later frame. `padding` is spatial, on all four sides; `time_pad` copies of the first frame stand in front."""
+    """Convolution that sees no later frame: `time_pad` copies of the first frame in front, `padding` zeros on all four sides."""
 
     def __init__(
         self,
@@ -35,7 +35,11 @@ class CausalConv3d(nn.Module):
         self.padding = kernel_size[1] // 2 if padding is None else padding
         self.time_pad = time_dilation * (kernel_size[0] - 1) + 1 - time_stride
         self.conv3d = nn.Conv3d(
-            in_channels, out_channels, kernel_size, stride=(time_stride, stride, stride), dilation=(time_dilation, dilation, dilation)
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=(time_stride, stride, stride),
+            dilation=(time_dilation, dilation, dilation),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ def factorized(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class Norm(nn.Module):
-    """GroupNorm. With one group each frame has its own statistics, over C, H and W; with more they are over T too, which is not causal."""
+    """GroupNorm. One group: statistics of each frame, over C, H and W. More: over T too, which is not causal."""
 
     def __init__(self, channels: int, groups: int = 1):
         super().__init__()

@@ -17,10 +17,11 @@ NETWORK = "network."
 
 
 def read_cosmos(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors of a state dict, of a released TorchScript file (.jit: the model, or its encoder or decoder alone), or of a folder with
-    encoder.jit and decoder.jit; and the JSON under `key` that a file of our own holds.
+    """The tensors of a state dict, of a released TorchScript file (.jit: the model, or its encoder or decoder alone), or of a
+    folder with encoder.jit and decoder.jit; and the JSON under `key` that a file of our own holds.
 
-    Where keys start with "network.", as those of predict1 and InfoTok do, these are the ones that are read, and not the "ema." beside them.
+    Where keys start with "network.", as those of predict1 and InfoTok do, these are the ones that are read, and not the "ema."
+    beside them.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
     """

@@ -1,4 +1,7 @@
-"""What a Cosmos tokenizer is made of, and the released video models by name (https://github.com/NVIDIA/Cosmos-Tokenizer, Apache-2.0)."""
+"""What a Cosmos tokenizer is made of, and the released video models by name.
+
+Source: https://github.com/NVIDIA/Cosmos-Tokenizer (Apache-2.0).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ class CosmosConfig(Config):
         formulation: "FSQ" (tokens are integers), "AE" (latents) or "VAE" (latents: the mean of a Gaussian).
         levels: quantisation levels of each latent channel (FSQ only).
         latent_channels: of AE and VAE; with FSQ there is one per level.
-        spatial_compression, temporal_compression: pixels and frames per token. The patcher takes `patch_size` of them, the levels the rest.
+        spatial_compression, temporal_compression: pixels and frames per token. The patcher takes `patch_size` of them, the levels
+            the rest.
         patch_size, patch_method: 1, 2, 4 or 8 in T, H and W; "haar" (wavelets) or "rearrange" (pixels into channels).
         channels, channels_mult: channels of level i are channels * channels_mult[i]; level 0 has the full (patched) resolution.
         decoder_channels_mult: the decoder's own, None for the same.
@@ -25,8 +29,8 @@ class CosmosConfig(Config):
         resolution, attn_resolutions: a level has attention where resolution / patch_size / 2^level is in attn_resolutions.
         num_groups: of the norms; 1 takes its statistics per frame, any other number over T, H and W, which is not causal.
         legacy_mode: the decoder doubles T at other levels (weights from before September 2024). That no preset uses it is inferred.
-        layout: of the state dict. "0.1" has every convolution of a resampling level, used or not; "predict1" only those in use, and the
-            constants of patcher and quantiser.
+        layout: of the state dict. "0.1" has every convolution of a resampling level, used or not; "predict1" only those in use,
+            and the constants of patcher and quantiser.
     """
 
     formulation: str = "FSQ"
@@ -139,8 +143,8 @@ def _continuous(time: int, space: int, **fields) -> dict:
 
 _PREDICT1 = {"layout": "predict1"}
 
-# <release>-<C: continuous, D: discrete>V<factors of T, H, W>, as the released models are called. A 4x8x8 model turns 4 frames of 8x8
-# pixels into one token. The models called Cosmos-1.0-Tokenizer are the 720p ones of predict1.
+# <release>-<C: continuous, D: discrete>V<factors of T, H, W>, as the released models are called. A 4x8x8 model turns 4 frames of
+# 8x8 pixels into one token. The models called Cosmos-1.0-Tokenizer are the 720p ones of predict1.
 CosmosConfig.presets = {
     "0.1-DV4x8x8": _discrete(4, 8),
     "0.1-DV8x8x8": _discrete(8, 8),

@@ -1,4 +1,4 @@
-"""The encoder and the decoder of the Cosmos tokenizer: the layers of `cosmos_blocks` in order, under the official state-dict keys."""
+"""Encoder and decoder of the Cosmos tokenizer: the layers of `cosmos_blocks` in order, under the official state-dict keys."""
 
 from __future__ import annotations
 
@@ -62,10 +62,12 @@ class Encoder(_Network):
         self.patcher3d = Patcher(config.patch_size, config.patch_method, constants=not self._official)
         self.conv_in = factorized(config.in_channels * config.patch_size**3, channels[0])
         self.down = nn.ModuleList()
-        for level, (spatial, temporal) in enumerate(zip([*config.downs("spatial"), None], [*config.downs("temporal"), None])):
+        spatial, temporal = config.downs("spatial"), config.downs("temporal")
+        for level in range(len(config.channels_mult)):
             stage = self.make_level(channels[level], channels[level + 1], config.num_res_blocks, level)
-            if spatial is not None:
-                stage.downsample = HybridDown(channels[level + 1], spatial=spatial, temporal=temporal, unused=self._official)
+            if level < len(spatial):
+                flags = {"spatial": spatial[level], "temporal": temporal[level]}
+                stage.downsample = HybridDown(channels[level + 1], **flags, unused=self._official)
             self.down.append(stage)
         self.mid = self.make_middle(channels[-1])
         self.norm_out = Norm(channels[-1], **self._norm)

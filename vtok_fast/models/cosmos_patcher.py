@@ -2,9 +2,10 @@
 
 A patch of p frames, rows and columns becomes one position of p^3 times the channels. The first frame is its own patch, as p copies.
 
-The Haar wavelets of one round are sums and differences of pairs along t, h and w: eight bands, in the order (t, h, w) = LLL, LLH, LHL,
-LHH, HLL, HLH, HHL, HHH, each 1/8 of a signed sum of 2x2x2 values; LLL is their mean. They are computed as what they are, three stages
-of butterflies, and not as convolutions: so the factors are exact powers of two, where the official float32 constants are about 3e-8 off in each round.
+The Haar wavelets of one round are sums and differences of pairs along t, h and w: eight bands, in the order (t, h, w) = LLL, LLH,
+LHL, LHH, HLL, HLH, HHL, HHH, each 1/8 of a signed sum of 2x2x2 values; LLL is their mean. They are computed as what they are,
+three stages of butterflies, and not as convolutions: so the factors are exact powers of two, where the official float32 constants
+are about 3e-8 off in each round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bottlenecks of the Cosmos tokenizer: finite scalar quantisation, the same in residual steps, and a plain or Gaussian latent."""
+"""The bottlenecks of the Cosmos tokenizer: finite scalar quantisation, the same in residual steps, and none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FSQuantizer(FSQRegularizer):
 
 
 class ResidualFSQuantizer(nn.Module):
-    """FSQ of z, then of what is left of it, and so on: the codes are the sum. (Its indices have one more axis than `Tokens` hold.)"""
+    """FSQ of z, then of what is left of it, and so on: the codes are the sum. Its indices have an axis more than `Tokens`."""
 
     def __init__(self, levels, *, num_quantizers: int):
         super().__init__()

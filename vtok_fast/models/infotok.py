@@ -5,13 +5,13 @@
     packed = model.pack(tokens).to_bytes(model.codebook_size)
     video = model.decode(tokens)
 
-A discrete Cosmos tokenizer with a transformer on either side of the quantiser. A router scores every token: by decoding all of them and
-measuring the error of each token's pixels, or, cheaper and not of the paper, by how much its latent differs from the one a frame before.
-The tokens with the highest scores are kept; a dropped one is zero to the decoder, and -1 in `Tokens.indices`. The grid stays dense,
-"variable length" is the length of the packed stream.
+A discrete Cosmos tokenizer with a transformer on either side of the quantiser. A router scores every token: by decoding all of
+them and measuring the error of each token's pixels, or, cheaper and not of the paper, by how much its latent differs from the one
+a frame before. The tokens with the highest scores are kept; a dropped one is zero to the decoder, and -1 in `Tokens.indices`. The
+grid stays dense, "variable length" is the length of the packed stream.
 
-Left out: the released code's unused options (1D latents beside the 2D tokens). Neither transformer is told the rate or the mask, as in
-the released code (the paper has the rate as an input).
+Left out: the released code's unused options (1D latents beside the 2D tokens). Neither transformer is told the rate or the mask,
+as in the released code (the paper has the rate as an input).
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class InfoTok(CosmosBase):
         config: a name in `InfoTokConfig.presets`, an `InfoTokConfig`, a dict of its fields, or None:
         fields: the fields of an `InfoTokConfig` (with config=None).
 
-    `num_tokens` counts all of them, at rate 1. Methods that choose tokens take `choice`: rate, rate_strategy, router, selection as in `InfoTokConfig` (whose values hold otherwise),
-    rate also as a tensor (B,), and elbo_mean, the mean score of the data (see `mean_score`), for "global_elbo" and "bin".
+    `num_tokens` counts all of them, at rate 1. Methods that choose tokens take `choice`: rate, rate_strategy, router, selection as
+    in `InfoTokConfig` (whose values hold otherwise), rate also as a tensor (B,), and elbo_mean, the mean score of the data (see
+    `mean_score`), for "global_elbo" and "bin".
 
     Raises ValueError for an unknown name or an impossible structure.
     """
@@ -99,8 +100,8 @@ class InfoTok(CosmosBase):
     def encode(self, video: Tensor, **choice) -> Tokens:
         """Tokens of video (B, C, T, H, W) in [-1, 1], of the model's dtype; indices are -1 where a token was dropped.
 
-        Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, a video of more latent frames than
-        max_num_video_frames (see `stream`), an impossible choice, an empty batch, NaN or infinity.
+        Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, a video of more latent frames
+        than max_num_video_frames (see `stream`), an impossible choice, an empty batch, NaN or infinity.
         """
         self.check_video(video)
         check_finite("video", video)
@@ -118,18 +119,20 @@ class InfoTok(CosmosBase):
         return self._decode(codes)[:, :, : tokens.video_shape[0]].to(tokens.dtype)
 
     def stream(self, size: int = 81, overlap: int = 3) -> WindowStream:
-        """Encode and decode a long video in windows; `overlap` frames are shared and mixed linearly. Defaults as in the released program."""
+        """Encode and decode a long video in windows; `overlap` frames are shared and mixed linearly. Defaults as in the released
+        program."""
         return WindowStream(self, size, overlap)
 
     # The packed stream
 
     def pack(self, tokens: Tokens) -> PackedTokens:
-        """The kept tokens alone, one clip behind the other. `.to_bytes(model.codebook_size)` is what to store: a bit per position and
-        ceil(log2(codebook_size)) bits per kept token. Errors as for `decode`."""
+        """The kept tokens alone, one clip behind the other. `.to_bytes(model.codebook_size)` is what to store: a bit per position
+        and ceil(log2(codebook_size)) bits per kept token. Errors as for `decode`."""
         indices = self.check_tokens(tokens)
         return pack_tokens(indices, indices != DROPPED)
 
-    def unpack(self, packed: PackedTokens, *, video_shape: tuple[int, int, int] | None = None, dtype: torch.dtype | None = None) -> Tokens:
+    def unpack(self, packed: PackedTokens, *, video_shape: tuple[int, int, int] | None = None,
+               dtype: torch.dtype | None = None) -> Tokens:  # fmt: skip
         """The tokens of a packed stream of clips of one size.
 
         Args:
@@ -154,8 +157,9 @@ class InfoTok(CosmosBase):
     def scores(self, video: Tensor, router: str | None = None) -> Tensor:
         """How much each token matters: (B, t, h, w), float32 (float64 of a float64 model). Errors as for `encode`.
 
-        "decode": the mean absolute error of its pixels after a decode of all tokens. "latent": the mean absolute difference of its latent
-        before the quantiser from the one a frame before; in the first frame the clip's largest (inferred: that frame comes first).
+        "decode": the mean absolute error of its pixels after a decode of all tokens. "latent": the mean absolute difference of its
+        latent before the quantiser from the one a frame before; in the first frame the clip's largest (inferred: that frame comes
+        first).
         """
         self.check_video(video)
         x = self.fill_up(video)
@@ -183,20 +187,22 @@ class InfoTok(CosmosBase):
             first = change.flatten(1).amax(1) if z.shape[2] > 1 else z.new_zeros(len(z))
             return torch.cat((first[:, None, None, None].expand(-1, 1, *z.shape[3:]), change), dim=1)
 
-    def keep(self, scores: Tensor, *, rate: float | Tensor | None = None, rate_strategy: str | None = None, selection: str | None = None,
-             elbo_mean: float | Tensor | None = None) -> Tensor:  # fmt: skip
-        """Which tokens are kept: bool, like scores (B, t, h, w). Errors as for `vtok_fast.token_budget` and `vtok_fast.select_tokens`."""
+    def keep(self, scores: Tensor, *, rate: float | Tensor | None = None, rate_strategy: str | None = None,
+             selection: str | None = None, elbo_mean: float | Tensor | None = None) -> Tensor:  # fmt: skip
+        """Which tokens are kept: bool, like scores (B, t, h, w). Errors as for `vtok_fast.token_budget` and
+        `vtok_fast.select_tokens`."""
         config = self.config
         rate = config.rate if rate is None else rate
         strategy = config.rate_strategy if rate_strategy is None else rate_strategy
         selection = config.selection if selection is None else selection
         if strategy == "elbo_ema":
             if self.training:
-                self.ema_loss.masked_fill_(self.ema_loss <= 0, torch.nan)  # the released state dict starts at zero, token_budget at NaN
+                self.ema_loss.masked_fill_(self.ema_loss <= 0, torch.nan)  # the state dict starts at zero, token_budget at NaN
             else:
                 strategy = "global_elbo"
             elbo_mean = self.ema_loss
-        budget = token_budget(scores, rate, strategy=strategy, elbo_mean=elbo_mean, decay=config.decay, released=selection == "threshold")
+        released = selection == "threshold"
+        budget = token_budget(scores, rate, strategy=strategy, elbo_mean=elbo_mean, decay=config.decay, released=released)
         if selection.startswith("order"):
             budget = frame_budgets(scores, budget)
         return select_tokens(scores, budget, method=selection)
@@ -250,7 +256,8 @@ class InfoTok(CosmosBase):
 def frame_rates(scores: Tensor, rate: Tensor) -> Tensor:
     """The share of each latent frame's tokens: (B, t), in proportion to its mean score, with mean rate (B,) and no more than 1.
 
-    What exceeds 1 goes to the other frames, again in proportion (inferred; at rate 1 it makes every share 1, as in the released code).
+    What exceeds 1 goes to the other frames, again in proportion (inferred; at rate 1 it makes every share 1, as in the released
+    code).
     """
     weight = scores.flatten(2).double().mean(2).clamp_min(1e-12)
     total = rate.to(weight)[:, None] * weight.shape[1]
@@ -266,4 +273,5 @@ def frame_budgets(scores: Tensor, budget: Tensor) -> Tensor:
     """Tokens to keep of each latent frame, (B, t): index <= share * n, as the released code's "order" does."""
     n = scores[0, 0].numel()
     share = frame_rates(scores, budget.double() / (n * scores.shape[1]))
-    return (share * n + 1e-9).floor().add(1).clamp_max(n).to(torch.int64)  # a whole number may come out a rounding error below itself
+    # A whole number may come out a rounding error below itself.
+    return (share * n + 1e-9).floor().add(1).clamp_max(n).to(torch.int64)

@@ -1,4 +1,7 @@
-"""What an InfoTok is made of (arXiv 2512.16975, https://github.com/YWolfeee/InfoTok): a discrete Cosmos tokenizer and two transformers."""
+"""What an InfoTok is made of: a discrete Cosmos tokenizer and two transformers.
+
+Source: arXiv 2512.16975, https://github.com/YWolfeee/InfoTok (Apache-2.0).
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,21 @@ class InfoTokConfig(CosmosConfig):
     """The structure of one InfoTok, and how it chooses tokens where a call says nothing else. Beyond a discrete `CosmosConfig`:
 
     Attributes:
-        hidden_size, num_attention_heads, intermediate_size: of the transformers; hidden_size equals z_channels, there is no projection.
+        hidden_size, num_attention_heads, intermediate_size: of the transformers; hidden_size equals z_channels, there is no
+            projection.
         num_encoder_layers, num_decoder_layers: blocks before the quantiser and after it.
-        theta, rms_norm_eps, initializer_range: of rotary positions, norms, and initial weights (the last one normal; inferred for the
-            temporal embedding).
+        theta, rms_norm_eps, initializer_range: of rotary positions, norms, and initial weights (the last one normal; inferred for
+            the temporal embedding).
         max_num_video_frames: latent frames of the longest video; longer ones go window by window.
         double_projection: q, k and v pass the input projection twice, as in the released checkpoint (and against the paper).
         rate: share of the tokens to keep.
         rate_bins: the shares of which one is drawn for each clip in training (InfoTok-Flex).
-        rate_strategy: "elbo" (that share of every clip), "global_elbo" (more of clips with a larger error than `elbo_mean`), "bin" (that,
-            in quarters), "elbo_ema" (global_elbo with a running mean over training).
-        router: what scores the tokens: "decode" (the error of a full decode) or "latent" (how much a latent differs from the one a frame
-            before; no decode).
-        selection: "threshold" (as released: ties and, at rate 1, one token are dropped), "topk" (exact counts), "order" or "order_strided"
-            (the first tokens of every frame).
+        rate_strategy: "elbo" (that share of every clip), "global_elbo" (more of clips with a larger error than `elbo_mean`), "bin"
+            (that, in quarters), "elbo_ema" (global_elbo with a running mean over training).
+        router: what scores the tokens: "decode" (the error of a full decode) or "latent" (how much a latent differs from the one a
+            frame before; no decode).
+        selection: "threshold" (as released: ties and, at rate 1, one token are dropped), "topk" (exact counts), "order" or
+            "order_strided" (the first tokens of every frame).
         decay: of the running mean: 0.99 in the paper, 0.95 in the released code.
     """
 
@@ -69,10 +73,10 @@ class InfoTokConfig(CosmosConfig):
         self.need_at_least(1, "hidden_size", "intermediate_size", "num_attention_heads", "max_num_video_frames")
         self.need_at_least(0, "num_encoder_layers", "num_decoder_layers")
         if self.hidden_size != self.z_channels * self.z_factor or self.z_factor != 1:
-            raise ValueError(f"hidden_size={self.hidden_size} must equal z_channels={self.z_channels}, with z_factor=1: nothing projects")
+            raise ValueError(f"hidden_size={self.hidden_size} must equal z_channels={self.z_channels}, with z_factor=1")
         if self.hidden_size % (4 * self.num_attention_heads):
-            raise ValueError(f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size} into heads of a "
-                             "multiple of 4 channels: pairs for rows, and as many for columns")
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size} into "
+                             "heads of a multiple of 4 channels: pairs for rows, and as many for columns")
         for name, values in (("rate", (self.rate,)), ("rate_bins", self.rate_bins), ("decay", (self.decay,))):
             if not values or not all(0 <= value <= 1 for value in values):
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0 to 1")

@@ -1,8 +1,8 @@
 """The block-causal transformer of InfoTok, under the state-dict keys of the released model.
 
-Tokens are (B, t*h*w, C), frame by frame. A token sees its own latent frame and those before. Rotary positions are of rows and columns:
-the first half of a head's pairs turns with the row, the second with the column, at every second frequency each. Time has a learned
-embedding, which is added once.
+Tokens are (B, t*h*w, C), frame by frame. A token sees its own latent frame and those before. Rotary positions are of rows and
+columns: the first half of a head's pairs turns with the row, the second with the column, at every second frequency each. Time has
+a learned embedding, which is added once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def block_causal_mask(frames: int, tokens_per_frame: int, device: torch.device |
 class Attention(nn.Module):
     """Multi-head attention with rotary positions between two passes of the same input projection.
 
-    The released model projects its input to q, k and v, turns q and k, and hands them to an `nn.MultiheadAttention` that projects all
-    three again with the same weights. Without `twice` there is the first projection alone.
+    The released model projects its input to q, k and v, turns q and k, and hands them to an `nn.MultiheadAttention` that projects
+    all three again with the same weights. Without `twice` there is the first projection alone.
     """
 
     def __init__(self, dim: int, heads: int, *, twice: bool = True):

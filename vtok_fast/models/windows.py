@@ -23,8 +23,8 @@ class WindowStream:
         for part, following in zip(tokens, [*tokens[1:], None]):
             frames = stream.decode_chunk(part, lookahead=following)
 
-    The shared frames are mixed linearly. The result is not that of the whole video at once: a window does not see what came before it.
-    Nothing is kept on the model; `decode_chunk` keeps the last frames of a window until the next one comes.
+    The shared frames are mixed linearly. The result is not that of the whole video at once: a window does not see what came before
+    it. Nothing is kept on the model; `decode_chunk` keeps the last frames of a window until the next one comes.
     """
 
     def __init__(self, model, size: int, overlap: int = 0):
@@ -41,7 +41,8 @@ class WindowStream:
         self._held: Tensor | None = None
 
     def chunks(self, frames: int) -> list[tuple[int, int]]:
-        """[start, end) of the windows of a video; each but the first starts `overlap` frames before the end of the one before it."""
+        """[start, end) of the windows of a video; each but the first starts `overlap` frames before the end of the one before
+        it."""
         if frames < 1:
             raise ValueError(f"frames={frames}: a video has at least one")
         step, last = self.size - self.overlap, max(frames - self.overlap, 1)
@@ -63,8 +64,8 @@ class WindowStream:
         """
         video = self.model.decode(tokens)
         if self._held is not None and self._held.shape[:2] + self._held.shape[3:] != video.shape[:2] + video.shape[3:]:
-            raise ValueError(f"tokens: the window before was {tuple(self._held.shape)}, this one is {tuple(video.shape)} (B, C, T, H, W); "
-                             "reset() starts a new video")
+            raise ValueError(f"tokens: the window before was {tuple(self._held.shape)}, this one is {tuple(video.shape)} "
+                             "(B, C, T, H, W); reset() starts a new video")
         if self._held is not None:
             n = min(self.overlap, video.shape[2])
             weight = blend_weights(self.overlap, video)[:n]

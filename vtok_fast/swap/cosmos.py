@@ -1,8 +1,8 @@
 """The adapter for ``vtok_fast.models.Cosmos``: whole blocks, so that a video stays channels-last from the first layer to the last.
 
-What each block gains: norm and SiLU in one pass, per frame without folding frames into the batch; convolutions without padded copies,
-the residual added in their epilogue; repetition folded into the convolution that follows, so that no repeated video exists; average
-pools folded into the weights of the strided convolution beside them.
+What each block gains: norm and SiLU in one pass, per frame without folding frames into the batch; convolutions without padded
+copies, the residual added in their epilogue; repetition folded into the convolution that follows, so that no repeated video
+exists; average pools folded into the weights of the strided convolution beside them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def attention(block: blocks.SpatialAttention | blocks.TemporalAttention, x: Tens
 
 
 def hybrid_down(block: blocks.HybridDown, x: Tensor) -> Tensor:
-    """Pool and convolution see the same padded video, so their sum is one convolution with the pool's kernel added to the weights."""
+    """Pool and convolution see the same padded video, so their sum is one convolution with the pool's kernel added to the
+    weights."""
     if block.spatial:
         x = _pooled_conv(block.conv1, x, (1, 2, 2), slice(0, 1), slice(0, 2), spatial_pad=((0, 1), (0, 1)))
     if block.temporal:  # the copy of the first frame in front, and then the layer's own
@@ -133,7 +134,7 @@ def _only_end(network: nn.Module) -> nn.Module:
 
 
 def _block_input(block: nn.Module) -> tuple[Tensor]:
-    layer = block if isinstance(block, blocks.CausalConv3d) else next(m for m in block.modules() if isinstance(m, blocks.CausalConv3d))
+    layer = next(m for m in block.modules() if isinstance(m, blocks.CausalConv3d))
     return (_random(block, 1, layer.conv3d.in_channels, 5, 10, 14),)
 
 
