@@ -16,11 +16,12 @@ from vtok_fast.models import ProMAG, ProMAGConfig
 from vtok_fast.models import promag_blocks as blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_face import (check_acceleration, check_autocast, check_files, check_gradients, check_learning, check_refusals,  # noqa: E402
-                            check_tokens, clip, randomise)
+from tokenizer_face import (  # noqa: E402
+    check_acceleration, check_autocast, check_compile, check_files, check_gradients, check_learning, check_refusals,
+    check_tokens, clip, randomise)
 
-SMALL = {"ch": 4, "ch_mult": (1, 2, 1), "strides": ((2, 2, 2), (1, 2, 2)), "num_res_blocks": 1, "mid_blocks": 1, "groups": 2, "z_channels": 3,
-         "chunk_frames": 9, "overlap": 2}
+SMALL = {"ch": 4, "ch_mult": (1, 2, 1), "strides": ((2, 2, 2), (1, 2, 2)), "num_res_blocks": 1, "mid_blocks": 1, "groups": 2,
+         "z_channels": 3, "chunk_frames": 9, "overlap": 2}
 KINDS = [{}, {"growth": 1}, {"growth": 2, "key_embedding": "position"}, {"norm": "group"}, {"per_frame": True, "growth": 1},
          {"chunk_frames": None}]
 
@@ -40,7 +41,9 @@ def make(**fields) -> ProMAG:
 # The paper
 
 
-@pytest.mark.parametrize(("name", "frames"), [("4x_8chn", 5), ("8x_8chn", 3), ("16x_16chn", 2), ("direct_8x_8chn", 3), ("direct_16x_8chn", 2)])
+@pytest.mark.parametrize(
+    ("name", "frames"), [("4x_8chn", 5), ("8x_8chn", 3), ("16x_16chn", 2), ("direct_8x_8chn", 3), ("direct_16x_8chn", 2)]
+)
 def test_latent_sizes_of_the_paper(name, frames):
     """17x256x256 has 5, 3 and 2 latent frames of 32x32."""
     with torch.device("meta"):
@@ -84,7 +87,8 @@ def test_norm_without_mean_keeps_a_flat_video():
     """Group norm maps a flat video to zero whatever its colour, group norm without mean does not."""
     x = torch.full((1, 4, 3, 4, 4), 0.7)
     for kind, value in (("group", 0.0), ("group_rms", 1.0)):
-        torch.testing.assert_close(blocks.GroupNorm(ProMAGConfig(**{**SMALL, "norm": kind}), 4)(x), torch.full_like(x, value), atol=1e-3, rtol=0)
+        layer = blocks.GroupNorm(ProMAGConfig(**{**SMALL, "norm": kind}), 4)
+        torch.testing.assert_close(layer(x), torch.full_like(x, value), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 1, 1)])
@@ -168,8 +172,8 @@ def test_what_a_grown_model_leaves_as_it_was():
     model = make().grow().grow()
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(name.startswith(("encoder.", "encoder_growth.0.", "decoder.levels.2.", "decoder.out.")) for name in learns)
-    parts = ("encoder_growth.1.", "decoder_growth.0.", "decoder_growth.1.", "decoder.mid", "decoder.levels.0", "to_latent", "from_latent")
-    for part in parts:
+    for part in ("encoder_growth.1.", "decoder_growth.0.", "decoder_growth.1.", "decoder.mid", "decoder.levels.0", "to_latent",
+                 "from_latent"):
         assert any(name.startswith(part) for name in learns), part
     assert all(p.requires_grad for p in make(growth=1, freeze_lower=False).parameters())
 
@@ -296,6 +300,11 @@ def test_half_precision():
     tokens = model.bfloat16().encode(video.bfloat16())
     assert tokens.latents.dtype == torch.bfloat16 and model.decode(tokens).dtype == torch.bfloat16
     check_autocast(make(growth=1), clip(1, 3, 11, 8, 8))
+
+
+@pytest.mark.slow
+def test_compile():
+    check_compile(make(growth=1), clip(1, 3, 11, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_8x"])

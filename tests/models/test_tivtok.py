@@ -1,4 +1,4 @@
-"""TivTok: the paper's token counts, what each token may see, chunks that share their invariant tokens, SoftVQ, and the common face."""
+"""TivTok: the paper's token counts, what each token sees, chunks that share invariant tokens, SoftVQ, and the common face."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from vtok_fast.models import tivtok as implementation
 from vtok_fast.models.tivtok_quantizer import SoftVQ
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_face import (check_acceleration, check_autocast, check_files, check_gradients, check_learning, check_refusals,  # noqa: E402
-                            check_stream, check_tokens, clip, randomise)
+from tokenizer_face import (  # noqa: E402
+    check_acceleration, check_autocast, check_compile, check_files, check_gradients, check_learning, check_refusals,
+    check_stream, check_tokens, clip, randomise)
 
 SMALL = {"frames": 8, "patch": (2, 4, 4), "dim": 24, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "tiv": 6, "tv": 2, "latent_dim": 5,
          "codebook": 32}
@@ -54,7 +55,8 @@ def test_token_counts_of_the_paper(name, counts):
 def test_sets_of_invariant_tokens():
     """Table 4 of the paper: 1, 2, 4, 8 sets for the 8 chunks of 128 frames."""
     with torch.device("meta"):
-        counts = [TivTok(TivTokConfig(**TivTokConfig.presets["t128"], chunks_per_set=n)).num_tokens(128, 256, 256) for n in (8, 4, 2, 1)]
+        models = [TivTok(TivTokConfig(**TivTokConfig.presets["t128"], chunks_per_set=n)) for n in (8, 4, 2, 1)]
+    counts = [model.num_tokens(128, 256, 256) for model in models]
     assert counts == [352, 448, 640, 1024]
 
 
@@ -242,6 +244,12 @@ def test_half_precision():
 def test_stream():
     model = make()
     check_stream(model, clip(1, 3, 21, 8, 8), model.stream())
+
+
+@pytest.mark.slow
+def test_compile():
+    """With one break, where the scope is made."""
+    check_compile(make(), clip(1, 3, 10, 8, 8), fullgraph=False)
 
 
 def test_learning():

@@ -16,11 +16,12 @@ from vtok_fast.models import vtok as implementation
 from vtok_fast.models.vtok_backbones import CLIP_MEAN, CLIP_STD, CLIPBackbone
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_face import (check_acceleration, check_autocast, check_files, check_gradients, check_learning, check_refusals,  # noqa: E402
-                            check_stream, check_tokens, clip, randomise)
+from tokenizer_face import (  # noqa: E402
+    check_acceleration, check_autocast, check_compile, check_files, check_gradients, check_learning, check_refusals,
+    check_stream, check_tokens, clip, randomise)
 
-SMALL = {"dim": 16, "depth": 1, "heads": 2, "freeze_backbone": False, "key_grid": (2, 3), "token_dim": 10, "motion_hidden": 12, "patch": 4,
-         "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "mlp_ratio": 2.0}
+SMALL = {"dim": 16, "depth": 1, "heads": 2, "freeze_backbone": False, "key_grid": (2, 3), "token_dim": 10, "motion_hidden": 12,
+         "patch": 4, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "mlp_ratio": 2.0}
 
 
 @pytest.fixture(autouse=True)
@@ -172,8 +173,8 @@ def test_clip_gets_normalised_frames_and_loses_its_class_token():
 
 def test_clip_of_transformers():
     transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28,
-                                           patch_size=14)
+    config = transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                           image_size=28, patch_size=14)
     torch.manual_seed(0)
     tower = transformers.CLIPVisionModel(config).eval()
     model = VTok(backbone=CLIPBackbone(tower), **{**SMALL, "feature_dim": 16, "key_grid": (2, 2), "token_dim": 16}).eval()
@@ -214,6 +215,11 @@ def test_half_precision():
 def test_stream():
     model = make()
     check_stream(model, clip(1, 3, 21, 8, 8), model.stream(frames=8))
+
+
+@pytest.mark.slow
+def test_compile():
+    check_compile(make(), clip(1, 3, 5, 8, 8))
 
 
 def test_learning():

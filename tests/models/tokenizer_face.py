@@ -33,7 +33,8 @@ def check_tokens(model, video: torch.Tensor, path) -> None:
     tokens = model.encode(video)
     size = tuple(video.shape[2:])
     assert tokens.grid == model.token_grid(*size) and tokens.video_shape == size and tokens.batch == video.shape[0]
-    assert model.num_tokens(*size) * tokens.batch == tokens.data.numel() // (1 if tokens.latents is None else tokens.latents.shape[1])
+    channels = 1 if tokens.latents is None else tokens.latents.shape[1]
+    assert model.num_tokens(*size) * tokens.batch * channels == tokens.data.numel()
     with torch.no_grad():
         expected = model(video)
     assert expected.shape == video.shape
@@ -72,7 +73,7 @@ def check_files(model, video: torch.Tensor, folder, **parts) -> None:
 
 def check_refusals(model, video: torch.Tensor) -> None:
     """Wrong videos and tokens raise what names them."""
-    tokens, (_, _, t, h, w) = model.encode(video), video.shape
+    tokens, (h, w) = model.encode(video), video.shape[3:]
     for bad, error, message in (
         ("clip.mp4", TypeError, "video must be a tensor, not str"),
         (video.to(torch.uint8), TypeError, "video is torch.uint8"),
@@ -147,9 +148,9 @@ def check_stream(model, video: torch.Tensor, stream) -> None:
 def check_acceleration(model, video: torch.Tensor) -> vtok_fast.Report:
     """Accelerated, outputs and gradients are close to those of the float64 model with the reference ops; reverting gives it back.
 
-    The output's contract is *close*, as for an op. A gradient has come through all n swapped layers twice, each of which may have the
-    contract's floor for an error; these errors are independent, so sqrt(n) floors are allowed, or twice what the worst gradient has
-    without swaps.
+    The output's contract is *close*, as for an op. A gradient has come through all n swapped layers twice, each of which may have
+    the contract's floor for an error; these errors are independent, so sqrt(n) floors are allowed, or twice what the worst gradient
+    has without swaps.
     """
     double = copy.deepcopy(model).double()
     with vtok_fast.backend("reference"):
@@ -159,8 +160,9 @@ def check_acceleration(model, video: torch.Tensor) -> vtok_fast.Report:
     assert not [e for e in report.skipped if e.error is not None], report
     fast = _outputs(model, video)
     assert (measured := parity.close(fast["video"], ref64["video"], eager["video"])).ok, measured
-    errors, eager_errors = ({(name, region): error for name in ref64 if name != "video"
-                             for region, error in parity.relative_errors(outputs[name], ref64[name]).items()} for outputs in (fast, eager))
+    errors, eager_errors = (
+        {(name, region): error for name in ref64 if name != "video"
+         for region, error in parity.relative_errors(outputs[name], ref64[name]).items()} for outputs in (fast, eager))
     bound = max(2 * max(eager_errors.values()), parity.floor(video.dtype) * max(1, len(report.swapped)) ** 0.5)
     worst = max(errors, key=errors.get)
     assert errors[worst] <= bound, (worst, errors[worst], bound)
@@ -192,3 +194,10 @@ def check_learning(model, video: torch.Tensor, steps: int, learning_rate: float)
         optimiser.step()
         errors.append(error.item())
     assert errors[-1] < 0.75 * errors[0], errors
+
+
+def check_compile(model, video: torch.Tensor, *, fullgraph: bool = True) -> None:
+    """torch.compile takes the model, without a break where there is none to be expected."""
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
+        torch.testing.assert_close(compiled(video), model(video))

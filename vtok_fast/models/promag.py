@@ -5,13 +5,13 @@
     tokens = model.encode(video)          # video (B, 3, T, H, W) in [-1, 1]
     video = model.decode(tokens)
 
-A grown model encodes the video with the lower model's frozen encoder twice: all frames, f, and every second one, k. Its features are
-k + r, with r made from f modulated by k. The decoder first doubles the frames, then goes on as the lower one. A model of 16x is the same
-once more; the lower encoders run once on every frame rate, not once for each path through them.
+A grown model encodes the video with the lower model's frozen encoder twice: all frames, f, and every second one, k. Its features
+are k + r, with r made from f modulated by k. The decoder first doubles the frames, then goes on as the lower one. A model of 16x is
+the same once more; the lower encoders run once on every frame rate, not once for each path through them.
 
-A video is cut into chunks of 17 frames that overlap by 4 and are blended in pixels; the last chunk is filled up with copies of the last
-frame to 1 + k * factor. The chunks' latents lie one after the other in time. Causal convolutions see no later frame, but the norms'
-statistics are those of a whole chunk (unless per_frame).
+A video is cut into chunks of 17 frames that overlap by 4 and are blended in pixels; the last chunk is filled up with copies of the
+last frame to 1 + k * factor. The chunks' latents lie one after the other in time. Causal convolutions see no later frame, but the
+norms' statistics are those of a whole chunk (unless per_frame).
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class ProMAG(Tokenizer):
     def grow(self) -> ProMAG:
         """A model of twice the compression in time, with copies of this one's parameters.
 
-        Before it has learnt anything it encodes every second frame as this model does, and decodes each latent frame but the first one
-        twice in a row.
+        Before it has learnt anything it encodes every second frame as this model does, and decodes each latent frame but the first
+        one twice in a row.
 
         Raises ValueError if a chunk of the grown model would not be 1 + k * factor frames.
         """
@@ -77,8 +77,8 @@ class ProMAG(Tokenizer):
     def tiling(self, tile: int | None) -> ProMAG:
         """Let every layer work in squares of `tile` positions (None: on whole frames), and return the model. The results are equal.
 
-        This bounds what the layers of this plain model need beside their inputs and outputs; accelerated ones make no padded copies,
-        and work on whole frames.
+        This bounds what the layers of this plain model need beside their inputs and outputs; accelerated ones make no padded
+        copies, and work on whole frames.
         """
         if tile is not None and (not isinstance(tile, int) or tile < 1):
             raise ValueError(f"tile={tile!r} must be at least 1, or None")
@@ -96,11 +96,12 @@ class ProMAG(Tokenizer):
         return self._blend(parts, video.shape[2])
 
     def reconstruct(self, video: Tensor, *, step: int = 0) -> Reconstruction:
-        """`forward` for training: also the codes and the KL loss; in training mode the latent is sampled, otherwise it is its mean."""
+        """`forward` for training: also the codes and the KL loss. In training mode the latent is sampled, otherwise its mean."""
         self.check_video(video)
         results = [self.regularization(self.encode_latent(part), step=step, sample=self.training) for part in self._chunks(video)]
         y = self._blend([self.decode_latent(result.codes) for result in results], video.shape[2])
-        return Reconstruction(y, torch.cat([result.codes for result in results], dim=2), None, sum(result.loss for result in results))
+        codes = torch.cat([result.codes for result in results], dim=2)
+        return Reconstruction(y, codes, None, sum(result.loss for result in results))
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tokens:

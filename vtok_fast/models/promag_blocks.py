@@ -1,10 +1,11 @@
 """The layers of ProMAG in plain PyTorch: MAGVIT-v2's causal convolutions, group norm without mean, growth, and tiles.
 
-Video tensors are (B, C, T, H, W). A causal convolution has kt - 1 frames of zeros in front, whatever its stride: 17 frames become 9, 5, 3.
+Video tensors are (B, C, T, H, W). A causal convolution has kt - 1 frames of zeros in front, whatever its stride: 17 frames become
+9, 5, 3.
 
-*Tiles.* A layer whose `tile` is a number makes its output in squares of that many positions, each from the piece of its input that it
-needs (its halo included). The result is that of the whole layer, the statistics of norms are those of the whole video, and what a
-layer needs beside its input and output (normalised, activated and padded copies) exists for one square at a time.
+*Tiles.* A layer whose `tile` is a number makes its output in squares of that many positions, each from the piece of its input that
+it needs (its halo included). The result is that of the whole layer, the statistics of norms are those of the whole video, and what
+a layer needs beside its input and output (normalised, activated and padded copies) exists for one square at a time.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class GroupNorm(nn.Module):
 class CausalConv3d(nn.Module):
     """A convolution that sees no later frame: zeros around each frame, and kt - 1 frames of zeros before the first one.
 
-    With `expand` (time, height, width), its output channels (C, time, height, width) become positions: depth to space. Then the first
-    time - 1 frames are dropped, so that 1 + n frames become 1 + time * n.
+    With `expand` (time, height, width), its output channels (C, time, height, width) become positions: depth to space. Then the
+    first time - 1 frames are dropped, so that 1 + n frames become 1 + time * n.
     """
 
     tile: int | None = None
@@ -241,7 +242,7 @@ class EncoderGrowth(nn.Module):
 
 
 class DecoderGrowth(nn.Module):
-    """Features of twice as many frames: residual blocks, which start as the identity, then an upsampling, which starts as a copy."""
+    """Features of twice as many frames: residual blocks that start as the identity, an upsampling that starts as a copy."""
 
     def __init__(self, config: ProMAGConfig):
         super().__init__()

@@ -17,10 +17,11 @@ _TINY = {"ch": 16, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 1, "mid_blocks": 1
 class ProMAGConfig(Config):
     """The structure of one ProMAG.
 
-    The paper's figure and site state: a causal base of 4x8x8, its features before the 1x1x1 convolution to the latent, growth by 2 in
-    time with the lower encoder frozen, the modulation and the residual path of the key frames, group norm without mean, 8 or 16 latent
-    channels, chunks of 17 frames that overlap by 4 and are blended linearly, tiling layer by layer. Inferred: all widths and depths
-    (those of Open-MAGVIT2), groups, per_frame, 16x as the same growth once more, key_embedding, and where the base halves time.
+    The paper's figure and site state: a causal base of 4x8x8, its features before the 1x1x1 convolution to the latent, growth by 2
+    in time with the lower encoder frozen, the modulation and the residual path of the key frames, group norm without mean, 8 or 16
+    latent channels, chunks of 17 frames that overlap by 4 and are blended linearly, tiling layer by layer. Inferred: all widths and
+    depths (those of Open-MAGVIT2), groups, per_frame, 16x as the same growth once more, key_embedding, and where the base halves
+    time.
 
     Attributes:
         z_channels: of the latent, a diagonal Gaussian.
@@ -71,9 +72,10 @@ class ProMAGConfig(Config):
         self.need_at_least(0, "growth", "overlap")
         self.need_one_of("key_embedding", "frame", "position")
         self.need_one_of("norm", "group_rms", "group")
-        if len(self.strides) != len(self.ch_mult) - 1 or any(len(s) != 3 or not {*s} <= {1, 2} or s[1] != s[2] for s in self.strides):
-            raise ValueError(f"strides={self.strides}: between the {len(self.ch_mult)} levels of ch_mult there must be as many less one, "
-                             "each (time, height, width) of 1 and 2, height and width alike")
+        wrong = any(len(s) != 3 or not {*s} <= {1, 2} or s[1] != s[2] for s in self.strides)
+        if wrong or len(self.strides) != len(self.ch_mult) - 1:
+            raise ValueError(f"strides={self.strides}: {len(self.ch_mult)} levels of ch_mult need {len(self.ch_mult) - 1}, each "
+                             "(time, height, width) of 1 and 2, height and width alike")
         if any(self.ch * m % self.groups for m in self.ch_mult):
             raise ValueError(f"groups={self.groups} must divide ch={self.ch} times each of ch_mult={self.ch_mult}")
         if self.chunk_frames is not None:
@@ -84,10 +86,10 @@ class ProMAGConfig(Config):
 
     @property
     def time_downsample_factor(self) -> int:
-        return math.prod(s[0] for s in self.strides) * 2**self.growth
+        return math.prod([s[0] for s in self.strides]) * 2**self.growth
 
     @property
     def spatial_factor(self) -> int:
-        return math.prod(s[1] for s in self.strides)
+        return math.prod([s[1] for s in self.strides])
 
     causal: ClassVar[bool] = True  # for `check_video`: any number of frames is taken, the end is filled up

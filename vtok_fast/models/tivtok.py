@@ -4,14 +4,15 @@
     tokens = model.encode(video)         # video (B, 3, T, H, W) in [-1, 1]; 128 frames of 256x256 are 96 + 32 * 8 = 352 tokens
     video = model.decode(tokens)
 
-The encoder is one ViT over [TIV | TV(1) X(1) | TV(2) X(2) | ...]: learned queries TIV and TV(t), and the patches X(t) of slice t. Their
-*scopes* differ: TIV sees everything, TV(t) only TIV, itself and X(t) (scope-induced factorisation, by `scope_attention`). The decoder makes each slice on its
-own from TIV and TV(t) (invariant broadcasting), so slices are a batch. A long video is cut into chunks of 16 frames, encoded apart; the
-chunks then share the mean of their TIV. The last chunk may have fewer slices, its last slice is filled up with copies of the last frame.
+The encoder is one ViT over [TIV | TV(1) X(1) | TV(2) X(2) | ...]: learned queries TIV and TV(t), and the patches X(t) of slice t.
+Their *scopes* differ: TIV sees everything, TV(t) only TIV, itself and X(t) (scope-induced factorisation, by `scope_attention`).
+The decoder makes each slice on its own from TIV and TV(t) (invariant broadcasting), so slices are a batch. A long video is cut
+into chunks of 16 frames, encoded apart; the chunks then share the mean of their TIV. The last chunk may have fewer slices, its
+last slice is filled up with copies of the last frame.
 
-Inferred, because the paper does not say (and not an option): a head's channels are split evenly over the axes (t, h, w); TIV stands at
-position (0, 0, 0), TV(t) at (t, 0, 0); the decoder turns patches by (h, w) only, since it is the same function for every slice, and
-tells its tokens apart by a learned embedding; the patch queries are one learned token, as in SoftVQ.
+Inferred, because the paper does not say (and not an option): a head's channels are split evenly over the axes (t, h, w); TIV stands
+at position (0, 0, 0), TV(t) at (t, 0, 0); the decoder turns patches by (h, w) only, since it is the same function for every slice,
+and tells its tokens apart by a learned embedding; the patch queries are one learned token, as in SoftVQ.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class TivTok(Tokenizer):
     def encode(self, video: Tensor) -> Tokens:
         """Tokens of video (B, C, T, H, W) in [-1, 1], of the model's dtype, of any length.
 
-        They lie in a row, the sets of invariant tokens first, then those of each slice: latents (B, latent_dim, 1, 1, N), or with fsq
-        indices (B, 1, 1, N).
+        They lie in a row, the sets of invariant tokens first, then those of each slice: latents (B, latent_dim, 1, 1, N), or with
+        fsq indices (B, 1, 1, N).
 
         Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, an empty batch, NaN or infinity.
         """
@@ -209,7 +210,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Quantises TIV and TV, (B, n, tokens, latent_dim) each, to (codes alike, indices (B, n, tokens) or None, loss or None) each."""
+    """Quantises TIV and TV, (B, n, tokens, latent_dim) each, to (codes, indices (B, n, tokens) or None, loss or None) each."""
 
     def __init__(self, config: TivTokConfig):
         super().__init__()
@@ -217,7 +218,8 @@ class Quantizer(nn.Module):
         if self.kind == "fsq":
             self.fsq = FSQRegularizer(config.levels, entropy_loss_weight=config.entropy_weight)
         elif self.kind == "softvq":
-            options = {name: getattr(config, name) for name in ("temperature", "normalize", "entropy_weight", "entropy_temperature")}
+            names = ("temperature", "normalize", "entropy_weight", "entropy_temperature")
+            options = {name: getattr(config, name) for name in names}
             self.tiv = SoftVQ(config.tiv_codebooks, config.codebook, config.latent_dim, **options)
             self.tv = SoftVQ(config.tv_codebooks, config.codebook, config.latent_dim, **options)
 
@@ -270,6 +272,7 @@ def attend_by_scope(config: TivTokConfig, slices: int, patches: int) -> Attend:
     return partial(scope_attention, scope=encoder_scope(config.tiv, config.tv, patches, slices, config.patch_scope))
 
 
+@torch.compiler.disable
 @lru_cache(maxsize=64)
 def encoder_scope(tiv: int, tv: int, patches: int, slices: int, patches_see: str) -> Scope:
     """One object for each size of video: what a backend works out from a scope is kept on it."""

@@ -15,8 +15,8 @@ class TivTokConfig(Config):
 
     The paper states: patch, dim, depth, frames, the total tokens and their dimension, a rotary embedding over three axes. The split
     into 3/4 invariant and 1/4 variant tokens follows from its token counts, SoftVQ from the name of its backbone. Inferred, because
-    the paper does not say: heads, patch_scope, the quantiser's options, merge, what the head of tivtok.py lists, and that its "t" is
-    a slice of tv tokens (tv/4 for each raw frame would give the same tokens).
+    the paper does not say: heads, patch_scope, the quantiser's options, merge, what the head of tivtok.py lists, and that its "t"
+    is a slice of tv tokens (tv/4 for each raw frame would give the same tokens).
 
     Attributes:
         frames: of a chunk.
@@ -25,7 +25,7 @@ class TivTokConfig(Config):
         tiv, tv: time-invariant tokens of a chunk, time-variant tokens of a slice.
         latent_dim: channels of a token.
         scope: "sif" (scope-induced factorisation) or "dense" (every token sees the chunk; the ablation).
-        patch_scope: what a patch sees under "sif": its "slice" with the invariant tokens, the "patches" of its slice alone, or "all".
+        patch_scope: what a patch sees under "sif": its "slice" with the invariant tokens, the "patches" of its slice, or "all".
         quantizer: "softvq" (tokens are convex combinations of codewords), "fsq" (tokens are integers), or "none".
         levels: of fsq, one per latent_dim.
         codebook, tiv_codebooks, tv_codebooks: of softvq, the codewords in each codebook and how many codebooks the tokens of either
@@ -70,8 +70,8 @@ class TivTokConfig(Config):
 
     def __post_init__(self):
         self.set_tuples("patch", "levels")
-        self.need_at_least(1, "in_channels", "frames", "dim", "depth", "heads", "tiv", "tv", "latent_dim", "codebook", "tiv_codebooks",
-                           "tv_codebooks")
+        self.need_at_least(1, "in_channels", "frames", "dim", "depth", "heads", "tiv", "tv", "latent_dim", "codebook",
+                           "tiv_codebooks", "tv_codebooks")
         self.need_one_of("scope", "sif", "dense")
         self.need_one_of("patch_scope", "slice", "patches", "all")
         self.need_one_of("quantizer", "softvq", "fsq", "none")

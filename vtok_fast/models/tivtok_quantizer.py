@@ -12,8 +12,8 @@ LOG_FLOOR = 1e-5  # inside the logarithm of the mean distribution
 class SoftVQ(nn.Module):
     """z -> softmax(z . E^T / temperature) . E, with E (codebooks, size, dim) and the tokens dealt to the codebooks in order.
 
-    The logits see E as a constant: codewords learn from the mean alone. In training, loss = entropy_weight (mean entropy of a token's
-    distribution - entropy of the mean distribution) at entropy_temperature, the mean over codebooks.
+    The logits see E as a constant: codewords learn from the mean alone. In training, loss = entropy_weight (mean entropy of a
+    token's distribution - entropy of the mean distribution) at entropy_temperature, the mean over codebooks.
 
     Args:
         normalize: scale tokens and codewords to length 1 first.
@@ -41,7 +41,8 @@ class SoftVQ(nn.Module):
         return codes.flatten(1, 2).to(z.dtype), value
 
     def loss(self, logits: Tensor) -> Tensor:
-        log_p = torch.log_softmax(logits / self.entropy_temperature, dim=-1).movedim(1, 0).flatten(1, 2)  # (codebooks, tokens, size)
+        log_p = torch.log_softmax(logits / self.entropy_temperature, dim=-1)
+        log_p = log_p.movedim(1, 0).flatten(1, 2)  # (codebooks, tokens, size)
         p = log_p.exp()
         mean = p.mean(1)
         token, spread = -(p * log_p).sum(-1).mean(), -(mean * (mean + LOG_FLOOR).log()).sum(-1).mean()

@@ -185,7 +185,8 @@ class Tokenizer(nn.Module):
             raise ValueError(f"tokens hold {'latents' if tokens.indices is None else 'indices'}, which this model does not make")
         if size is not None:
             if tokens.indices.numel() and not 0 <= tokens.indices.min() <= tokens.indices.max() < size:
-                raise ValueError(f"tokens.indices lie in [{tokens.indices.min()}, {tokens.indices.max()}], the codebook has {size} entries")
+                raise ValueError(f"tokens.indices lie in [{tokens.indices.min()}, {tokens.indices.max()}], the codebook has "
+                                 f"{size} entries")
             return tokens.indices.to(parameter.device)
         if tokens.latents.shape[1] != self.latent_channels:
             raise ValueError(f"tokens.latents have {tokens.latents.shape[1]} channels, the model has {self.latent_channels}")

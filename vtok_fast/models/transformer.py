@@ -1,7 +1,7 @@
 """What the transformers among the models share: rotary positions over several axes, and the pre-norm ViT block.
 
-Rotary positions (arXiv 2104.09864) turn consecutive pairs of a head's channels by an angle, position times frequency. With several axes
-each axis turns its own pairs, as in video transformers at large.
+Rotary positions (arXiv 2104.09864) turn consecutive pairs of a head's channels by an angle, position times frequency. With several
+axes each axis turns its own pairs, as in video transformers at large.
 """
 
 from __future__ import annotations

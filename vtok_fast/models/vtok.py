@@ -5,12 +5,12 @@
     embeds = model.sequence(tokens)       # (B, 16 + (T - 1) // stride, token_dim), for a language model's inputs_embeds
 
 With features F(x) of a frame's patches, the key frame's tokens are F(x_1) averaged to a small grid, and the token of frame t is
-g(mean(F(x_t) - F(x_1))) with g an MLP. The mean is linear, so it is computed as mean F(x_t) - mean F(x_1): one vector of each frame is
-kept, never its features.
+g(mean(F(x_t) - F(x_1))) with g an MLP. The mean is linear, so it is computed as mean F(x_t) - mean F(x_1): one vector of each frame
+is kept, never its features.
 
-The paper's decoder is a frozen video diffusion model behind a language model. Here a small ViT makes each frame from the key frame's
-tokens and its residual token, so that the tokens can be looked at, and trained by reconstruction. With a stride above 1 the residual
-tokens of the frames between are interpolated, and those after the last one equal it. The key frame's own is g(0).
+The paper's decoder is a frozen video diffusion model behind a language model. Here a small ViT makes each frame from the key
+frame's tokens and its residual token, so that the tokens can be looked at, and trained by reconstruction. With a stride above 1 the
+residual tokens of the frames between are interpolated, and those after the last one equal it. The key frame's own is g(0).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class VTok(Tokenizer):
 
     Args:
         config: a name in `VTokConfig.presets`, a `VTokConfig`, a dict of its fields, or None:
-        backbone: with a configuration whose backbone is "external": what maps frames to patch features (see `vtok_backbones`). It is
-            not saved with the model, and must be given to `from_checkpoint` too.
+        backbone: with a configuration whose backbone is "external": what maps frames to patch features (see `vtok_backbones`). It
+            is not saved with the model, and must be given to `from_checkpoint` too.
         fields: the fields of a `VTokConfig` (with config=None).
 
     Raises ValueError for an unknown name, an impossible structure, or a backbone that is missing or not wanted.
@@ -47,7 +47,8 @@ class VTok(Tokenizer):
 
     system, Config = "vtok", VTokConfig
 
-    def __init__(self, config: str | VTokConfig | dict[str, Any] | None = None, *, backbone: nn.Module | None = None, **fields: Any):
+    def __init__(self, config: str | VTokConfig | dict[str, Any] | None = None, *, backbone: nn.Module | None = None,
+                 **fields: Any):
         if backbone is not None and config is None:
             fields = {"backbone": "external", **fields}
         super().__init__(config, **fields)
@@ -96,8 +97,8 @@ class VTok(Tokenizer):
     def encode(self, video: Tensor) -> Tokens:
         """Tokens of video (B, C, T, H, W) in [-1, 1], of the model's dtype: latents (B, token_dim, 1, 1, N), key frame first.
 
-        Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, an empty batch, NaN or infinity, or
-        features of a wrong shape.
+        Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, an empty batch, NaN or infinity,
+        or features of a wrong shape.
         """
         self.check_video(video)
         check_finite("video", video)
@@ -132,7 +133,8 @@ class VTok(Tokenizer):
         """(N, feature_dim, h, w) of frames (N, C, H, W)."""
         features = feature_map(self.backbone(frames))
         if features.shape[1] != self.config.feature_dim:
-            raise ValueError(f"backbone: features have {features.shape[1]} channels, the configuration says {self.config.feature_dim}")
+            raise ValueError(f"backbone: features have {features.shape[1]} channels, the configuration says "
+                             f"{self.config.feature_dim}")
         return features
 
     def _tokens(self, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +150,7 @@ class VTok(Tokenizer):
 
 
 class Decoder(nn.Module):
-    """Frame t from the key frame's tokens and its residual token: a ViT on [patch queries, key tokens, residual token], frame by frame.
+    """Frame t from the key frame's tokens and its residual token: a ViT on [patch queries, key tokens, residual token].
 
     This package's own, not the paper's. The patch queries are one learned token, told apart by rotary positions.
     """

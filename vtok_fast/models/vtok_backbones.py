@@ -1,6 +1,7 @@
 """What VTok takes its features from: a ViT of this package, or CLIP's vision tower from ``transformers``.
 
-A backbone is any module that maps frames (N, C, H, W) in [-1, 1] to patch features, (N, P, D) with P a square number, or (N, D, h, w).
+A backbone is any module that maps frames (N, C, H, W) in [-1, 1] to patch features, (N, P, D) with P a square number, or
+(N, D, h, w).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def plane_angles(rows: int, columns: int, head_dim: int, device: torch.device) -
 
 
 class ViT(nn.Module):
-    """A ViT on single frames with rotary positions, so that frames may have any size: (N, C, H, W) -> (N, dim, H/patch, W/patch)."""
+    """A ViT on single frames with rotary positions, for any size: (N, C, H, W) -> (N, dim, H/patch, W/patch)."""
 
     def __init__(self, in_channels: int, patch: int, dim: int, depth: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -55,8 +56,8 @@ class ViT(nn.Module):
 class CLIPBackbone(nn.Module):
     """``CLIPBackbone(CLIPVisionModel.from_pretrained("openai/clip-vit-large-patch14-336"))``.
 
-    Frames are resized to the model's square (bicubic, antialiased) and normalised as CLIP's training images were. The features are the
-    hidden states after ``layer`` without the class token; the layer before the last one is that of LLaVA, and inferred here.
+    Frames are resized to the model's square (bicubic, antialiased) and normalised as CLIP's training images were. The features are
+    the hidden states after ``layer`` without the class token; the layer before the last one is that of LLaVA, and inferred here.
 
     Args:
         clip: a ``transformers`` CLIPVisionModel, or any module with its ``config.image_size`` and call.

@@ -12,9 +12,10 @@ from vtok_fast.models.tokenizer import Config
 class VTokConfig(Config):
     """The structure of one VTok.
 
-    The paper states: a frozen CLIP-L/336 for the key frame and for the residuals, 16 tokens (4x4) for the key frame, which is the first
-    one, and one token for each residual. Inferred, because the paper does not say: how features are pooled to 4x4 (average), the inside
-    of the residual head (mean over patches, then a two-layer MLP), stride, and the token's dimension. The decoder is this package's own.
+    The paper states: a frozen CLIP-L/336 for the key frame and for the residuals, 16 tokens (4x4) for the key frame, which is the
+    first one, and one token for each residual. Inferred, because the paper does not say: how features are pooled to 4x4 (average),
+    the inside of the residual head (mean over patches, then a two-layer MLP), stride, and the token's dimension. The decoder is
+    this package's own.
 
     Attributes:
         backbone: "vit" (a ViT of this package, of dim, depth and heads below) or "external" (a module given to `VTok`).
@@ -31,8 +32,8 @@ class VTokConfig(Config):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "clip_l_336": {"backbone": "external", "feature_dim": 1024, "token_dim": 1024, "motion_hidden": 1024, "patch": 16},
         # Not of the paper: small enough to train on a laptop, for 16x64x64 clips.
-        "tiny": {"dim": 96, "depth": 2, "heads": 3, "freeze_backbone": False, "token_dim": 64, "motion_hidden": 128, "decoder_dim": 96,
-                 "decoder_depth": 3, "decoder_heads": 3},
+        "tiny": {"dim": 96, "depth": 2, "heads": 3, "freeze_backbone": False, "token_dim": 64, "motion_hidden": 128,
+                 "decoder_dim": 96, "decoder_depth": 3, "decoder_heads": 3},
     }
 
     in_channels: int = 3
@@ -59,8 +60,8 @@ class VTokConfig(Config):
             if self.backbone == "external":
                 raise ValueError("feature_dim=None: an external backbone needs the number of its channels")
             object.__setattr__(self, "feature_dim", self.dim)
-        self.need_at_least(1, "in_channels", "dim", "depth", "heads", "feature_dim", "stride", "token_dim", "motion_hidden", "patch",
-                           "decoder_dim", "decoder_depth", "decoder_heads")
+        self.need_at_least(1, "in_channels", "dim", "depth", "heads", "feature_dim", "stride", "token_dim", "motion_hidden",
+                           "patch", "decoder_dim", "decoder_depth", "decoder_heads")
         if self.backbone == "vit" and self.feature_dim != self.dim:
             raise ValueError(f"feature_dim={self.feature_dim}: the features of the vit are those of dim={self.dim}")
         if len(self.key_grid) != 2 or min(self.key_grid) < 1:
@@ -68,8 +69,8 @@ class VTokConfig(Config):
         for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
             size = getattr(self, dim) // getattr(self, heads)
             if getattr(self, dim) % getattr(self, heads) or size % 2 or size < 4:
-                raise ValueError(f"{heads}={getattr(self, heads)} must cut {dim}={getattr(self, dim)} into heads of an even size of at "
-                                 "least 4, for two axes")
+                raise ValueError(f"{heads}={getattr(self, heads)} must cut {dim}={getattr(self, dim)} into heads of an even "
+                                 "size of at least 4, for two axes")
 
     @property
     def key_tokens(self) -> int:

@@ -1,8 +1,8 @@
 """The adapter for ``vtok_fast.models.ProMAG``: whole blocks, so that a video stays channels-last from the first layer to the last.
 
-What each block gains: group norm without mean, its scale by the key frames and SiLU in one call; convolutions without padded copies, the
-residual added in their epilogue; depth to space in the convolution's store. An accelerated layer needs no tiles: where a plain one has
-normalised, activated and padded copies, it has a normalised one.
+What each block gains: group norm without mean, its scale by the key frames and SiLU in one call; convolutions without padded
+copies, the residual added in their epilogue; depth to space in the convolution's store. An accelerated layer needs no tiles: where
+a plain one has normalised, activated and padded copies, it has a normalised one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def propose(module: nn.Module) -> list[Swap] | Skip | None:
 
 
 def norm(layer: blocks.GroupNorm, x: Tensor, **options) -> Tensor:
-    return norm_act(x, layer.weight, layer.bias, kind=layer.kind, groups=layer.groups, per_frame=layer.per_frame, eps=layer.eps, **options)
+    return norm_act(x, layer.weight, layer.bias, kind=layer.kind, groups=layer.groups, per_frame=layer.per_frame, eps=layer.eps,
+                    **options)
 
 
 def conv(layer: blocks.CausalConv3d, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -63,7 +64,8 @@ def _random(module: nn.Module, channels: int, frames: int = 4) -> Tensor:
 _SWAPS = {
     blocks.ResBlock: ("norm + SiLU in one call, 3x3x3 convs with virtual padding, residual fused", res_block,
                       lambda m: (_random(m, m.first.conv.conv.in_channels),)),
-    blocks.NormConv: ("norm + SiLU in one call, conv with virtual padding", norm_conv, lambda m: (_random(m, m.conv.conv.in_channels),)),
+    blocks.NormConv: ("norm + SiLU in one call, conv with virtual padding", norm_conv,
+                      lambda m: (_random(m, m.conv.conv.in_channels),)),
     blocks.NormSiLU: ("norm + SiLU in one call", norm_silu, lambda m: (_random(m, len(m.norm.weight)),)),
     blocks.AdaNorm: ("norm and scale in one call", ada_norm,
                      lambda m: (_random(m, m.affine.in_channels, 5), _random(m, m.affine.in_channels, 3))),
