@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib")
 
 from vtok_fast.models import VidTok  # noqa: E402
 from vtok_fast.video import write_video  # noqa: E402
+from vtok_fast.video_tokens import systems  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--threads", "1", "--crop", "1x5x16x16", "--warmup", "2", "--ema", "0.5")
@@ -72,6 +73,25 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run, data, tmp_path):
     assert resumed["step"] == 6 and resumed["losses"] == unbroken["losses"]
     for part in ("model", "average"):
         assert all(torch.equal(resumed[part][key], value) for key, value in unbroken[part].items())
+
+
+@pytest.mark.parametrize("model", ["cosmos", "promag", "tivtok", "vtok"])
+def test_every_model_trains(data, tmp_path, model):
+    crop = ("--crop", "1x16x32x32") if model in ("tivtok", "vtok") else ("--crop", "1x5x32x32")
+    result = train("--model", model, "--data", data, "--output", tmp_path, "--steps", 2, "--threads", "1", *crop)
+    assert result.returncode == 0, result.stderr
+    saved = systems()[model].from_checkpoint(tmp_path / "model.safetensors")
+    fresh = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert saved.config.name == "tiny" and len(fresh["losses"]) == 2 and all(0 < loss < 100 for loss in fresh["losses"])
+
+
+def test_the_second_stage_trains_the_decoder_alone(run, data, tmp_path):
+    start = run[0] / "model.safetensors"
+    result = train("--data", data, "--output", tmp_path, "--steps", 2, "--start", start, "--train", "decoder", *SMALL)
+    assert result.returncode == 0, result.stderr
+    before, after = (VidTok.from_checkpoint(file).state_dict() for file in (start, tmp_path / "model.safetensors"))
+    changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {"decoder"}
 
 
 def test_it_learns(data, tmp_path):
