@@ -78,6 +78,34 @@ def test_one_wrong_index_fails(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("source", "key", "noticed"),
+    [
+        ("infotok_network", "out/t9/forward_r0.5/mask", {"mask"}),
+        ("infotok_vit", "out/order_masks/order_4", {"order_4"}),
+        ("cosmos_predict1_dv_patch2", "out/t9/indices", {"indices"}),
+    ],
+)
+def test_one_wrong_token_fails(tmp_path, source, key, noticed):
+    def change(values):
+        values.view(-1)[0] = not values.view(-1)[0] if values.dtype == torch.bool else values.view(-1)[0] + 1
+        return values
+
+    path = rewrite(FILES[f"{source}.safetensors"], tmp_path / "changed.safetensors", key=key, change=change)
+    assert {check.what for check in golden.check_file(path) if not check.passed} == noticed
+
+
+def test_what_a_configuration_says_and_is_not_known(tmp_path):
+    """An unknown setting may change anything: such a file is not checked, rather than checked without it."""
+    for name, part in (("cosmos_predict1_dv_patch2", None), ("infotok_network", "vit_config")):
+        source = FILES[f"{name}.safetensors"]
+        config = golden.Golden.load(source).meta["config"]
+        (config[part] if part else config)["freq_weights"] = [1.0]
+        path = rewrite(source, tmp_path / "unknown.safetensors", meta={"config": config})
+        with pytest.raises(golden.Unsupported, match="freq_weights"):
+            golden.check_file(path)
+
+
+@pytest.mark.parametrize(
     "change",
     [lambda y: y[..., :-1].contiguous(), lambda y: torch.full_like(y, float("nan"))],
     ids=["other shape", "NaN"],
