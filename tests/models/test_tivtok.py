@@ -23,7 +23,8 @@ SMALL = {"frames": 8, "patch": (2, 4, 4), "dim": 24, "depth": 2, "heads": 2, "ml
          "codebook": 32}
 FSQ = {"quantizer": "fsq", "levels": (8, 8, 5, 5, 5)}
 KINDS = [{}, FSQ, {"quantizer": "none"}, {"scope": "dense"}, {"patch_scope": "patches"}, {"patch_scope": "all"},
-         {"chunks_per_set": 1, "merge": "after", "normalize": False}]
+         {"chunks_per_set": 1, "merge": "after", "normalize": False},
+         {"rotary_split": (8, 2, 2), "tv_position": "none", "decoder_time": True}]
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,24 @@ def test_order_of_rows_and_columns_matters():
     model, video = make(quantizer="none"), clip(1, 3, 2, 8, 12)
     a, b = model.encode(video).latents, model.encode(video.flip(3)).latents
     assert not torch.isclose(a, b, rtol=1e-3).all()
+
+
+def test_a_decoder_that_knows_the_time_makes_other_frames_of_the_same_tokens():
+    for decoder_time in (False, True):
+        model = make(decoder_time=decoder_time, quantizer="none").double()
+        row = torch.randn(1, 5, 1, 1, 6 + 5 * 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        row[..., 6:] = row[..., 6:8].repeat(1, 1, 1, 1, 5)
+        video = model._decode(row, (10, 8, 8))
+        torch.testing.assert_close(video[:, :, :2], video[:, :, 8:], rtol=1e-12, atol=1e-12)  # the first slices of two chunks
+        assert torch.isclose(video[:, :, :2], video[:, :, 2:4]).all() == (not decoder_time)
+
+
+def test_learned_queries_are_for_one_size():
+    model = make(query_grid=(2, 3))
+    assert model.decoder.patch_queries.shape == (6, 24)
+    check_gradients(model, clip(1, 3, 4, 8, 12))
+    with pytest.raises(ValueError, match=r"video is 8x8, a model with query_grid=\(2, 3\) takes 8x12"):
+        model.encode(clip(1, 3, 4, 8, 8))
 
 
 # Chunks
@@ -277,6 +296,8 @@ def test_learning():
         ({"tiv": 7}, "tiv_codebooks=3.*tiv=7"),
         ({"chunks_per_set": 0}, "chunks_per_set=0"),
         ({"heads": 5}, "heads=5"),
+        ({"rotary_split": (4, 4, 2)}, r"rotary_split=\(4, 4, 2\)"),
+        ({"query_grid": (2,)}, "query_grid="),
         ({"dim": 12, "heads": 3}, "heads=3.*dim=12"),
     ],
 )

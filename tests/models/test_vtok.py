@@ -188,7 +188,7 @@ def test_clip_of_transformers():
 # The common face
 
 
-@pytest.mark.parametrize("fields", [{}, {"stride": 3}, {"token_dim": 16}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"stride": 3}, {"token_dim": 16}, {"key_pool": "max", "motion_layers": 3}], ids=str)
 def test_face(fields, tmp_path):
     model = make(**fields)
     for frames in (1, 2, 8):

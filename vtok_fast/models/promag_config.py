@@ -20,8 +20,8 @@ class ProMAGConfig(Config):
     The paper's figure and site state: a causal base of 4x8x8, its features before the 1x1x1 convolution to the latent, growth by 2
     in time with the lower encoder frozen, the modulation and the residual path of the key frames, group norm without mean, 8 or 16
     latent channels, chunks of 17 frames that overlap by 4 and are blended linearly, tiling layer by layer. Inferred: all widths and
-    depths (those of Open-MAGVIT2), groups, per_frame, 16x as the same growth once more, key_embedding, and where the base halves
-    time.
+    depths (those of Open-MAGVIT2, whose norms by the latent's statistics are left out), groups, per_frame, 16x as the same growth
+    once more, key_embedding, where the base halves time, that new parts start as zero or as a copy, and blending in pixels.
 
     Attributes:
         z_channels: of the latent, a diagonal Gaussian.

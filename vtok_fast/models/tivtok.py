@@ -10,9 +10,7 @@ The decoder makes each slice on its own from TIV and TV(t) (invariant broadcasti
 into chunks of 16 frames, encoded apart; the chunks then share the mean of their TIV. The last chunk may have fewer slices, its
 last slice is filled up with copies of the last frame.
 
-Inferred, because the paper does not say (and not an option): a head's channels are split evenly over the axes (t, h, w); TIV stands
-at position (0, 0, 0), TV(t) at (t, 0, 0); the decoder turns patches by (h, w) only, since it is the same function for every slice,
-and tells its tokens apart by a learned embedding; the patch queries are one learned token, as in SoftVQ.
+What is inferred, because the paper does not say, is an option of `TivTokConfig` and named there.
 """
 
 from __future__ import annotations
@@ -27,8 +25,7 @@ from torch import Tensor, nn
 from vtok_fast.models.tivtok_config import TivTokConfig
 from vtok_fast.models.tivtok_quantizer import SoftVQ
 from vtok_fast.models.tokenizer import Tokenizer
-from vtok_fast.models.transformer import (Attend, Transformer, init_vit, patchify, rotary_frequencies, rotary_table, split_head,
-                                          unpatchify)
+from vtok_fast.models.transformer import (Attend, Transformer, init_vit, patchify, rotary_frequencies, rotary_table, unpatchify)
 from vtok_fast.models.vidtok import Reconstruction
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.models.vidtok_regularizers import FSQRegularizer
@@ -61,6 +58,12 @@ class TivTok(Tokenizer):
         if c.quantizer == "fsq":
             self.codebook_size = self.quantizer.fsq.codebook_size
         self.apply(init_vit)
+
+    def check_video(self, video: Tensor) -> None:
+        super().check_video(video)
+        size, c = video.shape[3:], self.config
+        if c.query_grid is not None and tuple(size) != (wanted := tuple(n * p for n, p in zip(c.query_grid, c.patch[1:]))):
+            raise ValueError(f"video is {size[0]}x{size[1]}, a model with query_grid={c.query_grid} takes {wanted[0]}x{wanted[1]}")
 
     def forward(self, video: Tensor) -> Tensor:
         """Reconstruct video (B, C, T, H, W); differentiable. Errors as for `encode`."""
@@ -154,7 +157,7 @@ class TivTok(Tokenizer):
         tiv, tv = row[:, : sets * c.tiv].unflatten(1, (sets, c.tiv)), row[:, sets * c.tiv :].unflatten(1, (slices, c.tv))
         chunk = torch.arange(slices, device=row.device) // c.slices
         own = chunk // (c.chunks_per_set or slices)  # the set of each slice; slices is more than there are chunks
-        parts = [self.decoder(tiv[:, own[i : i + SLICES_AT_ONCE]], tv[:, i : i + SLICES_AT_ONCE], height, width)
+        parts = [self.decoder(tiv[:, own[i : i + SLICES_AT_ONCE]], tv[:, i : i + SLICES_AT_ONCE], height, width, i)
                  for i in range(0, slices, SLICES_AT_ONCE)]
         return torch.cat(parts, dim=2)[:, :, :frames]
 
@@ -192,21 +195,32 @@ class Decoder(nn.Module):
         self.config = config
         self.from_latent = nn.Linear(config.latent_dim, config.dim)
         self.latent_embedding = nn.Parameter(0.02 * torch.randn(config.tiv + config.tv, config.dim))
-        self.patch_query = nn.Parameter(0.02 * torch.randn(config.dim))
+        rows, columns = config.query_grid or (1, 1)
+        self.patch_queries = nn.Parameter(0.02 * torch.randn(rows * columns, config.dim))
         self.transformer = Transformer(config.dim, config.depth, config.heads, config.mlp_ratio)
         self.to_pixels = nn.Linear(config.dim, config.in_channels * config.patch[0] * config.patch[1] * config.patch[2])
 
-    def forward(self, tiv: Tensor, tv: Tensor, height: int, width: int) -> Tensor:
+    def forward(self, tiv: Tensor, tv: Tensor, height: int, width: int, first: int = 0) -> Tensor:
+        """`first` is the number of the first of these slices in its video."""
         c = self.config
         b, slices = tv.shape[:2]
         rows, columns = height // c.patch[1], width // c.patch[2]
         latents = self.from_latent(torch.cat((tiv, tv), dim=2)).flatten(0, 1)
         latents = latents + self.latent_embedding.to(latents.dtype)
-        queries = self.patch_query.to(latents.dtype).expand(b * slices, rows * columns, -1)
-        positions = torch.cat((grid(1, rows, columns, tv.device), torch.zeros(c.tiv + c.tv, 3, device=tv.device, dtype=torch.long)))
-        x = self.transformer(torch.cat((queries, latents), dim=1), rotary_angles(c, positions))
+        queries = self.patch_queries.to(latents.dtype).expand(b * slices, rows * columns, -1)
+        x = self.transformer(torch.cat((queries, latents), dim=1), self.angles(first, b, slices, rows, columns))
         patches = self.to_pixels(x[:, : rows * columns]).reshape(b, slices * rows * columns, -1)
         return unpatchify(patches, c.patch, (slices * c.patch[0], height, width))
+
+    def angles(self, first: int, batch: int, slices: int, rows: int, columns: int) -> Tensor:
+        """Of the patches; the tokens are not turned. They are the same for every slice, unless there is decoder_time."""
+        if self.config.decoder_time:
+            patches = grid(slices, rows, columns, self.patch_queries.device).unflatten(0, (slices, -1))
+            patches[..., 0] = (first + patches[..., 0]) % self.config.slices
+        else:
+            patches = grid(1, rows, columns, self.patch_queries.device)
+        angles = F.pad(rotary_angles(self.config, patches), (0, 0, 0, self.config.tiv + self.config.tv))
+        return angles.repeat(batch, 1, 1) if angles.dim() == 3 else angles
 
 
 class Quantizer(nn.Module):
@@ -257,12 +271,13 @@ def grid(slices: int, rows: int, columns: int, device: torch.device) -> Tensor:
 def encoder_positions(config: TivTokConfig, slices: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """The positions of [TIV | TV(1) X(1) | ...], (N, 3)."""
     patches = grid(slices, rows, columns, device).unflatten(0, (slices, -1))
-    tv = F.pad(torch.arange(slices, device=device)[:, None, None].expand(-1, config.tv, 1), (0, 2))
+    times = torch.arange(slices, device=device) * (config.tv_position == "time")
+    tv = F.pad(times[:, None, None].expand(-1, config.tv, 1), (0, 2))
     return F.pad(torch.cat((tv, patches), dim=1).flatten(0, 1), (0, 0, config.tiv, 0))
 
 
 def rotary_angles(config: TivTokConfig, positions: Tensor) -> Tensor:
-    return rotary_table(positions, [rotary_frequencies(n) for n in split_head(config.dim // config.heads, 3)])
+    return rotary_table(positions, [rotary_frequencies(n) for n in config.rotary_split])
 
 
 def attend_by_scope(config: TivTokConfig, slices: int, patches: int) -> Attend:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vtok_fast.models.tokenizer import Config
+from vtok_fast.models.transformer import split_head
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class TivTokConfig(Config):
 
     The paper states: patch, dim, depth, frames, the total tokens and their dimension, a rotary embedding over three axes. The split
     into 3/4 invariant and 1/4 variant tokens follows from its token counts, SoftVQ from the name of its backbone. Inferred, because
-    the paper does not say: heads, patch_scope, the quantiser's options, merge, what the head of tivtok.py lists, and that its "t"
-    is a slice of tv tokens (tv/4 for each raw frame would give the same tokens).
+    the paper does not say: heads, rotary_split, tv_position, decoder_time, query_grid, patch_scope, the quantiser's options, merge,
+    and that its "t" is a slice of tv tokens (tv/4 for each raw frame would give the same tokens).
 
     Attributes:
         frames: of a chunk.
@@ -24,6 +25,13 @@ class TivTokConfig(Config):
         dim, depth, heads, mlp_ratio: of the encoder and of the decoder.
         tiv, tv: time-invariant tokens of a chunk, time-variant tokens of a slice.
         latent_dim: channels of a token.
+        rotary_split: channels of a head that turn by (t, h, w); None: evenly.
+        tv_position: whether a variant token of the encoder stands at its slice's "time", as (t, 0, 0), or nowhere ("none"), as the
+            invariant ones always do.
+        decoder_time: whether the decoder turns a slice's patches by t too. Without, it is the same function for every slice, as the
+            paper's equation has it.
+        query_grid: (rows, columns) of patches for which the decoder learns a query each, of a model for frames of one size. None:
+            one learned query for all patches, as in SoftVQ, told apart by the rotary embedding.
         scope: "sif" (scope-induced factorisation) or "dense" (every token sees the chunk; the ablation).
         patch_scope: what a patch sees under "sif": its "slice" with the invariant tokens, the "patches" of its slice, or "all".
         quantizer: "softvq" (tokens are convex combinations of codewords), "fsq" (tokens are integers), or "none".
@@ -54,6 +62,10 @@ class TivTokConfig(Config):
     tiv: int = 96
     tv: int = 8
     latent_dim: int = 128
+    rotary_split: tuple[int, int, int] | None = None
+    tv_position: str = "time"
+    decoder_time: bool = False
+    query_grid: tuple[int, int] | None = None
     scope: str = "sif"
     patch_scope: str = "slice"
     quantizer: str = "softvq"
@@ -69,17 +81,25 @@ class TivTokConfig(Config):
     merge: str = "before"
 
     def __post_init__(self):
-        self.set_tuples("patch", "levels")
+        self.set_tuples("patch", "levels", "rotary_split", "query_grid")
         self.need_at_least(1, "in_channels", "frames", "dim", "depth", "heads", "tiv", "tv", "latent_dim", "codebook",
                            "tiv_codebooks", "tv_codebooks")
         self.need_one_of("scope", "sif", "dense")
         self.need_one_of("patch_scope", "slice", "patches", "all")
         self.need_one_of("quantizer", "softvq", "fsq", "none")
         self.need_one_of("merge", "before", "after")
+        self.need_one_of("tv_position", "time", "none")
         if len(self.patch) != 3 or min(self.patch) < 1 or self.patch[1] != self.patch[2]:
             raise ValueError(f"patch={self.patch} must be (frames, rows, columns) with as many rows as columns")
         if self.dim % self.heads or self.dim // self.heads % 2 or self.dim // self.heads < 6:
             raise ValueError(f"heads={self.heads} must cut dim={self.dim} into heads of an even size of at least 6, for three axes")
+        if self.rotary_split is None:
+            object.__setattr__(self, "rotary_split", tuple(split_head(self.dim // self.heads, 3)))
+        if len(self.rotary_split) != 3 or sum(self.rotary_split) != self.dim // self.heads or any(n % 2 for n in self.rotary_split):
+            raise ValueError(f"rotary_split={self.rotary_split} must be three even numbers that add up to a head's "
+                             f"{self.dim // self.heads} channels")
+        if self.query_grid is not None and (len(self.query_grid) != 2 or min(self.query_grid) < 1):
+            raise ValueError(f"query_grid={self.query_grid} must be (rows, columns)")
         if self.frames % self.patch[0]:
             raise ValueError(f"frames={self.frames} must be a multiple of the {self.patch[0]} frames of a patch")
         if self.chunks_per_set is not None:

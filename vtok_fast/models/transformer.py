@@ -29,9 +29,9 @@ def split_head(dim: int, axes: int) -> list[int]:
 
 
 def rotary_table(positions: Tensor, frequencies: Sequence[Tensor]) -> Tensor:
-    """The angles (N, sum of the frequencies' lengths), float64, of positions (N, axes); each axis has its own frequencies."""
+    """The angles (..., sum of the frequencies' lengths), float64, of positions (..., axes); each axis has its own frequencies."""
     positions = positions.to(torch.float64)
-    return torch.cat([positions[:, axis, None] * f.to(positions.device) for axis, f in enumerate(frequencies)], dim=-1)
+    return torch.cat([positions[..., axis, None] * f.to(positions.device) for axis, f in enumerate(frequencies)], dim=-1)
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
@@ -43,7 +43,8 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of tokens (B, N, C); `attend` is what happens between the projections."""
+    """Multi-head self-attention of tokens (B, N, C), turned by angles (N, D/2) or (B, N, D/2); `attend` is what happens between
+    the projections."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -56,7 +57,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: Tensor | None = None, attend: Attend = F.scaled_dot_product_attention) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, heads, D)
         if angles is not None:
-            q, k = apply_rotary(q, angles[:, None]), apply_rotary(k, angles[:, None])
+            q, k = apply_rotary(q, angles.unsqueeze(-2)), apply_rotary(k, angles.unsqueeze(-2))
         return self.proj(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2))
 
 

@@ -15,6 +15,7 @@ residual tokens of the frames between are interpolated, and those after the last
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,7 +57,9 @@ class VTok(Tokenizer):
         if (c.backbone == "external") != (backbone is not None):
             raise ValueError(f"backbone={type(backbone).__name__}: the configuration {c.name!r} wants {c.backbone!r}")
         self.latent_channels = c.token_dim
-        self.motion = nn.Sequential(nn.Linear(c.feature_dim, c.motion_hidden), nn.GELU(), nn.Linear(c.motion_hidden, c.token_dim))
+        widths = [c.feature_dim, *[c.motion_hidden] * (c.motion_layers - 1), c.token_dim]
+        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.GELU())]
+        self.motion = nn.Sequential(*layers[:-1])
         self.key = nn.Linear(c.feature_dim, c.token_dim) if c.feature_dim != c.token_dim else nn.Identity()
         self.decoder = Decoder(c)
         self.apply(init_vit)
@@ -141,7 +144,8 @@ class VTok(Tokenizer):
         """Key tokens (B, key_tokens, token_dim) and residual tokens (B, R, token_dim)."""
         frames = video[:, :, :: self.config.stride].transpose(1, 2)
         first = self.features(frames[:, 0])
-        pooled = F.adaptive_avg_pool2d(first, self.config.key_grid).flatten(2).mT
+        pool = F.adaptive_avg_pool2d if self.config.key_pool == "average" else F.adaptive_max_pool2d
+        pooled = pool(first, self.config.key_grid).flatten(2).mT
         means = [self.features(part.flatten(0, 1)).mean((2, 3)).unflatten(0, (-1, part.shape[1]))
                  for part in frames[:, 1:].split(FRAMES_AT_ONCE, dim=1) if part.shape[1]]
         key_mean = first.mean((2, 3)).unsqueeze(1)

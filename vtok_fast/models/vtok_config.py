@@ -13,18 +13,17 @@ class VTokConfig(Config):
     """The structure of one VTok.
 
     The paper states: a frozen CLIP-L/336 for the key frame and for the residuals, 16 tokens (4x4) for the key frame, which is the
-    first one, and one token for each residual. Inferred, because the paper does not say: how features are pooled to 4x4 (average),
-    the inside of the residual head (mean over patches, then a two-layer MLP), stride, and the token's dimension. The decoder is
-    this package's own.
+    first one, and one token for each residual. Inferred, because the paper does not say: key_pool, the inside of the residual head
+    (mean over patches, then an MLP of motion_layers), stride, and the token's dimension. The decoder is this package's own.
 
     Attributes:
         backbone: "vit" (a ViT of this package, of dim, depth and heads below) or "external" (a module given to `VTok`).
         feature_dim: channels of the backbone's features; for "vit" it is dim.
         freeze_backbone: whether the backbone does not learn.
-        key_grid: rows and columns of the key frame's tokens.
+        key_grid: rows and columns of the key frame's tokens. key_pool: how its features get there, "average" or "max".
         stride: frames from one residual token to the next. A clip of T frames has (T - 1) // stride of them.
         token_dim: channels of a token. If it is not feature_dim, the key frame's features pass a linear layer.
-        motion_hidden: width of the residual head.
+        motion_layers, motion_hidden: linear layers of the residual head, with GELU between them, and their width.
         patch: rows and columns of a patch of the "vit" and of the decoder.
         decoder_dim, decoder_depth, decoder_heads, mlp_ratio: of the decoder.
     """
@@ -44,8 +43,10 @@ class VTokConfig(Config):
     feature_dim: int | None = None
     freeze_backbone: bool = True
     key_grid: tuple[int, int] = (4, 4)
+    key_pool: str = "average"
     stride: int = 1
     token_dim: int = 384
+    motion_layers: int = 2
     motion_hidden: int = 384
     patch: int = 8
     decoder_dim: int = 384
@@ -56,12 +57,13 @@ class VTokConfig(Config):
     def __post_init__(self):
         self.set_tuples("key_grid")
         self.need_one_of("backbone", "vit", "external")
+        self.need_one_of("key_pool", "average", "max")
         if self.feature_dim is None:
             if self.backbone == "external":
                 raise ValueError("feature_dim=None: an external backbone needs the number of its channels")
             object.__setattr__(self, "feature_dim", self.dim)
-        self.need_at_least(1, "in_channels", "dim", "depth", "heads", "feature_dim", "stride", "token_dim", "motion_hidden",
-                           "patch", "decoder_dim", "decoder_depth", "decoder_heads")
+        self.need_at_least(1, "in_channels", "dim", "depth", "heads", "feature_dim", "stride", "token_dim", "motion_layers",
+                           "motion_hidden", "patch", "decoder_dim", "decoder_depth", "decoder_heads")
         if self.backbone == "vit" and self.feature_dim != self.dim:
             raise ValueError(f"feature_dim={self.feature_dim}: the features of the vit are those of dim={self.dim}")
         if len(self.key_grid) != 2 or min(self.key_grid) < 1:
