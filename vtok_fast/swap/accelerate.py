@@ -6,7 +6,7 @@ import copy
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from vtok_fast import native, parity
-from vtok_fast.swap import cosmos, infotok, pad_conv, promag, vidtok
+from vtok_fast.swap import (diffusers_cogvideox, diffusers_cosmos, diffusers_hunyuan, diffusers_vidtok, diffusers_wan, pad_conv,
+                            vector_quantize)
+from vtok_fast.swap import cosmos, infotok, promag, vidtok
 from vtok_fast.swap.patch import Patch, Skip, Swap, hooked
 from vtok_fast.swap.report import Entry, Report
+from vtok_fast.swap.results import close, equal
 
 # Asked in this order; the first that knows a module answers for it.
-ADAPTERS = (vidtok, cosmos, infotok, promag, pad_conv)
+LIBRARIES = (diffusers_wan, diffusers_cogvideox, diffusers_hunyuan, diffusers_cosmos, diffusers_vidtok, vector_quantize)
+ADAPTERS = (vidtok, cosmos, infotok, promag, *LIBRARIES, pad_conv)
 
 _cache_shares: dict[int, int] = {}  # accelerated model -> bytes of the weight cache it pays for
 
@@ -104,16 +108,16 @@ def _propose(model: nn.Module, report: Report) -> list[_Candidate]:
         why = answer.why if isinstance(answer, Skip) else ""
         swaps = answer if isinstance(answer, list) else []
         if swaps and report.contract == "exact":
-            swaps = [replace(swap, function=swap.exact, judge=_equal) for swap in swaps if swap.exact is not None]
+            swaps = [replace(swap, function=swap.exact, judge=equal) for swap in swaps if swap.exact is not None]
             why = "" if swaps else "the swap replaces arithmetic, which the contract exact does not allow"
         if swaps and any(s.attribute in module.__dict__ for s in swaps):
             why, swaps = "already accelerated, or its forward was replaced by somebody else", []
             covered.update(module.modules())
         for swap in swaps:
-            inside = [module] if swap.covers is None else [module.get_submodule(name) for name in swap.covers]
-            if reason := next(filter(None, map(hooked, inside)), None):
+            if reason := hooked(module, swap.covers):
                 why, swaps = reason, []
                 break
+            inside = [module] if swap.covers is None else [module.get_submodule(name) for name in swap.covers]
             covered.update(m for part in inside for m in part.modules())
         candidates += [_Candidate(path, module, s) for s in swaps]
         if not swaps and (why or _computes(module)):
@@ -158,30 +162,7 @@ def _measure(c: _Candidate, args: tuple, kwargs: dict[str, Any]) -> _Measurement
         fast, fast_ms = _timed(getattr(probe, c.swap.attribute), args, kwargs)
     if c.swap.judge is not None:
         return _Measurement(c.swap.judge(fast[0], eager[0], ref64[0]), eager_ms, fast_ms)
-    return _Measurement(_close(fast, eager, ref64), eager_ms, fast_ms)
-
-
-def _close(fast: Any, eager: Any, ref64: Any) -> parity.Parity:
-    """The *close* contract on a tensor, or the worst over all tensors in tuples, lists and mappings."""
-    return max((parity.close(f, r, e) for f, e, r in _tensors(fast, eager, ref64)), key=lambda p: p.error / p.bound)
-
-
-def _equal(fast: Any, eager: Any, ref64: Any) -> parity.Parity:
-    """The *exact* contract between a swapped and an eager result, the worst over all tensors."""
-    return max((parity.exact(f, e) for f, e in _tensors(fast, eager)), key=lambda p: p.error)
-
-
-def _tensors(*values: Any) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors that stand at the same place in several results of one kind; where one has none (a cache entry that nothing reads
-    is not kept, say), there is nothing to compare."""
-    if all(isinstance(v, Tensor) for v in values):
-        yield values
-    elif all(isinstance(v, Mapping) for v in values):
-        for key in values[0]:
-            yield from _tensors(*(v[key] for v in values))
-    elif all(isinstance(v, (tuple, list)) for v in values):
-        for parts in zip(*values, strict=True):
-            yield from _tensors(*parts)
+    return _Measurement(close(fast, eager, ref64), eager_ms, fast_ms)
 
 
 def _call(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -255,7 +236,7 @@ def _run(model: nn.Module, args: tuple) -> tuple[Any, list[tuple[Tensor, tuple[i
     """The model's result, and on the way the latents that its FSQ quantisers got, with their levels."""
     latents: list[tuple[Tensor, tuple[int, ...]]] = []
     handles = [module.register_forward_pre_hook(lambda _, inputs, levels=levels: latents.append((inputs[0], levels)))
-               for module, levels in vidtok.quantisers(model)]
+               for adapter in (vidtok, diffusers_vidtok) for module, levels in adapter.quantisers(model)]
     try:
         with torch.no_grad():
             return model(*args), latents
@@ -273,7 +254,7 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 
 def _measure_end_to_end(model: nn.Module, args: tuple, eager: tuple, ref64: tuple, report: Report) -> None:
     fast = _run(model, args)
-    p = _close(fast[0], eager[0], ref64[0])
+    p = close(fast[0], eager[0], ref64[0])
     report.end_to_end = Entry("", type(model).__name__, "end to end", "" if p.ok else f"beyond its contract: {p}", "close",
                               p.error, p.bound)
     for (z, levels), (z_eager, _), (z64, _) in zip(fast[1], eager[1], ref64[1]):

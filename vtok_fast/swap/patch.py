@@ -93,10 +93,11 @@ def runs(module: nn.Module, function: Callable[..., Any], attribute: str = "forw
     return method is not None and getattr(method, "__code__", None) is function.__code__
 
 
-def hooked(module: nn.Module) -> str | None:
-    """Why a module's children cannot be bypassed: a hook or a replaced forward on one of them would not run any more."""
+def hooked(module: nn.Module, parts: tuple[str, ...] | None = None) -> str | None:
+    """Why a module's children (or only these, with theirs) cannot be bypassed: a hook or a replaced forward on one of them would
+    not run any more."""
     for name, child in module.named_modules():
-        if child is module:
+        if child is module or parts is not None and not any(name == part or name.startswith(f"{part}.") for part in parts):
             continue
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             return f"{name} has hooks, which a fused block would not call"
