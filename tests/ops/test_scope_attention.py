@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import vtok_fast
 from vtok_fast import parity
+from vtok_fast.nn.scope_attention import ScopeAttention, rotary_angles, rotate
 from vtok_fast.ops import scope_attention_cpu as cpu
 from vtok_fast.ops.scope_attention import scope_attention
 from vtok_fast.reference import scope_attention as reference
@@ -30,7 +31,8 @@ SCOPES = {
     "block causal": Scope.block_causal(5, 27),
     "per frame": Scope.per_frame(6, 32),
     "packed": Scope.packed([0, 30, 30, 75, 80], q_len=90),
-    "many short ranges": Scope.from_segments([(s, s + 60, [(i, i + 3) for i in range(s // 60, 90, 9)]) for s in (0, 60, 120)], 200, 100),
+    "many short ranges": Scope.from_segments([(s, s + 60, [(i, i + 3) for i in range(s // 60, 90, 9)]) for s in (0, 60, 120)],
+                                             200, 100),
 }
 
 
@@ -52,7 +54,9 @@ def masks(request, monkeypatch):
 
 
 def inputs(scope, dim=16, batch=2, heads=4, kv_heads=4, dtype=torch.float32, grad=False):
-    make = lambda h, n: torch.randn(batch, n, h, dim, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_(grad)  # noqa: E731
+    def make(h, n):
+        return torch.randn(batch, n, h, dim, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_(grad)
+
     return make(heads, scope.q_len), make(kv_heads, scope.k_len), make(kv_heads, scope.k_len)
 
 
@@ -132,7 +136,7 @@ def test_plan_is_few_dense_calls_on_views():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ("packed", "time invariant"))
 def test_gradcheck(backend, name, masks):
-    scope = {"packed": Scope.packed([0, 3, 3, 7], q_len=9), "time invariant": Scope.time_invariant(tiv=2, tv=1, patches=2, slices=2)}[name]
+    scope = Scope.packed([0, 3, 3, 7], q_len=9) if name == "packed" else Scope.time_invariant(tiv=2, tv=1, patches=2, slices=2)
     q, k, v = inputs(scope, 4, 2, 2, 1, torch.float64, grad=True)
     assert torch.autograd.gradcheck(lambda *x: scope_attention(*x, scope, scale=0.7, backend=backend), (q, k, v))
 
@@ -218,3 +222,76 @@ def test_bad_arguments_are_named(change, error, message):
     good = {"q": torch.ones(2, 4, 6, 8), "k": torch.ones(2, 4, 6, 8), "v": torch.ones(2, 4, 6, 8), "scope": Scope.dense(6)}
     with pytest.raises(error, match=message):
         scope_attention(**{**good, **change})
+
+
+# ---- the module ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_module_is_multihead_attention_under_a_mask(backend, bias):
+    scope = SCOPES["time invariant"]
+    theirs = torch.nn.MultiheadAttention(48, 6, bias=bias, batch_first=True, dtype=torch.float64)
+    ours = ScopeAttention(48, 6, bias, backend=backend, dtype=torch.float64)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, scope.q_len, 48, dtype=torch.float64, requires_grad=True)
+    y, want = ours(x, scope=scope)[0], theirs(x, x, x, attn_mask=~scope.mask(), need_weights=False)[0]
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(ours(x)[0], theirs(x, x, x, need_weights=False)[0])
+    grads = [torch.autograd.grad(r.square().sum(), (x, *m.parameters())) for r, m in ((y, ours), (want, theirs))]
+    torch.testing.assert_close(*grads)
+    memory = torch.randn(2, 90, 48, dtype=torch.float64)
+    across = Scope.packed([0, 60, scope.q_len], [0, 50, 90])
+    torch.testing.assert_close(ours(x, memory, memory + 1, across)[0],
+                               theirs(x, memory, memory + 1, attn_mask=~across.mask(), need_weights=False)[0])
+
+
+def test_module_projects_twice_with_rotary_positions_between():
+    """InfoTok: q and k are projected and turned, and then go through an nn.MultiheadAttention that projects them again."""
+    frames, h, w, dim, heads = 3, 4, 5, 32, 4
+    scope, module = Scope.block_causal(frames, h * w), ScopeAttention(dim, heads, twice=True, dtype=torch.float64)
+    torch.nn.init.normal_(module.in_proj_bias)
+    x = torch.randn(2, frames * h * w, dim, dtype=torch.float64)
+    q, k, v = F.linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, -1)
+    frequencies = 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    row, column = torch.arange(h).repeat_interleave(w).double(), torch.arange(w).repeat(h).double()
+    turn = torch.cat((row[:, None] * frequencies[0::2], column[:, None] * frequencies[1::2]), 1).repeat(frames, 1)
+    as_complex = lambda t: torch.view_as_complex(t.reshape(2, -1, heads, 4, 2))  # noqa: E731
+    q, k = (torch.view_as_real(as_complex(t) * torch.polar(torch.ones_like(turn), turn)[:, None]).flatten(2) for t in (q, k))
+    plain = torch.nn.MultiheadAttention(dim, heads, batch_first=True, dtype=torch.float64)
+    plain.load_state_dict(module.state_dict())
+    want = plain(q, k, v, attn_mask=~scope.mask(), need_weights=False)[0]
+    torch.testing.assert_close(module(x, scope=scope, angles=rotary_angles((h, w), 8))[0], want)
+
+
+def test_rotary_positions_are_relative_on_every_axis():
+    angles = rotary_angles((3, 4, 5), 20)
+    assert angles.shape == (60, 10) and angles.dtype == torch.float64
+    q, k = torch.randn(2, 1, 20, dtype=torch.float64).expand(2, 60, 20)
+    scores = (rotate(q, angles) @ rotate(k, angles).mT).view(3, 4, 5, 3, 4, 5)
+    torch.testing.assert_close(scores[1:, 1:, 1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1, :-1, :-1])
+    for axis in range(3):  # and each axis matters
+        assert not torch.allclose(scores[0, 0, 0].movedim(axis, 0)[0], scores[0, 0, 0].movedim(axis, 0)[1])
+    assert torch.equal(rotate(q, torch.zeros(60, 10)), q)
+    assert rotate(q.bfloat16(), angles).dtype == torch.bfloat16
+
+
+def test_module_compiles_whole():
+    module, scope = ScopeAttention(32, 4, twice=True), SCOPES["per frame"]
+    x, angles = torch.randn(2, scope.q_len, 32), rotary_angles((4, 8), 8)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, scope=scope, angles=angles)[0], module(x, scope=scope, angles=angles)[0])
+
+
+def test_bad_arguments_of_the_module_are_named():
+    with pytest.raises(ValueError, match="num_heads: .*32 channels, got 5"):
+        ScopeAttention(32, 5)
+    module, x = ScopeAttention(32, 4), torch.randn(2, 6, 32)
+    with pytest.raises(ValueError, match=r"key: expected \(B, S, 32\), got shape \(2, 6, 31\)"):
+        module(x, x[..., 1:])
+    with pytest.raises(ValueError, match="need_weights"):
+        module(x, need_weights=True)
+    with pytest.raises(ValueError, match=r"angles: expected \(n, 4\) with n a divisor of the 6 tokens, got \(4, 4\)"):
+        module(x, angles=torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="head_dim: .*3 axes.*got 4"):
+        rotary_angles((2, 2, 2), 4)
