@@ -25,5 +25,11 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("use_openmp_runtime", &vtok::cpu::use_openmp_runtime, py::arg("path"));
   m.def("threading_runtime", &vtok::cpu::threading_runtime);
+#ifdef VTOK_CUDA
+  vtok::bind_cuda(m);
+  vtok::bind_causal_conv3d_cuda(m);
+  vtok::bind_fsq_cuda(m);
+#else
   m.attr("cuda_archs") = py::tuple();
+#endif
 }

@@ -48,7 +48,8 @@ def info(as_json: Json = False) -> None:
     facts: dict[str, Any] = {
         "vtok_fast": vtok_fast.__version__, "torch": torch.__version__, "python": platform.python_version(), "cpu": _cpu_name(),
         "native_module": native.why_missing() or "built", "isa": lib.isa() if lib else None,
-        "supported_isas": list(lib.supported_isas()) if lib else [], "threads": torch.get_num_threads(),
+        "supported_isas": list(lib.supported_isas()) if lib else [], "cuda_archs": list(lib.cuda_archs) if lib else [],
+        "threads": torch.get_num_threads(),
         "threading_runtime": lib.threading_runtime() if lib else None, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "ops": vtok_fast.available_backends(),
     }

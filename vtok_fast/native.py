@@ -6,8 +6,11 @@ and :func:`why_missing` says what went wrong.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -38,17 +41,36 @@ def why_missing() -> str | None:
 
 def why_no_cuda(tensor: torch.Tensor | None = None) -> str | None:
     """Why the CUDA kernels cannot run here at all, or on this tensor, or None where they can."""
-    if tensor is not None and tensor.device.type != "cuda":
-        return f"the tensors are on {tensor.device}"
+    if tensor is None:
+        return _why_no_gpu(None)
+    return _why_no_gpu(tensor.device.index) if tensor.is_cuda else f"the tensors are on {tensor.device}"
+
+
+@functools.cache
+def _why_no_gpu(index: int | None) -> str | None:
     if _missing is not None:
         return _missing
     if not _C.cuda_archs:
         return "the native module was built without CUDA kernels; VTOK_FAST_CUDA_ARCHS chooses them at build time"
     if not torch.cuda.is_available():
         return "there is no GPU"
-    if torch.cuda.get_device_capability(tensor.device if tensor is not None else None) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if problem := _C.cuda_problem():
+        return problem
+    major, minor = torch.cuda.get_device_capability(index)
+    lowest = min(int(arch.rstrip("af")) for arch in _C.cuda_archs)  # of which the module has PTX, too
+    if 10 * major + minor < lowest:
+        return f"the GPU has compute capability {major}.{minor}, and the native module was built for {', '.join(_C.cuda_archs)}"
     return None
+
+
+@contextmanager
+def cuda_stream(tensor: torch.Tensor) -> Iterator[int]:
+    """Makes the tensor's device the current one, and gives the handle of its current stream, for a launcher."""
+    if not tensor.is_cuda:  # the emulator of the tests
+        yield 0
+        return
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, ...]] | None:

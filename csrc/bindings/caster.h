@@ -71,4 +71,9 @@ void bind_norm_act(pybind11::module_& m);
 void bind_fsq(pybind11::module_& m);
 void bind_token_packing(pybind11::module_& m);
 
+// Only in a module built for GPUs (VTOK_FAST_CUDA_ARCHS).
+void bind_cuda(pybind11::module_& m);
+void bind_causal_conv3d_cuda(pybind11::module_& m);
+void bind_fsq_cuda(pybind11::module_& m);
+
 }  // namespace vtok

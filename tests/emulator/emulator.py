@@ -8,7 +8,7 @@
         conv.forward(x, weight, None, out, [1, 1, 1], 0, None, seed=seed)      # fills `out`, a CPU tensor
 
 The function named on the right is an ordinary launcher, ``Status (*)(parameters...)``. Arguments become its parameters by
-position: a torch tensor (or None, where absent) a ``vtok::Tensor``; an int or bool any integer, bool or enum; a float any
+position: a torch tensor or what ``vtok_fast.native.arg`` makes of it (None where absent) a ``vtok::Tensor``; an int or bool any integer, bool or enum; a float any
 floating point; a list of numbers ``std::vector`` or ``std::array``; None an empty ``std::optional`` or the stream. Where a
 launcher takes a struct, wrap it: ``exports={"forward": "+[](vtok::Tensor x, int n) { Problem p; ...; return launch(p); }"}``;
 ``glue`` is C++ text put before the exports.
@@ -46,6 +46,7 @@ ROOT = HERE.parents[1]
 CACHE = HERE / ".cache"
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-DVTOK_EMULATOR", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
          f"-I{ROOT / 'csrc'}", f"-I{HERE}")
+ITEM_SIZES = (4, 2, 2, 8, 4, 8, 1)  # by DType of csrc/tensor.h, as is:
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5, torch.uint8: 6}
 ERRORS = {1: ValueError, 2: NotImplementedError, 3: MemoryError}
 
@@ -137,12 +138,11 @@ class Library:
     def _call(self, name: str, args: Sequence[Any], *, seed: int = 0, also: Sequence[torch.Tensor] = (), shared_limit: int = 99 << 10,
               multiprocessors: int = 4, capability: int = 80) -> None:
         self._lib.emu_prepare(seed, shared_limit, multiprocessors, capability)
-        for i, value in enumerate((*args, *also)):
-            if isinstance(value, torch.Tensor) and value.numel():
-                if not value.is_cpu:
-                    raise ValueError(f"argument {i}: expected a CPU tensor, got one on {value.device}")
-                last = sum((n - 1) * s for n, s in zip(value.shape, value.stride()))
-                self._lib.emu_register(value.data_ptr(), (last + 1) * value.element_size(), f"argument {i}".encode())
+        args = [_taken_apart(value) for value in args]
+        for i, value in enumerate((*args, *map(_taken_apart, also))):
+            if isinstance(value, _Tensor) and 0 not in value.size[:value.rank]:
+                last = sum((n - 1) * s for n, s in zip(value.size, value.stride[:value.rank]))
+                self._lib.emu_register(value.data, (last + 1) * ITEM_SIZES[value.dtype], f"argument {i}".encode())
         items = [_pack(i, value) for i, value in enumerate(args)]  # which own their lists
         packed = (_Arg * len(args))(*items)
         message = ctypes.create_string_buffer(4096)
@@ -151,10 +151,21 @@ class Library:
             raise ERRORS.get(code, EmulatorError)(message.value.decode())
 
 
+def _taken_apart(value: Any) -> Any:
+    """A tensor, or what vtok_fast.native.arg made of one, as the C++ side takes it; other values as they are."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_cpu:
+            raise ValueError(f"expected a CPU tensor, got one on {value.device}")
+        return _Tensor(value.data_ptr(), DTYPES[value.dtype], value.dim(), tuple(value.shape), tuple(value.stride()))
+    if isinstance(value, tuple) and len(value) == 4 and isinstance(value[2], torch.Size):
+        return _Tensor(value[0], value[1], len(value[2]), tuple(value[2]), tuple(value[3]))
+    return value
+
+
 def _pack(i: int, value: Any) -> _Arg:
     arg = _Arg(present=value is not None)
-    if isinstance(value, torch.Tensor):
-        arg.tensor = _Tensor(value.data_ptr(), DTYPES[value.dtype], value.dim(), tuple(value.shape), tuple(value.stride()))
+    if isinstance(value, _Tensor):
+        arg.tensor = value
     elif isinstance(value, (list, tuple)):
         arg.count = len(value)
         arg.integers, arg.reals = (ctypes.c_int64 * len(value))(*map(int, value)), (ctypes.c_double * len(value))(*value)

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import emulator  # noqa: E402
 
+from vtok_fast.ops import fsq as op  # noqa: E402
 from vtok_fast.ops.fsq import threshold_table  # noqa: E402
 from vtok_fast.reference import fsq as reference  # noqa: E402
 
@@ -152,6 +154,24 @@ def test_backward(fsq, levels, dtype):
             eps = torch.finfo(torch.float32).eps
             bound = grad.double().abs() * 16 * eps + want.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
             assert torch.all(error <= bound)
+
+
+def test_the_op_on_these_kernels(fsq):
+    """What vtok_fast.ops.fsq does on a GPU, with the emulator in place of the native module."""
+    lib = SimpleNamespace(fsq_cuda_quantize=fsq.quantize, fsq_cuda_decode=fsq.decode, fsq_cuda_backward=fsq.backward)
+    for levels, dtype in (([8] * 5, torch.float32), ([8, 8, 8, 5, 5, 5], torch.bfloat16), ([40], torch.float16)):
+        z = torch.randn(2, len(levels), 3, 8, 24).mul(1.5).to(dtype)
+        for value, dim in layouts(z).values():
+            call = op.FSQCall(value, tuple(levels), "vidtok", dim % value.dim())
+            for got, want in zip(op._sm80_run(call, lib), op._reference_run(call)):
+                assert same(got, want) and got.stride() == want.stride()
+            decode = op.FSQDecodeCall(want, *call[1:2], dtype, call.dim)
+            got, want = op._sm80_decode(decode, lib), op._reference_decode(decode)
+            assert same(got, want) and got.stride() == want.stride()
+            backward = op.FSQBackwardCall(torch.randn_like(value), *call)
+            got, want = op._sm80_backward(backward, lib), op._reference_backward(backward)
+            torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=32 * torch.finfo(torch.float32).eps)
+            assert got.stride() == torch.empty_like(value).stride()
 
 
 def test_what_the_kernels_refuse(fsq):

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,25 @@ class FSQOutput(NamedTuple):
 class FSQCall(NamedTuple):
     """One checked call, as backends see it."""
 
+    z: Tensor
+    levels: tuple[int, ...]
+    variant: str
+    dim: int
+
+
+class FSQDecodeCall(NamedTuple):
+    """A checked call of :func:`fsq_decode`."""
+
+    indices: Tensor
+    levels: tuple[int, ...]
+    dtype: torch.dtype
+    dim: int
+
+
+class FSQBackwardCall(NamedTuple):
+    """The gradient of the codes, and the call that they came from."""
+
+    grad: Tensor
     z: Tensor
     levels: tuple[int, ...]
     variant: str
@@ -94,7 +113,10 @@ def fsq_decode(indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = t
     rank = indices.dim() + 1
     if not -rank <= dim < rank:
         raise ValueError(f"dim: expected -{rank} to {rank - 1} for indices of shape {tuple(indices.shape)}, got {dim}")
-    return reference.fsq_decode(indices, levels, dtype=dtype, dim=dim)
+    call = FSQDecodeCall(indices, levels, dtype, dim % rank)
+    if not native.is_plain(indices):
+        return _reference_decode(call)
+    return backends.select("fsq_decode", call).run(call)
 
 
 def fsq_entropy_loss(z: Tensor, levels: Sequence[int], *, inv_temperature: float = 100.0, gamma: float = 1.0,
@@ -109,7 +131,7 @@ def fsq_entropy_loss(z: Tensor, levels: Sequence[int], *, inv_temperature: float
     distribution is one GEMM between the outer products of two halves of the channels; memory is tokens x sqrt(codebook) +
     codebook. VidTok clamps probabilities at 1e-5 inside the logarithm. That is done here in the mean distribution, where
     it matters and is the same; a token's entropy is exact instead, which is larger by the sum of p log(1e-5 / p) over the codes
-    with p < 1e-5 (3.2368 instead of 3.2358 for four channels of 8 levels).
+    with p < 1e-5 (3.2368 instead of 3.2358 for four channels of 8 levels). Plain PyTorch operations on every device.
 
     Args:
         z: the latent before quantisation, channels at ``dim``; computed in float32, or float64 for that.
@@ -202,8 +224,76 @@ def _reference_run(call: FSQCall) -> tuple[Tensor, Tensor]:
     return torch.empty_like(call.z).copy_(codes), indices.contiguous()
 
 
-backends.register("fsq", backends.Backend("cpu", _cpu_can_run, _cpu_run),
-                  backends.Backend("reference", lambda call: None, _reference_run))
+def _sm80_refuses(tensor: Tensor, dtype: torch.dtype, rank: int) -> str | None:
+    if (reason := native.why_no_cuda(tensor)) is not None:
+        return reason
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no {dtype} kernel"
+    return f"rank {rank}, at most 6" if rank > 6 else None
+
+
+def _sm80_can_run(call: FSQCall) -> str | None:
+    if max(call.levels) > 8 and sum(call.levels) - len(call.levels) > 768:
+        return f"more than 768 thresholds, which do not fit into a kernel's parameters, for levels {call.levels}"
+    return _sm80_refuses(call.z, call.z.dtype, call.z.dim())
+
+
+def _sm80_run(call: FSQCall, lib: Any = None) -> tuple[Tensor, Tensor]:
+    codes, indices = _outputs(call.z, call.dim)
+    arg, table = native.arg, threshold_table(call.levels, call.variant)
+    with native.cuda_stream(call.z) as stream:
+        (lib or native.lib()).fsq_cuda_quantize(arg(call.z), arg(codes), arg(indices), arg(table), call.levels, call.dim, stream)
+    return codes, indices
+
+
+def _sm80_can_decode(call: FSQDecodeCall) -> str | None:
+    if call.indices.dtype not in (torch.int32, torch.int64):
+        return f"no kernel for indices of {call.indices.dtype}"
+    if len(call.levels) > 31:
+        return f"{len(call.levels)} channels, at most 31"
+    return _sm80_refuses(call.indices, call.dtype, call.indices.dim() + 1)
+
+
+def _sm80_decode(call: FSQDecodeCall, lib: Any = None) -> Tensor:
+    codes = call.indices.new_empty((*call.indices.shape, len(call.levels)), dtype=call.dtype).movedim(-1, call.dim)
+    with native.cuda_stream(call.indices) as stream:
+        (lib or native.lib()).fsq_cuda_decode(native.arg(call.indices), native.arg(codes), call.levels, call.dim, stream)
+    return codes
+
+
+def _sm80_can_run_backward(call: FSQBackwardCall) -> str | None:
+    if call.grad.dtype != call.z.dtype or call.grad.device != call.z.device:
+        return "the gradient has another dtype or device than z"
+    return _sm80_refuses(call.z, call.z.dtype, call.z.dim())
+
+
+def _sm80_backward(call: FSQBackwardCall, lib: Any = None) -> Tensor:
+    grad_z, arg = torch.empty_like(call.z), native.arg
+    half_l, _, shifts = zip(*(reference.bound_constants(level, call.variant) for level in call.levels))
+    slopes = [half / (level // 2) for half, level in zip(half_l, call.levels)]
+    with native.cuda_stream(call.z) as stream:
+        (lib or native.lib()).fsq_cuda_backward(arg(call.grad), arg(call.z), arg(grad_z), list(shifts), slopes, call.dim, stream)
+    return grad_z
+
+
+def _reference_decode(call: FSQDecodeCall) -> Tensor:
+    return reference.fsq_decode(call.indices, call.levels, dtype=call.dtype, dim=call.dim)
+
+
+def _reference_backward(call: FSQBackwardCall) -> Tensor:
+    return reference.fsq_quantize_backward(call.grad, call.z, call.levels, variant=call.variant, dim=call.dim)
+
+
+def _anything(call: Any) -> None:
+    return None
+
+
+backends.register("fsq", backends.Backend("sm80", _sm80_can_run, _sm80_run), backends.Backend("cpu", _cpu_can_run, _cpu_run),
+                  backends.Backend("reference", _anything, _reference_run))
+backends.register("fsq_decode", backends.Backend("sm80", _sm80_can_decode, _sm80_decode),
+                  backends.Backend("reference", _anything, _reference_decode))
+backends.register("fsq_backward", backends.Backend("sm80", _sm80_can_run_backward, _sm80_backward),
+                  backends.Backend("reference", _anything, _reference_backward))
 
 # ---- torch.library -------------------------------------------------------------------------------------------------------
 
@@ -221,6 +311,21 @@ def _fake(z, levels, variant, dim, backend):
     return _outputs(z, dim)
 
 
+torch.library.define("vtok_fast::fsq_quantize_backward", "(Tensor grad, Tensor z, int[] levels, str variant, int dim) -> Tensor")
+
+
+@torch.library.impl("vtok_fast::fsq_quantize_backward", ("cpu", "cuda"))
+def _backward_impl(grad, z, levels, variant, dim):
+    call = FSQBackwardCall(grad, z, tuple(levels), variant, dim)
+    grad_z = backends.select("fsq_backward", call).run(call)
+    return grad_z if grad_z.stride() == torch.empty_like(z).stride() else torch.empty_like(z).copy_(grad_z)
+
+
+@torch.library.register_fake("vtok_fast::fsq_quantize_backward")
+def _backward_fake(grad, z, levels, variant, dim):
+    return torch.empty_like(z)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     z, ctx.levels, ctx.variant, ctx.dim, _ = inputs
     ctx.save_for_backward(z)
@@ -228,8 +333,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_codes, grad_indices):
     (z,) = ctx.saved_tensors
-    grad = reference.fsq_quantize_backward(grad_codes, z, ctx.levels, variant=ctx.variant, dim=ctx.dim)
-    return grad, None, None, None, None
+    call = FSQBackwardCall(grad_codes, z, tuple(ctx.levels), ctx.variant, ctx.dim)
+    # The reference where this gradient is differentiated in its turn, and on a CPU, where the compiler fuses it.
+    if torch.is_grad_enabled() or not z.is_cuda:
+        return _reference_backward(call), None, None, None, None
+    return torch.ops.vtok_fast.fsq_quantize_backward(*call), None, None, None, None
 
 
 torch.library.register_autograd("vtok_fast::fsq_quantize", _backward, setup_context=_setup_context)

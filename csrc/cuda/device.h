@@ -1,0 +1,9 @@
+// What a host compiler may ask of the CUDA runtime.
+#pragma once
+#include <string>
+
+namespace vtok::cuda {
+
+std::string problem();  // why no GPU can be used here, such as a driver older than the runtime; "" where one can
+
+}  // namespace vtok::cuda

@@ -1,0 +1,176 @@
+"""The CUDA sources compile for each architecture, no kernel spills registers or uses local memory, and the build picks its GPUs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from vtok_fast import native
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "csrc" / "cuda"
+CACHE = ROOT / "build" / "cuda_usage"
+ONLY_SM90 = sorted(FOLDER.glob("*_sm90.cu"))
+SOURCES = sorted(set(FOLDER.glob("*.cu")) - set(ONLY_SM90))
+
+
+def tool(name: str) -> str | None:
+    """nvcc and its companions: of a toolkit, or of the Triton wheel, which has some."""
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
+    try:
+        import triton
+
+        homes.append(str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
+    except ImportError:
+        pass
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(homes))
+
+
+NVCC, CUOBJDUMP, CMAKE = tool("nvcc"), tool("cuobjdump"), shutil.which("cmake")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+needs_sass = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="there is no nvcc and cuobjdump")
+
+
+class Usage(NamedTuple):
+    kernel: str
+    stack: int  # bytes of local memory per thread, spills among them
+    spills: int
+    registers: int
+
+
+def cached(name: str, *content: bytes | str) -> Path:
+    """A place for what follows from these contents."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(b"\0".join(c if isinstance(c, bytes) else c.encode() for c in content)).hexdigest()[:20]
+    return CACHE / f"{name}.{digest}"
+
+
+def compiled(source: Path, arch: str) -> tuple[Path, str]:
+    """The cubin of a source, and what ptxas said; kept until a source or the compiler changes."""
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
+    headers = sorted(p for p in (*FOLDER.glob("*.*h"), *FOLDER.parent.glob("*.h")))
+    cubin = cached(f"{source.stem}.{arch}.cubin", version, arch, *(p.read_bytes() for p in (source, *headers)))
+    said = cubin.with_name(cubin.name + ".txt")
+    if not said.exists():
+        result = subprocess.run([NVCC, "-std=c++17", "-O3", f"-arch={arch}", f"-I{ROOT / 'csrc'}", "-cubin", "-Xptxas", "-v", "-Xcompiler",
+                                 "-Wall,-Wextra", source, "-o", cubin], capture_output=True, text=True)
+        assert result.returncode == 0, f"{source.name} for {arch}:\n{result.stderr[-6000:]}"
+        assert "warning" not in result.stderr, result.stderr
+        said.write_text(result.stderr)
+    return cubin, said.read_text()
+
+
+def usages(said: str) -> list[Usage]:
+    pattern = (r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+               r".*?Used (\d+) registers")
+    return [Usage(name, int(stack), int(stores) + int(loads), int(registers))
+            for name, stack, stores, loads, registers in re.findall(pattern, said, re.DOTALL)]
+
+
+def check(source: Path, arch: str) -> None:
+    found = usages(compiled(source, arch)[1])
+    kernels = len(re.findall(r"__global__", source.read_text()))
+    assert len(found) >= kernels, f"{source.name}: {len(found)} kernels in what ptxas said, {kernels} in the source"
+    for usage in found:
+        print(f"{source.stem} {arch} {usage.registers:4} registers  {usage.kernel}")
+    bad = [usage for usage in found if usage.stack or usage.spills]
+    assert not bad, f"{source.name} for {arch}: local memory in " + "; ".join(map(str, bad))
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", SOURCES, ids=name)
+def test_sm80(source):
+    check(source, "sm_80")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ONLY_SM90, ids=name)
+def test_sm90a(source):
+    check(source, "sm_90a")
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ("sm_90", "sm_100a", "sm_120"))
+@pytest.mark.parametrize("source", SOURCES, ids=name)
+def test_newer_architectures(source, arch):
+    check(source, arch)
+
+
+@needs_nvcc
+def test_local_memory_would_be_found(tmp_path):
+    source = tmp_path / "indexed.cu"
+    source.write_text("__global__ void indexed(float* x, int n) {\n  float a[64];\n  for (int i = 0; i < 64; ++i) a[(i * n) % 64] = x[i];\n"
+                      "  for (int i = 0; i < 64; ++i) x[i] = a[(i + n) % 64];\n}\n")
+    with pytest.raises(AssertionError, match="local memory in Usage.*indexed"):
+        check(source, "sm_80")
+
+
+@needs_sass
+def test_fsq_moves_16_bytes_at_a_time():
+    """Of the launches with addresses that allow it: planar kernels by LDG, rows by asynchronous copies, both back by STG."""
+    for source, kernels in ((FOLDER / "fsq.cu", {"quantize_planar": ("LDG.E.128", "STG.E.128"), "quantize_rows": ("LDGSTS.E.BYPASS.128", "STG.E.128"),
+                                                 "6decode": ("STG.E",)}), (FOLDER / "fsq_backward.cu", {"backward_dense": ("LDG.E.128", "STG.E.128")})):
+        sass = subprocess.run([CUOBJDUMP, "-sass", compiled(source, "sm_80")[0]], capture_output=True, text=True, check=True).stdout
+        functions = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL))
+        for kernel, instructions in kernels.items():
+            bodies = [body for function, body in functions.items() if kernel in function]
+            assert bodies and all(word in body for body in bodies for word in instructions), kernel
+
+
+# ---- which GPUs a build is for ---------------------------------------------------------------------------------------------
+
+
+def configure(tmp_path: Path, wish: str, gpus: str | None = None) -> tuple[int, str]:
+    """csrc/cuda/archs.cmake on a machine with an nvcc and with these GPUs: its status, and what it set and said."""
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    for program, text in {"nvcc": "true", "nvidia-smi": "exit 9" if gpus is None else f"printf '{gpus}'"}.items():
+        (folder / program).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / program).chmod(0o755)
+    script = tmp_path / "script.cmake"
+    script.write_text(f"include({FOLDER / 'archs.cmake'})\nmessage(STATUS \"archs=${{CUDA_ARCHS}} code=${{CUDA_CODE}}.\")\n")
+    result = subprocess.run([CMAKE, f"-DVTOK_FAST_CUDA_ARCHS={wish}", "-P", script], capture_output=True, text=True, env={"PATH": str(folder)})
+    return result.returncode, " ".join((result.stdout + result.stderr).split())
+
+
+@pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+@pytest.mark.parametrize("wish, gpus, archs, code", (
+    ("80;90a", None, "80;90a", "80-real;90-real;80-virtual"), ("90a,80", None, "90a;80", "90-real;80-real;80-virtual"),
+    ("90a", None, "90a", "90-real;90-virtual"), ("100a;120", None, "100a;120", "100-real;120-real;100-virtual"), ("none", "9.0", "", ""),
+    ("native", "9.0\\n9.0\\n", "90a", "90-real;90-virtual"), ("", "9.0", "90a", "90-real;90-virtual"),
+    ("", "8.6\\n12.0\\n", "86;120", "86-real;120-real;86-virtual"), ("", "7.5", "", ""), ("", None, "", "")))
+def test_choice_of_gpus(tmp_path, wish, gpus, archs, code):
+    status, said = configure(tmp_path, wish, gpus)
+    assert status == 0 and f"archs={archs} code={code}." in said
+
+
+@pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+@pytest.mark.parametrize("wish, message", (("native", "VTOK_FAST_CUDA_ARCHS=native: no GPU answers"), ("75", "need 80 .Ampere. or newer, got 75"),
+                                           ("ampere", "got ampere")))
+def test_impossible_choice_of_gpus(tmp_path, wish, message):
+    status, said = configure(tmp_path, wish)
+    assert status != 0 and re.search(message, said)
+
+
+@pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+def test_an_unset_choice_says_why_there_is_no_cuda(tmp_path):
+    status, said = configure(tmp_path, "")
+    assert status == 0 and "building a CPU-only module: no GPU answers" in said
+
+
+@pytest.mark.skipif(native.lib() is None or shutil.which("readelf") is None, reason="no native module, or no readelf")
+def test_the_module_imports_without_a_driver():
+    needed = subprocess.run(["readelf", "-d", native.lib().__file__], capture_output=True, text=True, check=True).stdout
+    assert "NEEDED" in needed and not re.search(r"libcuda|libcudart", needed)
