@@ -10,7 +10,6 @@ from torch import nn
 
 import vtok_fast
 from vtok_fast import native, parity
-from vtok_fast.swap.diffusers_hunyuan import attend_causally
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 from diffusers import AutoencoderKLHunyuanVideo  # noqa: E402
@@ -98,14 +97,14 @@ class TestHunyuanVideo(face.Face):
         self.check(model, face.noise(1, 3, 5, 16, 16), face.noise(1, 4, 2, 2, 2))
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_frame_by_frame_is_the_mask(heads):
+@pytest.mark.parametrize("head_dim,frames,batch", [(16, 1, 1), (16, 4, 2), (8, 3, 2)])
+def test_attention_is_that_of_the_mask(head_dim, frames, batch):
     torch.manual_seed(0)
-    frames, pixels = 3, 7
-    q, k, v = (torch.randn(2, heads, frames * pixels, 8) for _ in range(3))
-    mask = library.prepare_causal_attention_mask(frames, pixels, torch.float64, q.device)
-    ref64 = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
-    assert parity.close(attend_causally(q, k, v, frames), ref64).ok
+    block = face.randomise(library.HunyuanVideoMidBlock3D(16, resnet_groups=4, attention_head_dim=head_dim))
+    fast, x = copy.deepcopy(block), face.noise(batch, 16, frames, 6, 5)
+    assert any(e.path == "" for e in vtok_fast.accelerate(fast).swapped)
+    with torch.no_grad():
+        assert (p := parity.close(fast(x), copy.deepcopy(block).double()(x.double()), block(x))).ok, p
 
 
 @pytest.mark.parametrize("kernel,stride,pad_mode,swapped", [

@@ -7,9 +7,10 @@ and attention that is causal over frames without the dense mask of (frames x pix
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_fast.ops.scope_attention import scope_attention
+from vtok_fast.scope import Scope
 from vtok_fast.swap.foreign import channels_last, group_norm, lookup, random, unlike, video
 from vtok_fast.swap.pad_conv import own_rule
 from vtok_fast.swap.padding import MODES, Rule, exact, virtual
@@ -50,17 +51,10 @@ def attention(attn: nn.Module, x: Tensor) -> Tensor:
     b, c, t, h, w = x.shape
     tokens = channels_last(group_norm(attn.group_norm, x, None)).reshape(b, t * h * w, c)
     q, k, v = (layer(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    y = attend_causally(q, k, v, t).transpose(1, 2).flatten(2)
+    y = scope_attention(q, k, v, Scope.block_causal(t, h * w)).transpose(1, 2).flatten(2)
     y = video(attn.to_out[1](attn.to_out[0](y)).reshape(b, t, h, w, -1))
     y = y + x if attn.residual_connection else y
     return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
-
-
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
-    """(B, heads, frames * pixels, D): one dense call per frame, on the keys of that and all earlier frames."""
-    pixels = q.shape[2] // frames
-    return torch.cat([F.scaled_dot_product_attention(q[:, :, end - pixels:end], k[:, :, :end], v[:, :, :end])
-                      for end in range(pixels, q.shape[2] + 1, pixels)], 2)
 
 
 # ---- blocks --------------------------------------------------------------------------------------------------------------
