@@ -59,7 +59,8 @@ def norm_act(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
         rounding: ``once``; or, with ``kind="rms"`` and one group, the exact chain of roundings of a library: ``wan`` (diffusers
             ``WanRMS_norm``: F.normalize, which has a floor of 1e-12 under the norm in place of ``eps``, times sqrt(C), times
             weight, plus bias or 0.0) or ``ltx`` (diffusers ``RMSNorm`` on a channels-last view); modulation and SiLU then
-            round separately too. These two run in the reference only.
+            round separately too. Bit for bit in the reference; Triton rounds
+            at the same places but adds up in another order, so that single elements differ by a rounding.
         backend: a name to insist on; else the best that can run.
 
     Returns:
@@ -73,7 +74,10 @@ def norm_act(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     _check(x, weight, bias, scale, shift, residual, kind, groups, eps, activation, tail_frames, rounding)
     call = NormCall(x, weight, bias, scale, shift, residual, kind, groups, per_frame, eps, activation, rounding)
     if native.is_plain(x, weight, bias, scale, shift, residual):
-        y = run(call, backend)
+        chosen = backends.select("norm_act", call, backend)
+        if tail_frames and chosen is _triton:  # writes the tail with the rest
+            return _triton_run(call, tail_frames)
+        y = chosen.run(call)
     else:
         y = torch.ops.vtok_fast.norm_act(*call, backend)
     if not tail_frames:
@@ -192,7 +196,32 @@ def _reference_run(call: NormCall) -> Tensor:
     return y if y.stride() == out.stride() else out.copy_(y)
 
 
-backends.register("norm_act", backends.Backend("cpu", _cpu_can_run, _cpu_run),
+def _triton_can_run(call: NormCall) -> str | None:
+    for name, t in zip(call._fields, call[:6]):
+        if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"no kernel for {name} in {t.dtype}"
+    if (why := backends.why_not_triton_on(call.x)) is not None:
+        return why
+    from vtok_fast.kernels import norm_act as kernels
+
+    if "group" not in call.kind and call.x.shape[1] // call.groups > kernels.MAX_CHANNELS:
+        return f"{call.x.shape[1] // call.groups} channels in a group, at most {kernels.MAX_CHANNELS}"
+    return None
+
+
+def _triton_run(call: NormCall, tail_frames: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+    from vtok_fast.kernels import norm_act as kernels
+
+    layout = output_format(call.x)
+    y = torch.empty_like(call.x, memory_format=layout)
+    tail = torch.empty_like(y[:, :, max(y.shape[2] - tail_frames, 0):], memory_format=layout) if tail_frames else None
+    kernels.norm_act(*call[:6], y, kind=call.kind, groups=call.groups, per_frame=call.per_frame, eps=call.eps,
+                     silu=call.activation == "silu", rounding=call.rounding, tail=tail)
+    return (y, tail) if tail_frames else y
+
+
+_triton = backends.Backend("triton", _triton_can_run, _triton_run)
+backends.register("norm_act", _triton, backends.Backend("cpu", _cpu_can_run, _cpu_run),
                   backends.Backend("reference", lambda call: None, _reference_run))
 
 # ---- torch.library -------------------------------------------------------------------------------------------------------
@@ -221,7 +250,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    grads = reference.norm_act_backward(grad, *ctx.saved_tensors, **ctx.options)
+    options = ctx.options
+    if native.is_plain(grad, *ctx.saved_tensors) and _triton_can_run(NormCall(*ctx.saved_tensors, **options)) is None:
+        from vtok_fast.kernels import norm_act_backward as kernels
+
+        grads = kernels.norm_act_backward(grad, *ctx.saved_tensors, layout=output_format(ctx.saved_tensors[0]),
+                                          wanted=ctx.needs_input_grad[:6], **options)
+    else:
+        grads = reference.norm_act_backward(grad, *ctx.saved_tensors, **options)
     return *[g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)], *[None] * 7
 
 

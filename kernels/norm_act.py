@@ -1,0 +1,331 @@
+"""Triton kernels of ``norm_act``, forward: LayerNorm, RMSNorm and GroupNorm with what comes before and after them in one pass.
+
+``layer`` and ``rms`` hold all channels of a group at some positions in registers, so that the video is read once. ``group`` and
+``group_rms`` read it twice: first the sums of each channel over parts of the positions, as sums of differences from a value close to
+the mean, so that a large mean costs no accuracy; then, with the statistics of each group, the result.
+
+A video is seen as (instance, channel, position). An instance is a clip, or a frame where GroupNorm is per frame; position q of it
+lies at frame q // plane and pixel q % plane. All is computed in float32 and rounded once; ``CHAIN`` rounds where a library's own
+chain of operations does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vtok_fast.kernels import on_device_of
+
+SUMS = 4096  # values of a tile whose sums stay in registers
+MAX_CHANNELS = 8192  # of a group of kind layer or rms: one tile holds them
+CHAINS = {"once": 0, "wan": 1, "ltx": 2}
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+# ---- kernels -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(instance, q, frames, span, plane, FLAT: tl.constexpr):
+    """Clip, frame and pixel of the positions q of an instance of ``span`` frames; FLAT: frames follow one another without gaps."""
+    per_clip = frames // span
+    b = (instance // per_clip).to(tl.int64)
+    first = (instance % per_clip * span).to(tl.int64)
+    if FLAT:
+        t, p = first * 0, first * plane + q
+    else:
+        t, p = first + q // plane, (q % plane).to(tl.int64)
+    return b, t, p
+
+
+@triton.jit
+def _at(pointer, b, c, t, p, sb, sc, st, sp):
+    """Pointers (positions, channels) into a tensor (B, C, T, P)."""
+    return pointer + b * sb + (t * st + p * sp)[:, None] + (c.to(tl.int64) * sc)[None, :]
+
+
+@triton.jit
+def _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, CHAIN: tl.constexpr):
+    v = tl.load(_at(x, b, c, t, p, xb, xc, xt, xp), mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        v += tl.load(_at(residual, b, c, t, p, rb, rc, rt, rp), mask=mask, other=0.0).to(tl.float32)
+        if CHAIN:
+            v = v.to(x.dtype.element_ty).to(tl.float32)
+    return v
+
+
+@triton.jit
+def _per_channel(pointer, c, inside):
+    return tl.load(pointer + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _affine(v, weight, bias, scale, shift, b, c, t, p, mask, inside, channels, sb, sc, st, sp, hb, hc, ht, hp, SILU: tl.constexpr,
+            CHAIN: tl.constexpr, AFTER_NORM: tl.constexpr, AFTER_WEIGHT: tl.constexpr, AFTER_BIAS: tl.constexpr,
+            AFTER_SCALE: tl.constexpr, AFTER_SHIFT: tl.constexpr):
+    """What follows the norm. The AFTER types are those of a chain's intermediate results."""
+    if CHAIN:
+        v = v.to(AFTER_NORM).to(tl.float32)
+    if CHAIN == 1:
+        v = (v * tl.sqrt_rn(channels.to(tl.float32))).to(AFTER_NORM).to(tl.float32)
+    if weight is not None:
+        v = v * _per_channel(weight, c, inside)
+        if CHAIN:
+            v = v.to(AFTER_WEIGHT).to(tl.float32)
+    if bias is not None:
+        v = v + _per_channel(bias, c, inside)
+        if CHAIN:
+            v = v.to(AFTER_BIAS).to(tl.float32)
+    if scale is not None:
+        v = v * tl.load(_at(scale, b, c, t, p, sb, sc, st, sp), mask=mask, other=0.0).to(tl.float32)
+        if CHAIN:
+            v = v.to(AFTER_SCALE).to(tl.float32)
+    if shift is not None:
+        v = v + tl.load(_at(shift, b, c, t, p, hb, hc, ht, hp), mask=mask, other=0.0).to(tl.float32)
+        if CHAIN:
+            v = v.to(AFTER_SHIFT).to(tl.float32)
+    if SILU:
+        v = v / (1.0 + tl.exp(-v))
+        if CHAIN:
+            v = v.to(AFTER_SHIFT).to(tl.float32)
+    return v
+
+
+@triton.jit
+def _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first, plane, FLAT: tl.constexpr):
+    """The result, and once more where it belongs to the last frames: ``tail_first`` is the first of them."""
+    tl.store(_at(y, b, c, t, p, yb, yc, yt, yp), v.to(y.dtype.element_ty), mask=mask)
+    if tail is not None:
+        behind = p - tail_first * plane if FLAT else p
+        late = (behind >= 0) if FLAT else (t >= tail_first)
+        tl.store(_at(tail, b, c, t * 0 if FLAT else t - tail_first, behind, tb, tc, tt, yp), v.to(tail.dtype.element_ty),
+                 mask=mask & late[:, None])
+
+
+@triton.jit
+def position_kernel(x, residual, weight, bias, scale, shift, y, tail, frames, plane, channels, groups, eps, tail_first,
+                    xb, xc, xt, xp, rb, rc, rt, rp, sb, sc, st, sp, hb, hc, ht, hp, yb, yc, yt, yp, tb, tc, tt,
+                    CENTRE: tl.constexpr, SILU: tl.constexpr, CHAIN: tl.constexpr, AFTER_NORM: tl.constexpr,
+                    AFTER_WEIGHT: tl.constexpr, AFTER_BIAS: tl.constexpr, AFTER_SCALE: tl.constexpr, AFTER_SHIFT: tl.constexpr,
+                    FLAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Statistics over the channels of each position. Programs (clips x blocks of positions, groups)."""
+    positions = frames * plane
+    blocks = tl.cdiv(positions, BLOCK)
+    q = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    b, t, p = _place(tl.program_id(0) // blocks, q, frames, frames, plane, FLAT)
+    size = channels // groups
+    k = tl.arange(0, BLOCK_C)
+    c = tl.program_id(1) * size + k
+    inside = k < size
+    mask = (q < positions)[:, None] & inside[None, :]
+    v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, CHAIN)
+    if CENTRE:
+        v = tl.where(inside[None, :], v - (tl.sum(v, 1) / size)[:, None], 0.0)
+    square = tl.sum(v * v, 1)
+    if CHAIN == 1:
+        v = tl.div_rn(v, tl.maximum(tl.sqrt_rn(square), 1e-12)[:, None] + tl.zeros_like(v))
+    else:
+        v = v * tl.rsqrt(square / size + eps)[:, None]
+    v = _affine(v, weight, bias, scale, shift, b, c, t, p, mask, inside, channels, sb, sc, st, sp, hb, hc, ht, hp, SILU, CHAIN,
+                AFTER_NORM, AFTER_WEIGHT, AFTER_BIAS, AFTER_SCALE, AFTER_SHIFT)
+    _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first, plane, FLAT)
+
+
+@triton.jit
+def sums_kernel(x, residual, means, squares, frames, span, plane, channels, parts,
+                xb, xc, xt, xp, rb, rc, rt, rp, CENTRE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Per channel over a part of an instance's positions: the mean, and the sum of squared differences from it (of squares, without
+    CENTRE). Programs (instances x parts, blocks of channels)."""
+    instance = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    positions = span * plane
+    steps = tl.cdiv(tl.cdiv(positions, BLOCK), parts)
+    begin = part * steps * BLOCK
+    end = tl.minimum(begin + steps * BLOCK, positions)
+    count = tl.maximum(end - begin, 1)
+    origin = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    square = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    for first in range(begin, end, BLOCK):
+        q = first + tl.arange(0, BLOCK)
+        b, t, p = _place(instance, q, frames, span, plane, FLAT)
+        mask = (q < end)[:, None] & (c < channels)[None, :]
+        v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
+        if CENTRE:
+            if first == begin:  # any value near the mean will do
+                origin = tl.sum(v, 0) / tl.minimum(count, BLOCK)
+            v = tl.where(mask, v - origin[None, :], 0.0)
+            total += v
+        square += v * v
+    mean = tl.sum(total, 0) / count
+    at = tl.program_id(0).to(tl.int64) * channels + c
+    tl.store(means + at, origin + mean, mask=c < channels)
+    tl.store(squares + at, tl.sum(square, 0) - mean * mean * count, mask=c < channels)
+
+
+@triton.jit
+def statistics_kernel(means, squares, mean, rstd, parts, steps, positions, channels, groups, eps, CENTRE: tl.constexpr,
+                      BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Per instance and group: the parts' means and squares as one mean and one reciprocal deviation."""
+    instance = (tl.program_id(0) // groups).to(tl.int64)
+    size = channels // groups
+    first_c = tl.program_id(0) % groups * size
+    elements = positions.to(tl.float32) * size
+    average = tl.zeros((), tl.float32)
+    deviation = tl.zeros((), tl.float32)
+    for phase in tl.static_range(2 if CENTRE else 1):
+        total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
+        for first in range(0, parts, BLOCK_PARTS):
+            for k in range(0, size, BLOCK_C):
+                part = first + tl.arange(0, BLOCK_PARTS)
+                c = k + tl.arange(0, BLOCK_C)
+                mask = (part < parts)[:, None] & (c < size)[None, :]
+                at = (instance * parts + part)[:, None] * channels + (first_c + c)[None, :]
+                begin = tl.minimum(part * steps * BLOCK, positions)
+                count = (tl.minimum(begin + steps * BLOCK, positions) - begin).to(tl.float32)[:, None]
+                if phase == 0 and CENTRE:
+                    total += tl.load(means + at, mask=mask, other=0.0) * count
+                else:
+                    total += tl.load(squares + at, mask=mask, other=0.0)
+                    if CENTRE:
+                        difference = tl.where(mask, tl.load(means + at, mask=mask, other=0.0) - average, 0.0)
+                        total += difference * difference * count
+        if phase == 0 and CENTRE:
+            average = tl.sum(tl.sum(total, 1), 0) / elements
+        else:
+            deviation = tl.sum(tl.sum(total, 1), 0) / elements
+    tl.store(mean + tl.program_id(0), average)
+    tl.store(rstd + tl.program_id(0), tl.rsqrt(deviation + eps))
+
+
+@triton.jit
+def group_kernel(x, residual, weight, bias, scale, shift, mean, rstd, y, tail, frames, span, plane, channels, groups, tail_first,
+                 xb, xc, xt, xp, rb, rc, rt, rp, sb, sc, st, sp, hb, hc, ht, hp, yb, yc, yt, yp, tb, tc, tt,
+                 SILU: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The result, given the statistics. Programs (instances x blocks of positions, blocks of channels)."""
+    positions = span * plane
+    blocks = tl.cdiv(positions, BLOCK)
+    instance = tl.program_id(0) // blocks
+    q = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b, t, p = _place(instance, q, frames, span, plane, FLAT)
+    inside = c < channels
+    mask = (q < positions)[:, None] & inside[None, :]
+    v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
+    group = instance * groups + c // (channels // groups)
+    v = (v - _per_channel(mean, group, inside)) * _per_channel(rstd, group, inside)
+    v = _affine(v, weight, bias, scale, shift, b, c, t, p, mask, inside, channels, sb, sc, st, sp, hb, hc, ht, hp, SILU, 0, None, None,
+                None, None, None)
+    _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first, plane, FLAT)
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """A tensor (B, C, T, H, W) as the kernels take it: with H and W as one, and its four strides."""
+
+    tensor: Tensor | None
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+
+
+def view(tensor: Tensor | None, shape: torch.Size | None = None) -> View:
+    """Copies only where rows of pixels do not follow one another at a constant step. ``shape``: to broadcast to."""
+    if tensor is None:
+        return View(None)
+    if shape is not None:
+        tensor = tensor.expand(shape)
+    flat = tensor.flatten(3)
+    return View(flat, flat.stride())
+
+
+def is_flat(frames: int, plane: int, *views: View) -> bool:
+    """Whether in all tensors frame follows frame at the step of pixels."""
+    return all(v.tensor is None or frames == 1 or v.strides[2] == plane * v.strides[3] for v in views)
+
+
+def tile(width: int, positions: int, planar: bool, values: int = 8192) -> tuple[int, int]:
+    """Positions of a tile of ``width`` channels with about ``values`` values, and its warps. Planar videos want long runs of positions."""
+    block = max(values // width, 32 if planar and width <= 256 else 1)
+    block = min(block, triton.next_power_of_2(max(positions, 1)))
+    return block, 4 if block * width <= values // 2 else 8
+
+
+def chain_types(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, rounding: str) -> list:
+    """The types that the library's intermediate results have, as PyTorch promotes them."""
+    now = x.dtype
+    if rounding == "ltx" and weight is not None:  # to the weight's type if that is narrow, else it stays in float32
+        now = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
+    types = [now]
+    for t in (weight, bias, scale, shift):
+        now = now if t is None else torch.promote_types(now, t.dtype)
+        types.append(now)
+    return [TYPES[t] for t in types]
+
+
+def statistics(vx: View, vr: View, shape: torch.Size, centre: bool, groups: int, per_frame: bool, eps: float, flat: bool) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation of each instance and group, float32 (instances, groups)."""
+    b, channels, frames, h, w = shape
+    span, plane = 1 if per_frame else frames, h * w
+    positions, instances = span * plane, b * (frames // span)
+    planar = vx.strides[1] != 1
+    block_c = min(triton.next_power_of_2(channels), 16 if planar else 128)
+    block, warps = tile(block_c, positions, planar, SUMS)
+    blocks = triton.cdiv(positions, block)
+    # Enough programs to fill a GPU, each with some blocks to read.
+    wanted = max(1, 1024 // max(1, instances * triton.cdiv(channels, block_c)))
+    steps = triton.cdiv(blocks, min(blocks, wanted))
+    parts = triton.cdiv(blocks, steps)
+    device = vx.tensor.device
+    means, squares = torch.empty(2, instances, parts, channels, device=device)
+    mean, rstd = torch.empty(2, instances, groups, device=device)
+    sums_kernel[(instances * parts, triton.cdiv(channels, block_c))](
+        vx.tensor, vr.tensor, means, squares, frames, span, plane, channels, parts, *vx.strides, *vr.strides, centre, flat, block,
+        block_c, num_warps=warps)
+    statistics_kernel[(instances * groups,)](
+        means, squares, mean, rstd, parts, steps, positions, channels, groups, eps, centre, block,
+        min(triton.next_power_of_2(parts), 32), min(triton.next_power_of_2(channels // groups), 32))
+    return mean, rstd
+
+
+def norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+             residual: Tensor | None, y: Tensor, *, kind: str, groups: int, per_frame: bool, eps: float, silu: bool, rounding: str,
+             tail: Tensor | None = None) -> None:
+    """Writes ``y``, and its last frames also to ``tail``; arguments as in :func:`vtok_fast.norm_act`.
+
+    ``y`` and ``tail`` are fresh tensors in one memory format. Scale and shift broadcast to ``x``.
+    """
+    b, channels, frames, h, w = x.shape
+    plane = h * w
+    if x.numel() == 0:
+        return
+    scale, shift = (None if t is None else t.reshape((1,) * (5 - t.dim()) + t.shape) for t in (scale, shift))
+    vx, vr, vy, vt = view(x), view(residual), view(y), view(tail)
+    vs, vh = view(scale, x.shape), view(shift, x.shape)
+    flat = is_flat(frames, plane, vx, vr, vs, vh, vy, vt)
+    planar = vx.strides[1] != 1
+    tail_first = 0 if tail is None else frames - tail.shape[2]
+    strides = (*vx.strides, *vr.strides, *vs.strides, *vh.strides, *vy.strides, *vt.strides[:3])
+    centre = kind in ("layer", "group")
+    with on_device_of(x):
+        if kind in ("layer", "rms"):
+            block_c = triton.next_power_of_2(channels // groups)
+            block, warps = tile(block_c, frames * plane, planar)
+            chain = CHAINS[rounding]
+            types = chain_types(x, weight, bias, scale, shift, rounding) if chain else [None] * 5
+            position_kernel[(b * triton.cdiv(frames * plane, block), groups)](
+                vx.tensor, vr.tensor, weight, bias, vs.tensor, vh.tensor, vy.tensor, vt.tensor, frames, plane, channels, groups, eps,
+                tail_first, *strides, centre, silu, chain, *types, flat, block, block_c, num_warps=warps)
+            return
+        mean, rstd = statistics(vx, vr, x.shape, centre, groups, per_frame, eps, flat)
+        span = 1 if per_frame else frames
+        block_c = min(triton.next_power_of_2(channels), 16 if planar else 128)
+        block, warps = tile(block_c, span * plane, planar)
+        group_kernel[(b * frames // span * triton.cdiv(span * plane, block), triton.cdiv(channels, block_c))](
+            vx.tensor, vr.tensor, weight, bias, vs.tensor, vh.tensor, mean, rstd, vy.tensor, vt.tensor, frames, span, plane, channels,
+            groups, tail_first, *strides, silu, flat, block, block_c, num_warps=warps)
