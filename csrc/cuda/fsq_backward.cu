@@ -67,13 +67,13 @@ backward_any(const T* grad, const T* z, T* grad_z, int64_t positions, const __gr
 
 // Whether the elements fill one range of memory, each place once.
 bool dense(const Tensor& t) {
-  int axes[kMaxRank], n = 0;
-  for (int i = 0; i < t.rank; ++i)
-    if (t.size[i] > 1) axes[n++] = i;
-  std::sort(axes, axes + n, [&](int a, int b) { return t.stride[a] < t.stride[b]; });
-  int64_t step = 1;
-  for (int i = 0; i < n; step *= t.size[axes[i++]])
-    if (t.stride[axes[i]] != step) return false;
+  const int64_t count = t.numel();
+  for (int64_t step = 1; step < count;) {  // the axis that follows those that fill `step` elements
+    int next = 0;
+    while (next < t.rank && (t.size[next] == 1 || t.stride[next] != step)) ++next;
+    if (next == t.rank) return false;
+    step *= t.size[next];
+  }
   return true;
 }
 

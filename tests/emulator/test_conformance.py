@@ -1,0 +1,117 @@
+"""conformance.cu word for word: in the emulator, and on a GPU where there is one, against the layouts that the PTX manual draws."""
+
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import emulator  # noqa: E402
+
+LANES = range(32)
+VALUES = 2048
+WORDS = 12 * 32 + 3 * 128 + 6 * 32 + 64 + 3 * VALUES
+COPIED = 12 * 32 + 3 * 128 + 6 * 32
+
+
+def matrices():
+    """Lane l holds row l // 4, elements 2 (l % 4) and the next, of matrix i; of its transpose where it is transposed."""
+    for count, transposed in ((4, False), (4, True), (2, False), (2, True)):
+        for i in range(count):
+            matrix = 64 * i + np.arange(64).reshape(8, 8)
+            matrix = matrix.T if transposed else matrix
+            for lane in LANES:
+                low, high = matrix[lane // 4, lane % 4 * 2:][:2]
+                yield int(low) | int(high) << 16
+
+
+def integer(lane, operand, i, half):
+    return (lane * 7 + i * 13 + half * 5 + operand * 3 + lane * lane * i) % 9 - 4
+
+
+def products(wide, k):
+    """d + a b with a, b, d put together from the registers: groups of four lanes are rows of a and d and columns of b."""
+    a, b, d = np.full((16, k), 99), np.full((k, 8), 99), np.full((16, 8), 99)
+    for lane in LANES:
+        group, within = divmod(lane, 4)
+        for half in range(wide):
+            column = within * wide + half
+            a[group, column], a[group + 8, column] = integer(lane, 0, 0, half), integer(lane, 0, 1, half)
+            a[group, column + k // 2], a[group + 8, column + k // 2] = integer(lane, 0, 2, half), integer(lane, 0, 3, half)
+            b[column, group], b[column + k // 2, group] = integer(lane, 1, 0, half), integer(lane, 1, 1, half)
+        d[group, 2 * within], d[group, 2 * within + 1] = integer(lane, 2, 0, 0), integer(lane, 2, 1, 0)
+        d[group + 8, 2 * within], d[group + 8, 2 * within + 1] = integer(lane, 2, 2, 0), integer(lane, 2, 3, 0)
+    d = d + a @ b
+    for row, column in ((0, 0), (0, 1), (8, 0), (8, 1)):
+        yield from (int(d[lane // 4 + row, lane % 4 * 2 + column]) & 0xFFFFFFFF for lane in LANES)
+
+
+def exchanges():
+    sources = (lambda n: n ^ 9, lambda n: n ^ 17 if (n ^ 17) // 16 <= n // 16 else n, lambda n: n // 8 * 8 + 3,
+               lambda n: n + 5 if n + 5 < 32 else n, lambda n: n - 3 if n % 16 >= 3 else n)
+    for source in sources:
+        yield from (100 + source(lane) for lane in LANES)
+    yield from [sum(1 << lane for lane in LANES if lane % 3 == 1)] * 32
+
+
+def copies():
+    zeros = {8, 9, 10, 11, 18, 19, 30}
+    yield from (0 if i in zeros else 2 * (i + 1) for i in LANES)
+    for i in range(32):
+        yield struct.unpack("<I", struct.pack("<f", 0.5 + (16 * i + 6 if i < 8 else 0)))[0]
+
+
+def conversions():
+    i = np.arange(VALUES, dtype=np.uint64)
+    bits = ((i * 2654435761) & 0xFFFFFFFF).astype(np.uint32)
+    value = torch.from_numpy(bits.view(np.float32))
+    small = torch.from_numpy(((bits >> 8).astype(np.int64) - (1 << 23)).astype(np.float32)) / torch.from_numpy(2.0 ** (i // 2 % 31)).float()
+    half = torch.where(torch.from_numpy(i % 2 == 1), value, small).half()
+    sixteen = [np.where(v.isnan(), 0x7FFF, v.view(torch.int16).numpy().view(np.uint16)).astype(np.uint32) for v in (value.bfloat16(), half)]
+    # To the nearest of 10 mantissa bits, ties away from zero: in float64, where half a unit can be added to the size.
+    with np.errstate(all="ignore"):
+        wide = np.abs(value.numpy().astype(np.float64))
+        unit = 2.0 ** (np.maximum(np.floor(np.log2(np.where(wide > 0, wide, 1))), -126) - 10)
+        tf32 = np.where(np.isfinite(wide), np.floor(wide / unit + 0.5) * unit * np.sign(value.numpy().astype(np.float64)), 0).astype(np.float32)
+    tf32 = np.where(value.isnan() | value.isinf(), bits & 0xFFFFE000, tf32.view(np.uint32) | bits & 0x80000000)
+    back = np.where(half.isnan(), 0x7FFFFFFF, half.float().numpy().view(np.uint32))
+    for a, b, c, d in zip(*sixteen, tf32, back):
+        yield from (int(a) | int(b) << 16, int(c), int(d))
+
+
+def check(words):
+    at = 0
+    for name, part in (("matrices", matrices()), ("bf16 products", products(2, 16)), ("fp16 products", products(2, 16)),
+                       ("tf32 products", products(1, 8)), ("exchanges", exchanges()), ("copies", copies()), ("conversions", conversions())):
+        want = list(part)
+        got = words[at:at + len(want)]
+        wrong = [f"word {i}: {g:08x}, not {w:08x}" for i, (g, w) in enumerate(zip(got, want)) if g != w]
+        assert not wrong and len(got) == len(want), f"{name}: {len(wrong)} words differ, {wrong[:8]}"
+        at += len(want)
+    assert at == len(words)
+
+
+@pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
+@pytest.mark.parametrize("seed", range(3))
+def test_emulator(seed):
+    library = emulator.build("tests/emulator/conformance.cu", exports={"run": "vtok::cuda::conformance"},
+                             glue="namespace vtok::cuda { Status conformance(const Tensor&); }")
+    words = torch.full((WORDS,), -1, dtype=torch.int32)
+    words[COPIED:COPIED + 32] = torch.arange(1, 33)
+    words[COPIED + 32:COPIED + 64] = 0x3F000000
+    library.run(words, seed=seed)
+    check([n & 0xFFFFFFFF for n in words.tolist()])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or shutil.which("nvcc") is None, reason="needs a GPU and nvcc")
+def test_gpu(tmp_path):
+    program = tmp_path / "conformance"
+    subprocess.run(["nvcc", "-std=c++17", "-arch=native", "-I", HERE.parents[1] / "csrc", HERE / "conformance.cu", "-o", program], check=True)
+    check([int(line, 16) for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()])
