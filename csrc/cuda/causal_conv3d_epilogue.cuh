@@ -41,51 +41,53 @@ struct Epilogue {
   float alpha;
 };
 
-// Where row m of a tile begins in the output and in the residual, in elements.
+// Where a position begins in the output and in the residual, in elements.
 struct RowOffsets {
   int64_t out, residual;
 };
 
 __device__ inline RowOffsets row_offsets(const Epilogue& e, const Position& p) {
-  const int64_t t = int64_t(p.t) * e.spread[0], h = int64_t(p.h) * e.spread[1], w = int64_t(p.w) * e.spread[2];
-  RowOffsets r;
+  const int t = p.t * e.spread[0], h = p.h * e.spread[1], w = p.w * e.spread[2];
+  RowOffsets r = {};
   r.out = p.b * e.out_stride[0] + t * e.out_stride[1] + h * e.out_stride[2] + w * e.out_stride[3];
-  const int64_t rt = !e.residual_once ? t / e.residual_upsample[0] : t == 0 ? 0 : 1 + (t - 1) / e.residual_upsample[0];
-  r.residual = p.b * e.residual_stride[0] + rt * e.residual_stride[1] + h / e.residual_upsample[1] * e.residual_stride[2] +
-               w / e.residual_upsample[2] * e.residual_stride[3];
+  if (e.residual) {
+    const int rt = !e.residual_once ? divided(t, e.residual_upsample[0]) : t == 0 ? 0 : 1 + (t - 1) / e.residual_upsample[0];
+    r.residual = p.b * e.residual_stride[0] + rt * e.residual_stride[1] + divided(h, e.residual_upsample[1]) * e.residual_stride[2] +
+                 divided(w, e.residual_upsample[2]) * e.residual_stride[3];
+  }
   return r;
 }
 
+// Where kernel channel n lies within a pixel, or within the pixels that depth-to-space makes of one.
+__device__ inline int64_t channel_offset(const Epilogue& e, int n, const int64_t (&stride)[4]) {
+  if (e.channels == e.all_channels) return n;
+  const int phase = n / e.channels, k = phase % e.spread[2], j = phase / e.spread[2] % e.spread[1];
+  return n - phase * e.channels + phase / (e.spread[2] * e.spread[1]) * stride[1] + j * stride[2] + k * stride[3];
+}
+
 __device__ inline float finish(const Epilogue& e, float v, float residual) {
-  if (e.silu) v = v / (1 + expf(-v));
+  if (e.silu) v = __fdividef(v, 1 + __expf(-v));  // within 2^-20, also in float32
   if (!e.residual) return v;
   return e.blend ? e.alpha * residual + (1 - e.alpha) * v : v + residual;
 }
 
-// Stores v[0 .. count), kernel channels n .. n + count - 1 of one row.
+// Finishes and stores the sums of kernel channels n to n + 7 of one position; e.vectors must hold.
 template <class T>
-__device__ inline void finish_and_store(const Epilogue& e, const float (&v)[8], RowOffsets row, int n, int count) {
-  auto place = [&](int channel, const int64_t (&stride)[4]) {
-    if (e.channels == e.all_channels) return int64_t(channel);
-    const int phase = channel / e.channels, k = phase % e.spread[2], j = phase / e.spread[2] % e.spread[1];
-    return channel % e.channels + phase / (e.spread[2] * e.spread[1]) * stride[1] + j * stride[2] + k * stride[3];
-  };
-  T* out = static_cast<T*>(e.out) + row.out;
-  const T* residual = static_cast<const T*>(e.residual) + row.residual;
-  if (e.vectors) {
-    Vector8<T> r{}, y;
-    if (e.residual) r.load(residual + place(n, e.residual_stride));
+__device__ inline void store_eight(const Epilogue& e, const float (&v)[8], RowOffsets row, int n) {
+  Vector8<T> r{}, y;
+  if (e.residual) r.load(static_cast<const T*>(e.residual) + row.residual + channel_offset(e, n, e.residual_stride));
 #pragma unroll
-    for (int i = 0; i < 8; ++i) y.value[i] = ptx::from_float<T>(finish(e, v[i], ptx::to_float(r.value[i])));
-    y.store(out + place(n, e.out_stride));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < count) {
-        const float r = e.residual ? ptx::to_float(ptx::ld_global(residual + place(n + i, e.residual_stride))) : 0;
-        ptx::st_global(out + place(n + i, e.out_stride), ptx::from_float<T>(finish(e, v[i], r)));
-      }
-  }
+  for (int i = 0; i < 8; ++i) y.value[i] = ptx::from_float<T>(finish(e, v[i], ptx::to_float(r.value[i])));
+  y.store(static_cast<T*>(e.out) + row.out + channel_offset(e, n, e.out_stride));
+}
+
+// The same for one channel, of any alignment.
+template <class T>
+__device__ inline void store_one(const Epilogue& e, float v, RowOffsets row, int n) {
+  float r = 0;
+  if (e.residual)
+    r = ptx::to_float(ptx::ld_global(static_cast<const T*>(e.residual) + row.residual + channel_offset(e, n, e.residual_stride)));
+  ptx::st_global(static_cast<T*>(e.out) + row.out + channel_offset(e, n, e.out_stride), ptx::from_float<T>(finish(e, v, r)));
 }
 
 }  // namespace vtok::cuda

@@ -108,7 +108,6 @@ Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* s
   Source& source = task.source;
   const int bytes = element_size(task.dtype), slice = kRowBytes / bytes;
   const int taps = source.kernel[1] * source.kernel[2];
-  weight.block_channels = weight.channels % slice == 0 ? slice : weight.channels;
   weight.k_frame = int(divide_up(int64_t(taps) * weight.channels, slice) * slice);
 
   Device device;
@@ -120,13 +119,14 @@ Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* s
   const Variant& tile = *chosen.tile;
 
   ConvParams p = {};
-  p.source = source, p.epilogue = task.epilogue, p.bias = task.bias;
+  p.source = source, p.epilogue = task.epilogue;
   p.channels = weight.channels, p.outputs = weight.outputs;
-  p.block_channels = weight.block_channels, p.k_frame = weight.k_frame;
+  p.k_frame = weight.k_frame;
   p.weight_row_bytes = int64_t(source.kernel[0]) * weight.k_frame * bytes;
   p.tiles_n = int(divide_up(weight.outputs, tile.n));
   p.partial_stride = int(divide_up(weight.outputs, 8) * 8);
   char* relaid = workspace.take(int64_t(weight.groups) * weight.outputs * p.weight_row_bytes);
+  float* bias = workspace.take<float>(weight.groups * weight.outputs);
   if (chosen.splits > 1) p.partial = workspace.take<float>(chosen.splits * source.positions * p.partial_stride);
   if (workspace.only_counts() || source.positions == 0) return Status::Ok();
 
@@ -135,8 +135,8 @@ Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* s
     return Status::Unsupported("x: more tiles or groups than a grid holds");
   const int64_t last_plane = (source.length[1] / source.upsample[1] - 1) * source.row_units + (source.length[2] / source.upsample[2] - 1) * source.col_units;
   if (last_plane >= kNothing) return Status::Unsupported("x: a frame is too large");
-  p.weight = relaid;
-  VTOK_RETURN_IF_ERROR(relay_weight(weight, bytes, relaid, stream_handle));
+  p.weight = relaid, p.bias = weight.bias ? bias : nullptr;
+  VTOK_RETURN_IF_ERROR(relay_weight(weight, task.dtype, relaid, bias, stream_handle));
   const dim3 grid(unsigned(blocks), unsigned(chosen.splits), unsigned(weight.groups));
   VTOK_RETURN_IF_ERROR(VTOK_LAUNCH(tile.kernel, grid, dim3(tile.threads), tile.shared_bytes(source.kernel), stream, p));
   if (chosen.splits == 1) return Status::Ok();
@@ -162,10 +162,10 @@ Status causal_conv3d(const ConvProblem& problem, ConvChoice choice, void* worksp
   if (!adjacent(out) || !adjacent(residual)) return Status::Invalid("out, residual: the channel stride must be 1");
 
   task.chunks = bind_source(x, problem.cache, problem.groups, &s);
-  task.bias = problem.bias.data, task.dtype = x.dtype, task.tf32 = problem.allow_tf32;
+  task.dtype = x.dtype, task.tf32 = problem.allow_tf32;
   RelaidWeight& w = task.weight;
   w.groups = problem.groups, w.outputs = outputs / problem.groups, w.channels = int(weight.size[1]);
-  w.phases = phases, w.phase_channels = w.outputs / phases;
+  w.phases = phases, w.phase_channels = w.outputs / phases, w.bias = problem.bias.data;
   w.from = {weight.data, w.outputs * weight.stride[0], weight.stride[0], weight.stride[1],
             {weight.stride[2], weight.stride[3], weight.stride[4]}};
   std::copy(s.kernel, s.kernel + 3, w.kernel);

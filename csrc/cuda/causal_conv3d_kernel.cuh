@@ -1,14 +1,14 @@
-// Implicit GEMM: M = output positions, N = output channels, K = (time tap, block of channels, plane tap, channel of the block).
+// Implicit GEMM: M = output positions, N = output channels, K = (time tap, plane tap, channel).
 //
 // A block computes a tile of kM positions by kN channels, in slices of 64 bytes of K through a ring of kStages cp.async stages.
 // The trick: everything the padding rules say is in two tables of addresses (causal_conv3d_source.cuh), made once per block; the
 // main loop adds two table entries per 16-byte chunk, and zero padding is cp.async's zero fill. A time tap that no row of the tile
 // reads (zeros before the first frame) is left out of the loop and costs nothing.
-// Plane taps are the fast axis of K within a block of channels, so that the nine taps of a 3x3 plane read the same lines of L1.
 //
-// Floor of a 3x3x3 layer of 128 channels on P positions: 27*128*128*P multiply-adds; 2*2*128*P bytes of activations.
-// Traffic from L2 to shared memory: (kM + kN) * 64 bytes per kM*kN*32 multiply-adds; 256x128 moves 24 KiB per 1.05 M, which at
-// 300 TFLOP/s is 3.5 TB/s, less what L1 holds of the taps. Registers and shared memory of each tile: see causal_conv3d_fwd.cu.
+// Floor of a 3x3x3 layer of 128 channels on P positions in half precision: 27*128*128*P multiply-adds, 512*P bytes of activations.
+// Per slice of a 256x128 tile, 1.05 M multiply-adds: 24 KiB from L2 to shared memory, 64 KiB from there to the registers. At 128
+// bytes a cycle that is 704 cycles of the memory pipe, against 1024 of an A100's matrix units. Of about 220 instructions that a warp
+// executes per slice 64 are products; see causal_conv3d_fwd.cu for the registers and shared memory of each tile.
 #pragma once
 #include "cuda/causal_conv3d_epilogue.cuh"
 #include "cuda/causal_conv3d_math.cuh"
@@ -20,12 +20,11 @@ struct ConvParams {
   Source source;
   Epilogue epilogue;
   const char* weight;        // relaid: [groups * outputs][kt][k_frame]
-  const void* bias;          // or null
+  const float* bias;         // relaid: [groups * outputs], or null
   float* partial;            // [splits][positions][partial_stride], where splits > 1
   int64_t weight_row_bytes;
   int partial_stride;
   int channels, outputs;     // of one group
-  int block_channels;        // channels of a K block: one slice, or all where a slice does not divide them
   int k_frame;               // K of one time tap: kh*kw*channels, rounded up to a slice
   int tiles_n;
 };
@@ -52,21 +51,11 @@ struct ConvTile {
 
 // One thread's place along the K of a time tap.
 struct KPlace {
-  int channel, base, tap;
+  int channel, tap;
 
-  __device__ void seek(int k, const ConvParams& p, int taps) {
-    const int block = k / (taps * p.block_channels);
-    k -= block * taps * p.block_channels;
-    base = block * p.block_channels;
-    tap = k / p.block_channels;
-    channel = k - tap * p.block_channels;
-  }
-  __device__ void advance(int step, const ConvParams& p, int taps) {
-    channel += step;
-    while (channel >= p.block_channels) {
-      channel -= p.block_channels;
-      if (++tap == taps) tap = 0, base += p.block_channels;
-    }
+  __device__ void seek(int k, int channels) { tap = k / channels, channel = k - tap * channels; }
+  __device__ void advance(int step, int channels) {
+    for (channel += step; channel >= channels; channel -= channels) ++tap;
   }
 };
 
@@ -108,7 +97,7 @@ struct Loader {
     dt = -1;
     for (int skip = iteration / slices; skip >= 0; --skip) do ++dt; while (!(alive >> dt & 1));
     slice = iteration % slices;
-    place.seek(slice * Tile::kSlice + first_k(), p, taps);
+    place.seek(slice * Tile::kSlice + first_k(), p.channels);
     weight += (int64_t(dt) * p.k_frame + slice * Tile::kSlice) * int(sizeof(T));
     enter_frame();
   }
@@ -116,7 +105,7 @@ struct Loader {
   __device__ void advance() {
     weight += kRowBytes;
     if (++slice < slices) {
-      place.advance(Tile::kSlice, p, taps);
+      place.advance(Tile::kSlice, p.channels);
       return;
     }
     if (!(alive >> dt >> 1)) return;  // that was the last
@@ -124,16 +113,16 @@ struct Loader {
     do ++dt; while (!(alive >> dt & 1));
     weight += int64_t(dt - before - 1) * p.k_frame * int(sizeof(T));
     slice = 0;
-    place.seek(first_k(), p, taps);
+    place.seek(first_k(), p.channels);
     enter_frame();
   }
 
   __device__ void load(uint32_t stage) const {
-    const bool inside = place.base < p.channels;  // else this is the padding at the end of the time tap's K
+    const bool inside = place.tap < taps;  // else this is the padding at the end of the time tap's K
     if constexpr (Tile::kGather) {
       constexpr int kPerChunk = 16 / sizeof(T);
       const int column = threadIdx.x % Tile::kSlice;
-      const int64_t channel = int64_t(place.base + place.channel) * p.source.channel_bytes;
+      const int64_t channel = int64_t(place.channel) * p.source.channel_bytes;
 #pragma unroll 8
       for (int r = threadIdx.x / Tile::kSlice; r < Tile::kM; r += kGatherRows) {
         const uint64_t from = ptx::ld_shared<uint64_t>(table.frame_at(dt, r));
@@ -144,12 +133,12 @@ struct Loader {
         ptx::st_shared<Bits>(stage + swizzled(r, column / kPerChunk) + column % kPerChunk * int(sizeof(T)), value);
       }
     } else {
-      const int channel = (place.base + place.channel) * int(sizeof(T));
+      const int channel = place.channel * int(sizeof(T));
 #pragma unroll
       for (int i = 0; i < kChunkPasses; ++i) {
         const int r = row + i * kChunkRows;
-        const uint32_t plane = ptx::ld_shared<uint32_t>(table.plane_at(place.tap, r));
-        const bool exists = inside && frame[i] && plane != kNothing;
+        const uint32_t plane = inside ? ptx::ld_shared<uint32_t>(table.plane_at(place.tap, r)) : kNothing;
+        const bool exists = frame[i] && plane != kNothing;
         const uint64_t from = exists ? frame[i] + uint64_t(plane) * 16 + channel : reinterpret_cast<uint64_t>(p.weight);
         ptx::cp_async<16>(stage + swizzled(r, chunk), reinterpret_cast<const void*>(from), exists);
       }
@@ -193,19 +182,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_kernel(con
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int n = n0 + warp_n + j * 8 + lane % 4 * 2 + h;
-      float bias = 0;
-      if (p.bias && split == 0 && n < p.outputs) {
-        const int kernel_channel = group * p.outputs + n;
-        const int phases = e.all_channels / e.channels;
-        const int channel = kernel_channel % e.channels * phases + kernel_channel / e.channels;
-        bias = ptx::to_float(ptx::ld_global(static_cast<const T*>(p.bias) + channel));
-      }
+      const float bias = p.bias && split == 0 && n < p.outputs ? ptx::ld_global(p.bias + group * p.outputs + n) : 0;
 #pragma unroll
       for (int i = 0; i < MI; ++i) acc[i][j][h] = acc[i][j][2 + h] = bias;
     }
 
+  float total[MI][NI][4] = {};  // no registers where Math sums in one level
+
   if (begin < end) loader.seek(begin);
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
     if (begin + s < end) {
       loader.load(ring + s * Tile::kStageBytes);
@@ -223,10 +208,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_kernel(con
     }
     ptx::cp_async_commit();
     Tile::Math::multiply(acc, read + warp_m * kRowBytes, read + (Tile::kM + warp_n) * kRowBytes, lane);
+    if constexpr (Tile::Math::kTwoLevels)
+      if (it % 16 == 15) flush(total, acc);
     write = read;
     read = read + Tile::kStageBytes == after_ring ? ring : read + Tile::kStageBytes;
   }
   ptx::cp_async_wait<0>();
+  if constexpr (Tile::Math::kTwoLevels) flush(acc, total);
 
   if (splits > 1) {
 #pragma unroll
@@ -262,14 +250,26 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_kernel(con
         ptx::st_shared(staging + ((lane / 4 + h * 8) * Tile::kStagingStride + j * 8 + lane % 4 * 2) * 4,
                        make_float2(acc[i][j][h * 2], acc[i][j][h * 2 + 1]));
     __syncwarp();
-    for (int q = lane; q < 16 * NI; q += 32) {
-      const int r = q / NI, c = q % NI * 8, row = warp_m + i * 16 + r, n = n0 + warp_n + c;
-      if (m0 + row < p.source.positions && n < p.outputs) {
-        const uint32_t from = staging + (r * Tile::kStagingStride + c) * 4;
-        const float4 lo = ptx::ld_shared<float4>(from), hi = ptx::ld_shared<float4>(from + 16);
-        const float v[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-        const RowOffsets offsets = {ptx::ld_shared<int64_t>(after_ring + row * 16), ptx::ld_shared<int64_t>(after_ring + row * 16 + 8)};
-        finish_and_store<T>(e, v, offsets, group * p.outputs + n, p.outputs - n);
+    const int row = warp_m + i * 16;
+    auto offsets = [&](int r) {
+      return RowOffsets{ptx::ld_shared<int64_t>(after_ring + (row + r) * 16), ptx::ld_shared<int64_t>(after_ring + (row + r) * 16 + 8)};
+    };
+    if (e.vectors) {
+#pragma unroll 1
+      for (int q = lane; q < 16 * NI; q += 32) {
+        const int r = q / NI, c = q % NI * 8, n = n0 + warp_n + c;
+        if (m0 + row + r < p.source.positions && n < p.outputs) {
+          const uint32_t from = staging + (r * Tile::kStagingStride + c) * 4;
+          const float4 lo = ptx::ld_shared<float4>(from), hi = ptx::ld_shared<float4>(from + 16);
+          store_eight<T>(e, {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w}, offsets(r), group * p.outputs + n);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int q = lane; q < 16 * Tile::kWarpN; q += 32) {
+        const int r = q / Tile::kWarpN, c = q % Tile::kWarpN, n = n0 + warp_n + c;
+        if (m0 + row + r < p.source.positions && n < p.outputs)
+          store_one<T>(e, ptx::ld_shared<float>(staging + (r * Tile::kStagingStride + c) * 4), offsets(r), group * p.outputs + n);
       }
     }
     __syncwarp();
@@ -283,13 +283,25 @@ __global__ void __launch_bounds__(256) reduce_splits_kernel(const ConvParams p, 
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, m = index / chunks;
   if (m >= p.source.positions) return;
   const int n = int(index % chunks) * 8;
-  float v[8] = {};
-  for (int s = 0; s < splits; ++s) {
-    const float4* from = reinterpret_cast<const float4*>(p.partial + (s * p.source.positions + m) * p.partial_stride + n);
-    const float4 lo = ptx::ld_global(from), hi = ptx::ld_global(from + 1);
-    v[0] += lo.x, v[1] += lo.y, v[2] += lo.z, v[3] += lo.w, v[4] += hi.x, v[5] += hi.y, v[6] += hi.z, v[7] += hi.w;
+  const RowOffsets row = row_offsets(p.epilogue, position_of(m, p.source.out));
+  const float* first = p.partial + m * p.partial_stride + n;
+  const int64_t split_stride = p.source.positions * p.partial_stride;
+  if (p.epilogue.vectors) {
+    float v[8] = {};
+    for (int s = 0; s < splits; ++s) {
+      const float4* from = reinterpret_cast<const float4*>(first + s * split_stride);
+      const float4 lo = ptx::ld_global(from), hi = ptx::ld_global(from + 1);
+      v[0] += lo.x, v[1] += lo.y, v[2] += lo.z, v[3] += lo.w, v[4] += hi.x, v[5] += hi.y, v[6] += hi.z, v[7] += hi.w;
+    }
+    store_eight<T>(p.epilogue, v, row, n);
+    return;
   }
-  finish_and_store<T>(p.epilogue, v, row_offsets(p.epilogue, position_of(m, p.source.out)), n, p.outputs - n);
+#pragma unroll 1
+  for (int i = 0; i < 8 && n + i < p.outputs; ++i) {
+    float v = 0;
+    for (int s = 0; s < splits; ++s) v += ptx::ld_global(first + s * split_stride + i);
+    store_one<T>(p.epilogue, v, row, n + i);
+  }
 }
 
 }  // namespace vtok::cuda

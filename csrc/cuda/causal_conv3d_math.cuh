@@ -20,11 +20,26 @@ __device__ inline uint32_t swizzled_column(int k, int column) {  // byte offset 
   return k * int(Cols * sizeof(T)) + (((column / kPerChunk) ^ (k & 7)) << 4) + column % kPerChunk * int(sizeof(T));
 }
 
+// Moves the sums so far to `total`. Float32 results sum K in two levels, so that rounding grows with K^(1/4), not K^(1/2).
+template <int MI, int NI>
+__device__ inline void flush(float (&total)[MI][NI], float (&acc)[MI][NI]) {
+#pragma unroll
+  for (int i = 0; i < MI; ++i)
+#pragma unroll
+    for (int j = 0; j < NI; ++j) total[i][j] += acc[i][j], acc[i][j] = 0;
+}
+template <int MI, int NI>
+__device__ inline void flush(float (&total)[MI][NI][4], float (&acc)[MI][NI][4]) {
+#pragma unroll
+  for (int i = 0; i < MI; ++i) flush(total[i], acc[i]);
+}
+
 // ---- on the matrix units ------------------------------------------------------------------------------------------------------
 
 template <class T, bool Tf32>
 struct MatrixUnit {
   using Type = T;
+  static constexpr bool kTwoLevels = false;  // the operands' rounding is far larger
   static constexpr int kDepth = 32 / sizeof(T);  // K of one mma
 
   __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -125,6 +140,7 @@ struct MatrixUnit {
 
 struct MultiplyAdd {
   using Type = float;
+  static constexpr bool kTwoLevels = true;
 
   template <int MI, int NI>
   __device__ static void multiply(float (&acc)[MI][NI][4], uint32_t a, uint32_t b, int lane) {

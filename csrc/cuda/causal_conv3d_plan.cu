@@ -8,18 +8,18 @@ namespace vtok::cuda {
 namespace {
 
 // One element per thread, written in order: k_frame elements of one time tap of one kernel channel.
-template <class Bits>
-__global__ void __launch_bounds__(256) relay_weight_kernel(const RelaidWeight w, Bits* to) {
+template <class T>
+__global__ void __launch_bounds__(256) relay_weight_kernel(const RelaidWeight w, T* to, float* bias_to) {
   const int row = blockIdx.x, group = row / w.outputs, kernel_n = row % w.outputs, dt = blockIdx.y;
   const int n = kernel_n % w.phase_channels * w.phases + kernel_n / w.phase_channels;
-  const int taps = w.kernel[1] * w.kernel[2], block_k = taps * w.block_channels;
-  const Bits* from = static_cast<const Bits*>(w.from.data) + group * w.from.group + n * w.from.n + dt * w.from.tap[0];
-  Bits* row_to = to + (int64_t(row) * w.kernel[0] + dt) * w.k_frame;
+  const T* from = static_cast<const T*>(w.from.data) + group * w.from.group + n * w.from.n + dt * w.from.tap[0];
+  if (w.bias && dt == 0 && threadIdx.x == 0)
+    ptx::st_global(bias_to + row, ptx::to_float(ptx::ld_global(static_cast<const T*>(w.bias) + group * w.outputs + n)));
+  T* row_to = to + (int64_t(row) * w.kernel[0] + dt) * w.k_frame;
   for (int k = threadIdx.x; k < w.k_frame; k += blockDim.x) {
-    const int block = k / block_k, in_block = k % block_k, tap = in_block / w.block_channels;
-    const int channel = block * w.block_channels + in_block % w.block_channels;
-    Bits value = 0;  // the padding at the end
-    if (channel < w.channels)
+    const int tap = k / w.channels, channel = k - tap * w.channels;
+    T value = ptx::from_float<T>(0);  // the padding at the end
+    if (tap < w.kernel[1] * w.kernel[2])
       value = ptx::ld_global(from + channel * w.from.channel + tap / w.kernel[2] * w.from.tap[1] + tap % w.kernel[2] * w.from.tap[2]);
     ptx::st_global(row_to + k, value);
   }
@@ -27,11 +27,15 @@ __global__ void __launch_bounds__(256) relay_weight_kernel(const RelaidWeight w,
 
 }  // namespace
 
-Status relay_weight(const RelaidWeight& w, int element_bytes, void* to, void* stream) {
+Status relay_weight(const RelaidWeight& w, DType dtype, void* to, float* bias_to, void* stream) {
   const dim3 grid(unsigned(w.groups * w.outputs), unsigned(w.kernel[0]));
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  if (element_bytes == 2) return VTOK_LAUNCH(relay_weight_kernel<uint16_t>, grid, dim3(256), 0, s, w, static_cast<uint16_t*>(to));
-  return VTOK_LAUNCH(relay_weight_kernel<uint32_t>, grid, dim3(256), 0, s, w, static_cast<uint32_t*>(to));
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    return VTOK_LAUNCH(relay_weight_kernel<T>, grid, dim3(256), 0, static_cast<cudaStream_t>(stream), w, static_cast<T*>(to), bias_to);
+  };
+  if (dtype == DType::f16) return run(__half());
+  if (dtype == DType::bf16) return run(__nv_bfloat16());
+  return run(float());
 }
 
 Status make_source(const ConvProblem& p, Source* source) {

@@ -31,15 +31,17 @@ struct WeightView {  // element strides; negative where a tap is mirrored, and t
   int64_t group, n, channel, tap[3];
 };
 
-// The weights as the kernels read them: [groups * outputs][kt][k_frame], k_frame in blocks of block_channels (see ConvParams).
+// The weights as the kernels read them, [groups * outputs][kt][k_frame], k_frame = (plane tap, channel) and zeros up to whole slices;
+// and the bias in float32.
 // One launch per call, at a cost of one read and one write of the weights: the kernels never see a stale copy.
 struct RelaidWeight {
   WeightView from;
   int groups, outputs, channels, kernel[3];
-  int block_channels, k_frame;
+  int k_frame;
   int phases, phase_channels;  // depth-to-space: kernel channel n is row n % phase_channels * phases + n / phase_channels
+  const void* bias;            // or null
 };
-Status relay_weight(const RelaidWeight& w, int element_bytes, void* to, void* stream);
+Status relay_weight(const RelaidWeight& w, DType dtype, void* to, float* bias_to, void* stream);
 
 // A source of `length` (upsampled) coordinates for outputs of `out`, everything of the forward call but dgrad's changes.
 Status make_source(const ConvProblem& p, Source* source);
@@ -56,7 +58,6 @@ struct ConvTask {
   bool chunks;  // 16-byte chunks of channels can be read
   Epilogue epilogue;
   RelaidWeight weight;
-  const void* bias;
   DType dtype;
   bool tf32;
 };

@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
   const SliceLoader<Tile> loader(p, table, group, m0, n0);
 
   float acc[MI][NI][4] = {}, bias[MI][4] = {};
-#pragma unroll
+  float total[MI][NI][4] = {}, total_bias[MI][4] = {};  // no registers where Math sums in one level
+#pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
     if (begin + s < end) loader.load(ring + s * Tile::kStageBytes, begin + s, s * Tile::kSlice);
     ptx::cp_async_commit();
@@ -125,10 +126,13 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
     ptx::cp_async_commit();
     Tile::Math::template multiply_transposed<Tile::kSlice, Tile::kM, Tile::kN>(acc, bias, ones, read, read + Tile::kM * kRowBytes, warp_m,
                                                                               warp_n, lane);
+    if constexpr (Tile::Math::kTwoLevels)
+      if ((slice - begin) % kSlicesPerBatch == kSlicesPerBatch - 1) flush(total, acc), flush(total_bias, bias);
     write = read;
     read = read + Tile::kStageBytes == after_ring ? ring : read + Tile::kStageBytes;
   }
   ptx::cp_async_wait<0>();
+  if constexpr (Tile::Math::kTwoLevels) flush(acc, total), flush(bias, total_bias);
 
   const int64_t rows = int64_t(gridDim.z) * p.outputs;
 #pragma unroll
