@@ -73,11 +73,13 @@ void ldmatrix(const char* what, uint32_t (&r)[N], uint32_t smem, bool transposed
       emu::bank_conflicts += *std::max_element(rows_in_banks, rows_in_banks + 8) - 1;
       for (int lane = 0; lane < 32; ++lane) {
         emu::Thread& by = emu::block.threads[32 * emu::self->warp + lane];
-        for (int e = 0; e < 2; ++e) {
-          const int row = transposed ? 2 * (lane % 4) + e : lane / 4, column = transposed ? lane / 4 : 2 * (lane % 4) + e;
-          emu::read_shared(reinterpret_cast<uint16_t*>(&lanes[lane]->r[i]) + e, lanes[8 * i + row]->address + 2 * column, 2, 2, what,
-                           where, by);
+        if (!transposed) {
+          emu::read_shared(&lanes[lane]->r[i], lanes[8 * i + lane / 4]->address + 4 * (lane % 4), 4, 4, what, where, by);
+          continue;
         }
+        for (int e = 0; e < 2; ++e)
+          emu::read_shared(reinterpret_cast<uint16_t*>(&lanes[lane]->r[i]) + e, lanes[8 * i + 2 * (lane % 4) + e]->address + 2 * (lane / 4), 2, 2,
+                           what, where, by);
       }
     }
   });
