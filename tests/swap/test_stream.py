@@ -24,8 +24,9 @@ def wan21():
 
 
 def wan22():
-    return diffusers.AutoencoderKLWan(base_dim=8, decoder_base_dim=12, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
-                                      is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
+    return diffusers.AutoencoderKLWan(base_dim=8, decoder_base_dim=12, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4,
+                                      latents_std=[1.0] * 4, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+                                      scale_factor_spatial=16)
 
 
 def cogvideox():
@@ -221,10 +222,11 @@ def test_impossible_chunks_are_named():
 
 
 def test_models_that_cannot_stream_say_why():
-    hunyuan = diffusers.AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4)
+    hunyuan = diffusers.AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1,
+                                                  norm_num_groups=4)
     with pytest.raises(TypeError, match="AutoencoderKLHunyuanVideo cannot stream: its norms"):
         vtok_fast.stream(hunyuan)
-    with pytest.raises(TypeError, match="a Conv3d cannot stream: no way"):
+    with pytest.raises(TypeError, match="model: Conv3d cannot stream: no way"):
         vtok_fast.stream(nn.Conv3d(1, 1, 1))
     with pytest.raises(TypeError, match="model: expected an nn.Module, got str"):
         vtok_fast.stream("wan")

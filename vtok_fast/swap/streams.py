@@ -33,7 +33,8 @@ def stream(model: nn.Module) -> Any:
         return model.stream()
     kind = type(model).__name__
     if not type(model).__module__.startswith("diffusers.models.autoencoders.") or kind not in _STREAMS:
-        raise TypeError(f"model: a {kind} cannot stream: {_WHY_NOT.get(kind, 'no way to carry its state from chunk to chunk is known')}")
+        why = _WHY_NOT.get(kind, "no way to carry its state from chunk to chunk is known")
+        raise TypeError(f"model: {kind} cannot stream: {why}")
     return _STREAMS[kind](model)
 
 
@@ -151,7 +152,7 @@ class WanStream(Stream):
 
 
 class CogVideoXStream(Stream):
-    """Its norms take their statistics over a chunk, so the plan matters; the model's own is :meth:`chunks`."""
+    """Its norms take their statistics over a chunk, so the plan matters; ``chunks`` and ``latent_chunks`` are the model's own."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -222,7 +223,8 @@ class VidTokStream(Stream):
     def _run(self, network: nn.Module, x: Tensor, state: dict | None, offsets: dict[nn.Module, int]) -> tuple[Tensor, dict]:
         layers = [m for m in network.modules() if "is_first_chunk" in m.__dict__]
         with _locks.setdefault(self.model, threading.Lock()):
-            before = [(m, {k: m.__dict__[k] for k in ("is_first_chunk", "causal_cache", "cache_offset") if k in m.__dict__}) for m in layers]
+            names = ("is_first_chunk", "causal_cache", "cache_offset")
+            before = [(m, {name: m.__dict__[name] for name in names if name in m.__dict__}) for m in layers]
             try:
                 for m in layers:
                     m.is_first_chunk, m.causal_cache = state is None, None if state is None else state[m]
