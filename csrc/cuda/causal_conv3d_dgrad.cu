@@ -29,28 +29,25 @@ struct FoldParams {
   bool once;
 };
 
-// Calls visit(q) for each domain coordinate q whose source lies in [lo, hi], in ascending order.
+// Calls visit(q) for each domain coordinate q whose source lies in [lo, hi], in ascending order: some of the padding before, the
+// elements themselves, some of the padding behind. One loop, so that three of them nested are one body.
 template <class Visit>
 __device__ inline void for_each_reader(const FoldAxis& a, int lo, int hi, Visit&& visit) {
-  auto padding = [&](int q) {
+  if (lo < 0) lo = 0;
+  const int own = hi >= lo ? hi - lo + 1 : 0, back = a.domain - a.front - a.length;
+  for (int k = 0; k < a.front + own + back; ++k) {
+    const int q = k < a.front ? k : k < a.front + own ? k + lo : k - own + a.length;
     const int i = pad_index(q - a.front, a.length, a.mode);
     if (lo <= i && i <= hi) visit(q);
-  };
-  if (lo < 0) lo = 0;
-  if (a.mode != PadMode::zeros)
-    for (int q = 0; q < a.front; ++q) padding(q);
-  for (int i = lo; i <= hi; ++i) visit(i + a.front);
-  if (a.mode != PadMode::zeros)
-    for (int q = a.front + a.length; q < a.domain; ++q) padding(q);
+  }
 }
 
-// One thread per 8 channels of a position, or fewer at the end.
+// One thread per 8 channels of a position, or fewer at the end: threadIdx.x counts channels, threadIdx.y positions.
 template <class T>
 __global__ void __launch_bounds__(256) fold_kernel(const FoldParams p, bool vectors) {
-  const int chunks = (p.channels + 7) / 8;
-  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, m = index / chunks;
-  if (m >= p.positions) return;
-  const int c = int(index % chunks) * 8, count = min(8, p.channels - c);
+  const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int c = int(blockIdx.y * blockDim.x + threadIdx.x) * 8, count = min(8, p.channels - c);
+  if (m >= p.positions || count <= 0) return;
   const Position at = position_of(m, p.size);
   const int ut = p.axis[0].upsample, uh = p.axis[1].upsample, uw = p.axis[2].upsample;
   const int t0 = p.first_frame + (!p.once ? at.t * ut : at.t == 0 ? 0 : 1 + (at.t - 1) * ut), t1 = t0 + (p.once && at.t == 0 ? 1 : ut) - 1;
@@ -84,11 +81,13 @@ Status launch_fold(FoldParams p, const Tensor& target, cudaStream_t stream) {
   p.to_stride[0] = target.stride[0];
   for (int i = 0; i < 3; ++i) p.size[i] = int(target.size[2 + i]), p.to_stride[1 + i] = target.stride[2 + i], p.positions *= p.size[i];
   if (p.positions == 0) return Status::Ok();
-  const dim3 grid(unsigned(divide_up(p.positions * ((p.channels + 7) / 8), 256)));
+  const unsigned chunks = unsigned(p.channels + 7) / 8;
+  const dim3 block(chunks <= 8 ? 8 : chunks <= 16 ? 16 : 32, chunks <= 8 ? 32 : chunks <= 16 ? 16 : 8);
+  const dim3 grid(unsigned(divide_up(p.positions, block.y)), unsigned(divide_up(chunks, block.x)));
   const bool vectors = p.channels % 8 == 0;
-  if (target.dtype == DType::f16) return VTOK_LAUNCH(fold_kernel<__half>, grid, dim3(256), 0, stream, p, vectors);
-  if (target.dtype == DType::bf16) return VTOK_LAUNCH(fold_kernel<__nv_bfloat16>, grid, dim3(256), 0, stream, p, vectors);
-  return VTOK_LAUNCH(fold_kernel<float>, grid, dim3(256), 0, stream, p, vectors);
+  if (target.dtype == DType::f16) return VTOK_LAUNCH(fold_kernel<__half>, grid, block, 0, stream, p, vectors);
+  if (target.dtype == DType::bf16) return VTOK_LAUNCH(fold_kernel<__nv_bfloat16>, grid, block, 0, stream, p, vectors);
+  return VTOK_LAUNCH(fold_kernel<float>, grid, block, 0, stream, p, vectors);
 }
 
 }  // namespace

@@ -22,16 +22,13 @@ __device__ inline uint32_t swizzled_column(int k, int column) {  // byte offset 
 
 // Moves the sums so far to `total`. Float32 results sum K in two levels, so that rounding grows with K^(1/4), not K^(1/2).
 template <int MI, int NI>
-__device__ inline void flush(float (&total)[MI][NI], float (&acc)[MI][NI]) {
+__device__ inline void flush(float (&total)[MI][NI][4], float (&acc)[MI][NI][4]) {
 #pragma unroll
   for (int i = 0; i < MI; ++i)
 #pragma unroll
-    for (int j = 0; j < NI; ++j) total[i][j] += acc[i][j], acc[i][j] = 0;
-}
-template <int MI, int NI>
-__device__ inline void flush(float (&total)[MI][NI][4], float (&acc)[MI][NI][4]) {
+    for (int j = 0; j < NI; ++j)
 #pragma unroll
-  for (int i = 0; i < MI; ++i) flush(total[i], acc[i]);
+      for (int e = 0; e < 4; ++e) total[i][j][e] += acc[i][j][e], acc[i][j][e] = 0;
 }
 
 // ---- on the matrix units ------------------------------------------------------------------------------------------------------
@@ -113,10 +110,11 @@ struct MatrixUnit {
     }
   }
 
-  // acc += A^T B over K rows of two tiles; where Ones, bias += A^T 1 too, a product with a fragment of ones that needs no load.
+  // acc += A^T B over K rows of two tiles; and bias += A^T 1 for sixteen rows of M, number `strip` of the warp's (-1 for none), a
+  // product with a fragment of ones that needs no load.
   template <int Rows, int ColsA, int ColsB, int MI, int NI>
-  __device__ static void multiply_transposed(float (&acc)[MI][NI][4], float (&bias)[MI][4], bool ones, uint32_t a, uint32_t b, int m0,
-                                             int n0, int lane) {
+  __device__ static void multiply_transposed(float (&acc)[MI][NI][4], float (&bias)[4], int strip, uint32_t a, uint32_t b, int m0, int n0,
+                                             int lane) {
 #pragma unroll
     for (int k0 = 0; k0 < Rows; k0 += kDepth) {
       uint32_t fa[MI][4], fb[NI][2];
@@ -126,12 +124,11 @@ struct MatrixUnit {
       for (int i = 0; i < MI; ++i)
 #pragma unroll
         for (int j = 0; j < NI; ++j) mma(acc[i][j], fa[i], fb[j]);
-      if (ones) {
-        const uint32_t one = sizeof(T) == 4 ? 0x3f800000u : std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
-        const uint32_t b1[2] = {one, one};
+      const uint32_t one = sizeof(T) == 4 ? 0x3f800000u : std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+      const uint32_t ones[2] = {one, one};
 #pragma unroll
-        for (int i = 0; i < MI; ++i) mma(bias[i], fa[i], b1);
-      }
+      for (int i = 0; i < MI; ++i)
+        if (i == strip) mma(bias, fa[i], ones);
     }
   }
 };
@@ -162,8 +159,8 @@ struct MultiplyAdd {
   }
 
   template <int Rows, int ColsA, int ColsB, int MI, int NI>
-  __device__ static void multiply_transposed(float (&acc)[MI][NI][4], float (&bias)[MI][4], bool ones, uint32_t a, uint32_t b, int m0,
-                                             int n0, int lane) {
+  __device__ static void multiply_transposed(float (&acc)[MI][NI][4], float (&bias)[4], int strip, uint32_t a, uint32_t b, int m0, int n0,
+                                             int lane) {
 #pragma unroll 2
     for (int k = 0; k < Rows; ++k) {
       float fa[MI * 2];
@@ -178,9 +175,9 @@ struct MultiplyAdd {
           d[i % 2 * 2] = fmaf(fa[i], fb.x, d[i % 2 * 2]), d[i % 2 * 2 + 1] = fmaf(fa[i], fb.y, d[i % 2 * 2 + 1]);
         }
       }
-      if (ones)
 #pragma unroll
-        for (int i = 0; i < MI * 2; ++i) bias[i / 2][i % 2 * 2] += fa[i];
+      for (int i = 0; i < MI * 2; ++i)
+        if (i / 2 == strip) bias[i % 2 * 2] += fa[i];
     }
   }
 };

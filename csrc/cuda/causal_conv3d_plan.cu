@@ -12,15 +12,27 @@ template <class T>
 __global__ void __launch_bounds__(256) relay_weight_kernel(const RelaidWeight w, T* to, float* bias_to) {
   const int row = blockIdx.x, group = row / w.outputs, kernel_n = row % w.outputs, dt = blockIdx.y;
   const int n = kernel_n % w.phase_channels * w.phases + kernel_n / w.phase_channels;
-  const T* from = static_cast<const T*>(w.from.data) + group * w.from.group + n * w.from.n + dt * w.from.tap[0];
+  const T* from = static_cast<const T*>(w.from.data) + group * w.from.group + n * w.from.n;
   if (w.bias && dt == 0 && threadIdx.x == 0)
     ptx::st_global(bias_to + row, ptx::to_float(ptx::ld_global(static_cast<const T*>(w.bias) + group * w.outputs + n)));
   T* row_to = to + (int64_t(row) * w.kernel[0] + dt) * w.k_frame;
   for (int k = threadIdx.x; k < w.k_frame; k += blockDim.x) {
-    const int tap = k / w.channels, channel = k - tap * w.channels;
+    const int tap = k / w.channels, channel = k - tap * w.channels, dh = tap / w.kernel[2], dw = tap - dh * w.kernel[2];
+    auto at = [&](int t, int h, int w_tap) {
+      return ptx::ld_global(from + channel * w.from.channel + t * w.from.tap[0] + h * w.from.tap[1] + w_tap * w.from.tap[2]);
+    };
     T value = ptx::from_float<T>(0);  // the padding at the end
-    if (tap < w.kernel[1] * w.kernel[2])
-      value = ptx::ld_global(from + channel * w.from.channel + tap / w.kernel[2] * w.from.tap[1] + tap % w.kernel[2] * w.from.tap[2]);
+    if (tap < w.kernel[1] * w.kernel[2]) {
+      if (w.folded) {
+        float sum = 0;
+        for (int t = w.tap_begin[0][dt]; t < w.tap_begin[0][dt + 1]; ++t)
+          for (int h = w.tap_begin[1][dh]; h < w.tap_begin[1][dh + 1]; ++h)
+            for (int v = w.tap_begin[2][dw]; v < w.tap_begin[2][dw + 1]; ++v) sum += ptx::to_float(at(t, h, v));
+        value = ptx::from_float<T>(sum);
+      } else {
+        value = at(dt, dh, dw);
+      }
+    }
     ptx::st_global(row_to + k, value);
   }
 }

@@ -1,5 +1,7 @@
 // Host side of the convolutions on a GPU: checks, the tables of the problem that every kernel takes, and scratch memory.
 #pragma once
+#include <vector>
+
 #include "cuda/causal_conv3d_epilogue.cuh"
 #include "cuda/launch.cuh"
 
@@ -26,6 +28,8 @@ class Workspace {
   int64_t used_ = 0;
 };
 
+constexpr int kMaxMergedTaps = 8;
+
 struct WeightView {  // element strides; negative where a tap is mirrored, and then `data` is the last tap
   const void* data;
   int64_t group, n, channel, tap[3];
@@ -40,6 +44,9 @@ struct RelaidWeight {
   int k_frame;
   int phases, phase_channels;  // depth-to-space: kernel channel n is row n % phase_channels * phases + n / phase_channels
   const void* bias;            // or null
+  // Where `folded`: tap i of an axis is the sum of the weight's own taps tap_begin[axis][i] to tap_begin[axis][i + 1] - 1.
+  bool folded;
+  int8_t tap_begin[3][kMaxMergedTaps + 1];
 };
 Status relay_weight(const RelaidWeight& w, DType dtype, void* to, float* bias_to, void* stream);
 
@@ -61,6 +68,8 @@ struct ConvTask {
   DType dtype;
   bool tf32;
 };
+// The task as several with fewer taps, where taps read the same elements (an upsampled input, a single replicated frame).
+std::vector<ConvTask> merge_taps(const ConvTask& task);
 Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream);
 
 }  // namespace vtok::cuda

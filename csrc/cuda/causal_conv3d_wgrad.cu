@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
   const int split = blockIdx.y, splits = gridDim.y, group = blockIdx.z;
   const int64_t slices = (p.source.positions + Tile::kSlice - 1) / Tile::kSlice;
   const int64_t begin = slices * split / splits, end = slices * (split + 1) / splits;
-  const bool ones = p.partial_bias && n0 == 0 && warp_n == 0;
+  const int strip = p.partial_bias && n0 == 0 ? warp % Tile::kWarpsN : -1;  // the warps of a row share its bias gradient
+  static_assert(Tile::kWarpsN == MI);
 
   const uint32_t ring = ptx::smem_base(), after_ring = ring + Tile::kStages * Tile::kStageBytes;
   const typename Tile::Table table(after_ring, p.source);
@@ -102,8 +103,8 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
   __syncthreads();
   const SliceLoader<Tile> loader(p, table, group, m0, n0);
 
-  float acc[MI][NI][4] = {}, bias[MI][4] = {};
-  float total[MI][NI][4] = {}, total_bias[MI][4] = {};  // no registers where Math sums in one level
+  float acc[MI][NI][4] = {}, bias[1][1][4] = {};
+  float total[MI][NI][4] = {}, total_bias[1][1][4] = {};  // no registers where Math sums in one level
 #pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
     if (begin + s < end) loader.load(ring + s * Tile::kStageBytes, begin + s, s * Tile::kSlice);
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
       loader.load(write, next, in_batch++ * Tile::kSlice);
     }
     ptx::cp_async_commit();
-    Tile::Math::template multiply_transposed<Tile::kSlice, Tile::kM, Tile::kN>(acc, bias, ones, read, read + Tile::kM * kRowBytes, warp_m,
-                                                                              warp_n, lane);
+    Tile::Math::template multiply_transposed<Tile::kSlice, Tile::kM, Tile::kN>(acc, bias[0][0], strip, read, read + Tile::kM * kRowBytes,
+                                                                              warp_m, warp_n, lane);
     if constexpr (Tile::Math::kTwoLevels)
       if ((slice - begin) % kSlicesPerBatch == kSlicesPerBatch - 1) flush(total, acc), flush(total_bias, bias);
     write = read;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
       const int o = m0 + warp_m + i * 16 + lane / 4 + h * 8;
       if (o >= p.outputs) continue;
       const int64_t row = split * rows + int64_t(group) * p.outputs + o;
-      if (ones && lane % 4 == 0) ptx::st_global(p.partial_bias + row, bias[i][h * 2]);
+      if (i == strip && lane % 4 == 0) ptx::st_global(p.partial_bias + row, bias[0][0][h * 2]);
       float* to = p.partial + row * p.columns;
 #pragma unroll
       for (int j = 0; j < NI; ++j)

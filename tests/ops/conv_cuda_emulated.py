@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulator"))
 import emulator  # noqa: E402
 
-SOURCES = [f"csrc/cuda/causal_conv3d_{part}.cu" for part in ("fwd", "dgrad", "wgrad", "plan")]
+SOURCES = [f"csrc/cuda/causal_conv3d_{part}.cu" for part in ("fwd", "dgrad", "wgrad", "plan", "phases")]
 DTYPES = {code: dtype for dtype, code in emulator.DTYPES.items()}
 
 

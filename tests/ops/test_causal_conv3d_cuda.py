@@ -72,6 +72,14 @@ def forward(call, seed=0, choice=(0, 0, 0), device=A100):
     return cuda.forward(call, op._native_geometry(call), out, lib=Emulated(seed, **device), choice=choice)
 
 
+def scratch(call, **device):
+    """Bytes of scratch memory that a call asks for."""
+    need = torch.zeros(1, dtype=torch.int64)
+    args = (call.x, call.weight, call.cache, *op._native_geometry(call), False, call.bias, None, op._empty_output(call), None, False)
+    Emulated(**A100, **device).causal_conv3d_cuda(*args, (1, 1, 1), (0, 0, 0), None, need, 0)
+    return int(need[0])
+
+
 def in_double(call):
     return call._replace(**{k: v.double() for k, v in call._asdict().items() if isinstance(v, torch.Tensor)})
 
@@ -138,6 +146,11 @@ KERNELS = {
     "upsampled": ((3, 3, 3), {"upsample": (2, 2, 2)}),
     "first frame once": ((3, 1, 3), {"upsample": (2, 1, 2), "upsample_first_frame_once": True, "time_mode": "replicate"}),
     "upsampled cache": ((3, 1, 1), {"upsample": (2, 1, 1), "cache": 2}),
+    "upsampled short cache": ((4, 2, 1), {"upsample": (2, 1, 1), "cache": 1, "time_mode": "replicate"}),
+    "upsampled by 3, other pads": ((2, 5, 3), {"upsample": (1, 3, 2), "spatial_mode": "replicate", "spatial_pad": ((1, 4), (0, 1))}),
+    "upsampled and reflected": ((1, 3, 3), {"upsample": (1, 2, 2), "spatial_mode": "reflect"}),
+    "upsampled, stride 2": ((2, 3, 3), {"upsample": (2, 2, 2), "stride": (1, 2, 1), "spatial_pad": ONE}),
+    "first frame once, zeros": ((3, 1, 1), {"upsample": (3, 1, 1), "upsample_first_frame_once": True}),
     "depth to space": ((1, 3, 3), {"depth_to_space": (1, 2, 2)}),
     "depth to space in time": ((3, 1, 1), {"depth_to_space": (2, 1, 2)}),
     "two groups": ((3, 1, 3), {"groups": 2}),
@@ -210,6 +223,22 @@ def test_time_taps_before_the_first_frame_are_not_computed():
     torch.testing.assert_close(y, forward(checked_call(x, weight[:, :, 2:].contiguous(), bias)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("time_pad", [(2, 0), (1, 1), (0, 3)])
+def test_a_replicated_image(time_pad):
+    """One frame: the temporal taps are one tap."""
+    x, weight, bias = drawn(32, 32, (3, 3, 3), (1, 9, 9), BF16)
+    call = checked_call(x, weight, bias, time_mode="replicate", time_pad=time_pad)
+    close(forward(call), call)
+    assert scratch(call) == 32 * 9 * 32 * 2 + 256
+
+
+def test_upsampling_merges_taps():
+    """Two taps of three per axis and phase: the weights of a phase are 8 of 27."""
+    x, weight, _ = drawn(64, 64, (3, 3, 3), (4, 16, 16), BF16)
+    assert scratch(checked_call(x, weight, upsample=(2, 2, 2))) == 64 * 8 * 64 * 2 + 256
+    assert scratch(checked_call(x, weight, upsample=(2, 2, 2), spatial_mode="reflect")) == 64 * 2 * 9 * 64 * 2 + 256
+
+
 @pytest.mark.parametrize("channels", [8, 3])
 def test_offsets_beyond_two_to_the_31(channels):
     """Frames and batch entries that lie gigabytes apart; the memory between is never touched."""
@@ -224,18 +253,10 @@ def test_offsets_beyond_two_to_the_31(channels):
 
 def test_more_tiles_than_multiprocessors_split_nothing():
     """The plan: K is split where the grid would leave multiprocessors idle, and only there."""
-    need = torch.zeros(1, dtype=torch.int64)
-
-    def scratch(size):
-        x, weight, _ = drawn(64, 64, (3, 3, 3), size, BF16)
-        call = checked_call(x, weight)
-        args = (x, weight, None, *op._native_geometry(call), False, None, None, op._empty_output(call), None, False, (1, 1, 1), (0, 0, 0))
-        Emulated(multiprocessors=8, **A100).causal_conv3d_cuda(*args, None, need, 0)
-        return int(need[0])
-
     relaid = 64 * 27 * 64 * 2 + 64 * 4  # weights and bias
-    assert scratch((8, 64, 64)) == relaid
-    assert scratch((1, 8, 8)) > relaid
+    calls = [checked_call(*drawn(64, 64, (3, 3, 3), size, BF16)) for size in ((8, 64, 64), (1, 8, 8))]
+    assert scratch(calls[0], multiprocessors=8) == relaid
+    assert scratch(calls[1], multiprocessors=8) > relaid
 
 
 def test_reasons():
