@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import causal_conv3d, fsq, harness, layers, machine, norm_act, report, vidtok  # noqa: E402
+from benchmarks import causal_conv3d, fsq, harness, layers, machine, norm_act, report, scope_attention, vidtok  # noqa: E402
 from benchmarks.harness import Candidate, Settings, Trial  # noqa: E402
 from vtok_fast import native  # noqa: E402
 
@@ -263,6 +263,18 @@ def test_norm_act_runs(case, one_thread):
 def test_fsq_runs(layout, one_thread):
     record = _run(fsq, fsq.Case("large", (8, 5, 5), (2, 8, 8), layout))
     assert record["facts"]["differ_from_float64"] == 0 and "plain copy" in record["ratios"]["vtok_fast"]
+
+
+@pytest.mark.parametrize("case", scope_attention.cases(TINY), ids=str)
+def test_scope_attention_runs(case, one_thread):
+    record = _run(scope_attention, replace(case, flex=False))
+    assert record["facts"]["gflop"] > 0
+
+
+def test_scope_attention_and_flex_attention_see_the_same():
+    for case in scope_attention.cases(TINY):
+        positions = torch.arange(case.scope().q_len)
+        assert torch.equal(case.sees()(positions[:, None], positions), case.scope().mask())
 
 
 def test_vidtok_runs(one_thread):
