@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast import backends, native
-from vtok_fast.ops import scope_attention_cpu
+from vtok_fast.ops import scope_attention_cpu, scope_attention_triton
 from vtok_fast.ops.scope_attention_cpu import like
 from vtok_fast.reference import scope_attention as reference
 from vtok_fast.scope import CSR, Scope
@@ -44,8 +44,8 @@ def scope_attention(q: Tensor, k: Tensor, v: Tensor, scope: Scope, *, scale: flo
         backend: a name to insist on; else the best that can run.
 
     Returns:
-        (B, heads, Sq, D) in the dtype and memory order of ``q``: for one that is stored as (B, Sq, heads, D), as projections give it,
-        joining the heads costs nothing.
+        (B, heads, Sq, D) in the dtype and memory order of ``q``: where that is (B, Sq, heads, D), as projections give it, joining
+        the heads costs nothing.
 
     Raises:
         TypeError: a dtype is not floating point, or they differ; or ``scope`` is none.
@@ -110,7 +110,7 @@ def _reference_run(call: ScopeCall) -> tuple[Tensor, ...]:
     return like(q, result), lse
 
 
-backends.register("scope_attention",
+backends.register("scope_attention", backends.Backend("triton", scope_attention_triton.can_run, scope_attention_triton.run),
                   backends.Backend("cpu", scope_attention_cpu.can_run, scope_attention_cpu.run, needs_native=False),
                   backends.Backend("reference", lambda call: None, _reference_run))
 

@@ -1,0 +1,374 @@
+"""Triton kernels of ``scope_attention``: each block of queries walks the key ranges that its segment sees, and nothing else.
+
+A block belongs to one segment, so all of its rows see the same keys: whole key blocks need no mask, and only the last one of a
+range, where it is ragged, masks columns. The backward pass of the keys is the same walk over the transposed scope, one program
+per block of keys, so that every gradient is summed in a fixed order without atomics (FlashAttention-2, arXiv 2307.08691).
+
+Heads larger than 128 are split: scores are summed over chunks of the head, and each program makes 128 columns of the result.
+Strides travel in units of 8 elements: the compiler then knows that rows are aligned, whatever the lengths, and no length is
+specialised on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vtok_fast.kernels import on_device_of
+
+LOG2_E = 1.4426950408889634
+STRIDE_UNIT = 8
+LARGEST_WHOLE_HEAD = 128
+
+# ---- kernels -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(x, stride, rows, columns, there, D: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """A tile of rows of a tensor; zero where a row is not there, or a column beyond the head."""
+    pointers = x + (rows[:, None] * (stride * 8) + columns[None, :])
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(pointers, mask=there[:, None] & (columns < D)[None, :], other=0.0)
+    if MASK_ROWS:
+        return tl.load(pointers, mask=there[:, None], other=0.0)
+    if MASK_COLUMNS:
+        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _over_head(a, a_stride, a_rows, a_there, b, b_stride, b_rows, b_there, D: tl.constexpr, CHUNK: tl.constexpr,
+               MASK_A: tl.constexpr, MASK_B: tl.constexpr):
+    """a b^T of a head that is too large to be held: both are read chunk by chunk."""
+    product = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
+    for c in range(0, D, CHUNK):
+        columns = c + tl.arange(0, CHUNK)
+        x = _load(a, a_stride, a_rows, columns, a_there, D, MASK_A, D % CHUNK != 0)
+        y = _load(b, b_stride, b_rows, columns, b_there, D, MASK_B, D % CHUNK != 0)
+        product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def _task(blocks, batch_heads, CHUNKS: tl.constexpr):
+    """What this program does: which chunk of the head, which head of which video, which rows, which ranges."""
+    program = tl.program_id(0)
+    item = blocks + program // CHUNKS // batch_heads * 4
+    return (program % CHUNKS, program // CHUNKS % batch_heads, tl.load(item), tl.load(item + 1), tl.load(item + 2),
+            tl.load(item + 3))
+
+
+@triton.jit
+def _forward_step(acc, total, top, q_tile, q, qs, rows, there, k, ks, v, vs, n, hi, scale, columns, D: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr):
+    keys = tl.arange(0, BLOCK_N)
+    seen = keys < hi - n
+    k += n * ks.to(tl.int64) * 8
+    v += n * vs.to(tl.int64) * 8
+    if SPLIT:
+        s = _over_head(q, qs, rows, there, k, ks, keys, seen, D, CHUNK, True, MASK)
+    else:
+        k_tile = _load(k, ks, keys, columns, seen, D, MASK, BLOCK_D > D)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    s *= scale
+    if MASK:
+        s = tl.where(seen[None, :], s, -float("inf"))
+    higher = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    v_tile = _load(v, vs, keys, columns, seen, D, MASK, BLOCK_D > D)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
+    return acc, total * shrink + tl.sum(p, 1), higher
+
+
+_INTEGERS = ["qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs", "q_len", "batch_heads", "heads", "group"]
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS, "ob", "oh", "os"])
+def forward_kernel(q, k, v, out, lse, blocks, ranges, qb, qh, qs, kb, kh, ks, vb, vh, vs, ob, oh, os, q_len, batch_heads, heads,
+                   group, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   CHUNK: tl.constexpr):
+    """One block of queries, with an online softmax in base 2: ``scale`` has a factor of log2(e)."""
+    SPLIT: tl.constexpr = CHUNK < D
+    chunk, bh, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
+    if start >= end:
+        return
+    b, h = (bh // heads).to(tl.int64), bh % heads
+    q += (b * qb + h * qh + start.to(tl.int64) * qs) * 8
+    k += (b * kb + h // group * kh) * 8
+    v += (b * vb + h // group * vh) * 8
+    rows, columns = tl.arange(0, BLOCK_M), chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+    there = rows < end - start
+    q_tile = _load(q, qs, rows, columns, there, D, True, BLOCK_D > D)  # of no use to a split head, and then removed
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for r in range(first, last):
+        lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
+        whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+        for n in range(lo, whole, BLOCK_N):
+            acc, total, top = _forward_step(acc, total, top, q_tile, q, qs, rows, there, k, ks, v, vs, n, hi, scale, columns, D,
+                                            BLOCK_D, BLOCK_N, CHUNK, SPLIT, False)
+        if whole < hi:
+            acc, total, top = _forward_step(acc, total, top, q_tile, q, qs, rows, there, k, ks, v, vs, whole, hi, scale, columns, D,
+                                            BLOCK_D, BLOCK_N, CHUNK, SPLIT, True)
+    acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)  # a query that sees nothing gives zeros
+    out += (b * ob + h * oh + start.to(tl.int64) * os) * 8
+    tl.store(out + rows[:, None] * (os * 8) + columns[None, :], acc.to(out.dtype.element_ty),
+             mask=there[:, None] & (columns < D)[None, :])
+    lse += bh.to(tl.int64) * q_len + start
+    tl.store(lse + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=there & (chunk == 0))
+
+
+@triton.jit(do_not_specialize=["ob", "oh", "os", "gb", "gh", "gs", "q_len", "heads"])
+def delta_kernel(out, grad, delta, ob, oh, os, gb, gh, gs, q_len, heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                 BLOCK_M: tl.constexpr):
+    """sum(dO O) of each row."""
+    blocks = tl.cdiv(q_len, BLOCK_M)
+    bh, start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
+    b, h = (bh // heads).to(tl.int64), bh % heads
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    there = rows < q_len - start
+    x = _load(out + (b * ob + h * oh + start.to(tl.int64) * os) * 8, os, rows, columns, there, D, True, True)
+    y = _load(grad + (b * gb + h * gh + start.to(tl.int64) * gs) * 8, gs, rows, columns, there, D, True, True)
+    tl.store(delta + bh.to(tl.int64) * q_len + start + rows, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=there)
+
+
+@triton.jit
+def _queries_step(dq, q_tile, g_tile, q, qs, g, gs, rows, there, top, delta, k, ks, v, vs, n, hi, scale, columns, D: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr):
+    keys = tl.arange(0, BLOCK_N)
+    seen = keys < hi - n
+    k += n * ks.to(tl.int64) * 8
+    v += n * vs.to(tl.int64) * 8
+    k_tile = _load(k, ks, keys, columns, seen, D, MASK, BLOCK_D > D)
+    if SPLIT:
+        s = _over_head(q, qs, rows, there, k, ks, keys, seen, D, CHUNK, True, MASK)
+        dp = _over_head(g, gs, rows, there, v, vs, keys, seen, D, CHUNK, True, MASK)
+    else:
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        dp = tl.dot(g_tile, tl.trans(_load(v, vs, keys, columns, seen, D, MASK, BLOCK_D > D)), input_precision="ieee")
+    p = tl.exp2(s * scale - top[:, None])
+    if MASK:
+        p = tl.where(seen[None, :], p, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS, "gb", "gh", "gs", "dqb", "dqh", "dqs"])
+def queries_kernel(q, k, v, grad, lse, delta, dq, blocks, ranges, qb, qh, qs, kb, kh, ks, vb, vh, vs, gb, gh, gs, dqb, dqh, dqs,
+                   q_len, batch_heads, heads, group, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+    """dQ of one block of queries."""
+    SPLIT: tl.constexpr = CHUNK < D
+    chunk, bh, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
+    if start >= end:
+        return
+    b, h = (bh // heads).to(tl.int64), bh % heads
+    q += (b * qb + h * qh + start.to(tl.int64) * qs) * 8
+    grad += (b * gb + h * gh + start.to(tl.int64) * gs) * 8
+    k += (b * kb + h // group * kh) * 8
+    v += (b * vb + h // group * vh) * 8
+    rows, columns = tl.arange(0, BLOCK_M), chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+    there = rows < end - start
+    row = bh.to(tl.int64) * q_len + start
+    top = tl.load(lse + row + rows, mask=there, other=0.0) * 1.4426950408889634
+    delta_rows = tl.load(delta + row + rows, mask=there, other=0.0)
+    q_tile = _load(q, qs, rows, columns, there, D, True, BLOCK_D > D)
+    g_tile = _load(grad, gs, rows, columns, there, D, True, BLOCK_D > D)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for r in range(first, last):
+        lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
+        whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+        for n in range(lo, whole, BLOCK_N):
+            acc = _queries_step(acc, q_tile, g_tile, q, qs, grad, gs, rows, there, top, delta_rows, k, ks, v, vs, n, hi, scale,
+                                columns, D, BLOCK_D, BLOCK_N, CHUNK, SPLIT, False)
+        if whole < hi:
+            acc = _queries_step(acc, q_tile, g_tile, q, qs, grad, gs, rows, there, top, delta_rows, k, ks, v, vs, whole, hi, scale,
+                                columns, D, BLOCK_D, BLOCK_N, CHUNK, SPLIT, True)
+    dq += (b * dqb + h * dqh + start.to(tl.int64) * dqs) * 8
+    tl.store(dq + rows[:, None] * (dqs * 8) + columns[None, :], (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty),
+             mask=there[:, None] & (columns < D)[None, :])
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS, "gb", "gh", "gs", "dkb", "dkh", "dks", "dvb", "dvh", "dvs"])
+def keys_kernel(q, k, v, grad, lse, delta, dk, dv, blocks, ranges, qb, qh, qs, kb, kh, ks, vb, vh, vs, gb, gh, gs, dkb, dkh, dks,
+                dvb, dvh, dvs, q_len, batch_heads, heads, group, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+    """dK and dV of one block of keys. ``blocks`` and ``ranges`` are of the transposed scope, ``heads`` are those of the keys."""
+    SPLIT: tl.constexpr = CHUNK < D
+    chunk, bh, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
+    if start >= end:
+        return
+    b, h = (bh // heads).to(tl.int64), bh % heads
+    k += (b * kb + h * kh + start.to(tl.int64) * ks) * 8
+    v += (b * vb + h * vh + start.to(tl.int64) * vs) * 8
+    keys, rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+    there = keys < end - start
+    k_tile = _load(k, ks, keys, columns, there, D, True, BLOCK_D > D)
+    v_tile = _load(v, vs, keys, columns, there, D, True, BLOCK_D > D)
+    dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for i in range(group):
+        q_head = h * group + i
+        qi, gi = q + (b * qb + q_head * qh) * 8, grad + (b * gb + q_head * gh) * 8
+        row = (b * heads * group + q_head) * q_len
+        for r in range(first, last):
+            lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
+            # Every block is masked, whole or not: a second copy of the loop would cost more, in registers, than one select.
+            for m in range(lo, hi, BLOCK_M):
+                seeing = rows < hi - m
+                qm, gm = qi + m * qs.to(tl.int64) * 8, gi + m * gs.to(tl.int64) * 8
+                top = tl.load(lse + row + m + rows, mask=seeing, other=0.0) * 1.4426950408889634
+                delta_rows = tl.load(delta + row + m + rows, mask=seeing, other=0.0)
+                q_tile = _load(qm, qs, rows, columns, seeing, D, True, BLOCK_D > D)
+                g_tile = _load(gm, gs, rows, columns, seeing, D, True, BLOCK_D > D)
+                if SPLIT:
+                    s = _over_head(k, ks, keys, there, qm, qs, rows, seeing, D, CHUNK, True, True)
+                else:
+                    s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+                p = tl.where(seeing[None, :], tl.exp2(s * scale - top[None, :]), 0.0)
+                dv_acc = tl.dot(p.to(g_tile.dtype), g_tile, dv_acc, input_precision="ieee")
+                if SPLIT:
+                    dp = _over_head(v, vs, keys, there, gm, gs, rows, seeing, D, CHUNK, True, True)
+                else:
+                    dp = tl.dot(v_tile, tl.trans(g_tile), input_precision="ieee")
+                ds = p * (dp - delta_rows[None, :])
+                dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+    mask = there[:, None] & (columns < D)[None, :]
+    dk += (b * dkb + h * dkh + start.to(tl.int64) * dks) * 8
+    dv += (b * dvb + h * dvh + start.to(tl.int64) * dvs) * 8
+    dk_acc *= scale * 0.6931471805599453
+    tl.store(dk + keys[:, None] * (dks * 8) + columns[None, :], dk_acc.to(dk.dtype.element_ty), mask=mask)
+    tl.store(dv + keys[:, None] * (dvs * 8) + columns[None, :], dv_acc.to(dv.dtype.element_ty), mask=mask)
+
+
+# ---- configurations ------------------------------------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """The tile of a kernel: ``block_m`` queries by ``block_n`` keys by ``block_d`` of the head, which is read ``chunk`` at a time
+    where it is too large to be held."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+# (block_m, block_n, num_warps, num_stages) per kernel and padded head, 256 for all that are split; what differs on a family of
+# GPUs stands behind. The largest that no register spills from, on any head of that size.
+_NARROW = {
+    "forward": {16: ((128, 64, 4, 3), {}), 32: ((128, 64, 4, 3), {}), 64: ((128, 64, 4, 3), {120: (128, 64, 8, 3)}),
+                128: ((128, 64, 8, 3), {100: (128, 32, 8, 2), 120: (64, 64, 8, 2)}), 256: ((128, 64, 8, 2), {100: (64, 64, 8, 2)})},
+    "queries": {16: ((128, 64, 4, 3), {}), 32: ((128, 64, 4, 3), {}), 64: ((128, 64, 8, 3), {}),
+                128: ((64, 64, 8, 2), {90: (128, 64, 8, 2)}), 256: ((128, 64, 8, 2), {})},
+    "keys": {16: ((64, 128, 8, 3), {80: (64, 128, 4, 3)}), 32: ((64, 128, 8, 3), {}),
+             64: ((32, 128, 8, 2), {90: (64, 128, 8, 2), 100: (64, 128, 8, 2)}),
+             128: ((64, 64, 8, 2), {80: (32, 128, 8, 2), 90: (32, 128, 8, 2), 120: (32, 64, 8, 2)}),
+             256: ((64, 64, 8, 2), {90: (32, 128, 8, 2), 100: (32, 128, 8, 2)})},
+}
+_SHORT = {"forward": (32, 64, 4, 2), "queries": (32, 32, 4, 2), "keys": (32, 32, 4, 2)}
+# float32 without TF32 runs on the ordinary units, whose operands are registers.
+_FLOAT32 = {
+    "forward": {16: (32, 32, 4, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (32, 16, 8, 2)},
+    "queries": {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 4, 2), 256: (16, 16, 4, 2)},
+    "keys": {16: (32, 64, 8, 2), 32: (32, 64, 8, 2), 64: (32, 64, 8, 2), 128: (16, 32, 8, 2), 256: (16, 32, 8, 2)},
+}
+KERNELS = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
+
+
+def why_not_head(dim: int) -> str | None:
+    """Why there is no kernel for a head of this size, or None."""
+    if dim <= LARGEST_WHOLE_HEAD and dim % 8 == 0 or dim <= 1024 and dim % 128 == 0:
+        return None
+    return f"no kernel for a head of {dim}: multiples of 8 up to {LARGEST_WHOLE_HEAD}, and of 128 up to 1024"
+
+
+def config(kernel: str, dim: int, itemsize: int, capability: int, short: bool = False) -> Config:
+    """The configuration of ``forward``, ``queries`` or ``keys`` for a head of ``dim`` in elements of ``itemsize`` bytes.
+
+    Args:
+        capability: the GPU's, such as 90.
+        short: segments are so short that large blocks of rows would be mostly empty.
+    """
+    head = max(16, triton.next_power_of_2(dim)) if dim <= LARGEST_WHOLE_HEAD else 256
+    # 8.6 and 8.9 have as little shared memory as 12.0, and all three the instructions of 8.0.
+    family = 120 if capability in (86, 89) or capability >= 120 else 100 if capability >= 100 else 90 if capability >= 90 else 80
+    if itemsize == 4:
+        tile = _FLOAT32[kernel][head]
+    elif short:
+        tile = _SHORT[kernel]
+    else:
+        default, others = _NARROW[kernel][head]
+        tile = others.get(family, default)
+    block_d = min(head, 128)
+    chunk = 64 if head == 256 else block_d
+    return Config(*tile[:2], block_d, min(chunk, 32) if itemsize == 4 and head >= 128 else chunk, *tile[2:])
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------------
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy in strides that the kernels read: 1 in the head, multiples of 8 elsewhere."""
+    fits = x.stride(3) == 1 and not any(n > 1 and s % STRIDE_UNIT for n, s in zip(x.shape, x.stride()[:3]))
+    return x if fits else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [0 if n == 1 else s // STRIDE_UNIT for x in tensors for n, s in zip(x.shape[:3], x.stride()[:3])]
+
+
+def _launch(kernel: str, c: Config, blocks: Tensor, batch_heads: int, x: Tensor, *args: object) -> None:
+    dim = x.shape[3]
+    grid = (len(blocks) * batch_heads * max(dim // c.block_d, 1),)
+    if not grid[0]:
+        return
+    with on_device_of(x):
+        KERNELS[kernel][grid](*args, D=dim, BLOCK_D=c.block_d, BLOCK_M=c.block_m, BLOCK_N=c.block_n, CHUNK=c.chunk,
+                              num_warps=c.num_warps, num_stages=c.num_stages)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, blocks: Tensor, ranges: Tensor, scale: float,
+           c: Config) -> None:
+    """Writes ``out`` and ``lse`` (B, heads, Sq). ``blocks`` (n, 4) int32 are, for each block of at most ``c.block_m`` queries, its
+    first row, the one after its last, and the same of its ranges."""
+    b, h, q_len, _ = q.shape
+    _launch("forward", c, blocks, b * h, q, q, k, v, out, lse, blocks, ranges, *_strides(q, k, v, out), q_len, b * h, h,
+            h // k.shape[1], scale * LOG2_E)
+
+
+def delta(out: Tensor, grad: Tensor) -> Tensor:
+    """(B, heads, Sq) float32: the sum over the head of ``out * grad``."""
+    b, h, q_len, dim = out.shape
+    result = torch.empty(b, h, q_len, dtype=torch.float32, device=out.device)
+    block_d = triton.next_power_of_2(dim)
+    block_m = max(1, 4096 // block_d)
+    with on_device_of(out):
+        grid = (b * h * triton.cdiv(q_len, block_m),)
+        delta_kernel[grid](out, grad, result, *_strides(out, grad), q_len, h, D=dim, BLOCK_D=block_d, BLOCK_M=block_m)
+    return result
+
+
+def queries_gradient(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, blocks: Tensor,
+                     ranges: Tensor, scale: float, c: Config) -> None:
+    """Writes ``dq``; blocks as for :func:`attend`."""
+    b, h, q_len, _ = q.shape
+    _launch("queries", c, blocks, b * h, q, q, k, v, grad, lse, delta, dq, blocks, ranges, *_strides(q, k, v, grad, dq), q_len,
+            b * h, h, h // k.shape[1], scale * LOG2_E)
+
+
+def keys_gradient(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, blocks: Tensor,
+                  ranges: Tensor, scale: float, c: Config) -> None:
+    """Writes ``dk`` and ``dv``; ``blocks``, of at most ``c.block_n`` keys, and ``ranges`` are of the transposed scope."""
+    b, h, q_len, _ = q.shape
+    kv_heads = k.shape[1]
+    _launch("keys", c, blocks, b * kv_heads, q, q, k, v, grad, lse, delta, dk, dv, blocks, ranges,
+            *_strides(q, k, v, grad, dk, dv), q_len, b * kv_heads, kv_heads, h // kv_heads, scale * LOG2_E)
