@@ -44,7 +44,7 @@ __device__ inline void for_each_reader(const FoldAxis& a, int lo, int hi, Visit&
 
 // One thread per 8 channels of a position, or fewer at the end: threadIdx.x counts channels, threadIdx.y positions.
 template <class T>
-__global__ void __launch_bounds__(256) fold_kernel(const FoldParams p, bool vectors) {
+__global__ void __launch_bounds__(256, 4) fold_kernel(const FoldParams p, bool vectors) {
   const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int c = int(blockIdx.y * blockDim.x + threadIdx.x) * 8, count = min(8, p.channels - c);
   if (m >= p.positions || count <= 0) return;
@@ -133,7 +133,7 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
   int64_t last = 0;
   for (int i = 0; i < 3; ++i) {
     last += (weight.size[2 + i] - 1) * weight.stride[2 + i];
-    w.from.tap[i] = -weight.stride[2 + i], w.kernel[i] = s.kernel[i];
+    w.from.tap[i] = -weight.stride[2 + i], w.kernel[i] = w.taps[i] = s.kernel[i];
   }
   w.from.data = static_cast<const char*>(weight.data) + last * element_size(weight.dtype);
   w.from.group = w.channels * weight.stride[0], w.from.n = weight.stride[1], w.from.channel = weight.stride[0];

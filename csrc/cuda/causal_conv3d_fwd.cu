@@ -177,7 +177,7 @@ Status causal_conv3d(const ConvProblem& problem, ConvChoice choice, void* worksp
   w.phases = phases, w.phase_channels = w.outputs / phases, w.bias = problem.bias.data;
   w.from = {weight.data, w.outputs * weight.stride[0], weight.stride[0], weight.stride[1],
             {weight.stride[2], weight.stride[3], weight.stride[4]}};
-  std::copy(s.kernel, s.kernel + 3, w.kernel);
+  std::copy(s.kernel, s.kernel + 3, w.kernel), std::copy(s.kernel, s.kernel + 3, w.taps);
 
   Epilogue& e = task.epilogue;
   const int bytes = element_size(x.dtype);

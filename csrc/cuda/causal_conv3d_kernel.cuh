@@ -231,14 +231,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_kernel(con
     return;
   }
 
-  __syncthreads();  // the ring and the tables are free
+  __syncthreads();  // the tables are free, also where the loop had nothing to do
   for (int r = threadIdx.x; r < Tile::kM; r += Tile::kThreads) {
     const int64_t m = m0 + r;
     const RowOffsets offsets = row_offsets(e, position_of(m < p.source.positions ? m : 0, p.source.out));
     ptx::st_shared<int64_t>(after_ring + r * 16, offsets.out);
     ptx::st_shared<int64_t>(after_ring + r * 16 + 8, offsets.residual);
   }
-  __syncthreads();
+  __syncthreads();  // so is the ring
   // Sixteen rows of a warp at a time pass through shared memory, from the layout of the products to rows of eight channels.
   const uint32_t staging = ring + warp * 16 * Tile::kStagingStride * 4;
 #pragma unroll

@@ -7,43 +7,62 @@
 namespace vtok::cuda {
 namespace {
 
-// One element per thread, written in order: k_frame elements of one time tap of one kernel channel.
+constexpr int kRelayThreads = 384, kRelayChannels = 64;  // of a block
+
+// A block moves kRelayChannels channels of one kernel row with all their taps through shared memory, [channel][tap] as they usually lie
+// in the weights, so that both its reads and its writes are of neighbours. Each thread keeps its tap (then its channel): no division
+// is made per element.
 template <class T>
-__global__ void __launch_bounds__(256) relay_weight_kernel(const RelaidWeight w, T* to, float* bias_to) {
-  const int row = blockIdx.x, group = row / w.outputs, kernel_n = row % w.outputs, dt = blockIdx.y;
+__global__ void __launch_bounds__(kRelayThreads) relay_weight_kernel(const RelaidWeight w, T* to, float* bias_to) {
+  const int row = blockIdx.x, group = row / w.outputs, kernel_n = row - group * w.outputs, first = blockIdx.y * kRelayChannels;
   const int n = kernel_n % w.phase_channels * w.phases + kernel_n / w.phase_channels;
-  const T* from = static_cast<const T*>(w.from.data) + group * w.from.group + n * w.from.n;
-  if (w.bias && dt == 0 && threadIdx.x == 0)
+  const int count = min(kRelayChannels, w.channels - first), plane = w.taps[1] * w.taps[2], taps = w.taps[0] * plane;
+  const uint32_t staged = ptx::smem_base();
+  const T* from = static_cast<const T*>(w.from.data) + group * w.from.group + n * w.from.n + first * w.from.channel;
+  const int together = max(kRelayThreads / taps, 1);  // channels that the threads read at a time
+  for (int tap = threadIdx.x % taps; tap < taps && int(threadIdx.x) < together * taps; tap += kRelayThreads) {
+    const int t = tap / plane, h = tap % plane / w.taps[2], v = tap % w.taps[2];
+    const T* tap_from = from + t * w.from.tap[0] + h * w.from.tap[1] + v * w.from.tap[2];
+    for (int c = threadIdx.x / taps; c < count; c += together)
+      ptx::st_shared<T>(staged + (c * taps + tap) * int(sizeof(T)), ptx::ld_global(tap_from + c * w.from.channel));
+  }
+  if (w.bias && first == 0 && threadIdx.x == 0)
     ptx::st_global(bias_to + row, ptx::to_float(ptx::ld_global(static_cast<const T*>(w.bias) + group * w.outputs + n)));
-  T* row_to = to + (int64_t(row) * w.kernel[0] + dt) * w.k_frame;
-  for (int k = threadIdx.x; k < w.k_frame; k += blockDim.x) {
-    const int tap = k / w.channels, channel = k - tap * w.channels, dh = tap / w.kernel[2], dw = tap - dh * w.kernel[2];
-    auto at = [&](int t, int h, int w_tap) {
-      return ptx::ld_global(from + channel * w.from.channel + t * w.from.tap[0] + h * w.from.tap[1] + w_tap * w.from.tap[2]);
-    };
-    T value = ptx::from_float<T>(0);  // the padding at the end
-    if (tap < w.kernel[1] * w.kernel[2]) {
-      if (w.folded) {
-        float sum = 0;
-        for (int t = w.tap_begin[0][dt]; t < w.tap_begin[0][dt + 1]; ++t)
-          for (int h = w.tap_begin[1][dh]; h < w.tap_begin[1][dh + 1]; ++h)
-            for (int v = w.tap_begin[2][dw]; v < w.tap_begin[2][dw + 1]; ++v) sum += ptx::to_float(at(t, h, v));
-        value = ptx::from_float<T>(sum);
-      } else {
-        value = at(dt, dh, dw);
-      }
+  __syncthreads();
+
+  const int c = threadIdx.x % kRelayChannels, kernel_plane = w.kernel[1] * w.kernel[2];
+  auto at = [&](int t, int h, int v) {
+    return ptx::ld_shared<T>(staged + (c * taps + (t * w.taps[1] + h) * w.taps[2] + v) * int(sizeof(T)));
+  };
+  for (int tap = threadIdx.x / kRelayChannels; tap < w.kernel[0] * kernel_plane; tap += kRelayThreads / kRelayChannels) {
+    const int dt = tap / kernel_plane, dh = tap % kernel_plane / w.kernel[2], dw = tap % w.kernel[2];
+    T* frame_to = to + (int64_t(row) * w.kernel[0] + dt) * w.k_frame;
+    if (first == 0 && tap % kernel_plane == 0)  // the padding at the end of a time tap
+      for (int k = kernel_plane * w.channels + c; k < w.k_frame; k += kRelayChannels) ptx::st_global(frame_to + k, ptx::from_float<T>(0));
+    if (c >= count) continue;
+    T value;
+    if (w.folded) {
+      float sum = 0;
+      for (int t = w.tap_begin[0][dt]; t < w.tap_begin[0][dt + 1]; ++t)
+        for (int h = w.tap_begin[1][dh]; h < w.tap_begin[1][dh + 1]; ++h)
+          for (int v = w.tap_begin[2][dw]; v < w.tap_begin[2][dw + 1]; ++v) sum += ptx::to_float(at(t, h, v));
+      value = ptx::from_float<T>(sum);
+    } else {
+      value = at(dt, dh, dw);
     }
-    ptx::st_global(row_to + k, value);
+    ptx::st_global(frame_to + int64_t(tap % kernel_plane) * w.channels + first + c, value);
   }
 }
 
 }  // namespace
 
 Status relay_weight(const RelaidWeight& w, DType dtype, void* to, float* bias_to, void* stream) {
-  const dim3 grid(unsigned(w.groups * w.outputs), unsigned(w.kernel[0]));
+  const dim3 grid(unsigned(w.groups * w.outputs), unsigned(divide_up(w.channels, kRelayChannels)));
+  const int shared = kRelayChannels * w.taps[0] * w.taps[1] * w.taps[2] * element_size(dtype);
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    return VTOK_LAUNCH(relay_weight_kernel<T>, grid, dim3(256), 0, static_cast<cudaStream_t>(stream), w, static_cast<T*>(to), bias_to);
+    return VTOK_LAUNCH(relay_weight_kernel<T>, grid, dim3(kRelayThreads), shared, static_cast<cudaStream_t>(stream), w, static_cast<T*>(to),
+                       bias_to);
   };
   if (dtype == DType::f16) return run(__half());
   if (dtype == DType::bf16) return run(__nv_bfloat16());

@@ -40,7 +40,8 @@ struct WeightView {  // element strides; negative where a tap is mirrored, and t
 // One launch per call, at a cost of one read and one write of the weights: the kernels never see a stale copy.
 struct RelaidWeight {
   WeightView from;
-  int groups, outputs, channels, kernel[3];
+  int groups, outputs, channels;
+  int taps[3], kernel[3];  // the weight's own, and as the kernels see them: fewer where taps are merged
   int k_frame;
   int phases, phase_channels;  // depth-to-space: kernel channel n is row n % phase_channels * phases + n / phase_channels
   const void* bias;            // or null

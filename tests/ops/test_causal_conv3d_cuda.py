@@ -223,6 +223,16 @@ def test_time_taps_before_the_first_frame_are_not_computed():
     torch.testing.assert_close(y, forward(checked_call(x, weight[:, :, 2:].contiguous(), bias)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_tiles_that_read_nothing(seed):
+    """Padded frames of a kernel that is short in time: their products are an empty sum, and what remains is the bias."""
+    x, weight, bias = drawn(32, 32, (1, 1, 1), (1, 16, 16), BF16)
+    call = checked_call(x, weight, bias, time_pad=(3, 0))
+    y = forward(call, seed)
+    close(y, call)
+    assert torch.equal(y[:, :, :3], bias.view(1, -1, 1, 1, 1).expand_as(y[:, :, :3]))
+
+
 @pytest.mark.parametrize("time_pad", [(2, 0), (1, 1), (0, 3)])
 def test_a_replicated_image(time_pad):
     """One frame: the temporal taps are one tap."""

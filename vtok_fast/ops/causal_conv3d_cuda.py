@@ -64,7 +64,11 @@ def _input(x: Tensor, cache: Tensor | None, groups: int) -> tuple[Tensor, Tensor
 
 
 def _allow_tf32(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    """Whether PyTorch's own convolution would round float32 to tf32."""
+    if x.dtype != torch.float32:
+        return False
+    conv = getattr(torch.backends.cudnn, "conv", None)  # from 2.9; asking allow_tf32 then fails where the newer setting was used
+    return conv.fp32_precision == "tf32" if conv is not None else torch.backends.cudnn.allow_tf32
 
 
 def _launch(function: Callable[..., None], like: Tensor, *args: Any) -> None:
