@@ -4,6 +4,7 @@
 //   machine.h .cpp  threads as fibers, the scheduler, barriers and shuffles, vector clocks
 //   memory.h .cpp   shared and global memory, with every access checked
 //   instructions.h  the functions of ptx.cuh
+//   sm90.h .cpp     those of ptx_sm90.cuh: mbarrier, TMA, wgmma
 //   calls.h .cpp    calling a launcher from Python
 #pragma once
 #include <tuple>

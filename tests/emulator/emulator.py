@@ -21,7 +21,8 @@ that two threads write, or one writes and another then reads, without a barrier 
 all reach or that differ among threads; deadlocks; launches that no GPU takes.
 
 ``seed`` decides the order of blocks and threads and when asynchronous copies land: 0 at once, 1 as late as allowed, 2 and up at
-random. After a call ``conv.launched`` is the last launch as the source has it, kernel and arguments, and ``conv.bank_conflicts`` is
+random. ``capability=90`` allows the instructions of ptx_sm90.cuh; ``shared_limit`` (bytes a block may have; 99 KiB, as on the
+smallest GPUs) and ``multiprocessors`` are what a launcher is told of the device. After a call ``conv.launched`` is the last launch as the source has it, kernel and arguments, and ``conv.bank_conflicts`` is
 what ldmatrix would have lost in it.
 
 Compiled code is kept in tests/emulator/.cache, by a hash of all sources and flags.

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "memory.h"
+#include "sm90.h"
 
 // Saves the registers that a function must preserve and the stack pointer, and goes on where `to` was saved.
 extern "C" void emu_switch(void** from, void* to);
@@ -38,6 +39,7 @@ std::deque<Thread*> ready;
 void fiber_main() {
   (*kernel)();
   finish_copies(*self, self->groups + 1);
+  sm90_end_thread();
   self->state = Thread::State::ended;
   void* forgotten;
   emu_switch(&forgotten, scheduler_stack_pointer);
@@ -59,7 +61,7 @@ void start(Thread& t, int id, size_t threads) {
   t = {};
   t.id = id, t.warp = id / 32, t.lane = id % 32;
   t.index = {unsigned(id) % size.x, unsigned(id) / size.x % size.y, unsigned(id) / (size.x * size.y)};
-  t.clock.assign(2 * threads, 0);
+  t.clock.assign(2 * threads + sm90_clocks(), 0);
   t.clock[id] = 1;
   auto** top = reinterpret_cast<void**>(stack_top(id));
   *--top = nullptr;  // so that the stack is aligned in fiber_main as after a call
@@ -103,8 +105,21 @@ void run_block(uint32_t number, dim3 size, size_t shared_bytes) {
   for (Meeting& m : block.barriers) m = {};
   ready.clear();
   reset_shared(shared_bytes);
+  sm90_start_block();
+  in_flight.clear();
   for (size_t i = 0; i < threads; ++i) start(block.threads[i], int(i), threads);
-  while (error.empty() && !ready.empty()) {
+  while (error.empty() && !(ready.empty() && in_flight.empty())) {
+    if (ready.empty() && std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& t) { return t.state == Thread::State::ended; })) {
+      error = "the kernel ends while TMA still writes to shared memory; block " + std::to_string(number);
+      break;
+    }
+    if (!in_flight.empty() && (ready.empty() || (config.seed >= 2 && random_bits() % 4 == 0))) {
+      auto some = in_flight.begin() + (config.seed >= 2 ? random_bits() % in_flight.size() : 0);
+      const auto operation = std::move(*some);
+      in_flight.erase(some);
+      operation();
+      continue;
+    }
     self = next();
     emu_switch(&scheduler_stack_pointer, self->stack_pointer);
   }
@@ -133,10 +148,14 @@ std::string place(const Where& where) {
 void fail(const std::string& message, const Where& where) {
   const uint3 t = self->index, b = block.index;
   auto triple = [](uint3 v) { return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")"; };
-  error = message + "; thread " + triple(t) + " of block " + triple(b) + " at " + place(where);
+  if (error.empty()) error = message + "; thread " + triple(t) + " of block " + triple(b) + " at " + place(where);
   void* forgotten;
   emu_switch(&forgotten, scheduler_stack_pointer);  // the fibers are left as they are: kernels own nothing
   __builtin_unreachable();
+}
+
+void report(const std::string& message, const Where& where) {
+  if (error.empty()) error = message + "; block " + std::to_string(block.number) + ", of what began at " + place(where);
 }
 
 std::string run(dim3 g, dim3 b, size_t shared_bytes, const std::function<void()>& body) {
@@ -167,17 +186,24 @@ bool arrive(Meeting& meeting, size_t expected, const char* what, const Where& wh
   meeting.offers.push_back(offer);
   self->waits_for = what, self->where = where;
   if (meeting.present.size() == expected) return true;
-  self->state = Thread::State::waiting;
-  emu_switch(&self->stack_pointer, scheduler_stack_pointer);
+  park(what, where);
   return false;
 }
 
+void park(const char* what, const Where& where) {
+  self->waits_for = what, self->where = where;
+  self->state = Thread::State::waiting;
+  emu_switch(&self->stack_pointer, scheduler_stack_pointer);
+}
+
+void wake(Thread* t) {
+  t->state = Thread::State::ready;
+  ready.push_back(t);
+}
+
 void dismiss(Meeting& meeting) {
-  for (Thread* t : meeting.present) {
-    if (t == self) continue;
-    t->state = Thread::State::ready;
-    ready.push_back(t);
-  }
+  for (Thread* t : meeting.present)
+    if (t != self) wake(t);
   meeting.present.clear();
   meeting.offers.clear();
 }

@@ -2,7 +2,7 @@
 //
 // A seed decides who runs next: 0 the one that has waited longest, 1 the one that has waited least, 2 and up at random; so for the
 // order of blocks. Time is counted by vector clocks: clock[i] of a thread is how much of what agent i did is known to have
-// happened before now. Agents are the threads of the block, 0 to n-1, and their asynchronous copies, n to 2n-1.
+// happened before now. Agents are the threads of the block, 0 to n-1, their asynchronous copies, n to 2n-1, and what sm90.h adds.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -70,14 +70,22 @@ inline std::mt19937 random_bits;
 inline const char* launched = "";    // the last launch, as its source has it
 inline uint64_t bank_conflicts = 0;  // cycles that ldmatrix would have lost to them, in that launch
 
+// What goes on beside the threads, such as copies by TMA: done at random, or when no thread can go on.
+inline std::vector<std::function<void()>> in_flight;
+
 inline bool chance() { return config.seed >= 2 ? random_bits() & 1 : config.seed == 0; }
 
 // Ends the launch with an error that names the thread and the place.
 [[noreturn]] void fail(const std::string& message, const Where& where);
+void report(const std::string& message, const Where& where);  // the same of an operation that no thread is about: returns
 std::string place(const Where& where);
 
 // Runs a kernel: "" or the error.
 std::string run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+
+// The running thread waits until another wakes it.
+void park(const char* what, const Where& where);
+void wake(Thread* thread);
 
 // ---- meetings ----------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@
 #include <memory>
 #include <unordered_map>
 
+#include "sm90.h"
+
 namespace emu {
 namespace {
 
@@ -17,8 +19,10 @@ bool known(const Event& e, const Thread& by) { return e.agent < 0 || e.clock <= 
 
 std::string name(const Event& e) {
   const int threads = int(block.threads.size());
-  const bool copy = e.agent >= threads;
-  return (copy ? "cp.async of thread " : "thread ") + std::to_string(copy ? e.agent - threads : e.agent) + " at " + place(e.where);
+  const std::string who = e.agent < threads       ? "thread " + std::to_string(e.agent)
+                          : e.agent < 2 * threads ? "cp.async of thread " + std::to_string(e.agent - threads)
+                                                  : "TMA or wgmma";
+  return who + " at " + place(e.where);
 }
 
 // ---- shared memory -----------------------------------------------------------------------------------------------------
@@ -35,16 +39,6 @@ void check_race(const Event& e, const Thread& by, const char* what, const char* 
   if (!known(e, by))
     fail(std::string("race in shared memory: ") + what + " of " + hex(address - shared_base()) + " is not ordered after the " + other +
          " by " + name(e), where);
-}
-
-void record_write(uint32_t address, uint32_t bytes, const Event& event, const char* what, const Where& where) {
-  for (uint32_t a = address; a < address + bytes; a += 2) {
-    Cell& cell = cells[a / 2];
-    check_race(cell.write, *self, what, "write", a, where);
-    for (const Event& read : cell.reads) check_race(read, *self, what, "read", a, where);
-    cell.write = event;
-    cell.reads.clear();
-  }
 }
 
 void put(const Copy& copy) {
@@ -71,31 +65,49 @@ void check_shared(uint32_t address, uint32_t bytes, uint32_t align, const char* 
     fail(std::string("misaligned in shared memory: ") + what + " at " + hex(address) + ", not a multiple of " + std::to_string(align), where);
 }
 
-void read_shared(void* to, uint32_t address, uint32_t bytes, uint32_t align, const char* what, const Where& where, Thread& by) {
-  check_shared(address, bytes, align, what, where);
+void claim_shared(uint32_t address, uint32_t bytes, const Event& event, const char* what, const Where& where) {
+  for (uint32_t a = address; a < address + bytes; a += 2) {
+    Cell& cell = cells[a / 2];
+    check_race(cell.write, *self, what, "write", a, where);
+    for (const Event& read : cell.reads) check_race(read, *self, what, "read", a, where);
+    cell.write = event;
+    cell.reads.clear();
+  }
+}
+
+void record_read(uint32_t address, uint32_t bytes, const Event& event, const char* what, const Where& where, const Thread& by,
+                 bool asynchronous) {
   for (uint32_t a = address; a < address + bytes; a += 2) {
     Cell& cell = cells[a / 2];
     if (cell.write.agent < 0)
       fail(std::string("uninitialised shared memory: ") + what + " of " + hex(a - shared_base()) + ", never written", where);
     check_race(cell.write, by, what, "write", a, where);
-    const Event event{by.id, by.clock[by.id], where};
-    auto same = std::find_if(cell.reads.begin(), cell.reads.end(), [&](const Event& e) { return e.agent == by.id; });
+    if (asynchronous && !sm90_visible(cell.write, by))
+      fail(std::string("no fence.proxy.async: ") + what + " of " + hex(a - shared_base()) + " may not see the write by " + name(cell.write), where);
+    auto same = std::find_if(cell.reads.begin(), cell.reads.end(), [&](const Event& e) { return e.agent == event.agent; });
     if (same != cell.reads.end()) *same = event;
     else cell.reads.push_back(event);
   }
+}
+
+uint8_t* shared_bytes(uint32_t address) { return &arena[address]; }
+
+void read_shared(void* to, uint32_t address, uint32_t bytes, uint32_t align, const char* what, const Where& where, Thread& by) {
+  check_shared(address, bytes, align, what, where);
+  record_read(address, bytes, {by.id, by.clock[by.id], where}, what, where, by);
   std::memcpy(to, &arena[address], bytes);
 }
 
 void write_shared(uint32_t address, const void* from, uint32_t bytes, uint32_t align, const char* what, const Where& where) {
   check_shared(address, bytes, align, what, where);
-  record_write(address, bytes, {self->id, self->clock[self->id], where}, what, where);
+  claim_shared(address, bytes, {self->id, self->clock[self->id], where}, what, where);
   std::memcpy(&arena[address], from, bytes);
 }
 
 void start_copy(const Copy& copy, const Where& where) {
   check_shared(copy.to, copy.bytes, copy.bytes, "cp.async", where);
   if (copy.from) check_global_read(copy.from, copy.bytes, copy.bytes, "cp.async", where);
-  record_write(copy.to, copy.bytes, {self->id + int(block.threads.size()), copy.group, where}, "cp.async", where);
+  claim_shared(copy.to, copy.bytes, {self->id + int(block.threads.size()), copy.group, where}, "cp.async", where);
   if (chance()) put(copy);
   else self->copies.push_back(copy);
 }

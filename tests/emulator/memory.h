@@ -26,6 +26,12 @@ void write_shared(uint32_t address, const void* from, uint32_t bytes, uint32_t a
 void start_copy(const Copy& copy, const Where& where);
 void finish_copies(Thread& by, uint32_t up_to_group);
 
+// What instructions with memory accesses of their own are made of. claim_shared records a write by `event` that is not done yet.
+void claim_shared(uint32_t address, uint32_t bytes, const Event& event, const char* what, const Where& where);
+void record_read(uint32_t address, uint32_t bytes, const Event& event, const char* what, const Where& where, const Thread& by,
+                 bool asynchronous = false);
+uint8_t* shared_bytes(uint32_t address);
+
 void register_global(const void* begin, uint64_t bytes, const char* name);
 void forget_globals();
 void forget_global_accesses();  // at the start of a launch

@@ -1,4 +1,5 @@
-"""conformance.cu word for word: in the emulator, and on a GPU where there is one, against the layouts that the PTX manual draws."""
+"""conformance.cu and conformance_sm90.cu word for word: in the emulator, and on a GPU where there is one, against the layouts that
+the PTX manual draws."""
 
 import shutil
 import struct
@@ -85,11 +86,38 @@ def conversions():
         yield from (int(a) | int(b) << 16, int(c), int(d))
 
 
-def check(words):
+def boxes():
+    """Rows of W bytes; the 16-byte chunk c of row r lies at chunk c ^ (r W / 128 % (W / 16)) of its row, but for swizzle 0."""
+    tensor = np.arange(1, 80 * 7 * 5 + 1).reshape(5, 7, 80)
+    padded = np.zeros((5 + 8, 7 + 8, 80 + 64), dtype=np.int64)
+    padded[:5, 4:11, :80] = tensor
+    for swizzle in (128, 64, 32, 0):
+        width = swizzle or 32
+        rows = padded[2:8, 4 - 1:4 + 2, 40:40 + width // 2].reshape(18, width // 16, 8)
+        for r, row in enumerate(rows):
+            for chunk in range(width // 16):
+                place = chunk ^ (r * width // 128 % (width // 16)) if swizzle else chunk
+                yield from (int(low) | int(high) << 16 for low, high in row[place].reshape(4, 2))
+
+
+def warpgroup_products():
+    r = np.arange(64)[:, None]
+    k = np.arange(64)[None]
+    c = ((3 * r + 5 * k) % 7 - 3) @ ((2 * r + 11 * k) % 9 - 4).T
+    for i in range(32):
+        for t in range(128):
+            yield int(c[t // 32 * 16 + t % 32 // 4 + i // 2 % 2 * 8, i // 4 * 8 + t % 4 * 2 + i % 2] + t) & 0xFFFFFFFF
+
+
+PARTS = {"matrices": matrices, "bf16 products": lambda: products(2, 16), "fp16 products": lambda: products(2, 16),
+         "tf32 products": lambda: products(1, 8), "exchanges": exchanges, "copies": copies, "conversions": conversions}
+PARTS_SM90 = {"boxes": boxes, "products": warpgroup_products}
+
+
+def check(words, parts):
     at = 0
-    for name, part in (("matrices", matrices()), ("bf16 products", products(2, 16)), ("fp16 products", products(2, 16)),
-                       ("tf32 products", products(1, 8)), ("exchanges", exchanges()), ("copies", copies()), ("conversions", conversions())):
-        want = list(part)
+    for name, part in parts.items():
+        want = list(part())
         got = words[at:at + len(want)]
         wrong = [f"word {i}: {g:08x}, not {w:08x}" for i, (g, w) in enumerate(zip(got, want)) if g != w]
         assert not wrong and len(got) == len(want), f"{name}: {len(wrong)} words differ, {wrong[:8]}"
@@ -106,12 +134,29 @@ def test_emulator(seed):
     words[COPIED:COPIED + 32] = torch.arange(1, 33)
     words[COPIED + 32:COPIED + 64] = 0x3F000000
     library.run(words, seed=seed)
-    check([n & 0xFFFFFFFF for n in words.tolist()])
+    check([n & 0xFFFFFFFF for n in words.tolist()], PARTS)
+
+
+@pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
+@pytest.mark.parametrize("seed", range(3))
+def test_emulator_sm90(seed):
+    library = emulator.build("tests/emulator/conformance_sm90.cu", exports={"run": "vtok::cuda::conformance_sm90"},
+                             glue="namespace vtok::cuda { Status conformance_sm90(const Tensor&, const Tensor&); }")
+    elements = torch.arange(1, 80 * 7 * 5 + 1, dtype=torch.int16).view(torch.float16)
+    words = torch.full((18 * 64 + 64 * 64,), -1, dtype=torch.int32)
+    library.run(elements, words, seed=seed, capability=90)
+    check([n & 0xFFFFFFFF for n in words.tolist()], PARTS_SM90)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or shutil.which("nvcc") is None, reason="needs a GPU and nvcc")
-def test_gpu(tmp_path):
-    program = tmp_path / "conformance"
-    subprocess.run(["nvcc", "-std=c++17", "-arch=native", "-I", HERE.parents[1] / "csrc", HERE / "conformance.cu", "-o", program], check=True)
-    check([int(line, 16) for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()])
+@pytest.mark.parametrize("name, parts", (("conformance", PARTS), ("conformance_sm90", PARTS_SM90)))
+def test_gpu(tmp_path, name, parts):
+    capability = torch.cuda.get_device_capability()
+    if parts is PARTS_SM90 and capability != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    arch = "90a" if capability == (9, 0) else "".join(map(str, capability))
+    program = tmp_path / name
+    subprocess.run(["nvcc", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-I", HERE.parents[1] / "csrc", HERE / f"{name}.cu",
+                    "-o", program], check=True)
+    check([int(line, 16) for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()], parts)
