@@ -18,6 +18,8 @@ from vtok_fast.backends import BackendError, available_backends
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import fsq_quantize
 from vtok_fast.ops.norm_act import norm_act
+from vtok_fast.ops.scope_attention import scope_attention
+from vtok_fast.scope import Scope
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,6 +75,12 @@ def _norm_cases() -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
     }
 
 
+def _scope_cases() -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    scopes = {"time invariant": Scope.time_invariant(tiv=24, tv=4, patches=64, slices=3), "block causal": Scope.block_causal(4, 50),
+              "packed": Scope.packed([0, 70, 70, 200], q_len=210)}
+    return {name: (tuple(_random(1, 4, scope.q_len, 32, seed=i) for i in range(3)), {"scope": scope}) for name, scope in scopes.items()}
+
+
 def outcomes() -> Iterator[Outcome]:
     """Every comparison, as it is made."""
     for op, backends in available_backends().items():
@@ -85,6 +93,8 @@ def outcomes() -> Iterator[Outcome]:
                 yield from _closely(op, backend, causal_conv3d, _conv_cases())
             elif op == "norm_act":
                 yield from _closely(op, backend, norm_act, _norm_cases())
+            elif op == "scope_attention":
+                yield from _closely(op, backend, scope_attention, _scope_cases())
             elif op in ("fsq", "fsq_quantize"):
                 yield from _fsq(op, backend)
     yield from _vidtok()
