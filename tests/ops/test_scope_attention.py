@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import vtok_fast
 from vtok_fast import parity
@@ -262,6 +263,15 @@ def test_module_projects_twice_with_rotary_positions_between():
     plain.load_state_dict(module.state_dict())
     want = plain(q, k, v, attn_mask=~scope.mask(), need_weights=False)[0]
     torch.testing.assert_close(module(x, scope=scope, angles=rotary_angles((h, w), 8))[0], want)
+
+
+def test_module_is_the_official_infotok_attention():
+    golden = load_file(Path(__file__).resolve().parents[1] / "golden_data" / "infotok_vit.safetensors")
+    module, prefix = ScopeAttention(32, 4, twice=True, dtype=torch.float64), "weights/vit_encoder.0.attention.mha."
+    module.load_state_dict({name.removeprefix(prefix): t.double() for name, t in golden.items() if name.startswith(prefix)})
+    y = module(golden["in/block/x"].double(), scope=Scope.block_causal(2, 12), angles=rotary_angles((3, 4), 8))[0].detach()
+    want = golden["out/block/attention"].double()  # its rotary positions were float32
+    assert (y - want).norm() <= parity.floor(torch.float32) * want.norm()
 
 
 def test_rotary_positions_are_relative_on_every_axis():

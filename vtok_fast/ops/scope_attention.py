@@ -102,8 +102,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float | None) -
 
 def _reference_run(call: ScopeCall) -> tuple[Tensor, ...]:
     q, k, v, scope, scale, grad, out, lse = call
-    # Not of a scope on a device whose values may be amiss: it would wait for them.
-    mask = Scope._make(*scope.safe()[0], scope.q_len, scope.k_len).mask().to(q.device)
+    mask = Scope._make(*scope_attention_triton.clamped(scope), scope.q_len, scope.k_len).mask().to(q.device)
     if grad is not None:
         return tuple(map(like, (q, k, v), reference.scope_attention_backward(grad, q, k, v, out, lse, mask, scale)))
     result, lse = reference.scope_attention(q, k, v, mask, scale)

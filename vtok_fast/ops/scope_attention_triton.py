@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtok_fast import backends
 from vtok_fast.ops.packed_tokens import SCOPE, note_error
-from vtok_fast.scope import Scope
+from vtok_fast.scope import CSR, Scope
 
 SHORT = 32  # mean rows of a segment from which on it counts as short
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,14 +35,19 @@ def work_list(scope: Scope, block: int, exact: bool) -> Tensor:
     return torch.stack((start, end, r[s], r[s + 1]), 1)[order].int()
 
 
+def clamped(scope: Scope) -> CSR:
+    """The scope's tensors, safe to use; that they had to be clamped is an error that the device reports late."""
+    safe, changed = scope.safe()
+    if changed is not None:
+        note_error(changed, SCOPE)
+    return safe
+
+
 def prepared(scope: Scope, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The work list and the ranges of a scope on the device of the tensors, cached on the scope."""
     def make() -> tuple[Tensor, Tensor]:
-        safe, changed = scope.safe()
-        if changed is not None:
-            note_error(changed, SCOPE)
         work = work_list(scope, block, exact=scope.device.type == "cpu")
-        return work.to(device, non_blocking=True), safe.ranges.to(device, non_blocking=True)
+        return work.to(device, non_blocking=True), clamped(scope).ranges.to(device, non_blocking=True)
 
     return scope.cached(("work", block, device), make)
 
