@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import harness
 
-NAMES = ("causal_conv3d", "norm_act", "fsq", "scope_attention", "vidtok", "models")
+NAMES = ("causal_conv3d", "norm_act", "fsq", "scope_attention", "token_packing", "vidtok", "models")
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
 """Triton kernels of ``norm_act``, forward: LayerNorm, RMSNorm and GroupNorm with what comes before and after them in one pass.
 
 ``layer`` and ``rms`` hold all channels of a group at some positions in registers, so that the video is read once. ``group`` and
-``group_rms`` read it twice: first the sums of each channel over parts of the positions, as sums of differences from a value close to
-the mean, so that a large mean costs no accuracy; then, with the statistics of each group, the result.
+``group_rms`` read it twice: first the sums of each channel over parts of the positions, then, with the statistics of each group,
+the result. A large mean costs no accuracy: sums are of differences from a value close to the mean, the origin, and a mean is kept
+as an origin and the rest, since one float32 could be off by more than the differences' own rounding.
 
 A video is seen as (instance, channel, position). An instance is a clip, or a frame where GroupNorm is per frame; position q of it
 lies at frame q // plane and pixel q % plane. All is computed in float32 and rounded once; ``CHAIN`` rounds where a library's own
@@ -71,7 +72,7 @@ def _affine(v, weight, bias, scale, shift, b, c, t, p, mask, inside, channels, s
     if CHAIN:
         v = v.to(AFTER_NORM).to(tl.float32)
     if CHAIN == 1:
-        v = (v * tl.sqrt_rn(channels.to(tl.float32))).to(AFTER_NORM).to(tl.float32)
+        v = (v * tl.sqrt_rn(tl.full((), channels, tl.float32))).to(AFTER_NORM).to(tl.float32)
     if weight is not None:
         v = v * _per_channel(weight, c, inside)
         if CHAIN:
@@ -136,10 +137,11 @@ def position_kernel(x, residual, weight, bias, scale, shift, y, tail, frames, pl
 
 
 @triton.jit
-def sums_kernel(x, residual, means, squares, frames, span, plane, channels, parts,
-                xb, xc, xt, xp, rb, rc, rt, rp, CENTRE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Per channel over a part of an instance's positions: the mean, and the sum of squared differences from it (of squares, without
-    CENTRE). Programs (instances x parts, blocks of channels)."""
+def sums_kernel(x, residual, origins, means, squares, frames, span, plane, channels, parts,
+                xb, xc, xt, xp, rb, rc, rt, rp, CENTRE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+                BLOCK_C: tl.constexpr):
+    """Per channel over a part of an instance's positions: an origin, the mean less that, and the sum of squared differences from
+    the mean (without CENTRE the sum of squares). Programs (instances x parts, blocks of channels)."""
     instance = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -164,18 +166,20 @@ def sums_kernel(x, residual, means, squares, frames, span, plane, channels, part
         square += v * v
     mean = tl.sum(total, 0) / count
     at = tl.program_id(0).to(tl.int64) * channels + c
-    tl.store(means + at, origin + mean, mask=c < channels)
+    tl.store(origins + at, origin, mask=c < channels)
+    tl.store(means + at, mean, mask=c < channels)
     tl.store(squares + at, tl.sum(square, 0) - mean * mean * count, mask=c < channels)
 
 
 @triton.jit
-def statistics_kernel(means, squares, mean, rstd, parts, steps, positions, channels, groups, eps, CENTRE: tl.constexpr,
-                      BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Per instance and group: the parts' means and squares as one mean and one reciprocal deviation."""
+def statistics_kernel(origins, means, squares, origin, mean, rstd, parts, steps, positions, channels, groups, eps,
+                      CENTRE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Per instance and group: the parts' sums as one origin, one mean less that, and one reciprocal deviation."""
     instance = (tl.program_id(0) // groups).to(tl.int64)
     size = channels // groups
     first_c = tl.program_id(0) % groups * size
-    elements = positions.to(tl.float32) * size
+    elements = tl.full((), positions, tl.float32) * size
+    base = tl.load(origins + instance * parts * channels + first_c)
     average = tl.zeros((), tl.float32)
     deviation = tl.zeros((), tl.float32)
     for phase in tl.static_range(2 if CENTRE else 1):
@@ -188,23 +192,27 @@ def statistics_kernel(means, squares, mean, rstd, parts, steps, positions, chann
                 at = (instance * parts + part)[:, None] * channels + (first_c + c)[None, :]
                 begin = tl.minimum(part * steps * BLOCK, positions)
                 count = (tl.minimum(begin + steps * BLOCK, positions) - begin).to(tl.float32)[:, None]
+                if CENTRE:
+                    away = (tl.load(origins + at, mask=mask, other=0.0) - base) + tl.load(means + at, mask=mask, other=0.0)
+                    away = tl.where(mask, away - average, 0.0)
                 if phase == 0 and CENTRE:
-                    total += tl.load(means + at, mask=mask, other=0.0) * count
+                    total += away * count
                 else:
                     total += tl.load(squares + at, mask=mask, other=0.0)
                     if CENTRE:
-                        difference = tl.where(mask, tl.load(means + at, mask=mask, other=0.0) - average, 0.0)
-                        total += difference * difference * count
+                        total += away * away * count
         if phase == 0 and CENTRE:
             average = tl.sum(tl.sum(total, 1), 0) / elements
         else:
             deviation = tl.sum(tl.sum(total, 1), 0) / elements
+    tl.store(origin + tl.program_id(0), base)
     tl.store(mean + tl.program_id(0), average)
     tl.store(rstd + tl.program_id(0), tl.rsqrt(deviation + eps))
 
 
 @triton.jit
-def group_kernel(x, residual, weight, bias, scale, shift, mean, rstd, y, tail, frames, span, plane, channels, groups, tail_first,
+def group_kernel(x, residual, weight, bias, scale, shift, origin, mean, rstd, y, tail, frames, span, plane, channels, groups,
+                 tail_first,
                  xb, xc, xt, xp, rb, rc, rt, rp, sb, sc, st, sp, hb, hc, ht, hp, yb, yc, yt, yp, tb, tc, tt,
                  SILU: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
     """The result, given the statistics. Programs (instances x blocks of positions, blocks of channels)."""
@@ -218,9 +226,9 @@ def group_kernel(x, residual, weight, bias, scale, shift, mean, rstd, y, tail, f
     mask = (q < positions)[:, None] & inside[None, :]
     v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
     group = instance * groups + c // (channels // groups)
-    v = (v - _per_channel(mean, group, inside)) * _per_channel(rstd, group, inside)
-    v = _affine(v, weight, bias, scale, shift, b, c, t, p, mask, inside, channels, sb, sc, st, sp, hb, hc, ht, hp, SILU, 0, None, None,
-                None, None, None)
+    v = (v - _per_channel(origin, group, inside) - _per_channel(mean, group, inside)) * _per_channel(rstd, group, inside)
+    v = _affine(v, weight, bias, scale, shift, b, c, t, p, mask, inside, channels, sb, sc, st, sp, hb, hc, ht, hp, SILU, 0, None,
+                None, None, None, None)
     _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first, plane, FLAT)
 
 
@@ -250,13 +258,14 @@ def is_flat(frames: int, plane: int, *views: View) -> bool:
 
 
 def tile(width: int, positions: int, planar: bool, values: int = 8192) -> tuple[int, int]:
-    """Positions of a tile of ``width`` channels with about ``values`` values, and its warps. Planar videos want long runs of positions."""
+    """Positions of a tile of ``width`` channels with about ``values`` values, and its warps. Planar videos want long runs."""
     block = max(values // width, 32 if planar and width <= 256 else 1)
     block = min(block, triton.next_power_of_2(max(positions, 1)))
     return block, 4 if block * width <= values // 2 else 8
 
 
-def chain_types(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, rounding: str) -> list:
+def chain_types(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+                rounding: str) -> list:
     """The types that the library's intermediate results have, as PyTorch promotes them."""
     now = x.dtype
     if rounding == "ltx" and weight is not None:  # to the weight's type if that is narrow, else it stays in float32
@@ -268,8 +277,9 @@ def chain_types(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Te
     return [TYPES[t] for t in types]
 
 
-def statistics(vx: View, vr: View, shape: torch.Size, centre: bool, groups: int, per_frame: bool, eps: float, flat: bool) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal deviation of each instance and group, float32 (instances, groups)."""
+def statistics(vx: View, vr: View, shape: torch.Size, centre: bool, groups: int, per_frame: bool, eps: float,
+               flat: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Origin, mean less that, and reciprocal deviation of each instance and group, float32 (instances, groups)."""
     b, channels, frames, h, w = shape
     span, plane = 1 if per_frame else frames, h * w
     positions, instances = span * plane, b * (frames // span)
@@ -282,15 +292,15 @@ def statistics(vx: View, vr: View, shape: torch.Size, centre: bool, groups: int,
     steps = triton.cdiv(blocks, min(blocks, wanted))
     parts = triton.cdiv(blocks, steps)
     device = vx.tensor.device
-    means, squares = torch.empty(2, instances, parts, channels, device=device)
-    mean, rstd = torch.empty(2, instances, groups, device=device)
+    sums = torch.empty(3, instances, parts, channels, device=device)
+    result = torch.empty(3, instances, groups, device=device)
     sums_kernel[(instances * parts, triton.cdiv(channels, block_c))](
-        vx.tensor, vr.tensor, means, squares, frames, span, plane, channels, parts, *vx.strides, *vr.strides, centre, flat, block,
+        vx.tensor, vr.tensor, *sums, frames, span, plane, channels, parts, *vx.strides, *vr.strides, centre, flat, block,
         block_c, num_warps=warps)
     statistics_kernel[(instances * groups,)](
-        means, squares, mean, rstd, parts, steps, positions, channels, groups, eps, centre, block,
+        *sums, *result, parts, steps, positions, channels, groups, eps, centre, block,
         min(triton.next_power_of_2(parts), 32), min(triton.next_power_of_2(channels // groups), 32))
-    return mean, rstd
+    return tuple(result)
 
 
 def norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
@@ -319,13 +329,13 @@ def norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tenso
             chain = CHAINS[rounding]
             types = chain_types(x, weight, bias, scale, shift, rounding) if chain else [None] * 5
             position_kernel[(b * triton.cdiv(frames * plane, block), groups)](
-                vx.tensor, vr.tensor, weight, bias, vs.tensor, vh.tensor, vy.tensor, vt.tensor, frames, plane, channels, groups, eps,
-                tail_first, *strides, centre, silu, chain, *types, flat, block, block_c, num_warps=warps)
+                vx.tensor, vr.tensor, weight, bias, vs.tensor, vh.tensor, vy.tensor, vt.tensor, frames, plane, channels, groups,
+                eps, tail_first, *strides, centre, silu, chain, *types, flat, block, block_c, num_warps=warps)
             return
-        mean, rstd = statistics(vx, vr, x.shape, centre, groups, per_frame, eps, flat)
+        found = statistics(vx, vr, x.shape, centre, groups, per_frame, eps, flat)
         span = 1 if per_frame else frames
         block_c = min(triton.next_power_of_2(channels), 16 if planar else 128)
         block, warps = tile(block_c, span * plane, planar)
         group_kernel[(b * frames // span * triton.cdiv(span * plane, block), triton.cdiv(channels, block_c))](
-            vx.tensor, vr.tensor, weight, bias, vs.tensor, vh.tensor, mean, rstd, vy.tensor, vt.tensor, frames, span, plane, channels,
-            groups, tail_first, *strides, silu, flat, block, block_c, num_warps=warps)
+            vx.tensor, vr.tensor, weight, bias, vs.tensor, vh.tensor, *found, vy.tensor, vt.tensor, frames, span, plane,
+            channels, groups, tail_first, *strides, silu, flat, block, block_c, num_warps=warps)

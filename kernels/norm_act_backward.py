@@ -1,7 +1,7 @@
 """Triton kernels of ``norm_act``, backward. The forward pass is computed again from its input.
 
-With x^ the normalised input, r the reciprocal deviation and g the gradient with respect to x^, the gradient with respect to the input
-is r (g - mean(g) - x^ mean(g x^)), the first mean only where the mean was subtracted. ``layer`` and ``rms`` do it in one pass;
+With x^ the normalised input, r the reciprocal deviation and g the gradient with respect to x^, the gradient with respect to the
+input is r (g - mean(g) - x^ mean(g x^)), the first mean only where the mean was subtracted. ``layer`` and ``rms`` take one pass;
 ``group`` and ``group_rms`` add up g and g x^ per channel first, which also gives the gradients of weight and bias.
 """
 
@@ -75,7 +75,7 @@ def position_backward_kernel(x, residual, grad, weight, bias, scale, shift, grad
         square = tl.sum(v * v, 1)
         if WAN:
             norm = tl.sqrt_rn(square)
-            rstd = tl.sqrt_rn(channels.to(tl.float32)) / tl.maximum(norm, 1e-12)
+            rstd = tl.sqrt_rn(tl.full((), channels, tl.float32)) / tl.maximum(norm, 1e-12)
         else:
             rstd = tl.rsqrt(square / size + eps)
         xhat = v * rstd[:, None]
@@ -98,19 +98,20 @@ def position_backward_kernel(x, residual, grad, weight, bias, scale, shift, grad
 
 
 @triton.jit
-def _normalised(x, residual, mean, rstd, instance, b, c, t, p, mask, inside, channels, groups, xb, xc, xt, xp, rb, rc, rt, rp):
+def _normalised(x, residual, origin, mean, rstd, instance, b, c, t, p, mask, inside, channels, groups, xb, xc, xt, xp,
+                rb, rc, rt, rp):
     v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
     group = instance * groups + c // (channels // groups)
     r = _per_channel(rstd, group, inside)
-    return (v - _per_channel(mean, group, inside)) * r, r, group
+    return (v - _per_channel(origin, group, inside) - _per_channel(mean, group, inside)) * r, r, group
 
 
 @triton.jit
-def group_sums_kernel(x, residual, grad, weight, bias, scale, shift, mean, rstd, grad_scale, grad_shift, sums, sums_along,
+def group_sums_kernel(x, residual, grad, weight, bias, scale, shift, origin, mean, rstd, grad_scale, grad_shift, sums, sums_along,
                       frames, span, plane, channels, groups, parts,
                       xb, xc, xt, xp, rb, rc, rt, rp, gb, gc, gt, gp, sb, sc, st, sp, hb, hc, ht, hp, ob, oc, ot, op,
                       SILU: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Per channel over a part of an instance's positions: the sums of g and of g x^. Programs (instances x parts, blocks of channels)."""
+    """Per channel over a part of an instance's positions: the sums of g and of g x^. Programs (instances x parts, channels)."""
     instance = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -125,7 +126,8 @@ def group_sums_kernel(x, residual, grad, weight, bias, scale, shift, mean, rstd,
         q = first + tl.arange(0, BLOCK)
         b, t, p = _place(instance, q, frames, span, plane, FLAT)
         mask = (q < end)[:, None] & inside[None, :]
-        xhat, r, group = _normalised(x, residual, mean, rstd, instance, b, c, t, p, mask, inside, channels, groups, xb, xc, xt, xp, rb, rc, rt, rp)
+        xhat, r, group = _normalised(x, residual, origin, mean, rstd, instance, b, c, t, p, mask, inside, channels, groups, xb, xc,
+                                     xt, xp, rb, rc, rt, rp)
         g = _upstream(xhat, grad, weight, bias, scale, shift, grad_scale, grad_shift, b, c, t, p, mask, inside, gb, gc, gt, gp,
                       sb, sc, st, sp, hb, hc, ht, hp, ob, oc, ot, op, SILU)
         total += tl.sum(g, 0)
@@ -136,8 +138,8 @@ def group_sums_kernel(x, residual, grad, weight, bias, scale, shift, mean, rstd,
 
 
 @triton.jit
-def group_backward_kernel(x, residual, grad, weight, bias, scale, shift, mean, rstd, average, along, grad_x, frames, span, plane,
-                          channels, groups, xb, xc, xt, xp, rb, rc, rt, rp, gb, gc, gt, gp, sb, sc, st, sp, hb, hc, ht, hp,
+def group_backward_kernel(x, residual, grad, weight, bias, scale, shift, origin, mean, rstd, average, along, grad_x, frames, span,
+                          plane, channels, groups, xb, xc, xt, xp, rb, rc, rt, rp, gb, gc, gt, gp, sb, sc, st, sp, hb, hc, ht, hp,
                           ob, oc, ot, op, CENTRE: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
                           BLOCK_C: tl.constexpr):
     """The gradient with respect to the input, given the means of g and g x^ per group."""
@@ -149,7 +151,8 @@ def group_backward_kernel(x, residual, grad, weight, bias, scale, shift, mean, r
     inside = c < channels
     b, t, p = _place(instance, q, frames, span, plane, FLAT)
     mask = (q < positions)[:, None] & inside[None, :]
-    xhat, r, group = _normalised(x, residual, mean, rstd, instance, b, c, t, p, mask, inside, channels, groups, xb, xc, xt, xp, rb, rc, rt, rp)
+    xhat, r, group = _normalised(x, residual, origin, mean, rstd, instance, b, c, t, p, mask, inside, channels, groups, xb, xc,
+                                 xt, xp, rb, rc, rt, rp)
     g = _upstream(xhat, grad, weight, bias, scale, shift, None, None, b, c, t, p, mask, inside, gb, gc, gt, gp,
                   sb, sc, st, sp, hb, hc, ht, hp, ob, oc, ot, op, SILU)
     if weight is not None:
@@ -163,12 +166,13 @@ def group_backward_kernel(x, residual, grad, weight, bias, scale, shift, mean, r
 # ---- launcher ------------------------------------------------------------------------------------------------------------
 
 
-def norm_act_backward(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-                      residual: Tensor | None, *, kind: str, groups: int, per_frame: bool, eps: float, activation: str | None,
-                      rounding: str, layout: torch.memory_format = torch.channels_last_3d,
+def norm_act_backward(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
+                      shift: Tensor | None, residual: Tensor | None, *, kind: str, groups: int, per_frame: bool, eps: float,
+                      activation: str | None, rounding: str, layout: torch.memory_format = torch.channels_last_3d,
                       wanted: tuple[bool, ...] = (True,) * 6) -> tuple[Tensor | None, ...]:
-    """Gradients for (x, weight, bias, scale, shift, residual) as :func:`vtok_fast.reference.norm_act.norm_act_backward` gives them, None
-    for those not ``wanted``; videos in the memory format ``layout``."""
+    """Gradients for (x, weight, bias, scale, shift, residual), None for the absent, as
+    :func:`vtok_fast.reference.norm_act.norm_act_backward` gives them. Videos come in the memory format ``layout``; of scale and
+    shift only those ``wanted``, by their places in the result."""
     b, channels, frames, h, w = x.shape
     plane, span = h * w, 1 if per_frame and "group" in kind else frames
     centre, silu = kind in ("layer", "group"), activation == "silu"
@@ -181,8 +185,10 @@ def norm_act_backward(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tens
         zeros = [None if t is None else torch.zeros_like(t) for t in (weight, bias, scale, shift)]
         return grad_x, *zeros, None if residual is None else grad_x
     # One that broadcasts is added up afterwards, from float32.
-    grad_scale, grad_shift = (None if t is None or not want else torch.empty_like(
-        x, dtype=t.dtype if t.shape == x.shape else torch.float32, memory_format=layout) for t, want in zip((scale, shift), wanted[3:5]))
+    grad_scale, grad_shift = (
+        None if t is None or not want else
+        torch.empty_like(x, dtype=t.dtype if t.shape == x.shape else torch.float32, memory_format=layout)
+        for t, want in zip((scale, shift), wanted[3:5]))
     vo, vos, voh = view(grad_x), view(grad_scale), view(grad_shift)
     flat = is_flat(frames, plane, vx, vr, vg, vs, vh, vo)
     planar = vx.strides[1] != 1
@@ -195,24 +201,25 @@ def norm_act_backward(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tens
             programs = min(PROGRAMS, b * triton.cdiv(frames * plane, block))
             sums = torch.empty(2, programs, channels, device=x.device)
             position_backward_kernel[(programs, groups)](
-                *inputs, vo.tensor, vos.tensor, voh.tensor, *sums, b, frames, plane, channels, groups, eps, programs, *strides, centre,
-                silu, rounding == "wan", flat, block, block_c, num_warps=warps)
+                *inputs, vo.tensor, vos.tensor, voh.tensor, *sums, b, frames, plane, channels, groups, eps, programs, *strides,
+                centre, silu, rounding == "wan", flat, block, block_c, num_warps=warps)
             grad_weight, grad_bias = sums.sum(1)
         else:
-            grad_weight, grad_bias = _group_backward(inputs, vx, vr, vo, vos, voh, strides, x.shape, centre, silu, groups, span, eps, flat)
+            grad_weight, grad_bias = _group_backward(inputs, vx, vr, vo, vos, voh, strides, x.shape, centre, silu, groups, span,
+                                                     eps, flat)
     grad_scale, grad_shift = (None if g is None else g.sum_to_size(t.shape).to(t.dtype)
                               for g, t in ((grad_scale, scale), (grad_shift, shift)))
     return (grad_x, None if weight is None else grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype),
             grad_scale, grad_shift, None if residual is None else grad_x)
 
 
-def _group_backward(inputs: tuple, vx: View, vr: View, vo: View, vos: View, voh: View, strides: tuple, shape: torch.Size, centre: bool,
-                    silu: bool, groups: int, span: int, eps: float, flat: bool) -> tuple[Tensor, Tensor]:
+def _group_backward(inputs: tuple, vx: View, vr: View, vo: View, vos: View, voh: View, strides: tuple, shape: torch.Size,
+                    centre: bool, silu: bool, groups: int, span: int, eps: float, flat: bool) -> tuple[Tensor, Tensor]:
     """Writes the gradients of the video, scale and shift; returns those of weight and bias."""
     b, channels, frames, h, w = shape
     plane, instances = h * w, b * (frames // span)
     positions = span * plane
-    mean, rstd = statistics(vx, vr, shape, centre, groups, span == 1, eps, flat)
+    found = statistics(vx, vr, shape, centre, groups, span == 1, eps, flat)
     block_c = min(triton.next_power_of_2(channels), 16 if vx.strides[1] != 1 else 128)
     block, warps = tile(block_c, positions, vx.strides[1] != 1, VALUES["groups"])
     blocks, columns = triton.cdiv(positions, block), triton.cdiv(channels, block_c)
@@ -220,12 +227,12 @@ def _group_backward(inputs: tuple, vx: View, vr: View, vo: View, vos: View, voh:
     parts = triton.cdiv(blocks, steps)
     sums = torch.empty(2, instances, parts, channels, device=vx.tensor.device)
     group_sums_kernel[(instances * parts, columns)](
-        *inputs, mean, rstd, vos.tensor, voh.tensor, *sums, frames, span, plane, channels, groups, parts, *strides, silu, flat, block,
-        block_c, num_warps=warps)
+        *inputs, *found, vos.tensor, voh.tensor, *sums, frames, span, plane, channels, groups, parts, *strides, silu, flat,
+        block, block_c, num_warps=warps)
     per_channel = sums.sum(2)  # (2, instances, channels): of g, of g x^
     weighted = per_channel if inputs[3] is None else per_channel * inputs[3].float()
     average, along = weighted.unflatten(2, (groups, -1)).sum(3) / (positions * (channels // groups))
     group_backward_kernel[(instances * blocks, columns)](
-        *inputs, mean, rstd, average, along, vo.tensor, frames, span, plane, channels, groups, *strides, centre, silu, flat, block,
+        *inputs, *found, average, along, vo.tensor, frames, span, plane, channels, groups, *strides, centre, silu, flat, block,
         block_c, num_warps=warps)
     return per_channel[1].sum(0), per_channel[0].sum(0)

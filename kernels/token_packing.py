@@ -81,16 +81,16 @@ def budget_kernel(scores, rate, elbo_mean, budget, n, rate_step, STRATEGY: tl.co
             i = first + tl.arange(0, BLOCK)
             value = tl.load(scores + b * n + i, mask=i < n, other=0.0).to(tl.float32)
             total += _fixed(tl.where(value < -4096.0, -4096.0, value))
-        mean = tl.sum(total).to(tl.float64) / (n.to(tl.float64) * 1073741824.0)
+        mean = tl.sum(total).to(tl.float64) / (tl.full((), n, tl.float64) * 1073741824.0)
         share = share * mean / tl.load(elbo_mean).to(tl.float64)
         if STRATEGY == 2:
             share = (share * 4 + 6755399441055744.0 - 6755399441055744.0) / 4  # 1.5 * 2^52: rounds to an integer, half to even
         share = tl.where(share != share, 1.0, tl.maximum(share, 0.0625))
     share = tl.minimum(tl.maximum(share, 0.0), 1.0)
     if RELEASED:
-        count = n - 1 - tl.floor((1 - share) * (n - 1).to(tl.float64)).to(tl.int64)
+        count = n - 1 - tl.floor((1 - share) * tl.full((), n - 1, tl.float64)).to(tl.int64)
     else:
-        count = tl.floor(share * n.to(tl.float64) + 0.5).to(tl.int64)
+        count = tl.floor(share * tl.full((), n, tl.float64) + 0.5).to(tl.int64)
     tl.store(budget + b, tl.maximum(count, 0))
 
 
@@ -327,8 +327,8 @@ def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None, flag: Tensor
         if programs:
             pack_kernel[(programs, max(1, triton.cdiv(channels, block_c)))](
                 tokens, keep, before, totals, values, indices, cu_seqlens, flag, thresholds if fsq else values,
-                basis if fsq else values, *tokens.stride(), n, blocks, clips, channels, rows, thresholds.shape[1] if fsq else 0, fsq, planar, block, block_c,
-                CLIPS, num_warps=4 if block * block_c < 8192 else 8)
+                basis if fsq else values, *tokens.stride(), n, blocks, clips, channels, rows,
+                thresholds.shape[1] if fsq else 0, fsq, planar, block, block_c, CLIPS, num_warps=4 if block * block_c < 8192 else 8)
     return values, indices, cu_seqlens
 
 

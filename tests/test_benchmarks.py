@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import causal_conv3d, fsq, harness, layers, machine, norm_act, report, scope_attention, vidtok  # noqa: E402
+from benchmarks import token_packing  # noqa: E402
 from benchmarks.harness import Candidate, Settings, Trial  # noqa: E402
 from vtok_fast import native  # noqa: E402
 
@@ -263,6 +264,14 @@ def test_norm_act_runs(case, one_thread):
 def test_fsq_runs(layout, one_thread):
     record = _run(fsq, fsq.Case("large", (8, 5, 5), (2, 8, 8), layout))
     assert record["facts"]["differ_from_float64"] == 0 and "plain copy" in record["ratios"]["vtok_fast"]
+
+
+@pytest.mark.parametrize("case", token_packing.cases(TINY), ids=str)
+def test_token_packing_runs(case, one_thread):
+    _run(token_packing, replace(case, compile=False))
+    trial = token_packing.build(case, TINY)
+    for c in trial.candidates if case.dtype != torch.bfloat16 else ():  # in which eager scores are rounded, and tie
+        assert torch.equal(c.call().reshape(trial.ours.call().shape), trial.ours.call())
 
 
 @pytest.mark.parametrize("case", scope_attention.cases(TINY), ids=str)

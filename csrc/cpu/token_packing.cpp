@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <string>
@@ -19,14 +20,19 @@ constexpr int64_t kPiece = 64 * 1024;         // bytes of one plane that are rea
 constexpr int64_t kExactAdditions = 2048;     // of values up to 2^12 in steps of 2^-30, from 0, in a double
 
 bool contiguous(const Tensor& t) {
+  if (t.numel() == 0) return true;
   int64_t step = 1;
   for (int i = t.rank; i-- > 0; step *= t.size[i])
     if (t.size[i] != 1 && t.stride[i] != step) return false;
   return true;
 }
 
+bool same(const Tensor& t, DType dtype, std::initializer_list<int64_t> sizes) {
+  return t.dtype == dtype && t.rank == static_cast<int>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.size);
+}
+
 Status check_mask(const Tensor& mask, const char* name) {
-  const bool good = mask.dtype == DType::u8 && mask.rank == 2 && (contiguous(mask) || mask.numel() == 0) && mask.numel() < int64_t(1) << 31;
+  const bool good = mask.dtype == DType::u8 && mask.rank == 2 && contiguous(mask) && mask.numel() < int64_t(1) << 31;
   return good ? Status::Ok() : Status::Invalid(std::string(name) + ": expected contiguous uint8 (B, n) with B n < 2**31");
 }
 
@@ -48,15 +54,15 @@ bool channels_inside(const Tensor& t) { return t.stride[1] == 1 && t.stride[4] =
 
 Status router_scores(const Tensor& video, const Tensor& reconstruction, const Tensor& scores, int64_t frames, int64_t rows,
                      int64_t columns, int threads) {
-  if (!is_float(video.dtype) || video.rank != 5) return Status::Invalid("video: expected float32, bfloat16 or float16 (B, C, T, H, W)");
-  if (reconstruction.dtype != video.dtype || reconstruction.rank != 5 || !std::equal(video.size, video.size + 5, reconstruction.size))
+  if (!is_float(video.dtype) || video.rank != 5)
+    return Status::Invalid("video: expected float32, bfloat16 or float16 (B, C, T, H, W)");
+  if (!same(reconstruction, video.dtype, {video.size[0], video.size[1], video.size[2], video.size[3], video.size[4]}))
     return Status::Invalid("reconstruction: expected the type and sizes of video");
   if (frames < 1 || rows < 1 || columns < 1 || video.size[1] < 1 || video.size[2] < 1 || (video.size[2] - 1) % frames ||
       video.size[3] % rows || video.size[4] % columns)
     return Status::Invalid("grid: must divide the sizes of video");
   const int64_t t = 1 + (video.size[2] - 1) / frames, h = video.size[3] / rows, w = video.size[4] / columns;
-  if (scores.dtype != DType::f32 || scores.rank != 4 || scores.size[0] != video.size[0] || scores.size[1] != t || scores.size[2] != h ||
-      scores.size[3] != w || (scores.numel() && !contiguous(scores)))
+  if (!same(scores, DType::f32, {video.size[0], t, h, w}) || !contiguous(scores))
     return Status::Invalid("scores: expected contiguous float32 (B, t, h, w)");
   if (scores.numel() == 0) return Status::Ok();
 
@@ -92,7 +98,9 @@ Status router_scores(const Tensor& video, const Tensor& reconstruction, const Te
           for (int64_t r = 0; r < rows; r += at_once) {
             std::fill_n(sum, w * step, 0.0);
             for (int64_t k = y * rows + r; k < y * rows + std::min(rows, r + at_once); ++k) {
-              auto at = [&](const Rows& v) { return v.data + (batch * v.batch + f * v.frame + c * v.channel + k * v.row) * v.width; };
+              auto at = [&](const Rows& v) {
+                return v.data + (batch * v.batch + f * v.frame + c * v.channel + k * v.row) * v.width;
+              };
               VTOK_DISPATCH(add_differences(ScoreRow{video.dtype, at(a), at(b), w * step, a.column, b.column}, sum));
             }
             flush(y);
@@ -100,8 +108,10 @@ Status router_scores(const Tensor& video, const Tensor& reconstruction, const Te
         }
     const double divisor = static_cast<double>(channels * depth * rows * step) * 0x1p30;
     float* to = static_cast<float*>(scores.data) + ((batch * t + group) * h + first) * w;
-    for (int64_t i = 0; i < (last - first) * w; ++i)
-      to[i] = !nan.empty() && nan[i] ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(static_cast<double>(total[i]) / divisor);
+    for (int64_t i = 0; i < (last - first) * w; ++i) {
+      to[i] = static_cast<float>(static_cast<double>(total[i]) / divisor);
+      if (!nan.empty() && nan[i]) to[i] = std::numeric_limits<float>::quiet_NaN();
+    }
   });
   return Status::Ok();
 }
@@ -150,9 +160,9 @@ uint32_t kth_largest(const uint32_t* keys, int64_t n, int64_t k, int64_t* larger
 Status select_tokens(const Tensor& scores, const Tensor& budget, const Tensor& keep, bool strictly, int threads) {
   VTOK_RETURN_IF_ERROR(check_mask(keep, "keep"));
   const int64_t clips = keep.size[0], n = keep.size[1];
-  if (!is_float(scores.dtype) || scores.rank != 2 || scores.size[0] != clips || scores.size[1] != n || (scores.numel() && !contiguous(scores)))
+  if (!is_float(scores.dtype) || !same(scores, scores.dtype, {clips, n}) || !contiguous(scores))
     return Status::Invalid("scores: expected contiguous float32, bfloat16 or float16 of keep's sizes");
-  if (budget.dtype != DType::i64 || budget.rank != 1 || budget.size[0] != clips || (clips && !contiguous(budget)))
+  if (!same(budget, DType::i64, {clips}) || !contiguous(budget))
     return Status::Invalid("budget: expected contiguous int64 (B)");
   if (keep.numel() == 0) return Status::Ok();
   if (threads < 1 || keep.numel() < kSerialBytes / 16) threads = 1;
@@ -202,7 +212,8 @@ std::vector<int64_t> chunk_rows(const Tensor& mask, int threads) {
   std::vector<int64_t> rows(mask.size[0] * chunks + 1);
   const auto* data = static_cast<const uint8_t*>(mask.data);
   parallel_for(mask.size[0], mask.numel() < kSerialBytes ? 1 : threads, [&](int64_t clip, int) {
-    for (int64_t i = 0; i < chunks; ++i) rows[clip * chunks + i + 1] = count(data + clip * n + i * kChunk, std::min(kChunk, n - i * kChunk));
+    for (int64_t i = 0; i < chunks; ++i)
+      rows[clip * chunks + i + 1] = count(data + clip * n + i * kChunk, std::min(kChunk, n - i * kChunk));
   });
   for (size_t i = 1; i < rows.size(); ++i) rows[i] += rows[i - 1];
   return rows;
@@ -229,7 +240,8 @@ void with_row_size(int64_t bytes, F&& fn) {
 
 // Channels apart: a few tokens at a time, so that their rows stay in the first-level cache while the channels come in.
 template <class T>
-void gather_channels(const T* from, int64_t channels, int64_t channel, int64_t position, const int32_t* indices, int64_t count, T* to) {
+void gather_channels(const T* from, int64_t channels, int64_t channel, int64_t position, const int32_t* indices, int64_t count,
+                     T* to) {
   const int64_t block = std::max<int64_t>(16, 16384 / std::max<int64_t>(1, channels * sizeof(T)));
   for (int64_t k = 0; k < count; k += block)
     for (int64_t c = 0; c < channels; ++c)
@@ -240,7 +252,7 @@ void gather_channels(const T* from, int64_t channels, int64_t channel, int64_t p
 
 Status count_tokens(const Tensor& mask, const Tensor& cu_seqlens, int threads) {
   VTOK_RETURN_IF_ERROR(check_mask(mask, "mask"));
-  if (cu_seqlens.dtype != DType::i32 || cu_seqlens.rank != 1 || cu_seqlens.size[0] != mask.size[0] + 1 || !contiguous(cu_seqlens))
+  if (!same(cu_seqlens, DType::i32, {mask.size[0] + 1}) || !contiguous(cu_seqlens))
     return Status::Invalid("cu_seqlens: expected contiguous int32 (B + 1)");
   auto* to = static_cast<int32_t*>(cu_seqlens.data);
   const int64_t n = mask.size[1];
@@ -257,16 +269,16 @@ Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& value
   if (tokens.rank != 3 || tokens.size[0] != mask.size[0] || tokens.size[2] != mask.size[1])
     return Status::Invalid("tokens: expected (B, C, n) for the mask's (B, n)");
   const int64_t channels = tokens.size[1], n = mask.size[1], chunks = (n + kChunk - 1) / kChunk;
-  if (values.dtype != tokens.dtype || values.rank != 2 || values.size[1] != channels || (values.numel() && !contiguous(values)))
+  if (!same(values, tokens.dtype, {values.size[0], channels}) || !contiguous(values))
     return Status::Invalid("values: expected contiguous (N, C) of the type of tokens");
-  if (indices.dtype != DType::i32 || indices.rank != 1 || indices.size[0] != values.size[0] || (indices.numel() && !contiguous(indices)))
+  if (!same(indices, DType::i32, {values.size[0]}) || !contiguous(indices))
     return Status::Invalid("indices: expected contiguous int32 (N)");
   if (mask.numel() == 0) return Status::Ok();
   const int64_t width = element_size(tokens.dtype), bytes = channels * width;
   if (threads < 1 || tokens.numel() * width < kSerialBytes) threads = 1;
   const std::vector<int64_t> rows = chunk_rows(mask, threads);
   if (rows.back() > values.size[0])
-    return Status::Invalid("values: " + std::to_string(rows.back()) + " tokens are kept, got room for " + std::to_string(values.size[0]));
+    return Status::Invalid("values: room for " + std::to_string(values.size[0]) + " tokens, of " + std::to_string(rows.back()));
   advise_huge_pages(values);
   const int64_t channel = tokens.stride[1], position = tokens.stride[2];
   with_row_size(channels == 1 || channel == 1 ? bytes : 0, [&](auto size) {
@@ -307,17 +319,19 @@ Status unpack_tokens(const Tensor& values, const Tensor& mask, const Tensor& fil
   if (dense.rank != 3 || dense.size[0] != mask.size[0] || dense.size[2] != mask.size[1])
     return Status::Invalid("dense: expected (B, C, n) for the mask's (B, n)");
   const int64_t channels = dense.size[1], n = mask.size[1], chunks = (n + kChunk - 1) / kChunk;
-  if (values.dtype != dense.dtype || values.rank != 2 || values.size[1] != channels || (values.numel() && !contiguous(values)))
+  if (!same(values, dense.dtype, {values.size[0], channels}) || !contiguous(values))
     return Status::Invalid("values: expected contiguous (N, C) of the type of dense");
   if (fill.dtype != dense.dtype || fill.numel() != 1) return Status::Invalid("fill: expected one element of the type of values");
   if (dense.numel() == 0) return Status::Ok();
-  if ((channels > 1 && dense.stride[1] != 1) || (n > 1 && dense.stride[2] != channels) || (dense.size[0] > 1 && dense.stride[0] != n * channels))
+  if ((channels > 1 && dense.stride[1] != 1) || (n > 1 && dense.stride[2] != channels) ||
+      (dense.size[0] > 1 && dense.stride[0] != n * channels))
     return Status::Invalid("dense: expected the channels of a position adjacent");
   const int64_t width = element_size(dense.dtype), bytes = channels * width;
   if (threads < 1 || dense.numel() * width < kSerialBytes) threads = 1;
   const std::vector<int64_t> rows = chunk_rows(mask, threads);
   if (rows.back() > values.size[0])
-    return Status::Invalid("mask: keeps " + std::to_string(rows.back()) + " positions, of " + std::to_string(values.size[0]) + " values");
+    return Status::Invalid("packed.mask: keeps " + std::to_string(rows.back()) + " positions, of " +
+                           std::to_string(values.size[0]) + " values");
   advise_huge_pages(dense);
   const std::unique_ptr<char[]> empty(new char[bytes]);
   for (int64_t c = 0; c < channels; ++c) std::memcpy(empty.get() + c * width, fill.data, width);

@@ -8,9 +8,10 @@
 
 namespace vtok::cpu {
 
-// Mean |video - reconstruction| of each cell of `frames` x `rows` x `columns` pixels and all channels; frame 0 is a cell's whole time.
-// Both (B, C, T, H, W), float32, bfloat16 or float16, any strides; scores float32 (B, t, h, w), contiguous. Each difference is cut
-// to a multiple of 2^-30 and to at most 4096, sums are exact and the division is in double: no order of summation shows.
+// Mean |video - reconstruction| of each cell of `frames` x `rows` x `columns` pixels and all channels; frame 0 is the whole time of
+// its cells. Both (B, C, T, H, W), float32, bfloat16 or float16, any strides; scores float32 (B, t, h, w), contiguous. Each
+// difference is cut to a multiple of 2^-30 and to at most 4096, sums are exact and the division is in double: no order of summation
+// shows.
 Status router_scores(const Tensor& video, const Tensor& reconstruction, const Tensor& scores, int64_t frames, int64_t rows,
                      int64_t columns, int threads);
 
@@ -21,8 +22,8 @@ Status select_tokens(const Tensor& scores, const Tensor& budget, const Tensor& k
 // mask: uint8 (B, n), contiguous, in all that follows. cu_seqlens: int32 (B + 1).
 Status count_tokens(const Tensor& mask, const Tensor& cu_seqlens, int threads);
 
-// Elements of any type are moved as 1, 2, 4 or 8 bytes. tokens (B, C, n), any strides; values (N, C) and indices int32 (N), contiguous;
-// rows behind the last token are left alone.
+// Elements of any type are moved as 1, 2, 4 or 8 bytes. tokens (B, C, n), any strides; values (N, C) and indices int32 (N),
+// contiguous; rows behind the last token are left alone.
 Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& values, const Tensor& indices, int threads);
 
 // values (N, C), contiguous; fill: one element; dense (B, C, n) with the channels of a position adjacent.

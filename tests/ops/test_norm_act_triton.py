@@ -20,7 +20,8 @@ from vtok_fast.kernels import norm_act_backward as backward  # noqa: E402
 
 INTERPRETED = Path(__file__).with_name("norm_act_interpreted.py")
 OPTIONAL = ("residual", "weight", "bias", "scale", "shift", "tail", "grad_scale", "grad_shift")
-STATISTICS = ("means", "squares", "mean", "rstd", "sums", "sums_along", "average", "along", "grad_weight", "grad_bias")
+STATISTICS = ("origins", "origin", "means", "squares", "mean", "rstd", "sums", "sums_along", "average", "along", "grad_weight",
+              "grad_bias")
 AFTER = {name: None for name in ("AFTER_NORM", "AFTER_WEIGHT", "AFTER_BIAS", "AFTER_SCALE", "AFTER_SHIFT")}
 
 
@@ -29,13 +30,13 @@ def test_results_under_the_interpreter():
 
 
 def compiled(kernel, cc, element, width, *, planar=False, present=("weight", "bias"), warps=None, **constants):
-    """The kernel for contiguous or channels-last videos whose sizes are multiples of 16, flat in time."""
+    """The kernel for contiguous or channels-last videos whose sizes are multiples of 16, flat in time unless told otherwise."""
     values = {kernels.sums_kernel: kernels.SUMS, backward.position_backward_kernel: backward.VALUES["positions"],
               backward.group_sums_kernel: backward.VALUES["groups"], backward.group_backward_kernel: backward.VALUES["groups"]}
     block, usual = kernels.tile(width, 1 << 20, planar, values.get(kernel, 8192))
     if "CHAIN" in kernel.arg_names or "WAN" in kernel.arg_names:
         constants["groups"] = 1
-    constants |= {"FLAT": True, "BLOCK": block, "BLOCK_C": width}
+    constants = {"FLAT": True, "BLOCK": block, "BLOCK_C": width} | constants
     constants |= {name: None for name in OPTIONAL if name in kernel.arg_names and name not in present}
     constants |= {f"{letter}{'p' if planar else 'c'}": 1 for letter in "xrgshyo"}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -86,7 +87,22 @@ def test_backward_compiles(cc):
     for planar in (False, True):
         width = 16 if planar else 128
         compiled(backward.group_sums_kernel, cc, "bf16", width, planar=planar, present=OPTIONAL, SILU=True)
-        compiled(backward.group_backward_kernel, cc, "fp32", width, planar=planar, present=OPTIONAL, CENTRE=True, SILU=True)
+        compiled(backward.group_backward_kernel, cc, "fp32", width, planar=planar, present=OPTIONAL, CENTRE=True, SILU=True,
+                 FLAT=False)
+
+
+ALL = [k for module in (kernels, backward) for k in vars(module).values()
+       if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")]
+
+
+@pytest.mark.parametrize("kernel", ALL, ids=lambda k: k.__name__)
+def test_sizes_of_one_compile(kernel):
+    """The compiler sees an argument of value 1 as a constant, which can do less than a variable."""
+    sizes = "frames", "span", "plane", "channels", "groups", "parts", "steps", "positions", "programs", "clips"
+    chain = {name: triton.language.float16 for name in AFTER} if kernel is kernels.position_kernel else {}
+    for flat in (True, False):
+        compiled(kernel, 90, "fp16", 1, present=OPTIONAL, warps=4, CENTRE=True, SILU=True, CHAIN=1, WAN=True, BLOCK_PARTS=1,
+                 FLAT=flat, **chain, **dict.fromkeys(sizes, 1))
 
 
 def test_the_statistics_see_the_same_parts_as_the_sums():

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from triton_harness import CAPABILITIES, assert_fits, compile_for, run_interpreted  # noqa: E402
 
+import triton  # noqa: E402
+
 import vtok_fast  # noqa: E402
 from vtok_fast.kernels import token_packing as kernels  # noqa: E402
 from vtok_fast.ops.token_packing import pack_tokens, router_scores, select_tokens  # noqa: E402
@@ -53,7 +55,8 @@ def test_selection_compiles(cc, strictly):
 
 
 @pytest.mark.parametrize("cc", CAPABILITIES)
-@pytest.mark.parametrize("channels, planar, element", ((256, False, "i16"), (256, True, "i16"), (6, False, "i32"), (1, False, "i32"), (6, False, "fsq")))
+@pytest.mark.parametrize("channels, planar, element", (
+    (256, False, "i16"), (256, True, "i16"), (6, False, "i32"), (1, False, "i32"), (6, False, "fsq")))
 def test_moving_compiles(cc, channels, planar, element):
     block, block_c = kernels.tiles(channels, planar)
     fsq = element == "fsq"
@@ -61,27 +64,45 @@ def test_moving_compiles(cc, channels, planar, element):
                 "tokens": "*bf16" if fsq else f"*{element}", "values": "*i32" if fsq else f"*{element}", "dense": f"*{element}",
                 "thresholds": "*fp32" if fsq else f"*{element}", "basis": "*i32" if fsq else f"*{element}"}
     tile = {"BLOCK": block, "BLOCK_C": block_c, "CLIPS": kernels.CLIPS}
-    aligned = ["tokens", "values", "dense", "keep", "tb", "n"] + (["channels", "tc" if planar else "tn"] if channels % 16 == 0 else [])
+    aligned = ["tokens", "values", "dense", "keep", "tb", "n"]
+    aligned += ["channels", "tc" if planar else "tn"] if channels % 16 == 0 else []
     warps = 8 if block * block_c >= 8192 else 4
-    constants = {"BLOCK": block, "BLOCKS": 4096 // block}
-    assert_fits(compile_for(kernels.count_kernel, types(kernels.count_kernel, constants, **pointers), constants, cc, aligned=("keep", "n")), cc)
+
+    def compiled(kernel, constants, num_warps):
+        names = [name for name in aligned if name in kernel.arg_names]
+        resources = compile_for(kernel, types(kernel, constants, **pointers), constants, cc, num_warps=num_warps, aligned=names)
+        assert_fits(resources, cc)
+        return resources
+
+    compiled(kernels.count_kernel, {"BLOCK": block, "BLOCKS": 4096 // block}, 4)
     constants = tile | {"FSQ": fsq, "PLANAR": planar, "tn" if planar else "tc": 1}
-    names = [name for name in aligned if name in kernels.pack_kernel.arg_names]
-    packing = compile_for(kernels.pack_kernel, types(kernels.pack_kernel, constants, **pointers), constants, cc, num_warps=warps, aligned=names)
-    assert_fits(packing, cc)
+    packing = compiled(kernels.pack_kernel, constants, warps)
     if fsq:
         return
-    names = [name for name in aligned if name in kernels.unpack_kernel.arg_names]
-    unpacking = compile_for(kernels.unpack_kernel, types(kernels.unpack_kernel, tile, **pointers), tile, cc, num_warps=warps, aligned=names)
-    assert_fits(unpacking, cc)
+    unpacking = compiled(kernels.unpack_kernel, tile, warps)
     if channels == 256:  # rows of channels travel 16 bytes at a time
         assert packing.has(r"st\.global[.\w]*\.v4") and unpacking.has(r"st\.global[.\w]*\.v4")
         assert unpacking.has(r"ld\.global[.\w]*\.v4") and packing.has(r"ld\.global[.\w]*\.v4")
 
 
+@pytest.mark.parametrize("kernel", [k for k in vars(kernels).values() if isinstance(k, triton.JITFunction) and
+                                    k.__name__.endswith("_kernel")], ids=lambda k: k.__name__)
+def test_sizes_of_one_compile(kernel):
+    """The compiler sees an argument of value 1 as a constant, which can do less than a variable."""
+    pointers = {"keep": "*u8", "before": "*i32", "totals": "*i32", "indices": "*i32", "cu_seqlens": "*i32", "flag": "*i32",
+                "tokens": "*i8", "values": "*i8", "dense": "*i8", "thresholds": "*i8", "basis": "*i8", "video": "*fp32",
+                "other": "*fp32", "scores": "*fp32", "rate": "*fp64", "elbo_mean": "*fp32", "budget": "*i64"}
+    flags = {"STRICTLY": True, "RELEASED": True, "STRATEGY": 2, "FSQ": False, "PLANAR": False}
+    for released in (True, False):
+        constants = {name: 1 for name in kernel.arg_names if name not in pointers} | flags | {"RELEASED": released}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        assert_fits(compile_for(kernel, types(kernel, constants, **pointers), constants, 90), 90)
+
+
 def test_a_cpu_is_refused_by_name():
     video = torch.zeros(1, 3, 1, 8, 8)
-    for call in (lambda: router_scores(video, video, backend="triton"), lambda: select_tokens(torch.zeros(1, 4), 1, backend="triton"),
+    for call in (lambda: router_scores(video, video, backend="triton"),
+                 lambda: select_tokens(torch.zeros(1, 4), 1, backend="triton"),
                  lambda: pack_tokens(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), backend="triton")):
         with pytest.raises(vtok_fast.BackendError, match="the tensors are on cpu"):
             call()

@@ -1,4 +1,4 @@
-"""The Triton kernels of token_packing against the reference, bit for bit, under Triton's interpreter (see tests/triton_harness.py)."""
+"""The Triton kernels of token_packing against the reference, bit for bit, under the interpreter (see tests/triton_harness.py)."""
 
 import math
 
@@ -22,7 +22,8 @@ def flag():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("layout", ("planar", "channels_last", "transposed"))
 def test_scores(dtype, layout):
-    for shape, grid in (((2, 3, 5, 16, 24), (4, 8, 8)), ((1, 2, 3, 6, 10), (2, 3, 5)), ((1, 1, 1, 20, 300), (4, 10, 150)), ((0, 3, 5, 8, 8), (4, 8, 8))):
+    for shape, grid in (((2, 3, 5, 16, 24), (4, 8, 8)), ((1, 2, 3, 6, 10), (2, 3, 5)), ((1, 1, 1, 20, 300), (4, 10, 150)),
+                        ((0, 3, 5, 8, 8), (4, 8, 8))):
         a, b = torch.randn(shape).to(dtype), (torch.randn(shape) * 10 ** torch.randn(shape) * 5).to(dtype)
         if shape[0]:
             a[0, 0, 0, 1, 2], b[-1, -1, -1, -1, -1] = math.nan, math.inf
@@ -105,5 +106,6 @@ def test_packing_with_fsq(dtype):
     z[0, 1, :50] = math.nan
     want = fsq_quantize(z, levels, backend="reference").indices[keep]
     for capacity in (None, 900):
-        values, _, cu_seqlens = kernels.pack_tokens(z, keep.view(torch.uint8), capacity, flag(), threshold_table(levels, "vidtok"), basis)
+        table = threshold_table(levels, "vidtok")
+        values, _, cu_seqlens = kernels.pack_tokens(z, keep.view(torch.uint8), capacity, flag(), table, basis)
         assert torch.equal(values[:cu_seqlens[-1]], want) and not values[cu_seqlens[-1]:].any()

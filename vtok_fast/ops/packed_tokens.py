@@ -121,7 +121,8 @@ class PackedTokens:
             ValueError: a value is outside 0 to codes - 1, such as the -1 of a NaN, or the mask has another number of tokens.
         """
         if self.values.is_floating_point() or self.values.dim() != 1:
-            raise TypeError(f"values: expected integers (N,), such as FSQ indices, got {self.values.dtype} {tuple(self.values.shape)}")
+            raise TypeError(f"values: expected integers (N,), such as FSQ indices, got {self.values.dtype} "
+                            f"{tuple(self.values.shape)}")
         if not 1 <= codes <= 2**31:
             raise ValueError(f"codes: expected 1 to 2**31, got {codes}")
         raise_device_errors(self.values.device)

@@ -67,9 +67,10 @@ def pack_tokens(tokens: Tensor | Sequence[Tensor], keep: Tensor | Sequence[Tenso
                                  for t, k in zip(tokens, keep)])
     if keep.dtype != torch.bool:
         keep = _mask_of_positions(keep, tokens)
-    if keep.dim() < 2 or tokens.device != keep.device or tokens.shape[:1] + tokens.shape[tokens.dim() - keep.dim() + 1:] != keep.shape:
-        raise ValueError(f"keep: expected (B, *grid) of tokens {tuple(tokens.shape)} on {tokens.device}, got {tuple(keep.shape)} on "
-                         f"{keep.device}")
+    grid = tokens.shape[tokens.dim() - keep.dim() + 1:]
+    if keep.dim() < 2 or tokens.device != keep.device or tokens.shape[:1] + grid != keep.shape:
+        raise ValueError(f"keep: expected (B, *grid) of tokens, {tuple(tokens.shape)} on {tokens.device}, got {tuple(keep.shape)} "
+                         f"on {keep.device}")
     if tokens.dim() not in (keep.dim(), keep.dim() + 1):
         raise ValueError(f"tokens: expected (B, *grid) or (B, C, *grid) for keep {tuple(keep.shape)}, got {tuple(tokens.shape)}")
     if keep.numel() >= 2**31:
@@ -104,7 +105,8 @@ def _mask_of_positions(positions: Tensor, tokens: Tensor) -> Tensor:
     if positions.is_floating_point() or positions.is_complex():
         raise TypeError(f"keep: expected bool or integers, got {positions.dtype}")
     if positions.dim() != 2 or positions.shape[0] != tokens.shape[0] or positions.device != tokens.device:
-        raise ValueError(f"keep: expected positions ({tokens.shape[0]}, K) on {tokens.device}, got {tuple(positions.shape)} on {positions.device}")
+        raise ValueError(f"keep: expected positions ({tokens.shape[0]}, K) on {tokens.device}, got {tuple(positions.shape)} on "
+                         f"{positions.device}")
     grid = tokens.shape[2 if tokens.is_floating_point() else 1:]
     size = math.prod(grid)
     wrong = (positions < -1) | (positions >= size)
@@ -220,13 +222,15 @@ def _cpu_unpack(call: UnpackCall) -> Tensor:
     values, mask = call.values.contiguous(), call.mask.flatten(1).contiguous().view(torch.uint8)
     dense = _dense(values, call.mask)
     flat = dense.flatten(1).unsqueeze(1) if values.dim() == 1 else dense.flatten(2)
-    arg, cu_seqlens = native.arg, torch.empty(len(mask) + 1, dtype=torch.int32)
-    total = native.lib().count_tokens(arg(mask), arg(cu_seqlens), native.threads())
-    if total > len(values):
-        raise ValueError(f"packed.mask: keeps {total} positions, of {len(values)} values")
-    fill = torch.tensor(call.fill, dtype=torch.float64).to(values.dtype)
-    native.lib().unpack_tokens(_moved(values.view(len(values), flat.shape[1])), arg(mask), _moved(fill), _moved(flat), native.threads())
+    rows, fill = values.view(len(values), flat.shape[1]), _element(call.fill, values.dtype)
+    native.lib().unpack_tokens(_moved(rows), native.arg(mask), _moved(fill), _moved(flat), native.threads())
     return dense
+
+
+@functools.lru_cache(maxsize=64)
+def _element(value: float, dtype: torch.dtype) -> Tensor:
+    """One element on the CPU. Do not write to it."""
+    return torch.tensor([value], dtype=torch.float64).to(dtype)
 
 
 def _dense(values: Tensor, mask: Tensor) -> Tensor:
@@ -278,7 +282,8 @@ def _triton_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.levels is not None:
         tables = _fsq_tables(call.levels, call.variant, device)
         return kernels.pack_tokens(tokens, keep, call.capacity, error_flag(device), *tables)
-    values, indices, cu_seqlens = kernels.pack_tokens(tokens.view(_INTEGERS[tokens.dtype.itemsize]), keep, call.capacity, error_flag(device))
+    tokens = tokens.view(_INTEGERS[tokens.dtype.itemsize])
+    values, indices, cu_seqlens = kernels.pack_tokens(tokens, keep, call.capacity, error_flag(device))
     values = values.view(call.tokens.dtype)
     return values if call.tokens.dim() > call.keep.dim() else values.squeeze(1), indices, cu_seqlens
 
@@ -297,8 +302,9 @@ def _triton_unpack(call: UnpackCall) -> Tensor:
     values, mask = call.values.contiguous(), call.mask.flatten(1).contiguous().view(torch.uint8)
     dense = _dense(values, call.mask)
     flat = dense.flatten(1).unsqueeze(1) if values.dim() == 1 else dense.flatten(2)
-    fill = torch.tensor([call.fill], dtype=torch.float64).to(values.dtype).view(integer).item()  # its bits, known on the host
-    kernels.unpack_tokens(values.view(integer).view(len(values), flat.shape[1]), mask, fill, flat.view(integer), error_flag(values.device))
+    fill = _element(call.fill, values.dtype).view(integer).item()  # its bits, known on the host
+    values = values.view(integer).view(len(values), flat.shape[1])
+    kernels.unpack_tokens(values, mask, fill, flat.view(integer), error_flag(values.device))
     return dense
 
 
@@ -311,7 +317,8 @@ backends.register("unpack_tokens", backends.Backend("triton", lambda call: _trit
 
 # ---- torch.library -------------------------------------------------------------------------------------------------------
 
-torch.library.define("vtok_fast::pack_tokens", "(Tensor tokens, Tensor keep, SymInt? capacity, int[]? levels, str variant, str? backend) -> "
+torch.library.define("vtok_fast::pack_tokens",
+                     "(Tensor tokens, Tensor keep, SymInt? capacity, int[]? levels, str variant, str? backend) -> "
                      "(Tensor, Tensor, Tensor)")
 torch.library.define("vtok_fast::unpack_tokens", "(Tensor values, Tensor mask, float fill, str? backend) -> Tensor")
 
@@ -325,8 +332,8 @@ def _pack_impl(tokens, keep, capacity, levels, variant, backend):
 def _pack_fake(tokens, keep, capacity, levels, variant, backend):
     rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     channels = tokens.shape[1:2] if tokens.dim() > keep.dim() and levels is None else ()
-    return (tokens.new_empty(rows, *channels, dtype=tokens.dtype if levels is None else torch.int32), tokens.new_empty(rows, dtype=torch.int32),
-            tokens.new_empty(keep.shape[0] + 1, dtype=torch.int32))
+    return (tokens.new_empty(rows, *channels, dtype=tokens.dtype if levels is None else torch.int32),
+            tokens.new_empty(rows, dtype=torch.int32), tokens.new_empty(keep.shape[0] + 1, dtype=torch.int32))
 
 
 def _pack_setup(ctx, inputs, output) -> None:

@@ -39,9 +39,10 @@ class SelectCall(NamedTuple):
 def router_scores(video: Tensor, reconstruction: Tensor, grid: Sequence[int] = (4, 8, 8), *, backend: str | None = None) -> Tensor:
     """InfoTok's router: the mean absolute error of each token's pixels, in one pass over both videos.
 
-    Frame 0 is a group of its own; the others form groups of ``grid[0]``. Contract: *exact*. The mean is defined on integers:
-    each |video - reconstruction|, computed in float32, is cut to a multiple of 2^-30 and to at most 4096, the sum is exact, and it is
-    divided in float64. A difference that is NaN makes its token's score NaN. No gradient.
+    Frame 0 is a group of its own; the others form groups of ``grid[0]``. Contract: *exact*. The mean is defined on integers, since
+    a sum of floats depends on its order: each |video - reconstruction|, computed in float32, is cut to a multiple of 2^-30 and
+    to at most 4096, the sum is exact, and it is divided in float64. Against a plain mean, at most 2^-30 is lost. A difference
+    that is NaN makes its token's score NaN. No gradient.
 
     Args:
         video, reconstruction: (B, C, 1 + k grid[0], H, W), float32, float64, bfloat16 or float16, the same; any strides.
@@ -119,7 +120,7 @@ def token_budget(scores: Tensor, rate: float | Tensor, *, strategy: str = "elbo"
     if isinstance(rate, Tensor):
         if rate.numel() != 1 and rate.shape != scores.shape[:1]:
             raise ValueError(f"rate: expected one or ({scores.shape[0]},) values, got shape {tuple(rate.shape)}")
-        rate = rate.reshape(-1)
+        rate = rate.reshape(-1).to(scores.device, torch.float64, non_blocking=rate.is_cpu)
     elif not 0 <= rate <= 1:
         raise ValueError(f"rate: expected 0 to 1, got {rate!r}")
     elif strategy == "elbo":  # known here: nothing to compute on the device
@@ -138,8 +139,7 @@ def token_budget(scores: Tensor, rate: float | Tensor, *, strategy: str = "elbo"
     if native.is_plain(scores, rate, elbo_mean) and backends.why_not_triton_on(scores) is None and scores.dtype != torch.float64:
         from vtok_fast.kernels import token_packing as kernels
 
-        rate = rate.to(scores.device, torch.float64).contiguous()
-        return kernels.token_budget(scores.contiguous().flatten(1), rate, strategy, elbo_mean, released)
+        return kernels.token_budget(scores.contiguous().flatten(1), rate.contiguous(), strategy, elbo_mean, released)
     return reference.counts(reference.rates(scores.detach(), rate, strategy, elbo_mean), tokens, released)
 
 
@@ -198,12 +198,16 @@ def select_tokens(scores: Tensor, budget: int | Sequence[int] | Tensor, *, metho
         raise TypeError(f"budget: expected integers, got {given.dtype}")
     allowed = [(), scores.shape[:1]] + ([scores.shape[:2]] if ordered else [])
     if given.shape not in allowed:
-        raise ValueError(f"budget: expected a number or shape {' or '.join(str(tuple(s)) for s in allowed[1:])}, got {tuple(given.shape)}")
+        shapes = " or ".join(str(tuple(s)) for s in allowed[1:])
+        raise ValueError(f"budget: expected a number or shape {shapes}, got {tuple(given.shape)}")
     if (given.is_cpu or validate) and given.numel() and not torch.compiler.is_compiling():
         low, high = int(given.min()), int(given.max())
         if low < 0 or high > size:
-            raise ValueError(f"budget: expected 0 to {size}, the tokens of a {'block' if ordered else 'clip'}, got {low if low < 0 else high}")
-    given = given.to(scores.device, torch.int64)
+            raise ValueError(f"budget: expected 0 to {size}, the tokens of a {'block' if ordered else 'clip'}, got "
+                             f"{low if low < 0 else high}")
+    if given.dim() == 0 and not isinstance(budget, Tensor):  # a copy from the host would wait
+        given = torch.full(scores.shape[:1], budget, dtype=torch.int64, device=scores.device)
+    given = given.to(scores.device, torch.int64, non_blocking=given.is_cpu)
     if given.dim() == 0:
         given = given.expand(scores.shape[0])
     call = SelectCall(scores.detach(), given.contiguous(), method, stride)
@@ -232,7 +236,8 @@ def _scores_output(call: ScoresCall) -> Tensor:
 
 def _scores_cpu_run(call: ScoresCall) -> Tensor:
     scores = _scores_output(call)
-    native.lib().router_scores(native.arg(call.video), native.arg(call.reconstruction), native.arg(scores), *call.grid, native.threads())
+    arg = native.arg
+    native.lib().router_scores(arg(call.video), arg(call.reconstruction), arg(scores), *call.grid, native.threads())
     return scores
 
 
@@ -249,7 +254,8 @@ def _select_cpu_can_run(call: SelectCall) -> str | None:
 def _select_cpu_run(call: SelectCall) -> Tensor:
     scores = call.scores.contiguous()
     keep = torch.empty(scores.shape, dtype=torch.bool)
-    native.lib().select_tokens(native.arg(scores.flatten(1)), native.arg(call.budget), native.arg(keep.view(torch.uint8).flatten(1)),
+    arg = native.arg
+    native.lib().select_tokens(arg(scores.flatten(1)), arg(call.budget), arg(keep.view(torch.uint8).flatten(1)),
                                call.method == "threshold", native.threads())
     return keep
 

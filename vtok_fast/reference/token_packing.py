@@ -47,8 +47,8 @@ def mean_scores(scores: Tensor) -> Tensor:
 
 
 def rates(scores: Tensor, rate: Tensor, strategy: str, elbo_mean: Tensor | None) -> Tensor:
-    """float64 (B,): the share of each clip's tokens to keep."""
-    rate = rate.to(scores.device, torch.float64).expand(scores.shape[0])
+    """float64 (B,): the share of each clip's tokens to keep, for a float64 rate of one or B elements."""
+    rate = rate.expand(scores.shape[0])
     if strategy == "elbo":
         return rate
     rate = rate * mean_scores(scores) / elbo_mean.to(scores.device, torch.float64)
@@ -121,7 +121,7 @@ def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None = None) -> tu
 
 
 def unpack_tokens(values: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
-    """The dense tokens, (B, C, *grid) or (B, *grid): row r of ``values`` goes to the r-th kept position, ``fill`` everywhere else."""
+    """(B, C, *grid) or (B, *grid): row r of ``values`` goes to the r-th kept position, ``fill`` everywhere else."""
     flat = mask.flatten()
     row = (flat.cumsum(0) - 1).clamp(0, max(len(values) - 1, 0))
     there = flat & (flat.cumsum(0) <= len(values))
