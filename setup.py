@@ -25,7 +25,7 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = ["cmake", "-S", str(root), "-B", str(build), *generator, f"-DPython_EXECUTABLE={sys.executable}",
                      f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DCMAKE_BUILD_TYPE=Release",
-                     f"-DVTOK_FAST_CUDA_ARCHS={os.environ.get('VTOK_FAST_CUDA_ARCHS', '')}"]  # csrc/cuda/archs.cmake says what it may be
+                     f"-DVTOK_FAST_CUDA_ARCHS={os.environ.get('VTOK_FAST_CUDA_ARCHS', '')}"]  # see csrc/cuda/archs.cmake
         cache = build / "CMakeCache.txt"
         try:
             subprocess.run(configure, check=True)

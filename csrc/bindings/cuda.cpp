@@ -11,6 +11,8 @@ void vtok::bind_cuda(pybind11::module_& m) {
   std::istringstream list(VTOK_CUDA);
   for (std::string arch; std::getline(list, arch, ',');) archs.append(arch);
   m.attr("cuda_archs") = pybind11::tuple(archs);
-  m.def("cuda_problem", [] { return cuda::problem(); }, "Why no GPU can be used here, as the CUDA runtime says; empty where one can.");
+  m.def(
+      "cuda_problem", [] { return cuda::problem(); },
+      "Why no GPU can be used here, as the CUDA runtime says; empty where one can.");
 }
 #endif

@@ -9,8 +9,9 @@
 // in registers. Rows, channels adjacent: a block stages 256 positions in shared memory, 16 bytes at a time, then a thread has a
 // position. Any strides: a thread has a position, element by element; also where addresses are not multiples of 16 bytes.
 //
-// Floor per position of C channels: 2 C sizeof(T) + 4 bytes; about 2 (L - 1) + 8 instructions per value. On an H200 (4.8 TB/s, 132 x 128
-// lanes) six channels of eight levels are limited by memory in float32, and about evenly by both in half precision.
+// Floor per position of C channels: 2 C sizeof(T) + 4 bytes; about 2 (L - 1) + 8 instructions per value. By count, on an H200
+// (4.8 TB/s, 132 x 128 lanes), six channels of eight levels are limited by memory in float32, and about evenly by both in half
+// precision.
 // Shared memory: rows 256 C sizeof(T), the search table up to 3 KiB. Registers: tests/test_cuda_build.py prints them.
 #include "cuda/fsq.cuh"
 
@@ -203,7 +204,8 @@ Status fill(Levels& to, const std::vector<int64_t>& levels, int pitch, const Ten
     const int64_t level = levels[c];
     if (level < 2) return Status::Invalid("levels: " + std::to_string(level) + " is below 2");
     to.basis[c] = int(codebook);
-    if (level > int64_t(1) << 31 || (codebook *= level) > int64_t(1) << 31) return Status::Invalid("levels: the codebook exceeds 2**31");
+    if (level > int64_t(1) << 31 || (codebook *= level) > int64_t(1) << 31)
+      return Status::Invalid("levels: the codebook exceeds 2**31");
     to.first[c] = next, to.count[c] = int(level) - 1;
     to.half[c] = float(level / 2), to.inverse[c] = 1 / to.half[c];
     if (!thresholds) continue;
@@ -220,21 +222,22 @@ Status fill(Levels& to, const std::vector<int64_t>& levels, int pitch, const Ten
 }
 
 template <class T, int kC, int kPitch>
-Status launch_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices, const FsqPositions& p, const Levels& l, cudaStream_t stream) {
+Status launch_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices, const FsqPositions& p, const Levels& l,
+                       cudaStream_t stream) {
   const auto* from = static_cast<const T*>(z.data);
   auto* to = static_cast<T*>(codes.data);
   auto* into = static_cast<int32_t*>(indices.data);
   const uint32_t table = kPitch ? 0 : 4 * l.thresholds;
   const bool worthwhile = p.axes == 1 || p.inner() >= kFsqThreads;  // blocks for each place of the outer axes
-  const bool planar = p.adjacent(0) && p.adjacent(1) && p.adjacent(2) && fsq_aligned(p, 0, z, true) && fsq_aligned(p, 1, codes, true) &&
-                      fsq_aligned(p, 2, indices, false);
+  const bool planar = p.adjacent(0) && p.adjacent(1) && p.adjacent(2) && fsq_aligned(p, 0, z, true) &&
+                      fsq_aligned(p, 1, codes, true) && fsq_aligned(p, 2, indices, false);
   const int64_t row = p.step[p.axes - 1][0];
-  const bool rows = p.channel_step[0] == 1 && p.channel_step[1] == 1 && row == l.channels && p.step[p.axes - 1][1] == row && p.adjacent(2) &&
-                    fsq_aligned(p, 0, z, false) && fsq_aligned(p, 1, codes, false);
+  const bool rows = p.channel_step[0] == 1 && p.channel_step[1] == 1 && row == l.channels && p.step[p.axes - 1][1] == row &&
+                    p.adjacent(2) && fsq_aligned(p, 0, z, false) && fsq_aligned(p, 1, codes, false);
   if (worthwhile && planar) {
     const int64_t chunks = fsq_chunks(p, kFsqThreads * 16 / sizeof(T));
-    return VTOK_LAUNCH(quantize_planar<T, kC, kPitch>, dim3(unsigned(chunks * p.outer())), kFsqThreads, table, stream, from, to, into,
-                       chunks, p, l);
+    return VTOK_LAUNCH(quantize_planar<T, kC, kPitch>, dim3(unsigned(chunks * p.outer())), kFsqThreads, table, stream, from, to,
+                       into, chunks, p, l);
   }
   if (worthwhile && rows) {
     const int64_t chunks = fsq_chunks(p, kFsqThreads);
@@ -242,8 +245,8 @@ Status launch_quantize(const Tensor& z, const Tensor& codes, const Tensor& indic
                        kFsqThreads * l.channels * sizeof(T) + table, stream, from, to, into, chunks, p, l);
   }
   const int64_t positions = p.inner() * p.outer();
-  return VTOK_LAUNCH(quantize_any<T, kPitch>, dim3(unsigned((positions + kFsqThreads - 1) / kFsqThreads)), kFsqThreads, table, stream, from,
-                     to, into, positions, p, l);
+  return VTOK_LAUNCH(quantize_any<T, kPitch>, dim3(unsigned((positions + kFsqThreads - 1) / kFsqThreads)), kFsqThreads, table,
+                     stream, from, to, into, positions, p, l);
 }
 
 }  // namespace
@@ -298,7 +301,8 @@ Status fsq_decode(const Tensor& indices, const Tensor& codes, const std::vector<
       const auto* from = static_cast<const Index*>(indices.data);
       auto* on = static_cast<cudaStream_t>(stream);
       if (rows)
-        return VTOK_LAUNCH(decode<T, Index, true>, blocks, kFsqThreads, kFsqThreads * l.channels * sizeof(T), on, from, to, positions, last, p, l);
+        return VTOK_LAUNCH(decode<T, Index, true>, blocks, kFsqThreads, kFsqThreads * l.channels * sizeof(T), on, from, to,
+                           positions, last, p, l);
       return VTOK_LAUNCH(decode<T, Index, false>, blocks, kFsqThreads, 0, on, from, to, positions, last, p, l);
     };
     return indices.dtype == DType::i32 ? launch(int32_t{}) : launch(int64_t{});

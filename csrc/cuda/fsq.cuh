@@ -62,7 +62,7 @@ inline FsqPositions fsq_positions(const Tensor& a, const Tensor& b, const Tensor
   return p;
 }
 
-// Whether every first element of a run of adjacent elements is at a multiple of 16 bytes; `channels`: whether each has runs of its own.
+// Whether every run of adjacent elements starts at a multiple of 16 bytes; `channels`: whether each channel has runs of its own.
 inline bool fsq_aligned(const FsqPositions& p, int tensor, const Tensor& t, bool channels) {
   const int64_t width = element_size(t.dtype);
   bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (!channels || p.channel_step[tensor] * width % 16 == 0);
@@ -70,7 +70,7 @@ inline bool fsq_aligned(const FsqPositions& p, int tensor, const Tensor& t, bool
   return aligned;
 }
 
-// Blocks of `per_block` positions of the innermost axis for every place of the others: blockIdx.x counts the former within the latter.
+// Blocks of `per_block` positions of the innermost axis, for each place of the others: blockIdx.x counts them within the places.
 inline int64_t fsq_chunks(const FsqPositions& p, int64_t per_block) { return (p.inner() + per_block - 1) / per_block; }
 
 // A block copies `count` adjacent elements to shared memory; `from` is at a multiple of 16 bytes. Ends with a barrier.
@@ -109,7 +109,8 @@ inline bool fsq_same_shape(const Tensor& a, const Tensor& b) {
 
 inline Status fsq_check_channels(const Tensor& z, size_t channels, int dim, const char* name) {
   if (!is_float(z.dtype) || z.rank < 1 || dim < 0 || dim >= z.rank || z.size[dim] != int64_t(channels))
-    return Status::Invalid(std::string(name) + ": expected float32, bfloat16 or float16 with " + std::to_string(channels) + " channels");
+    return Status::Invalid(std::string(name) + ": expected float32, bfloat16 or float16 with " + std::to_string(channels) +
+                           " channels");
   if (channels == 0 || channels > size_t(kFsqChannels))
     return Status::Unsupported("levels: " + std::to_string(channels) + " channels, at most " + std::to_string(kFsqChannels));
   return Status::Ok();

@@ -98,20 +98,20 @@ Status fsq_backward(const Tensor& grad, const Tensor& z, const Tensor& grad_z, c
   std::copy(shifts.begin(), shifts.end(), s.shift);
   std::copy(slopes.begin(), slopes.end(), s.slope);
   auto* on = static_cast<cudaStream_t>(stream);
-  const bool aligned = (reinterpret_cast<uintptr_t>(grad.data) | reinterpret_cast<uintptr_t>(z.data) | reinterpret_cast<uintptr_t>(grad_z.data)) % 16 == 0;
+  auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0; };
   return fsq_dispatch(z.dtype, [&](auto element) {
     using T = decltype(element);
     const auto *g = static_cast<const T*>(grad.data), *value = static_cast<const T*>(z.data);
     auto* to = static_cast<T*>(grad_z.data);
-    if (aligned && dense(z) && alike(z, grad) && alike(z, grad_z)) {
+    if (aligned(grad) && aligned(z) && aligned(grad_z) && dense(z) && alike(z, grad) && alike(z, grad_z)) {
       const int64_t per_block = kFsqThreads * 16 / sizeof(T), step = s.channels == 1 ? count : z.stride[dim];
-      return VTOK_LAUNCH(backward_dense<T>, dim3(unsigned((count + per_block - 1) / per_block)), kFsqThreads, 8 * s.channels, on, g, value,
-                         to, count, step, s);
+      return VTOK_LAUNCH(backward_dense<T>, dim3(unsigned((count + per_block - 1) / per_block)), kFsqThreads, 8 * s.channels, on, g,
+                         value, to, count, step, s);
     }
     const FsqPositions p = fsq_positions(grad, z, grad_z, dim, -1);
     const int64_t positions = p.inner() * p.outer();
-    return VTOK_LAUNCH(backward_any<T>, dim3(unsigned((positions + kFsqThreads - 1) / kFsqThreads)), kFsqThreads, 0, on, g, value, to,
-                       positions, p, s);
+    return VTOK_LAUNCH(backward_any<T>, dim3(unsigned((positions + kFsqThreads - 1) / kFsqThreads)), kFsqThreads, 0, on, g, value,
+                       to, positions, p, s);
   });
 }
 

@@ -27,7 +27,8 @@ inline Status current_device(Device& device) {
   int id = 0, major = 0, minor = 0;
   VTOK_RETURN_IF_ERROR(status_of(cudaGetDevice(&id), "current device"));
   VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id), "device"));
-  VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id), "device"));
+  VTOK_RETURN_IF_ERROR(
+      status_of(cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id), "device"));
   VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id), "device"));
   VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id), "device"));
   device.capability = major * 10 + minor;

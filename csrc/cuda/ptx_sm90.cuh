@@ -1,5 +1,5 @@
-// The instructions that only sm_90a has, one function each: mbarrier, TMA tiles, wgmma. For sources named *_sm90.cu, which are built
-// for that architecture alone. In the emulator: tests/emulator/sm90.h.
+// The instructions that only sm_90a has, one function each: mbarrier, TMA tiles, wgmma. For sources named *_sm90.cu, which are
+// built for that architecture alone. In the emulator: tests/emulator/sm90.h.
 #pragma once
 #include "cuda/ptx.cuh"
 #include "cuda/tensor_map.cuh"
@@ -60,19 +60,23 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
 
 // Fills a box in shared memory, zeros where it is out of bounds, and gives its bytes to the barrier.
 __device__ __forceinline__ void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar, const int (&at)[4]) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%3, %4, %5, %6}], [%2];"
                ::"r"(smem), "l"(map), "r"(bar), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]) : "memory");
 }
 __device__ __forceinline__ void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar, const int (&at)[5]) {
-  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
                ::"r"(smem), "l"(map), "r"(bar), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]) : "memory");
 }
 __device__ __forceinline__ void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar, const int (&at)[2]) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%3, %4}], [%2];"
                ::"r"(smem), "l"(map), "r"(bar), "r"(at[0]), "r"(at[1]) : "memory");
 }
 __device__ __forceinline__ void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar, const int (&at)[3]) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%3, %4, %5}], [%2];"
                ::"r"(smem), "l"(map), "r"(bar), "r"(at[0]), "r"(at[1]), "r"(at[2]) : "memory");
 }
 
@@ -131,8 +135,8 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
   if constexpr (std::is_same_v<T, __nv_bfloat16>) VTOK_WGMMA(n, "bf16", __VA_ARGS__); \
   else VTOK_WGMMA(n, "f16", __VA_ARGS__)
 
-// d (64 x N) = a (64 x 16) b (16 x N), plus d where it accumulates; a and b by descriptors, both with k innermost. Thread t has in d[i]
-// the element (16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), 8 (i / 4) + 2 (t % 4) + i % 2).
+// d (64 x N) = a (64 x 16) b (16 x N), plus d where it accumulates; a and b by descriptors, both with k innermost. Thread t has in
+// d[i] the element (16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), 8 (i / 4) + 2 (t % 4) + i % 2).
 template <class T, int N>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
@@ -155,8 +159,8 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint
 
 namespace vtok::ptx {
 
-// A tile of rows of W = 128, 64 or 32 bytes of k, swizzled as TMA writes it, for wgmma: 8 rows are 8 W bytes, at a multiple of that.
-// The next 16 of k are 32 bytes on; rows start at multiples of 8.
+// A tile of rows of W = 128, 64 or 32 bytes of k, swizzled as TMA writes it, for wgmma: 8 rows are 8 W bytes, at a multiple of
+// that. The next 16 of k are 32 bytes on; rows start at multiples of 8.
 template <int W>
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem) {
   static_assert(W == 128 || W == 64 || W == 32);

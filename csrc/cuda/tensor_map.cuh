@@ -22,8 +22,8 @@ using TensorMap = CUtensorMap;
 #endif
 
 // Sizes in elements, innermost first. stride[i]: bytes from one element to the next along axis i, multiples of 16; that of axis 0
-// is an element. box: elements per axis of a copy; step[i] > 1 takes every step[i]-th of the box. swizzle: 0, 32, 64 or 128 bytes, the
-// longest row of a box.
+// is an element. box: elements per axis of a copy; step[i] > 1 takes every step[i]-th of the box. swizzle: 0, 32, 64 or 128 bytes,
+// the longest row of a box.
 struct TensorMapShape {
   DType dtype;
   int rank;
@@ -41,8 +41,9 @@ inline Status encode(TensorMap& map, const void* base, const TensorMapShape& s) 
 inline Status encode(TensorMap& map, const void* base, const TensorMapShape& s) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  VTOK_RETURN_IF_ERROR(cuda::status_of(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-                                       "cuTensorMapEncodeTiled"));
+  VTOK_RETURN_IF_ERROR(
+      cuda::status_of(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+                      "cuTensorMapEncodeTiled"));
   if (found != cudaDriverEntryPointSuccess) return Status::Unsupported("the driver has no tensor maps");
   const CUtensorMapDataType type = s.dtype == DType::f32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : s.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

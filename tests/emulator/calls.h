@@ -54,7 +54,8 @@ struct Read<std::vector<T>> {
 template <class T, size_t N>
 struct Read<std::array<T, N>> {
   static std::array<T, N> from(const Arg& a) {
-    if (a.count != int64_t(N)) throw std::runtime_error("expected " + std::to_string(N) + " numbers, got " + std::to_string(a.count));
+    if (a.count != int64_t(N))
+      throw std::runtime_error("expected " + std::to_string(N) + " numbers, got " + std::to_string(a.count));
     std::array<T, N> v;
     for (size_t i = 0; i < N; ++i) v[i] = item<T>(a, i);
     return v;
@@ -66,7 +67,8 @@ int answer(const vtok::Status& status, char* message, size_t room);
 template <class... P>
 int call(vtok::Status (*launcher)(P...), const Arg* args, int count, char* message, size_t room) {
   if (count != int(sizeof...(P)))
-    return answer(vtok::Status::Invalid("expected " + std::to_string(sizeof...(P)) + " arguments, got " + std::to_string(count)), message, room);
+    return answer(vtok::Status::Invalid("expected " + std::to_string(sizeof...(P)) + " arguments, got " + std::to_string(count)),
+                  message, room);
   try {
     return [&]<size_t... I>(std::index_sequence<I...>) {
       return answer(launcher(Read<std::remove_cvref_t<P>>::from(args[I])...), message, room);

@@ -22,7 +22,8 @@ __global__ void matrices(uint32_t* out) {
   ptx::ldmatrix_x2(x2, row);
   ptx::ldmatrix_x2_trans(x2_trans, row);
   for (int i = 0; i < 4; ++i) ptx::st_global(out + 32 * i + lane, x4[i]), ptx::st_global(out + 128 + 32 * i + lane, x4_trans[i]);
-  for (int i = 0; i < 2; ++i) ptx::st_global(out + 256 + 32 * i + lane, x2[i]), ptx::st_global(out + 320 + 32 * i + lane, x2_trans[i]);
+  for (int i = 0; i < 2; ++i)
+    ptx::st_global(out + 256 + 32 * i + lane, x2[i]), ptx::st_global(out + 320 + 32 * i + lane, x2_trans[i]);
 }
 
 // A small integer for each register of a fragment: of which operand, which register, which half of it.

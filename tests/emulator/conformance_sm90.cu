@@ -1,7 +1,7 @@
-// As conformance.cu, for TMA and wgmma: the bytes that TMA puts into shared memory in each swizzle, zeros where a box is out of bounds,
-// and the registers of a product of tiles that threads have written.
+// As conformance.cu, for TMA and wgmma: the bytes that TMA puts into shared memory in each swizzle, zeros where a box is out of
+// bounds, and the registers of a product of tiles that threads have written.
 //
-// nvcc -std=c++17 -gencode arch=compute_90a,code=sm_90a -I csrc tests/emulator/conformance_sm90.cu -o conformance_sm90 && ./conformance_sm90
+// nvcc -std=c++17 -gencode arch=compute_90a,code=sm_90a -I csrc tests/emulator/conformance_sm90.cu -o conformance && ./conformance
 #include "cuda/ptx_sm90.cuh"
 
 namespace vtok::cuda {
@@ -39,7 +39,8 @@ __global__ void products(uint32_t* out) {
   for (float& x : d) x = float(t);
   ptx::wgmma_fence();
   for (int i = 0; i < 4; ++i)
-    ptx::wgmma_m64k16<__nv_bfloat16, 64>(d, ptx::wgmma_descriptor<128>(base) + 2 * i, ptx::wgmma_descriptor<128>(base + 8192) + 2 * i);
+    ptx::wgmma_m64k16<__nv_bfloat16, 64>(d, ptx::wgmma_descriptor<128>(base) + 2 * i,
+                                         ptx::wgmma_descriptor<128>(base + 8192) + 2 * i);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   for (int i = 0; i < 32; ++i) ptx::st_global(out + 128 * i + t, static_cast<uint32_t>(int(d[i])));

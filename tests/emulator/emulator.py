@@ -8,22 +8,22 @@
         conv.forward(x, weight, None, out, [1, 1, 1], 0, None, seed=seed)      # fills `out`, a CPU tensor
 
 The function named on the right is an ordinary launcher, ``Status (*)(parameters...)``. Arguments become its parameters by
-position: a torch tensor or what ``vtok_fast.native.arg`` makes of it (None where absent) a ``vtok::Tensor``; an int or bool any integer, bool or enum; a float any
-floating point; a list of numbers ``std::vector`` or ``std::array``; None an empty ``std::optional`` or the stream. Where a
-launcher takes a struct, wrap it: ``exports={"forward": "+[](vtok::Tensor x, int n) { Problem p; ...; return launch(p); }"}``;
-``glue`` is C++ text put before the exports.
+position: a torch tensor or what ``vtok_fast.native.arg`` makes of it (None where absent) a ``vtok::Tensor``; an int or bool any
+integer, bool or enum; a float any floating point; a list of numbers ``std::vector`` or ``std::array``; None an empty
+``std::optional`` or the stream. Where a launcher takes a struct, wrap it: ``exports={"forward": "+[](vtok::Tensor x, int n) {
+Problem p; ...; return launch(p); }"}``; ``glue`` is C++ text put before the exports.
 
 Every tensor argument is registered as global memory, from its first to its last element; what else the kernels touch must be
 named in ``also=[...]``. Outputs are best filled with NaN before the call. A launcher's Status becomes ValueError,
 NotImplementedError, MemoryError or, with what the emulator found in a kernel, EmulatorError. Found are: accesses out of bounds or
 misaligned, in shared and global memory; reads of shared memory never written; races in shared memory; bytes of global memory
-that two threads write, or one writes and another then reads, without a barrier between; barriers and warp instructions that not
-all reach or that differ among threads; deadlocks; launches that no GPU takes.
+that two threads write, or one writes and another reads, without a barrier between; barriers and warp instructions that not all
+reach or that differ among threads; deadlocks; launches that no GPU takes.
 
 ``seed`` decides the order of blocks and threads and when asynchronous copies land: 0 at once, 1 as late as allowed, 2 and up at
 random. ``capability=90`` allows the instructions of ptx_sm90.cuh; ``shared_limit`` (bytes a block may have; 99 KiB, as on the
-smallest GPUs) and ``multiprocessors`` are what a launcher is told of the device. After a call ``conv.launched`` is the last launch as the source has it, kernel and arguments, and ``conv.bank_conflicts`` is
-what ldmatrix would have lost in it.
+smallest GPUs) and ``multiprocessors`` are what a launcher is told of the device. After a call ``conv.launched`` is the last launch
+as the source has it, kernel and arguments, and ``conv.bank_conflicts`` what ldmatrix would have lost in it.
 
 Compiled code is kept in tests/emulator/.cache, by a hash of all sources and flags.
 """
@@ -136,8 +136,8 @@ class Library:
         """The arguments of the last VTOK_LAUNCH, as its source has them."""
         return self._lib.emu_launched().decode()
 
-    def _call(self, name: str, args: Sequence[Any], *, seed: int = 0, also: Sequence[torch.Tensor] = (), shared_limit: int = 99 << 10,
-              multiprocessors: int = 4, capability: int = 80) -> None:
+    def _call(self, name: str, args: Sequence[Any], *, seed: int = 0, also: Sequence[torch.Tensor] = (),
+              shared_limit: int = 99 << 10, multiprocessors: int = 4, capability: int = 80) -> None:
         self._lib.emu_prepare(seed, shared_limit, multiprocessors, capability)
         args = [_taken_apart(value) for value in args]
         for i, value in enumerate((*args, *map(_taken_apart, also))):

@@ -78,8 +78,8 @@ void ldmatrix(const char* what, uint32_t (&r)[N], uint32_t smem, bool transposed
           continue;
         }
         for (int e = 0; e < 2; ++e)
-          emu::read_shared(reinterpret_cast<uint16_t*>(&lanes[lane]->r[i]) + e, lanes[8 * i + 2 * (lane % 4) + e]->address + 2 * (lane / 4), 2, 2,
-                           what, where, by);
+          emu::read_shared(reinterpret_cast<uint16_t*>(&lanes[lane]->r[i]) + e,
+                           lanes[8 * i + 2 * (lane % 4) + e]->address + 2 * (lane / 4), 2, 2, what, where, by);
       }
     }
   });

@@ -109,7 +109,8 @@ void run_block(uint32_t number, dim3 size, size_t shared_bytes) {
   in_flight.clear();
   for (size_t i = 0; i < threads; ++i) start(block.threads[i], int(i), threads);
   while (error.empty() && !(ready.empty() && in_flight.empty())) {
-    if (ready.empty() && std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& t) { return t.state == Thread::State::ended; })) {
+    if (ready.empty() &&
+        std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& t) { return t.state == Thread::State::ended; })) {
       error = "the kernel ends while TMA still writes to shared memory; block " + std::to_string(number);
       break;
     }
@@ -179,8 +180,10 @@ std::string run(dim3 g, dim3 b, size_t shared_bytes, const std::function<void()>
 bool arrive(Meeting& meeting, size_t expected, const char* what, const Where& where, void* offer) {
   if (!meeting.present.empty()) {
     const Thread& first = *meeting.present.front();
-    if (std::strcmp(first.waits_for, what) || first.where.line() != where.line() || std::strcmp(first.where.file_name(), where.file_name()))
-      fail(std::string("divergence: meets others that are at ") + first.waits_for + " (" + place(first.where) + ") with " + what, where);
+    if (std::strcmp(first.waits_for, what) || first.where.line() != where.line() ||
+        std::strcmp(first.where.file_name(), where.file_name()))
+      fail(std::string("divergence: meets others that are at ") + first.waits_for + " (" + place(first.where) + ") with " + what,
+           where);
   }
   meeting.present.push_back(self);
   meeting.offers.push_back(offer);

@@ -37,8 +37,9 @@ std::vector<Cell> cells;
 
 void check_race(const Event& e, const Thread& by, const char* what, const char* other, uint32_t address, const Where& where) {
   if (!known(e, by))
-    fail(std::string("race in shared memory: ") + what + " of " + hex(address - shared_base()) + " is not ordered after the " + other +
-         " by " + name(e), where);
+    fail(std::string("race in shared memory: ") + what + " of " + hex(address - shared_base()) + " is not ordered after the " +
+             other + " by " + name(e),
+         where);
 }
 
 void put(const Copy& copy) {
@@ -62,7 +63,9 @@ void check_shared(uint32_t address, uint32_t bytes, uint32_t align, const char* 
     fail(std::string("out of bounds in shared memory: ") + what + " of " + std::to_string(bytes) + " bytes at " +
          std::to_string(int64_t(address) - shared_base()) + ", there are " + std::to_string(arena.size() - shared_base()), where);
   if (address % align)
-    fail(std::string("misaligned in shared memory: ") + what + " at " + hex(address) + ", not a multiple of " + std::to_string(align), where);
+    fail(std::string("misaligned in shared memory: ") + what + " at " + hex(address) + ", not a multiple of " +
+             std::to_string(align),
+         where);
 }
 
 void claim_shared(uint32_t address, uint32_t bytes, const Event& event, const char* what, const Where& where) {
@@ -83,7 +86,9 @@ void record_read(uint32_t address, uint32_t bytes, const Event& event, const cha
       fail(std::string("uninitialised shared memory: ") + what + " of " + hex(a - shared_base()) + ", never written", where);
     check_race(cell.write, by, what, "write", a, where);
     if (asynchronous && !sm90_visible(cell.write, by))
-      fail(std::string("no fence.proxy.async: ") + what + " of " + hex(a - shared_base()) + " may not see the write by " + name(cell.write), where);
+      fail(std::string("no fence.proxy.async: ") + what + " of " + hex(a - shared_base()) + " may not see the write by " +
+               name(cell.write),
+           where);
     auto same = std::find_if(cell.reads.begin(), cell.reads.end(), [&](const Event& e) { return e.agent == event.agent; });
     if (same != cell.reads.end()) *same = event;
     else cell.reads.push_back(event);
@@ -154,21 +159,26 @@ void check_global(const void* pointer, uint32_t bytes, uint32_t align, const cha
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   auto after = buffers.upper_bound(address);
   if (after == buffers.begin() || std::prev(after)->second.end < address + bytes) {
-    std::string near = after == buffers.begin() ? "" : std::to_string(int64_t(address - std::prev(after)->first)) + " from the start of " +
-                       std::prev(after)->second.name + ", which has " + std::to_string(std::prev(after)->second.end - std::prev(after)->first);
+    std::string near = after == buffers.begin() ? ""
+                                                : std::to_string(int64_t(address - std::prev(after)->first)) +
+                                                      " from the start of " + std::prev(after)->second.name + ", which has " +
+                                                      std::to_string(std::prev(after)->second.end - std::prev(after)->first);
     fail(std::string("out of bounds in global memory: ") + what + " of " + std::to_string(bytes) + " bytes at " + hex(address) +
          (near.empty() ? "" : ", " + near), where);
   }
   if (address % align)
-    fail(std::string("misaligned in global memory: ") + what + " at " + hex(address) + ", not a multiple of " + std::to_string(align), where);
+    fail(std::string("misaligned in global memory: ") + what + " at " + hex(address) + ", not a multiple of " +
+             std::to_string(align),
+         where);
 }
 
 // Blocks are never ordered among each other; threads of one block are by barriers.
 void check_global_race(const Access& a, bool is_atomic, const char* what, uintptr_t address, const Where& where) {
   if (a.kind == Access::none || (is_atomic && a.kind == Access::atomic)) return;
   if (a.kind == Access::plain && a.block == block.number && a.clock <= self->clock[a.thread]) return;
-  fail(std::string("race in global memory: ") + what + " of " + hex(address) + ", which thread " + std::to_string(a.thread) + " of block " +
-       std::to_string(a.block) + (a.kind == Access::atomic ? " has added to" : " has written"), where);
+  fail(std::string("race in global memory: ") + what + " of " + hex(address) + ", which thread " + std::to_string(a.thread) +
+           " of block " + std::to_string(a.block) + (a.kind == Access::atomic ? " has added to" : " has written"),
+       where);
 }
 
 void record_global_write(const void* to, uint32_t bytes, bool is_atomic, const char* what, const Where& where) {

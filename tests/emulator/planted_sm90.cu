@@ -9,13 +9,15 @@ namespace {
 constexpr uint32_t kTile = 64 * 128, kStage = 2 * kTile, kBarriers = 2 * kStage, kShared = kBarriers + 64 + 1024;
 
 template <class T>
-__global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap c, int k,
-                     int bug) {
+__global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap c,
+                     int k, int bug) {
   const int t = threadIdx.x;
   const bool consumer = t >= 128;
-  const uint32_t base = bug == 1 ? ptx::smem_base() + 128 : (ptx::smem_base() + 1023) / 1024 * 1024, full = base + kBarriers, empty = full + 16;
+  const uint32_t base = bug == 1 ? ptx::smem_base() + 128 : (ptx::smem_base() + 1023) / 1024 * 1024, full = base + kBarriers,
+                 empty = full + 16;
   if (t == 0) {
-    for (int s = 0; s < 2; ++s) ptx::mbarrier_init(full + 8 * s, 1), ptx::mbarrier_init(empty + 8 * s, bug == 2 ? 129 : bug == 3 ? 64 : 128);
+    for (int s = 0; s < 2; ++s)
+      ptx::mbarrier_init(full + 8 * s, 1), ptx::mbarrier_init(empty + 8 * s, bug == 2 ? 129 : bug == 3 ? 64 : 128);
     if (bug != 4) ptx::fence_mbarrier_init();
   }
   if (bug != 5) __syncthreads();
@@ -37,9 +39,11 @@ __global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant_
       const int s = step % 2, phase = step / 2 % 2;
       ptx::mbarrier_wait(full + 8 * s, bug == 12 ? phase ^ 1 : phase);
       if (bug == 13 && step == 1) d[5] *= 2;
-      const uint64_t left = ptx::wgmma_descriptor<128>(base + s * kStage), right = ptx::wgmma_descriptor<128>(base + s * kStage + kTile);
+      const uint64_t left = ptx::wgmma_descriptor<128>(base + s * kStage),
+                     right = ptx::wgmma_descriptor<128>(base + s * kStage + kTile);
       for (int i = 0; i < 4; ++i)
-        if (bug != 14 || t < 200) ptx::wgmma_m64k16<T, 64>(d, left + 2 * i, right + 2 * i + (bug == 15 && t == 130 ? 1 : 0), step + i > 0);
+        if (bug != 14 || t < 200)
+          ptx::wgmma_m64k16<T, 64>(d, left + 2 * i, right + 2 * i + (bug == 15 && t == 130 ? 1 : 0), step + i > 0);
       ptx::wgmma_commit();
       if (bug != 16) ptx::wgmma_wait<0>();
       ptx::mbarrier_arrive(empty + 8 * s);
@@ -52,7 +56,8 @@ __global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant_
     if (bug != 17) ptx::fence_proxy_async();
     if (bug != 18) ptx::bar_sync<1>(bug == 19 ? 160 : 128);
     if (t == 128) {
-      for (int half = 0; half < 2; ++half) ptx::tma_store(&c, base + half * kTile, {32 * half, int(bug == 20 ? 0 : blockIdx.x) * 64});
+      for (int half = 0; half < 2; ++half)
+        ptx::tma_store(&c, base + half * kTile, {32 * half, int(bug == 20 ? 0 : blockIdx.x) * 64});
       ptx::tma_store_commit();
       if (bug != 21) ptx::tma_store_wait_read<0>();
     }
@@ -66,8 +71,14 @@ __global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant_
 
 Status encode_rows(TensorMap& map, const Tensor& t, uint32_t columns, int bug) {
   const uint64_t width = element_size(t.dtype);
-  return encode(map, t.data, {t.dtype, 2, {uint64_t(t.size[1]), uint64_t(t.size[0])}, {width, bug == 23 ? 8 : uint64_t(t.size[1]) * width},
-                              {bug == 24 ? 2 * columns : columns, 64}, {1, 1}, 128});
+  return encode(map, t.data,
+                {t.dtype,
+                 2,
+                 {uint64_t(t.size[1]), uint64_t(t.size[0])},
+                 {width, bug == 23 ? 8 : uint64_t(t.size[1]) * width},
+                 {bug == 24 ? 2 * columns : columns, 64},
+                 {1, 1},
+                 128});
 }
 
 }  // namespace
@@ -78,6 +89,7 @@ Status planted_sm90(Tensor a, Tensor b, Tensor c, int bug) {
   VTOK_RETURN_IF_ERROR(encode_rows(maps[1], b, 64, 0));
   VTOK_RETURN_IF_ERROR(encode_rows(maps[2], c, 32, 0));
   const dim3 grid(unsigned((a.size[0] + 63) / 64));
-  if (a.dtype == DType::bf16) return VTOK_LAUNCH(gemm<__nv_bfloat16>, grid, 256, kShared, nullptr, maps[0], maps[1], maps[2], int(a.size[1]), bug);
+  if (a.dtype == DType::bf16)
+    return VTOK_LAUNCH(gemm<__nv_bfloat16>, grid, 256, kShared, nullptr, maps[0], maps[1], maps[2], int(a.size[1]), bug);
   return VTOK_LAUNCH(gemm<__half>, grid, 256, kShared, nullptr, maps[0], maps[1], maps[2], int(a.size[1]), bug);
 }

@@ -60,7 +60,9 @@ Mbarrier& barrier_at(uint32_t address, const char* what, const Where& where) {
   const auto found = barriers.find(address);
   if (found == barriers.end()) fail(std::string(what) + ": no mbarrier was initialised here", where);
   if (found->second.init.clock > self->clock[found->second.init.agent])
-    fail(std::string("race in shared memory: ") + what + " is not ordered after the mbarrier's initialisation at " + place(found->second.init.where), where);
+    fail(std::string("race in shared memory: ") + what + " is not ordered after the mbarrier's initialisation at " +
+             place(found->second.init.where),
+         where);
   return found->second;
 }
 
@@ -119,7 +121,8 @@ uint32_t box_bytes(const TensorMap& map) {
 void check_tma(const TensorMap* map, uint32_t smem, int rank, const char* what, const Where& where) {
   need_sm90(what, where);
   if (map->magic != kMagic) fail(std::string(what) + ": this is no tensor map", where);
-  if (map->rank != rank) fail(std::string(what) + ": " + std::to_string(rank) + " coordinates for a tensor of rank " + std::to_string(map->rank), where);
+  if (map->rank != rank)
+    fail(std::string(what) + ": " + std::to_string(rank) + " coordinates for a tensor of rank " + std::to_string(map->rank), where);
   check_shared(smem, box_bytes(*map), 128, what, where);
 }
 
@@ -146,8 +149,8 @@ bool sm90_visible(const Event& write, const Thread& by) {
 
 // ---- TMA ---------------------------------------------------------------------------------------------------------------
 
-std::string encode(TensorMap& map, const void* base, int element, int rank, const uint64_t* size, const uint64_t* stride, const uint32_t* box,
-                   const uint32_t* step, int swizzle) {
+std::string encode(TensorMap& map, const void* base, int element, int rank, const uint64_t* size, const uint64_t* stride,
+                   const uint32_t* box, const uint32_t* step, int swizzle) {
   map = {kMagic, static_cast<const char*>(base), element, rank, swizzle, {}, {}, {}, {}};
   if (rank < 1 || rank > 5) return "rank " + std::to_string(rank);
   if (reinterpret_cast<uintptr_t>(base) % 16) return "the address is not a multiple of 16";
@@ -156,7 +159,8 @@ std::string encode(TensorMap& map, const void* base, int element, int rank, cons
     const std::string axis = " of axis " + std::to_string(i);
     map.size[i] = size[i], map.stride[i] = i ? stride[i] : uint64_t(element), map.box[i] = box[i], map.step[i] = step[i];
     if (size[i] == 0 || size[i] > uint64_t(1) << 32) return "size " + std::to_string(size[i]) + axis;
-    if (i && (stride[i] % 16 || stride[i] >= uint64_t(1) << 40)) return "stride " + std::to_string(stride[i]) + axis + ", not a multiple of 16 below 2^40";
+    if (i && (stride[i] % 16 || stride[i] >= uint64_t(1) << 40))
+      return "stride " + std::to_string(stride[i]) + axis + ", not a multiple of 16 below 2^40";
     if (box[i] == 0 || box[i] > 256) return "box " + std::to_string(box[i]) + axis + ", not 1 to 256";
     if (step[i] == 0 || step[i] > 8) return "element stride " + std::to_string(step[i]) + axis + ", not 1 to 8";
   }
@@ -249,7 +253,9 @@ struct Tile {
     start = uint32_t(descriptor & 0x3fff) << 4, group_stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
     if (descriptor >> 49 & 7) fail("wgmma: the emulator knows base offset 0 only", where);
     if ((start - start % width) % (8 * width))
-      fail("wgmma: a tile swizzled over " + std::to_string(width) + " bytes must start at a multiple of " + std::to_string(8 * width), where);
+      fail("wgmma: a tile swizzled over " + std::to_string(width) + " bytes must start at a multiple of " +
+               std::to_string(8 * width),
+           where);
   }
   uint32_t chunk(int row, int half) const {
     const uint32_t address = start + row / 8 * group_stride + row % 8 * width + 16 * half;
@@ -257,7 +263,8 @@ struct Tile {
   }
 };
 
-std::vector<float> read_tile(const Tile& tile, int rows, float (*element)(uint16_t), int group, bool all_warps, const Where& where) {
+std::vector<float> read_tile(const Tile& tile, int rows, float (*element)(uint16_t), int group, bool all_warps,
+                             const Where& where) {
   std::vector<float> values(rows * 16);
   const Event event{wgmma_agent(group), warpgroups[group].groups + 1, where};
   for (int row = 0; row < rows; ++row)
@@ -326,7 +333,8 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, float (*ele
   const int group_number = self->id / 128;
   warpgroup("wgmma", Offer{d, a, b, accumulate}, where, [&](Warpgroup& group, Offer** offers) {
     for (int i = 0; i < 128; ++i)
-      if (offers[i]->a != a || offers[i]->b != b || offers[i]->accumulate != accumulate) fail("wgmma: threads have different descriptors", where);
+      if (offers[i]->a != a || offers[i]->b != b || offers[i]->accumulate != accumulate)
+        fail("wgmma: threads have different descriptors", where);
     const auto left = read_tile(Tile(a, where), 64, element, group_number, false, where);
     const auto right = read_tile(Tile(b, where), n, element, group_number, true, where);
     for (int t = 0; t < 128; ++t) {

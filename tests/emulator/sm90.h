@@ -1,8 +1,8 @@
 // The functions of csrc/cuda/ptx_sm90.cuh: mbarrier, TMA tiles and wgmma.
 //
-// Agents of the vector clocks, after the 2 n of machine.h: n, the stores by TMA of each thread; one per warpgroup, what its wgmma read;
-// 64, what TMA wrote for each mbarrier. Behind them a second clock of 2 n: how much of what the threads and their copies wrote is
-// known to be visible to TMA and wgmma, which fence_proxy_async advances.
+// Agents of the vector clocks, after the 2 n of machine.h: n, the stores by TMA of each thread; one per warpgroup, what its wgmma
+// read; 64, what TMA wrote for each mbarrier. Behind them a second clock of 2 n: how much of what the threads and their copies
+// wrote is known to be visible to TMA and wgmma, which fence_proxy_async advances.
 #pragma once
 #include "memory.h"
 

@@ -72,14 +72,15 @@ def conversions():
     i = np.arange(VALUES, dtype=np.uint64)
     bits = ((i * 2654435761) & 0xFFFFFFFF).astype(np.uint32)
     value = torch.from_numpy(bits.view(np.float32))
-    small = torch.from_numpy(((bits >> 8).astype(np.int64) - (1 << 23)).astype(np.float32)) / torch.from_numpy(2.0 ** (i // 2 % 31)).float()
+    small = torch.from_numpy((((bits >> 8).astype(np.int64) - (1 << 23)) / 2.0 ** (i // 2 % 31)).astype(np.float32))
     half = torch.where(torch.from_numpy(i % 2 == 1), value, small).half()
-    sixteen = [np.where(v.isnan(), 0x7FFF, v.view(torch.int16).numpy().view(np.uint16)).astype(np.uint32) for v in (value.bfloat16(), half)]
+    sixteen = [np.where(v.isnan(), 0x7FFF, v.view(torch.int16).numpy().view(np.uint16)) for v in (value.bfloat16(), half)]
     # To the nearest of 10 mantissa bits, ties away from zero: in float64, where half a unit can be added to the size.
     with np.errstate(all="ignore"):
-        wide = np.abs(value.numpy().astype(np.float64))
+        exact = value.numpy().astype(np.float64)
+        wide = np.abs(exact)
         unit = 2.0 ** (np.maximum(np.floor(np.log2(np.where(wide > 0, wide, 1))), -126) - 10)
-        tf32 = np.where(np.isfinite(wide), np.floor(wide / unit + 0.5) * unit * np.sign(value.numpy().astype(np.float64)), 0).astype(np.float32)
+        tf32 = np.where(np.isfinite(wide), np.floor(wide / unit + 0.5) * unit * np.sign(exact), 0).astype(np.float32)
     tf32 = np.where(value.isnan() | value.isinf(), bits & 0xFFFFE000, tf32.view(np.uint32) | bits & 0x80000000)
     back = np.where(half.isnan(), 0x7FFFFFFF, half.float().numpy().view(np.uint32))
     for a, b, c, d in zip(*sixteen, tf32, back):
@@ -157,6 +158,6 @@ def test_gpu(tmp_path, name, parts):
         pytest.skip("needs compute capability 9.0")
     arch = "90a" if capability == (9, 0) else "".join(map(str, capability))
     program = tmp_path / name
-    subprocess.run(["nvcc", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-I", HERE.parents[1] / "csrc", HERE / f"{name}.cu",
-                    "-o", program], check=True)
+    subprocess.run(["nvcc", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-I", HERE.parents[1] / "csrc",
+                    HERE / f"{name}.cu", "-o", program], check=True)
     check([int(line, 16) for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()], parts)

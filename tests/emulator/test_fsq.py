@@ -53,17 +53,27 @@ def check(fsq, z, levels, variant="vidtok", dim=1, seed=0):
 
 def layouts(z):
     """(B, C, T, H, W) in the ways that programs have it, with the channel dimension of each."""
-    last = torch.channels_last_3d
-    return {"planar": (z, 1), "channels last": (z.contiguous(memory_format=last), 1),
-            "channels last in rank": (z.movedim(1, -1).contiguous(), -1), "rows of a longer frame": (z.contiguous(memory_format=last)[:, :, :, 1:], 1),
-            "positions first": (z.flatten(2)[0].T.contiguous(), 1), "half of the channels' storage": (torch.cat([z, z], 1)[:, :z.shape[1]], 1),
-            "every second of it": (torch.stack([z, z], 2).flatten(1, 2)[:, ::2], 1), "strided": (z[..., ::2], 1), "off 16 bytes": (z[..., 1:], 1),
-            "transposed": (z.transpose(2, 4), 1), "one position": (z[:1, :, 0, 0, 0], 1), "expanded": (z.expand(2, 2, *z.shape[1:]), 2)}
+    last, channels = z.contiguous(memory_format=torch.channels_last_3d), z.shape[1]
+    return {
+        "planar": (z, 1),
+        "channels last": (last, 1),
+        "channels last in rank": (z.movedim(1, -1).contiguous(), -1),
+        "rows of a longer frame": (last[:, :, :, 1:], 1),
+        "positions first": (z.flatten(2)[0].T.contiguous(), 1),
+        "half of the channels' storage": (torch.cat([z, z], 1)[:, :channels], 1),
+        "every second of it": (torch.stack([z, z], 2).flatten(1, 2)[:, ::2], 1),
+        "strided": (z[..., ::2], 1),
+        "off 16 bytes": (z[..., 1:], 1),
+        "transposed": (z.transpose(2, 4), 1),
+        "one position": (z[:1, :, 0, 0, 0], 1),
+        "expanded": (z.expand(2, 2, *z.shape[1:]), 2),
+    }
 
 
 def test_layouts_reach_the_kernel_made_for_them(fsq):
     want = {"planar": "planar", "channels last": "rows", "channels last in rank": "rows", "rows of a longer frame": "rows",
-            "positions first": "rows", "half of the channels' storage": "planar", "every second of it": "planar", "expanded": "planar"}
+            "positions first": "rows", "half of the channels' storage": "planar", "every second of it": "planar",
+            "expanded": "planar"}
     for name, (z, dim) in layouts(torch.randn(2, 4, 3, 32, 24)).items():
         check(fsq, z, [8] * 4, dim=dim)
         assert f"quantize_{want.get(name, 'any')}<" in fsq.launched, name
@@ -151,8 +161,8 @@ def test_backward(fsq, levels, dtype):
             want = reference.fsq_quantize_backward(grad.double(), value.double(), levels, dim=dim)
             # The sum z + shift and the slope lose an eps each relative to sizes up to 8, tanh two more, 1 - t * t is at most 1.
             error = (got.double() - want).abs()
-            eps = torch.finfo(torch.float32).eps
-            bound = grad.double().abs() * 16 * eps + want.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            eps, of = torch.finfo(torch.float32).eps, torch.finfo(dtype)
+            bound = grad.double().abs() * 16 * eps + want.abs() * of.eps + of.smallest_normal * of.eps
             assert torch.all(error <= bound)
 
 
