@@ -125,7 +125,11 @@ def test_a_device_is_not_waited_for():
     scope = Scope.packed(cu, q_len=10)
     assert scope.transposed().q_len == 10 and scope.safe()[0].ranges.shape == (3, 2) and "device='meta'" in repr(scope)
     both = Scope.cat([scope, Scope.block_causal(2, 3).to("meta")])
-    assert (both.q_len, both.segments) == (16, 6) and not both.validated
+    assert (both.q_len, both.segments) == (16, 6) and not both.validated and both.transposed().transposed() is both
+    assert Scope.cat([scope, scope]).transposed().segments == 8  # clips, not the pieces between all ends
+    assert Scope.block_causal(5000, 2).to("meta").transposed().segments == 5000  # transposed on the host
+    with pytest.raises(ValueError, match="5000 ranges in 5000 segments on meta"):
+        _transpose_device(Scope.block_causal(5000, 2).to("meta"))
     with pytest.raises(ValueError, match="q_len: must be given for cu_seqlens on meta"):
         Scope.packed(cu)
 

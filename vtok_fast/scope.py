@@ -36,7 +36,8 @@ class CSR(NamedTuple):
 class Scope:
     """An immutable description of what each query sees. Made by one of the builders, or from the three tensors.
 
-    A query without ranges sees nothing: its attention is zero, and so are its gradients.
+    A query without ranges sees nothing: its attention is zero, and so are its gradients. Plans of how to attend are cached on the
+    object, so make it once per shape and use it in every layer; and make it outside of functions that ``torch.compile`` compiles.
 
     Args:
         q_offsets: (segments + 1) int32, from 0 to ``q_len``, never descending.
@@ -239,15 +240,21 @@ class Scope:
             raise ValueError("scopes: expected at least one")
         if len({scope.device for scope in scopes}) > 1:
             raise ValueError(f"scopes: expected one device, got {', '.join(sorted({str(scope.device) for scope in scopes}))}")
+        whole = cls._cat(scopes)
+        if whole.device.type != "cpu" and all(s.cache.keys() & {"transposed", "origin"} for s in scopes):
+            # What the builders know need not be found out on the device.
+            back = cls._cat([s.transposed() for s in scopes])
+            whole.cache["transposed"], back.cache["transposed"] = back, weakref.ref(whole)
+        return whole
+
+    @classmethod
+    def _cat(cls, scopes: Sequence[Scope]) -> Scope:
         q_start, k_start, r_start = ([0, *itertools.accumulate(lengths)] for lengths in (
             [s.q_len for s in scopes], [s.k_len for s in scopes], [len(s.ranges) for s in scopes]))
         q_offsets = torch.cat([s.q_offsets[i > 0:] + q for i, (s, q) in enumerate(zip(scopes, q_start))])
         range_offsets = torch.cat([s.range_offsets[i > 0:] + r for i, (s, r) in enumerate(zip(scopes, r_start))])
         ranges = torch.cat([s.ranges + k for s, k in zip(scopes, k_start)])
-        scope = cls._make(q_offsets, range_offsets, ranges, q_start[-1], k_start[-1], all(s.validated for s in scopes))
-        if scope.device.type != "cpu" and all("transposed" in s.cache for s in scopes) and len(scopes) > 1:
-            scope.cache["transposed"] = cls.cat([s.transposed() for s in scopes])
-        return scope
+        return cls._make(q_offsets, range_offsets, ranges, q_start[-1], k_start[-1], all(s.validated for s in scopes))
 
     # ---- what it says ----------------------------------------------------------------------------------------------------
 
@@ -313,7 +320,10 @@ class Scope:
         known = self.cache.get("transposed")
         known = known() if isinstance(known, weakref.ref) else known
         if known is None:
-            known = _transpose_host(self) if self.device.type == "cpu" else _transpose_device(self)
+            if "origin" in self.cache:
+                known = self.cache["origin"].transposed().to(self.device)
+            else:
+                known = _transpose_host(self) if self.device.type == "cpu" else _transpose_device(self)
             known.cache["transposed"] = weakref.ref(self)
             if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 self.cache["transposed"] = known
@@ -325,7 +335,10 @@ class Scope:
         if device == self.device:
             return self
         csr = (t.to(device, non_blocking=True) for t in self.csr)
-        return Scope._make(*csr, self.q_len, self.k_len, self.validated)
+        moved = Scope._make(*csr, self.q_len, self.k_len, self.validated)
+        if self.device.type == "cpu":
+            moved.cache["origin"] = self  # where a transposition is cheap, and exact
+        return moved
 
     def plot(self, ax: Any = None) -> Any:
         """Draws what sees what with matplotlib, queries downwards and keys to the right, and returns the axes."""
