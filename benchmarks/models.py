@@ -1,7 +1,7 @@
 """Models of other libraries, as they ship beside accelerated, with and without the cache of transformed weights.
 
-Every model has its class's own widths and random weights; a trial is one encode and one decode. With ``--full`` also the peak memory
-of one pass, each variant in a process of its own. ``python -m benchmarks.models_page`` writes ``docs/models.md``.
+Every model has its class's own widths and random weights; a trial is one encode and one decode. With ``--full`` also the peak
+memory of one pass, each variant in a process of its own. ``python -m benchmarks.models_page`` writes ``docs/models.md``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Model:
     smallest: int = 32  # pixels that the small model needs
 
     def make(self, small: bool = False) -> nn.Module:
-        """With random weights, also where training starts from zeros; raises ImportError without the library, or the class in it."""
+        """With random weights, also where training starts from zeros. ImportError without the library, or the class in it."""
         module = __import__(self.library)
         if not hasattr(module, self.name):
             raise ImportError(f"{self.library} {getattr(module, '__version__', '')} has no {self.name}")
@@ -54,18 +54,21 @@ class Model:
 
 
 _TINY = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": (16, 32, 32, 32)}
-_WAN22 = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
-          "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
+_WAN22 = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+          "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
+_WAN22_TINY = {"base_dim": 16, "decoder_base_dim": 16, "num_res_blocks": 1}
+_COSMOS_TINY = {"latent_channels": 4, "num_layers": 1, "encoder_block_out_channels": (16, 32, 32, 32),
+                "decode_block_out_channels": (16, 32, 32, 32)}
+_VIDTOK_FSQ = {"z_channels": 6, "double_z": False, "regularizer": "fsq"}
 _VIDTOK_TINY = {"ch": 16, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 MODELS = {
     "Wan 2.1": Model("diffusers", "AutoencoderKLWan", {}, {"base_dim": 16, "num_res_blocks": 1}),
-    "Wan 2.2": Model("diffusers", "AutoencoderKLWan", _WAN22, {"base_dim": 16, "decoder_base_dim": 16, "num_res_blocks": 1}, smallest=64),
+    "Wan 2.2": Model("diffusers", "AutoencoderKLWan", _WAN22, _WAN22_TINY, smallest=64),
     "CogVideoX": Model("diffusers", "AutoencoderKLCogVideoX", {}, _TINY),
     "HunyuanVideo": Model("diffusers", "AutoencoderKLHunyuanVideo", {}, _TINY),
-    "Cosmos CV8x8x8": Model("diffusers", "AutoencoderKLCosmos", {}, {
-        "latent_channels": 4, "num_layers": 1, "encoder_block_out_channels": (16, 32, 32, 32), "decode_block_out_channels": (16, 32, 32, 32)}),
+    "Cosmos CV8x8x8": Model("diffusers", "AutoencoderKLCosmos", {}, _COSMOS_TINY),
     "VidTok KL": Model("diffusers", "AutoencoderVidTok", {}, _VIDTOK_TINY, frames=8),
-    "VidTok FSQ": Model("diffusers", "AutoencoderVidTok", {"z_channels": 6, "double_z": False, "regularizer": "fsq"}, _VIDTOK_TINY, frames=8),
+    "VidTok FSQ": Model("diffusers", "AutoencoderVidTok", _VIDTOK_FSQ, _VIDTOK_TINY, frames=8),
     "FSQ 8x5x5x5": Model("vector_quantize_pytorch", "FSQ", {"levels": [8, 5, 5, 5]}),
     "ResidualFSQ 4 x 8x5x5x3": Model("vector_quantize_pytorch", "ResidualFSQ", {"levels": [8, 5, 5, 3], "num_quantizers": 4}),
 }
@@ -131,8 +134,8 @@ def build(case: Case, settings: Settings) -> Trial:
                 round_trip(fast, x)
 
     use_weight_cache(model_bytes)
-    facts = {"parameters": model_bytes // 4, "swapped": len(report.swapped), "skipped": len(report.skipped), "weight_cache": model_bytes,
-             "difference": _difference(model, fast, x)}
+    facts = {"parameters": model_bytes // 4, "swapped": len(report.swapped), "skipped": len(report.skipped),
+             "weight_cache": model_bytes, "difference": _difference(model, fast, x)}
     candidates = [Candidate("eager", partial(round_trip, model, x), "eager"),
                   Candidate("vtok_fast", partial(round_trip, fast, x), "ours", partial(use_weight_cache, model_bytes)),
                   Candidate("vtok_fast, no weight cache", partial(round_trip, fast, x), "variant", partial(use_weight_cache, 0))]
@@ -143,7 +146,7 @@ def build(case: Case, settings: Settings) -> Trial:
 
 @torch.no_grad()
 def _difference(model: nn.Module, fast: nn.Module, x: Tensor) -> float:
-    """The larger of the relative differences of both directions, on the same inputs; tokens that flip at a threshold do not count."""
+    """The larger relative difference of both directions, on the same inputs, where tokens at a threshold do not count."""
     if not hasattr(model, "encoder"):
         pairs = [(model(x)[0], fast(x)[0])]
     else:
@@ -164,7 +167,8 @@ def measure_memory(case: Case, variant: str) -> dict[str, float]:
         environment["VTOK_FAST_WEIGHT_CACHE"] = "0"
     root = Path(__file__).resolve().parents[1]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    result = subprocess.run([sys.executable, "-m", "benchmarks.models", json.dumps(task)], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "benchmarks.models", json.dumps(task)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         raise RuntimeError(f"measuring the memory of {variant}: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -187,8 +191,8 @@ def _measure(task: dict[str, Any]) -> dict[str, float]:
         middle = time.perf_counter()
         decode(model, z)
         end = time.perf_counter()
-    return {"peak": peak_memory._resident("VmHWM") - loaded, "loaded": loaded, "seconds": end - start, "encode_seconds": middle - start,
-            "weight_cache": native.lib().weight_cache_stats()["bytes"] if native.lib() else 0,
+    return {"peak": peak_memory._resident("VmHWM") - loaded, "loaded": loaded, "seconds": end - start,
+            "encode_seconds": middle - start, "weight_cache": native.lib().weight_cache_stats()["bytes"] if native.lib() else 0,
             "model": sum(p.numel() * p.element_size() for p in model.parameters())}
 
 

@@ -51,12 +51,13 @@ def measured(results: dict[str, Any]) -> str:
     """The table of one machine: times faster than as shipped, with the quartiles of the rounds, and peak memory as a share."""
     sections = results["sections"]
     state, rows = sections["models"], []
-    memory = {c["case"].rpartition(" memory")[0].rpartition(" ")[0]: report.memory_ratios(c) for c in sections.get("memory", {"cases": []})["cases"]}
+    memory = {c["case"].removesuffix(" memory").rpartition(" ")[0]: report.memory_ratios(c)
+              for c in sections.get("memory", {"cases": []})["cases"]}
     for case in state["cases"]:
         ratios = [report.ratio(case, "eager", name) for name in VARIANTS[1:]]
         shares = [memory.get(case["group"], {}).get(name) for name in VARIANTS[1:]]
-        rows.append(f"| {case['case']} | " + " | ".join([*(_spread(r) for r in ratios), *("–" if s is None else f"{s:.2f}" for s in shares)])
-                    + f" | {case['facts']['difference']:.1e} |")
+        cells = [case["case"], *map(_spread, ratios), *("–" if s is None else f"{s:.2f}" for s in shares)]
+        rows.append(f"| {' | '.join(cells)} | {case['facts']['difference']:.1e} |")
     return "\n".join([
         f"## Measured: {results['machine']['cpu']}, {state['threads']} threads, torch {state['torch']}, commit {state['commit']}", "",
         "One encode and one decode in float32, against the model as shipped, at the class's own widths and random weights.", "",

@@ -18,7 +18,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            if p.dim() == 1 or p.numel() == p.shape[0]:
+            if p.numel() == max(p.shape, default=1):
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return model.eval()
 

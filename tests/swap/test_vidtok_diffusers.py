@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderVidTok: the state that its layers keep on themselves still means what it did, and is no larger than needed."""
+"""diffusers' AutoencoderVidTok: the state that its layers keep on themselves still means what it did, and is no larger."""
 
 import copy
 import sys
@@ -53,7 +53,7 @@ class TestCausal(VidTok):
     options = {"double_z": True}
 
     @torch.no_grad()
-    def stream(self, model, network, x, plan, outputs):
+    def stream(self, model, network, x, plan):
         """Chunks as the library's own tiles take them, without lookahead."""
         model._empty_causal_cached(network)
         parts, start = [], 0
@@ -67,24 +67,25 @@ class TestCausal(VidTok):
     @pytest.mark.parametrize("plan", [(4, 4, 4, 4), (4, 8, 4), (8, 8), (4, 12)], ids=str)
     def test_encoding_does_not_depend_on_the_chunk_plan(self, model, plan):
         x = face.noise(1, 3, 16, 24, 16)
-        eager, ref64 = self.stream(model, model.encoder, x, plan, 1), self.stream(double := copy.deepcopy(model).double(), double.encoder,
-                                                                                 x.double(), (16,), 1)
+        eager, double = self.stream(model, model.encoder, x, plan), copy.deepcopy(model).double()
+        ref64 = self.stream(double, double.encoder, x.double(), (16,))
         vtok_fast.accelerate(model, check=False)
-        assert (p := parity.close(self.stream(model, model.encoder, x, plan, 1), ref64, eager)).ok, p
+        assert (p := parity.close(self.stream(model, model.encoder, x, plan), ref64, eager)).ok, p
 
     @pytest.mark.parametrize("plan", [(1, 1, 1, 1), (1, 2, 1), (4,)], ids=str)
     def test_decoding_chunk_by_chunk_is_what_it_was(self, model, plan):
         z = face.noise(1, 4, 4, 4, 3)
-        eager = self.stream(model, model.decoder, z, plan, 4)
-        ref64 = self.stream(double := copy.deepcopy(model).double(), double.decoder, z.double(), plan, 4)
+        eager = self.stream(model, model.decoder, z, plan)
+        double = copy.deepcopy(model).double()
+        ref64 = self.stream(double, double.decoder, z.double(), plan)
         vtok_fast.accelerate(model, check=False)
-        assert (p := parity.close(self.stream(model, model.decoder, z, plan, 4), ref64, eager)).ok, p
+        assert (p := parity.close(self.stream(model, model.decoder, z, plan), ref64, eager)).ok, p
 
     def test_caches_are_short_and_change_hands(self, model):
         x, fast = face.noise(1, 3, 8, 24, 16), copy.deepcopy(model)
         vtok_fast.accelerate(fast, check=False)
         with torch.no_grad():
-            expected = self.stream(model, model.encoder, x, (4, 4), 1)[:, :, 1:]
+            expected = self.stream(model, model.encoder, x, (4, 4))[:, :, 1:]
             for first, second in ((model, fast), (fast, model)):
                 first._set_first_chunk(True)
                 first.encoder(x[:, :, :4])

@@ -1,7 +1,7 @@
 """The adapter for diffusers' ``AutoencoderKLCogVideoX``, whose convolutions Mochi shares.
 
-Its convolutions and blocks return their cache, ``(y, conv_cache)``, in dicts of dicts; they take the one from the chunk before. That
-stays, except that a convolution over one frame returns None instead of a copy of its whole input: nothing ever reads that.
+Its convolutions and blocks return their cache, ``(y, conv_cache)``, in dicts of dicts; they take the one from the chunk before.
+That stays, except that a convolution over one frame returns None instead of a copy of its whole input: nothing ever reads that.
 
 In the decoder, norms are scaled and shifted by two 1x1 convolutions of the latent, which is first enlarged to the video's size. A
 1x1 convolution and nearest enlarging commute, so here the small latent is convolved.
@@ -38,8 +38,10 @@ def rule(layer: nn.Module, conv_cache: Tensor | None) -> Rule | None:
     inner, k = layer.conv, layer.time_kernel_size
     own = own_rule(inner)
     if layer.pad_mode == "replicate":
+        if any(map(any, own.pads)):
+            return None
         left, right, top, bottom, front, back = layer.time_causal_padding
-        return Rule(((front, back), (top, bottom), (left, right)), "replicate", "replicate") if not any(map(any, own.pads)) else None
+        return Rule(((front, back), (top, bottom), (left, right)), "replicate", "replicate")
     if own.mode != "zeros" or any(own.pads[0]) or conv_cache is not None and k > 1 and conv_cache.shape[2] != k - 1:
         return None
     return Rule(((k - 1, 0), *own.pads[1:]), "replicate", "zeros")
@@ -90,7 +92,8 @@ def spatial_norm(norm: nn.Module, f: Tensor, zq: Tensor, conv_cache: Cache | Non
 def _enlarge(x: Tensor, size: torch.Size) -> Tensor:
     """Nearest, with the first of an odd number of frames by itself."""
     if size[0] > 1 and size[0] % 2:
-        return torch.cat([F.interpolate(x[:, :, :1], size=(1, *size[1:])), F.interpolate(x[:, :, 1:], size=(size[0] - 1, *size[1:]))], 2)
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        return torch.cat([F.interpolate(first, size=(1, *size[1:])), F.interpolate(rest, size=(size[0] - 1, *size[1:]))], 2)
     return F.interpolate(x, size=size)
 
 
@@ -137,12 +140,14 @@ def upsample(block: nn.Module, inputs: Tensor) -> Tensor:
     return y
 
 
-def encoder(network: nn.Module, sample: Tensor, temb: Tensor | None = None, conv_cache: Cache | None = None) -> tuple[Tensor, Cache]:
+def encoder(network: nn.Module, sample: Tensor, temb: Tensor | None = None,
+            conv_cache: Cache | None = None) -> tuple[Tensor, Cache]:
     return _network(network, sample, temb, None, conv_cache, [(f"down_block_{i}", b) for i, b in enumerate(network.down_blocks)]
                     + [("mid_block", network.mid_block)])
 
 
-def decoder(network: nn.Module, sample: Tensor, temb: Tensor | None = None, conv_cache: Cache | None = None) -> tuple[Tensor, Cache]:
+def decoder(network: nn.Module, sample: Tensor, temb: Tensor | None = None,
+            conv_cache: Cache | None = None) -> tuple[Tensor, Cache]:
     return _network(network, sample, temb, sample, conv_cache, [("mid_block", network.mid_block)]
                     + [(f"up_block_{i}", b) for i, b in enumerate(network.up_blocks)])
 
@@ -228,7 +233,8 @@ def _video(module: nn.Module, channels: int, frames: int) -> Tensor:
 
 _TABLE = {
     "CogVideoXCausalConv3d": _propose_conv,
-    "CogVideoXSafeConv3d": lambda m: [Swap("conv with virtual padding", safe_conv, sample=lambda m: (_video(m, m.in_channels, 3),))],
+    "CogVideoXSafeConv3d": lambda m: [Swap("conv with virtual padding", safe_conv,
+                                           sample=lambda m: (_video(m, m.in_channels, 3),))],
     "CogVideoXSpatialNorm3D": _propose_spatial_norm,
     "CogVideoXResnetBlock3D": _propose_block,
     "CogVideoXEncoder3D": _propose_network(encoder),

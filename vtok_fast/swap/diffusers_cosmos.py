@@ -1,7 +1,7 @@
 """The adapter for diffusers' ``AutoencoderKLCosmos``.
 
-Half of what this model copies pads nothing at all: it goes, as do the pads themselves. Pools and identities beside a convolution become
-part of its weights or of its epilogue, and frames or pixels that are repeated before one are never written.
+Half of what this model copies pads nothing at all: it goes, as do the pads themselves. Pools and identities beside a convolution
+become part of its weights or of its epilogue, and frames or pixels that are repeated before one are never written.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def attention(block: nn.Module, hidden_states: Tensor, attention_mask: Tensor | 
     q, k, v = (conv(layer, y) for layer in (block.to_q, block.to_k, block.to_v))
     heads = block.num_attention_heads
     if type(block.processor).__name__.startswith("CosmosTemporal"):
-        q, k, v = (channels_last(x).flatten(2, 3).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (q, k, v))
+        q, k, v = (channels_last(x).flatten(2, 3).unflatten(-1, (heads, -1)) for x in (q, k, v))
+        q, k, v = (x.permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attention_mask)  # (B * H * W, heads, T, D)
         y = y.unflatten(0, (b, h, w)).permute(0, 3, 5, 4, 1, 2).flatten(1, 2)
     elif heads == 1 and attention_mask is None:
@@ -156,7 +157,8 @@ def _propose_norm(norm: nn.Module) -> list[Swap] | Skip:
 
 
 def _propose_block(block: nn.Module) -> list[Swap] | Skip:
-    why = (unlike(block, norm1="CosmosCausalGroupNorm", norm2="CosmosCausalGroupNorm", conv_shortcut=("Identity", "CosmosCausalConv3d"))
+    why = (unlike(block, norm1="CosmosCausalGroupNorm", norm2="CosmosCausalGroupNorm",
+                  conv_shortcut=("Identity", "CosmosCausalConv3d"))
            or _unlike_pair(block.conv1, block.conv2))
     if not why and not isinstance(block.conv_shortcut, nn.Identity):
         why = _unlike_conv(block.conv_shortcut)

@@ -144,7 +144,8 @@ def _propose_mid_block(block: nn.Module) -> list[Swap] | Skip | None:
         kind = type(attn.processor).__name__
         if type(attn).__name__ != "Attention" or kind != "AttnProcessor2_0":
             return Skip(f"attention is a {type(attn).__name__} with the processor {kind}, which this swap was not made for")
-        if attn.spatial_norm is not None or attn.norm_q is not None or attn.norm_k is not None or type(attn.group_norm) is not nn.GroupNorm:
+        others = (attn.spatial_norm, attn.norm_q, attn.norm_k)
+        if any(norm is not None for norm in others) or type(attn.group_norm) is not nn.GroupNorm:
             return Skip("attention with other norms than this swap was made for")
     return [Swap("frame-causal attention without a mask", mid_block, covers=covers,
                  sample=lambda m: (_video(m, m.resnets[0].norm1.num_channels),))]
@@ -153,7 +154,8 @@ def _propose_mid_block(block: nn.Module) -> list[Swap] | Skip | None:
 def _propose_network(function):
     def propose_network(network: nn.Module) -> list[Swap] | Skip:
         why = unlike(network, conv_norm_out="GroupNorm", conv_act="SiLU")
-        return Skip(why) if why else [Swap("norm + SiLU in one pass before conv_out", function, covers=("conv_norm_out", "conv_act"))]
+        return Skip(why) if why else [Swap("norm + SiLU in one pass before conv_out", function,
+                                           covers=("conv_norm_out", "conv_act"))]
 
     return propose_network
 

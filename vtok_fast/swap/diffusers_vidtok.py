@@ -1,9 +1,9 @@
 """The adapter for diffusers' ``AutoencoderVidTok``.
 
-Its causal layers keep their state on themselves: ``causal_cache`` (as shipped a clone of the whole padded input), ``is_first_chunk``
-and ``cache_offset``. All three keep their meaning, but a cache holds only the frames that will be read, and a video that is
-processed whole leaves none behind. Within a network the video stays channels-last: neither frames nor pixels are folded into the
-batch by a copy.
+Its causal layers keep their state on themselves: ``causal_cache`` (as shipped a clone of the whole padded input),
+``is_first_chunk`` and ``cache_offset``. All three keep their meaning, but a cache holds only the frames that will be read, and a
+video that is processed whole leaves none behind. Within a network the video stays channels-last: neither frames nor pixels are
+folded into the batch by a copy.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import fsq_quantize
 from vtok_fast.ops.norm_act import norm_act
+from vtok_fast.parity import Parity
 from vtok_fast.swap.foreign import attention_per_frame, channels_last, frame_conv, lookup, plain_conv2d, random, unlike, video
 from vtok_fast.swap.padding import MODES
 from vtok_fast.swap.patch import Skip, Swap, runs
@@ -325,8 +326,11 @@ def _propose_fsq(regularizer: nn.Module) -> list[Swap] | Skip:
     def forward(regularizer: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(fsq_quantize(z, levels, dim=1 if z.dim() >= 4 else -1))
 
-    return [Swap("thresholds instead of tanh and rounding", forward, sample=lambda m: (torch.randn(1, len(levels), 4, 10, 14) * 2,),
-                 reference=lambda m, z: z, judge=lambda fast, eager, z: compare(z, levels, 1 if z.dim() >= 4 else -1, fast[1], eager[1]))]
+    def judge(fast: tuple, eager: tuple, z: Tensor) -> Parity:
+        return compare(z, levels, 1 if z.dim() >= 4 else -1, fast[1], eager[1])
+
+    return [Swap("thresholds instead of tanh and rounding", forward, reference=lambda m, z: z, judge=judge,
+                 sample=lambda m: (torch.randn(1, len(levels), 4, 10, 14, device=m._levels.device) * 2,))]
 
 
 _TABLE = {

@@ -191,8 +191,8 @@ def _propose_norm(norm: nn.Module) -> list[Swap] | Skip:
 
 
 def _propose_residual_block(block: nn.Module) -> list[Swap] | Skip:
-    why = unlike(block, norm1="WanRMS_norm", norm2="WanRMS_norm", conv1="WanCausalConv3d", conv2="WanCausalConv3d", nonlinearity="SiLU",
-                 conv_shortcut=("WanCausalConv3d", "Identity"))
+    why = unlike(block, norm1="WanRMS_norm", norm2="WanRMS_norm", conv1="WanCausalConv3d", conv2="WanCausalConv3d",
+                 nonlinearity="SiLU", conv_shortcut=("WanCausalConv3d", "Identity"))
     if why:
         return Skip(why)
     return [Swap("norm + SiLU in one pass, causal convs, residual fused", residual_block,
@@ -213,7 +213,7 @@ def _propose_resample(block: nn.Module) -> list[Swap] | Skip | None:
     if type(first).__name__ != ("WanUpsample" if up else "ZeroPad2d") or not plain_conv2d(layer) or "3d" in block.mode and (
             why := unlike(block, time_conv="WanCausalConv3d")):
         return Skip("its parts were replaced")
-    if up and (first.mode != "nearest-exact" or first.scale_factor != (2.0, 2.0)) or not up and tuple(first.padding) != (0, 1, 0, 1):
+    if (first.mode, first.scale_factor) != ("nearest-exact", (2.0, 2.0)) if up else tuple(first.padding) != (0, 1, 0, 1):
         return Skip("another resampling than this swap was made for")
     return [Swap("upsampling folded into the conv" if up else "strided conv with virtual padding", upsample if up else downsample,
                  sample=_resample_sample)]

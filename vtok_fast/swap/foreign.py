@@ -44,8 +44,8 @@ def frame_conv(conv: nn.Conv2d, x: Tensor, spatial_pad=None, **options) -> Tenso
 
 def plain_conv2d(conv: nn.Module) -> bool:
     """Whether ``frame_conv`` does all that this convolution does."""
-    return (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and conv.dilation == (1, 1)
-            and conv.groups == 1)
+    return (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+            and conv.dilation == (1, 1) and conv.groups == 1)
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, activation: str | None = "silu", *, per_frame: bool = False, **options) -> Tensor:

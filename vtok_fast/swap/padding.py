@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 
 Pads = tuple[tuple[int, int], ...]
-MODES = {"zeros": "zeros", "constant": "zeros", "replicate": "replicate", "reflect": "reflect"}  # as torch and the libraries call them
+MODES = {"zeros": "zeros", "constant": "zeros", "replicate": "replicate", "reflect": "reflect"}  # as torch and others call them
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def exact(conv: nn.Module, x: Tensor, rule: Rule, cache: Tensor | None = None) -
 
 
 def padded(x: Tensor, rule: Rule, cache: Tensor | None = None) -> Tensor:
-    """The padded input, with ``cache`` in place of the last frames of the padding in front; ``x`` itself where nothing is padded."""
+    """The padded input, ``cache`` in place of the last frames of the padding in front; ``x`` itself where nothing is padded."""
     pads = list(rule.pads)
     if cache is not None and pads[0][0]:
         cache = cache[:, :, -pads[0][0]:]

@@ -63,9 +63,9 @@ class Stream:
         factor, frames = self.factor, video.shape[2] if video.dim() == 5 else 0
         first = "encode" not in self._state
         if frames < 1 or frames % factor not in (self._first_frames if first else (0,)):
-            rule = " or ".join(f"{'1 + ' if r else ''}k * {factor}" for r in self._first_frames) if first else f"a multiple of {factor}"
-            raise ValueError(f"video: expected (B, C, T, H, W) with T = {rule} in the {'first' if first else 'next'} chunk, got shape "
-                             f"{tuple(video.shape)}")
+            rule = " or ".join(f"{'1 + ' if r else ''}k * {factor}" for r in self._first_frames)
+            rule = f"{rule} in the first chunk" if first else f"a multiple of {factor} in the next chunk"
+            raise ValueError(f"video: expected (B, C, T, H, W) with T = {rule}, got shape {tuple(video.shape)}")
         return self._advance("encode", "video", video, self._encode)
 
     def decode_chunk(self, latent: Tensor, **options: Any) -> Tensor:

@@ -20,8 +20,9 @@ PACKAGE = "vector_quantize_pytorch"
 
 
 def propose(module: nn.Module) -> list[Swap] | Skip | None:
+    signs = {"LFQ": lambda m: Skip("a quantiser of signs: there is no op for it")}
     return (lookup(module, f"{PACKAGE}.finite_scalar_quantization", {"FSQ": _propose_fsq})
-            or lookup(module, f"{PACKAGE}.lookup_free_quantization", {"LFQ": lambda m: Skip("a quantiser of signs: there is no op for it")}))
+            or lookup(module, f"{PACKAGE}.lookup_free_quantization", signs))
 
 
 def _propose_fsq(fsq: nn.Module) -> list[Swap] | Skip:
