@@ -1,9 +1,10 @@
 // causal_conv3d, gradient of the input: the forward kernel on the output's gradient, with transposed and mirrored weights and mirrored
 // pads; a stride becomes a gap between the coordinates that exist.
 //
-// An axis that pads with zeros needs no more. Where elements are read several times (replicated or reflected borders, upsampling,
-// cached frames) the axis is computed in the padded domain, in scratch memory, and a second kernel gathers for each element of x
-// and of the cache the positions that read it, in a fixed order: deterministic, at one read of the domain and one write of the gradient.
+// An axis that pads with zeros needs no more, and replicated frames only more terms for the first and the last frame (Source::before).
+// Else, where elements are read several times (replicated or reflected rows and columns, upsampling, cached frames), the axis is computed
+// in the padded domain, in scratch memory, and a second kernel gathers for each element of x and of the cache the positions that read it,
+// in a fixed order: deterministic, at one read of the domain and one write of the gradient.
 #include <algorithm>
 #include <string>
 
@@ -11,6 +12,8 @@
 
 namespace vtok::cuda {
 namespace {
+
+constexpr int kMostFrames = 12;  // entries of the frame table: what shared memory still holds beside any tile
 
 // One axis of the domain in which the gradient is computed: `front` padded coordinates, `length` real ones, the rest behind.
 struct FoldAxis {
@@ -114,12 +117,18 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
   for (int i = 0; i < 3; ++i) {
     const PadMode mode = i == 0 ? problem.time_mode : problem.spatial_mode;
     const int back = int(problem.pad[2 * i + 1]);
-    const bool padded = mode != PadMode::zeros && (forward.pad[i] > 0 || back > 0);
+    bool padded = mode != PadMode::zeros && (forward.pad[i] > 0 || back > 0);
+    if (i == 0) {
+      s.before = s.behind = 0, s.time_taps = forward.kernel[0];
+      const int groups_of_taps = 1 + forward.pad[0] + back;
+      if (padded && mode == PadMode::replicate && forward.upsample[0] == 1 && !problem.cache && groups_of_taps * forward.kernel[0] <= kMostFrames)
+        padded = false, s.before = forward.pad[0], s.behind = back;
+    }
     folds = folds || padded || forward.upsample[i] > 1;
     const int front = padded ? forward.pad[i] : 0;
     const int domain = forward.length[i] + (padded ? front + back : 0);
     fold.axis[i] = {front, forward.length[i], domain, forward.upsample[i], mode};
-    s.kernel[i] = forward.kernel[i], s.stride[i] = 1, s.dilation[i] = forward.dilation[i], s.gap[i] = forward.stride[i];
+    s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.behind : 1), s.stride[i] = 1, s.dilation[i] = forward.dilation[i], s.gap[i] = forward.stride[i];
     s.pad[i] = forward.dilation[i] * (forward.kernel[i] - 1) - (forward.pad[i] - front);
     s.length[i] = forward.out[i], s.upsample[i] = 1, s.out[i] = domain;
     s.positions *= domain;
@@ -133,7 +142,7 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
   int64_t last = 0;
   for (int i = 0; i < 3; ++i) {
     last += (weight.size[2 + i] - 1) * weight.stride[2 + i];
-    w.from.tap[i] = -weight.stride[2 + i], w.kernel[i] = w.taps[i] = s.kernel[i];
+    w.from.tap[i] = -weight.stride[2 + i], w.kernel[i] = w.taps[i] = forward.kernel[i];
   }
   w.from.data = static_cast<const char*>(weight.data) + last * element_size(weight.dtype);
   w.from.group = w.channels * weight.stride[0], w.from.n = weight.stride[1], w.from.channel = weight.stride[0];

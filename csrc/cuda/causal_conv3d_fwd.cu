@@ -85,7 +85,7 @@ Chosen choose(const Variants& variants, const ConvTask& task, int groups, ConvCh
     if ((wish.tile_m && wish.tile_m != v.m) || (wish.tile_n && wish.tile_n != v.n)) continue;
     if (v.shared_bytes(task.source.kernel) > device.shared_limit) continue;
     const double blocks = double(divide_up(task.source.positions, v.m)) * divide_up(task.weight.outputs, v.n) * groups;
-    const int slices = task.source.kernel[0] * task.weight.k_frame / v.slice;
+    const int slices = task.source.time_taps * task.weight.k_frame / v.slice;
     const double slice_cycles = double(v.m) * v.n * v.slice / kProductsPerCycle / v.efficiency;
     for (int splits : {1, 2, 3, 4, 6, 8, 12, 16}) {
       if (wish.splits) splits = groups > 1 ? 1 : std::min(wish.splits, slices);
@@ -131,7 +131,7 @@ Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* s
   p.source = source, p.epilogue = task.epilogue;
   p.channels = weight.channels, p.outputs = weight.outputs;
   p.k_frame = weight.k_frame;
-  p.weight_row_bytes = int64_t(source.kernel[0]) * weight.k_frame * bytes;
+  p.weight_row_bytes = int64_t(source.time_taps) * weight.k_frame * bytes;
   p.tiles_n = int(divide_up(weight.outputs, tile.n));
   p.partial_stride = int(divide_up(weight.outputs, 8) * 8);
   char* relaid = workspace.take(int64_t(weight.groups) * weight.outputs * p.weight_row_bytes);

@@ -98,7 +98,7 @@ struct Loader {
     for (int skip = iteration / slices; skip >= 0; --skip) do ++dt; while (!(alive >> dt & 1));
     slice = iteration % slices;
     place.seek(slice * Tile::kSlice + first_k(), p.channels);
-    weight += (int64_t(dt) * p.k_frame + slice * Tile::kSlice) * int(sizeof(T));
+    weight += (int64_t(dt % p.source.time_taps) * p.k_frame + slice * Tile::kSlice) * int(sizeof(T));
     enter_frame();
   }
 
@@ -111,7 +111,7 @@ struct Loader {
     if (!(alive >> dt >> 1)) return;  // that was the last
     const int before = dt;
     do ++dt; while (!(alive >> dt & 1));
-    weight += int64_t(dt - before - 1) * p.k_frame * int(sizeof(T));
+    weight += int64_t(dt % p.source.time_taps - before % p.source.time_taps - 1) * p.k_frame * int(sizeof(T));
     slice = 0;
     place.seek(first_k(), p.channels);
     enter_frame();

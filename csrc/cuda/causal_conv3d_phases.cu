@@ -41,6 +41,7 @@ ConvTask phase_of(ConvTask task, int axis, int r) {
   }
   s.upsample[axis] = 1, s.pad[axis] = -first, s.length[axis] = length / u;
   if (axis == 0) {
+    s.time_taps = s.kernel[0];
     s.once = false, s.cached = cached, s.used_cache = std::min(cached, std::max(-first, 0));
     s.pad[0] -= s.used_cache, s.length[0] += s.used_cache;
   }
@@ -75,7 +76,7 @@ std::vector<ConvTask> merge_taps(const ConvTask& task) {
   if (s.length[0] == 1 && s.kernel[0] > 1 && s.time_mode == PadMode::replicate) {
     whole.weight.folded = true;
     whole.weight.tap_begin[0][1] = int8_t(s.kernel[0]);
-    s.kernel[0] = whole.weight.kernel[0] = 1, s.pad[0] = 0;
+    s.kernel[0] = s.time_taps = whole.weight.kernel[0] = 1, s.pad[0] = 0;
   }
   for (int axis = 0; axis < 3; ++axis) {
     if (!has_phases(s, axis)) continue;

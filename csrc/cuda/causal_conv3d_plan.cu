@@ -76,7 +76,7 @@ Status make_source(const ConvProblem& p, Source* source) {
   if (p.groups < 1 || p.weight.size[0] % p.groups || p.weight.size[1] * p.groups != p.x.size[1])
     return Status::Invalid("weight: expected (O, " + std::to_string(p.x.size[1]) + " / groups, kt, kh, kw)");
   Source& s = *source;
-  s.once = p.upsample_first_frame_once && !p.cache && p.x.size[2] > 0;
+  s.once = p.upsample_first_frame_once && p.upsample[0] > 1 && !p.cache;
   const int64_t cached = p.cache ? p.cache.size[2] * p.upsample[0] : 0, used = std::min(cached, p.pad[0]);
   s.cached = int(cached), s.used_cache = int(used);
   s.time_mode = p.time_mode, s.spatial_mode = p.spatial_mode;
@@ -93,6 +93,7 @@ Status make_source(const ConvProblem& p, Source* source) {
     s.out[axis] = int(span / p.stride[axis] + 1);
     s.positions *= s.out[axis];
   }
+  s.before = s.behind = 0, s.time_taps = s.kernel[0];
   if (s.kernel[0] > 32) return Status::Unsupported("weight: at most 32 temporal taps, got " + std::to_string(s.kernel[0]));
   return Status::Ok();
 }

@@ -27,6 +27,9 @@ struct Source {
   int upsample[3];
   int cached, used_cache;  // upsampled frames in the cache, and those of them that stand before x
   bool once;               // the first frame of x is not repeated in time
+  // The transpose of a replicated border: the first output frame also takes the terms of `before` frames in front of it, the last those
+  // of `behind` frames. Then there are (1 + before + behind) * time_taps entries of the frame table, each group with the same weights.
+  int before, behind, time_taps;
   PadMode time_mode, spatial_mode;
   int out[3];         // To, Ho, Wo
   int64_t positions;  // B * To * Ho * Wo
@@ -75,7 +78,13 @@ __device__ inline int tap_index(const Source& s, int axis, int out, int tap) {
 
 // The address of the frame that temporal tap dt reads, or 0.
 __device__ inline uint64_t frame_address(const Source& s, const Position& p, int dt) {
-  int i = tap_index(s, 0, p.t, dt);
+  int t = p.t;
+  if (dt >= s.time_taps) {
+    const int extra = dt / s.time_taps - 1;
+    if (t != (extra < s.before ? 0 : s.out[0] - 1)) return 0;
+    t = extra < s.before ? extra - s.before : s.out[0] + extra - s.before, dt %= s.time_taps;
+  }
+  int i = tap_index(s, 0, t, dt);
   if (i < 0) return 0;
   if (i < s.used_cache)
     return reinterpret_cast<uint64_t>(s.cache) + p.b * s.cache_batch_bytes +
