@@ -25,7 +25,7 @@ random. ``capability=90`` allows the instructions of ptx_sm90.cuh; ``shared_limi
 smallest GPUs) and ``multiprocessors`` are what a launcher is told of the device. After a call ``conv.launched`` is the last launch
 as the source has it, kernel and arguments, and ``conv.bank_conflicts`` what ldmatrix would have lost in it.
 
-Compiled code is kept in tests/emulator/.cache, by a hash of all sources and flags.
+Compiled code is kept in tests/emulator/.cache for two weeks, by a hash of all sources and flags.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,9 @@ def build(*sources: str | Path, exports: Mapping[str, str], includes: Sequence[s
     target = CACHE / f"lib.{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}.so"
     if not target.exists():
         _run(_compiler(), "-shared", *objects, target=target)
+        for old in CACHE.iterdir():
+            if old.stat().st_mtime < time.time() - 14 * 86400:
+                old.unlink(missing_ok=True)
     return Library(target, exports)
 
 
