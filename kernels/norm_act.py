@@ -12,7 +12,6 @@ chain of operations does.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch

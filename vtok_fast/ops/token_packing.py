@@ -75,7 +75,7 @@ def pack_tokens(tokens: Tensor | Sequence[Tensor], keep: Tensor | Sequence[Tenso
         raise ValueError(f"tokens: expected (B, *grid) or (B, C, *grid) for keep {tuple(keep.shape)}, got {tuple(tokens.shape)}")
     if keep.numel() >= 2**31:
         raise ValueError(f"keep: at most 2**31 - 1 positions, which int32 counts, got {keep.numel()}")
-    if capacity is not None and not (isinstance(capacity, int) and 0 <= capacity < 2**31):
+    if capacity is not None and not (isinstance(capacity, (int, torch.SymInt)) and 0 <= capacity < 2**31):
         raise ValueError(f"capacity: expected a number of tokens, got {capacity!r}")
     if levels is not None:
         levels = _check_levels(levels, variant, tokens, keep)
