@@ -17,8 +17,10 @@ from vtok_fast import native
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_usage"
-ONLY_SM90 = sorted(FOLDER.glob("*_sm90.cu"))
-SOURCES = sorted(set(FOLDER.glob("*.cu")) - set(ONLY_SM90))
+CONFORMANCE = ROOT / "tests" / "emulator" / "conformance.cu"
+CONFORMANCE_SM90 = CONFORMANCE.with_name("conformance_sm90.cu")
+ONLY_SM90 = [*sorted(FOLDER.glob("*_sm90.cu")), CONFORMANCE_SM90]
+SOURCES = [*sorted(set(FOLDER.glob("*.cu")) - set(ONLY_SM90)), CONFORMANCE]
 
 
 def tool(name: str) -> str | None:
@@ -132,6 +134,13 @@ def test_fsq_moves_16_bytes_at_a_time():
         for kernel, instructions in kernels.items():
             bodies = [body for function, body in functions.items() if kernel in function]
             assert bodies and all(word in body for body in bodies for word in instructions), kernel
+
+
+@needs_sass
+def test_sm90a_has_its_own_instructions():
+    cubin = compiled(CONFORMANCE_SM90, "sm_90a")[0]
+    sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    assert all(word in sass for word in ("HGMMA.64x64x16.F32.BF16", "UTMALDG.3D", "SYNCS.PHASECHK"))
 
 
 # ---- which GPUs a build is for ---------------------------------------------------------------------------------------------
