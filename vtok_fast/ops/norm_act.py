@@ -250,14 +250,15 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them when they are asked for
     options = ctx.options
-    if native.is_plain(grad, *ctx.saved_tensors) and _triton_can_run(NormCall(*ctx.saved_tensors, **options)) is None:
+    if native.is_plain(grad, *saved) and _triton_can_run(NormCall(*saved, **options)) is None:
         from vtok_fast.kernels import norm_act_backward as kernels
 
-        grads = kernels.norm_act_backward(grad, *ctx.saved_tensors, layout=output_format(ctx.saved_tensors[0]),
+        grads = kernels.norm_act_backward(grad, *saved, layout=output_format(saved[0]),
                                           wanted=ctx.needs_input_grad[:6], **options)
     else:
-        grads = reference.norm_act_backward(grad, *ctx.saved_tensors, **options)
+        grads = reference.norm_act_backward(grad, *saved, **options)
     return *[g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)], *[None] * 7
 
 
