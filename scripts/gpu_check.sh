@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, in one command: builds for the GPU found, then runs the tests that need one, the conformance
+# programs among them, and a short subset under compute-sanitizer where that is installed. Needs Python with torch, pytest,
+# hypothesis, pybind11, cmake and ninja, and nvcc; no network. The report goes to build/gpu_check/.
+#
+#     PYTHON=python3 scripts/gpu_check.sh
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=build/gpu_check
+mkdir -p "$OUT"
+failed=0
+
+step() {  # step NAME COMMAND...: its output to a file and to the screen, and on after a failure
+  local name=$1
+  shift
+  echo "== $name"
+  "$@" 2>&1 | tee "$OUT/$name.log"
+  local status=${PIPESTATUS[0]}
+  [ "$status" = 0 ] || { echo "== $name FAILED ($status)"; failed=1; }
+  return "$status"
+}
+
+build() {
+  cmake -S . -B "$OUT/cmake" -G Ninja -DCMAKE_BUILD_TYPE=Release -DVTOK_FAST_CUDA_ARCHS=native \
+    -DPython_EXECUTABLE="$(command -v "$PYTHON")" -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" &&
+    cmake --build "$OUT/cmake" && cp "$OUT"/cmake/_C*.so vtok_fast/.built.so && rm -f vtok_fast/_C*.so &&
+    mv vtok_fast/.built.so "vtok_fast/$(basename "$OUT"/cmake/_C*.so)"
+}
+
+export PYTHONPATH=$PWD:$OUT/site
+# vtok_fast.kernels is the folder kernels/: an installation maps it, here a link does.
+mkdir -p "$OUT/site" && ln -sfn ../kernels vtok_fast/kernels
+trap 'rm -f vtok_fast/kernels' EXIT
+
+"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "gpu_check: torch sees no GPU"; exit 1; }
+nvidia-smi | tee "$OUT/nvidia-smi.log"
+step build build || exit 1
+step info "$PYTHON" -m vtok_fast.cli info
+step tests "$PYTHON" -m pytest -q -m gpu --durations=15
+if command -v compute-sanitizer >/dev/null; then
+  step sanitizer timeout 120 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/ops/test_fsq_cuda.py -k test_every_layout
+fi
+exit $failed
