@@ -12,8 +12,9 @@ namespace vtok::cuda {
 
 using Triple = std::array<int, 3>;
 
-inline ConvProblem conv_problem(const Tensor& x, const Tensor& weight, const Tensor& cache, Triple stride, Triple dilation, int groups,
-                                std::array<int64_t, 6> pad, int time_mode, int spatial_mode, Triple upsample, bool once, bool tf32) {
+inline ConvProblem conv_problem(const Tensor& x, const Tensor& weight, const Tensor& cache, Triple stride, Triple dilation,
+                                int groups, std::array<int64_t, 6> pad, int time_mode, int spatial_mode, Triple upsample,
+                                bool once, bool tf32) {
   ConvProblem p;
   p.x = x, p.weight = weight, p.cache = cache;
   std::copy(stride.begin(), stride.end(), p.stride), std::copy(dilation.begin(), dilation.end(), p.dilation);
@@ -25,8 +26,8 @@ inline ConvProblem conv_problem(const Tensor& x, const Tensor& weight, const Ten
 
 inline Status causal_conv3d_call(Tensor x, Tensor weight, Tensor cache, Triple stride, Triple dilation, int groups,
                                  std::array<int64_t, 6> pad, int time_mode, int spatial_mode, Triple upsample, bool once, bool tf32,
-                                 Tensor bias, Tensor residual, Tensor out, std::optional<float> alpha, bool silu, Triple depth_to_space,
-                                 Triple choice, Tensor workspace, Tensor need, uint64_t stream) {
+                                 Tensor bias, Tensor residual, Tensor out, std::optional<float> alpha, bool silu,
+                                 Triple depth_to_space, Triple choice, Tensor workspace, Tensor need, uint64_t stream) {
   ConvProblem p = conv_problem(x, weight, cache, stride, dilation, groups, pad, time_mode, spatial_mode, upsample, once, tf32);
   p.bias = bias, p.residual = residual, p.out = out;
   p.has_alpha = alpha.has_value(), p.alpha = alpha.value_or(0), p.silu = silu;
@@ -38,9 +39,10 @@ inline Status causal_conv3d_call(Tensor x, Tensor weight, Tensor cache, Triple s
 // The input's and the weights' gradients run one after the other and share the scratch memory.
 inline Status causal_conv3d_backward_call(Tensor x, Tensor weight, Tensor cache, Triple stride, Triple dilation, int groups,
                                           std::array<int64_t, 6> pad, int time_mode, int spatial_mode, Triple upsample, bool once,
-                                          bool tf32, Tensor grad, Tensor grad_x, Tensor grad_cache, Tensor grad_weight, Tensor grad_bias,
-                                          Triple choice, Tensor workspace, Tensor need, uint64_t stream) {
-  const ConvProblem p = conv_problem(x, weight, cache, stride, dilation, groups, pad, time_mode, spatial_mode, upsample, once, tf32);
+                                          bool tf32, Tensor grad, Tensor grad_x, Tensor grad_cache, Tensor grad_weight,
+                                          Tensor grad_bias, Triple choice, Tensor workspace, Tensor need, uint64_t stream) {
+  const ConvProblem p =
+      conv_problem(x, weight, cache, stride, dilation, groups, pad, time_mode, spatial_mode, upsample, once, tf32);
   const ConvChoice wish = {choice[0], choice[1], choice[2]};
   int64_t dgrad = 0, wgrad = 0;
   if (grad_x || grad_cache)

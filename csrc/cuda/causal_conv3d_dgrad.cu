@@ -1,10 +1,10 @@
-// causal_conv3d, gradient of the input: the forward kernel on the output's gradient, with transposed and mirrored weights and mirrored
-// pads; a stride becomes a gap between the coordinates that exist.
+// causal_conv3d, gradient of the input: the forward kernel on the output's gradient, with transposed and mirrored weights and
+// mirrored pads; a stride becomes a gap between the coordinates that exist.
 //
-// An axis that pads with zeros needs no more, and replicated frames only more terms for the first and the last frame (Source::before).
-// Else, where elements are read several times (replicated or reflected rows and columns, upsampling, cached frames), the axis is computed
-// in the padded domain, in scratch memory, and a second kernel gathers for each element of x and of the cache the positions that read it,
-// in a fixed order: deterministic, at one read of the domain and one write of the gradient.
+// An axis that pads with zeros needs no more, and replicated frames only more terms for the first and the last frame
+// (Source::before). Else, where elements are read several times (replicated or reflected rows and columns, upsampling, cached
+// frames), the axis is computed in the padded domain, in scratch memory, and a second kernel gathers for each element of x and of
+// the cache the positions that read it, in a fixed order: deterministic, at one read of the domain and one write of the gradient.
 #include <algorithm>
 #include <string>
 
@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(256, 4) fold_kernel(const FoldParams p, bool v
   if (m >= p.positions || count <= 0) return;
   const Position at = position_of(m, p.size);
   const int ut = p.axis[0].upsample, uh = p.axis[1].upsample, uw = p.axis[2].upsample;
-  const int t0 = p.first_frame + (!p.once ? at.t * ut : at.t == 0 ? 0 : 1 + (at.t - 1) * ut), t1 = t0 + (p.once && at.t == 0 ? 1 : ut) - 1;
+  const int t0 = p.first_frame + (!p.once ? at.t * ut : at.t == 0 ? 0 : 1 + (at.t - 1) * ut);
+  const int t1 = t0 + (p.once && at.t == 0 ? 1 : ut) - 1;
   float sum[8] = {};
   for_each_reader(p.axis[0], t0, t1, [&](int t) {
     for_each_reader(p.axis[1], at.h * uh, at.h * uh + uh - 1, [&](int h) {
@@ -82,7 +83,10 @@ __global__ void __launch_bounds__(256, 4) fold_kernel(const FoldParams p, bool v
 Status launch_fold(FoldParams p, const Tensor& target, cudaStream_t stream) {
   p.to = target.data, p.channels = int(target.size[1]), p.positions = target.size[0];
   p.to_stride[0] = target.stride[0];
-  for (int i = 0; i < 3; ++i) p.size[i] = int(target.size[2 + i]), p.to_stride[1 + i] = target.stride[2 + i], p.positions *= p.size[i];
+  for (int i = 0; i < 3; ++i) {
+    p.size[i] = int(target.size[2 + i]), p.to_stride[1 + i] = target.stride[2 + i];
+    p.positions *= p.size[i];
+  }
   if (p.positions == 0) return Status::Ok();
   const unsigned chunks = unsigned(p.channels + 7) / 8;
   const dim3 block(chunks <= 8 ? 8 : chunks <= 16 ? 16 : 32, chunks <= 8 ? 32 : chunks <= 16 ? 16 : 8);
@@ -121,14 +125,16 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
     if (i == 0) {
       s.before = s.behind = 0, s.time_taps = forward.kernel[0];
       const int groups_of_taps = 1 + forward.pad[0] + back;
-      if (padded && mode == PadMode::replicate && forward.upsample[0] == 1 && !problem.cache && groups_of_taps * forward.kernel[0] <= kMostFrames)
+      if (padded && mode == PadMode::replicate && forward.upsample[0] == 1 && !problem.cache &&
+          groups_of_taps * forward.kernel[0] <= kMostFrames)
         padded = false, s.before = forward.pad[0], s.behind = back;
     }
     folds = folds || padded || forward.upsample[i] > 1;
     const int front = padded ? forward.pad[i] : 0;
     const int domain = forward.length[i] + (padded ? front + back : 0);
     fold.axis[i] = {front, forward.length[i], domain, forward.upsample[i], mode};
-    s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.behind : 1), s.stride[i] = 1, s.dilation[i] = forward.dilation[i], s.gap[i] = forward.stride[i];
+    s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.behind : 1);
+    s.stride[i] = 1, s.dilation[i] = forward.dilation[i], s.gap[i] = forward.stride[i];
     s.pad[i] = forward.dilation[i] * (forward.kernel[i] - 1) - (forward.pad[i] - front);
     s.length[i] = forward.out[i], s.upsample[i] = 1, s.out[i] = domain;
     s.positions *= domain;

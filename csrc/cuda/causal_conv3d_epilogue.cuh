@@ -1,8 +1,9 @@
-// What happens to a finished sum before it is stored: SiLU, depth-to-space, residual or blend, one rounding. The bias is no part of
-// it: an accumulator starts as its channel's bias.
+// What happens to a finished sum before it is stored: SiLU, depth-to-space, residual or blend, one rounding. The bias is no part
+// of it: an accumulator starts as its channel's bias.
 //
-// With depth-to-space the weight rows are rearranged so that kernel channel n = phase * (O/phases) + c holds the public channel
-// c * phases + phase: eight neighbouring n are then eight neighbouring channels of one output pixel, and the rearrangement costs nothing.
+// With depth-to-space the weight rows are rearranged so that kernel channel n = phase * (O/phases) + c holds the public channel c
+// * phases + phase: eight neighbouring n are then eight neighbouring channels of one output pixel, and the rearrangement costs
+// nothing.
 #pragma once
 #include "cuda/causal_conv3d_source.cuh"
 
@@ -52,7 +53,8 @@ __device__ inline RowOffsets row_offsets(const Epilogue& e, const Position& p) {
   r.out = p.b * e.out_stride[0] + t * e.out_stride[1] + h * e.out_stride[2] + w * e.out_stride[3];
   if (e.residual) {
     const int rt = !e.residual_once ? divided(t, e.residual_upsample[0]) : t == 0 ? 0 : 1 + (t - 1) / e.residual_upsample[0];
-    r.residual = p.b * e.residual_stride[0] + rt * e.residual_stride[1] + divided(h, e.residual_upsample[1]) * e.residual_stride[2] +
+    r.residual = p.b * e.residual_stride[0] + rt * e.residual_stride[1] +
+                 divided(h, e.residual_upsample[1]) * e.residual_stride[2] +
                  divided(w, e.residual_upsample[2]) * e.residual_stride[3];
   }
   return r;

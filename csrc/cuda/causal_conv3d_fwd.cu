@@ -1,7 +1,7 @@
 // causal_conv3d forward: the tiles, the choice among them, and the launch. The kernel: causal_conv3d_kernel.cuh.
 //
-// Launches: the weights into the kernel's order (O * taps * C elements read and written), the products, and where K is split the sum of
-// the splits. Half precision, as ptxas counts them for sm_80; a 3x3x3 kernel adds tables of 60 bytes a row:
+// Launches: the weights into the kernel's order (O * taps * C elements read and written), the products, and where K is split the
+// sum of the splits. Half precision, as ptxas counts them for sm_80; a 3x3x3 kernel adds tables of 60 bytes a row:
 //   tile      threads  registers  ring + tables  blocks per multiprocessor of an A100  bytes to shared memory per multiply-add
 //   256x128   256      212        96 + 15 KiB    1                                      0.023
 //   256x96    256      182        88 + 15 KiB    1                                      0.029
@@ -74,8 +74,8 @@ struct Chosen {
   int splits = 1;
 };
 
-// The cheapest tile and number of K splits under a simple model, in cycles: the multiprocessor with the most blocks works them off
-// one after another at the speed of its matrix unit; a split writes and reads float32 sums. A model, not a measurement.
+// The cheapest tile and number of K splits under a simple model, in cycles: the multiprocessor with the most blocks works them
+// off one after another at the speed of its matrix unit; a split writes and reads float32 sums. A model, not a measurement.
 Chosen choose(const Variants& variants, const ConvTask& task, int groups, ConvChoice wish, const Device& device) {
   constexpr double kProductsPerCycle = 1024, kBlockCycles = 3000, kReduceCycles = 6000, kBytesPerCycle = 12;
   Chosen best;
@@ -93,7 +93,8 @@ Chosen choose(const Variants& variants, const ConvTask& task, int groups, ConvCh
       const double waves = std::max(1.0, double(divide_up(int64_t(blocks * splits), device.multiprocessors)));
       double cost = waves * (double(slices) / splits * slice_cycles + kBlockCycles);
       if (splits > 1)
-        cost += kReduceCycles + 8.0 * splits * task.source.positions * task.weight.outputs / (kBytesPerCycle * device.multiprocessors);
+        cost += kReduceCycles +
+                8.0 * splits * task.source.positions * task.weight.outputs / (kBytesPerCycle * device.multiprocessors);
       if (!best.tile || cost < best_cost) best = {&v, splits}, best_cost = cost;
       if (wish.splits) break;
     }
@@ -123,8 +124,9 @@ Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* s
   VTOK_RETURN_IF_ERROR(current_device(device));
   const Chosen chosen = choose(tiles_for(task.dtype, task.chunks, task.tf32), task, weight.groups, choice, device);
   if (!chosen.tile)
-    return Status::Unsupported("weight: no tile for a kernel of " + std::to_string(source.kernel[0]) + "x" + std::to_string(source.kernel[1]) +
-                               "x" + std::to_string(source.kernel[2]) + " in the shared memory of this GPU");
+    return Status::Unsupported("weight: no tile for a kernel of " + std::to_string(source.kernel[0]) + "x" +
+                               std::to_string(source.kernel[1]) + "x" + std::to_string(source.kernel[2]) +
+                               " in the shared memory of this GPU");
   const Variant& tile = *chosen.tile;
 
   ConvParams p = {};
@@ -142,7 +144,8 @@ Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* s
   const int64_t blocks = divide_up(source.positions, tile.m) * p.tiles_n;
   if (blocks >= (int64_t(1) << 31) || weight.groups > 65535)
     return Status::Unsupported("x: more tiles or groups than a grid holds");
-  const int64_t last_plane = (source.length[1] / source.upsample[1] - 1) * source.row_units + (source.length[2] / source.upsample[2] - 1) * source.col_units;
+  const int64_t last_plane = (source.length[1] / source.upsample[1] - 1) * source.row_units +
+                             (source.length[2] / source.upsample[2] - 1) * source.col_units;
   if (last_plane >= kNothing) return Status::Unsupported("x: a frame is too large");
   p.weight = relaid, p.bias = weight.bias ? bias : nullptr;
   VTOK_RETURN_IF_ERROR(relay_weight(weight, task.dtype, relaid, bias, stream_handle));
@@ -199,9 +202,9 @@ Status causal_conv3d(const ConvProblem& problem, ConvChoice choice, void* worksp
     const bool same = !residual || residual.size[2 + axis] == out.size[2 + axis];
     e.residual_upsample[axis] = same ? 1 : problem.upsample[axis];
     if (axis == 0) e.residual_once = !same && s.once;
+    const int64_t single = axis == 0 && e.residual_once ? problem.upsample[0] - 1 : 0;
     if (residual && (residual.size[0] != out.size[0] || residual.size[1] != out.size[1] ||
-                     residual.size[2 + axis] * e.residual_upsample[axis] - (axis == 0 && e.residual_once ? problem.upsample[0] - 1 : 0) !=
-                         out.size[2 + axis]))
+                     residual.size[2 + axis] * e.residual_upsample[axis] - single != out.size[2 + axis]))
       return Status::Invalid("residual: must have the output's shape, before or after upsampling");
   }
   // One after the other on the stream, and so in the same scratch memory.

@@ -2,13 +2,14 @@
 //
 // A block computes a tile of kM positions by kN channels, in slices of 64 bytes of K through a ring of kStages cp.async stages.
 // The trick: everything the padding rules say is in two tables of addresses (causal_conv3d_source.cuh), made once per block; the
-// main loop adds two table entries per 16-byte chunk, and zero padding is cp.async's zero fill. A time tap that no row of the tile
-// reads (zeros before the first frame) is left out of the loop and costs nothing.
+// main loop adds two table entries per 16-byte chunk, and zero padding is cp.async's zero fill. A time tap that no row of the
+// tile reads (zeros before the first frame) is left out of the loop and costs nothing.
 //
-// Floor of a 3x3x3 layer of 128 channels on P positions in half precision: 27*128*128*P multiply-adds, 512*P bytes of activations.
-// Per slice of a 256x128 tile, 1.05 M multiply-adds: 24 KiB from L2 to shared memory, 64 KiB from there to the registers. At 128
-// bytes a cycle that is 704 cycles of the memory pipe, against 1024 of an A100's matrix units. Of about 220 instructions that a warp
-// executes per slice 64 are products; see causal_conv3d_fwd.cu for the registers and shared memory of each tile.
+// Floor of a 3x3x3 layer of 128 channels on P positions in half precision: 27*128*128*P multiply-adds, 512*P bytes of
+// activations. Per slice of a 256x128 tile, 1.05 M multiply-adds: 24 KiB from L2 to shared memory, 64 KiB from there to the
+// registers. At 128 bytes a cycle that is 704 cycles of the memory pipe, against 1024 of an A100's matrix units. Of about 220
+// instructions that a warp executes per slice 64 are products; see causal_conv3d_fwd.cu for the registers and shared memory of
+// each tile.
 #pragma once
 #include "cuda/causal_conv3d_epilogue.cuh"
 #include "cuda/causal_conv3d_math.cuh"
@@ -29,7 +30,8 @@ struct ConvParams {
   int tiles_n;
 };
 
-// A tile of M x N by warps of WarpM x WarpN. Gather: element by element, for channel counts and strides that no 16-byte chunk fits.
+// A tile of M x N by warps of WarpM x WarpN. Gather: element by element, for channel counts and strides that no 16-byte chunk
+// fits.
 template <class Math_, int M, int N, int WarpM, int WarpN, int Stages, bool Gather, int BlocksPerMultiprocessor>
 struct ConvTile {
   using Math = Math_;
@@ -148,7 +150,8 @@ struct Loader {
       const int r = i * kChunkRows;
       const bool exists = r < weight_rows;
       if (Tile::kN % kChunkRows == 0 || row + r < Tile::kN)
-        ptx::cp_async<16>(stage + Tile::kM * kRowBytes + swizzled(row + r, chunk), exists ? weight + r * p.weight_row_bytes : p.weight, exists);
+        ptx::cp_async<16>(stage + Tile::kM * kRowBytes + swizzled(row + r, chunk),
+                          exists ? weight + r * p.weight_row_bytes : p.weight, exists);
     }
   }
 };
@@ -252,7 +255,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_kernel(con
     __syncwarp();
     const int row = warp_m + i * 16;
     auto offsets = [&](int r) {
-      return RowOffsets{ptx::ld_shared<int64_t>(after_ring + (row + r) * 16), ptx::ld_shared<int64_t>(after_ring + (row + r) * 16 + 8)};
+      const uint32_t from = after_ring + (row + r) * 16;
+      return RowOffsets{ptx::ld_shared<int64_t>(from), ptx::ld_shared<int64_t>(from + 8)};
     };
     if (e.vectors) {
 #pragma unroll 1

@@ -1,9 +1,9 @@
-// The matrix products inside the convolution kernels. A warp owns a tile of (16 MI) x (8 NI) float32 accumulators in the layout of
-// mma.sync: acc[i][j][e] is row 16i + lane/4 + 8(e/2), column 8j + 2(lane%4) + e%2.
+// The matrix products inside the convolution kernels. A warp owns a tile of (16 MI) x (8 NI) float32 accumulators in the layout
+// of mma.sync: acc[i][j][e] is row 16i + lane/4 + 8(e/2), column 8j + 2(lane%4) + e%2.
 //
 // Forward and dgrad: both operands lie in shared memory with K contiguous, in rows of 64 bytes (32 half, 16 float), four 16-byte
-// chunks each; chunk c of row r is kept at chunk c ^ (r/2 % 4), so that ldmatrix's eight rows and cp.async's stores touch all banks.
-// wgrad: K (positions) is the slow axis, rows are Cols elements of M or N; chunk c of row k is kept at chunk c ^ (k % 8).
+// chunks each; chunk c of row r is kept at chunk c ^ (r/2 % 4), so that ldmatrix's eight rows and cp.async's stores touch all
+// banks. wgrad: K (positions) is the slow axis, rows are Cols elements of M or N; chunk c of row k is kept at chunk c ^ (k % 8).
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -49,7 +49,8 @@ struct MatrixUnit {
       for (int i = 0; i < N; ++i) r[i] = ptx::to_tf32(__uint_as_float(r[i]));
   }
 
-  // acc += A B^T over one slice of 64 bytes of K; a and b are the shared addresses of the warp's first rows (multiples of 8 rows).
+  // acc += A B^T over one slice of 64 bytes of K; a and b are the shared addresses of the warp's first rows (multiples of 8
+  // rows).
   template <int MI, int NI>
   __device__ static void multiply(float (&acc)[MI][NI][4], uint32_t a, uint32_t b, int lane) {
     const uint32_t a_lane = a + swizzled(lane % 16, lane / 16), b_lane = b + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2);
@@ -113,8 +114,8 @@ struct MatrixUnit {
   // acc += A^T B over K rows of two tiles; and bias += A^T 1 for sixteen rows of M, number `strip` of the warp's (-1 for none), a
   // product with a fragment of ones that needs no load.
   template <int Rows, int ColsA, int ColsB, int MI, int NI>
-  __device__ static void multiply_transposed(float (&acc)[MI][NI][4], float (&bias)[4], int strip, uint32_t a, uint32_t b, int m0, int n0,
-                                             int lane) {
+  __device__ static void multiply_transposed(float (&acc)[MI][NI][4], float (&bias)[4], int strip, uint32_t a, uint32_t b, int m0,
+                                             int n0, int lane) {
 #pragma unroll
     for (int k0 = 0; k0 < Rows; k0 += kDepth) {
       uint32_t fa[MI][4], fb[NI][2];
@@ -159,8 +160,8 @@ struct MultiplyAdd {
   }
 
   template <int Rows, int ColsA, int ColsB, int MI, int NI>
-  __device__ static void multiply_transposed(float (&acc)[MI][NI][4], float (&bias)[4], int strip, uint32_t a, uint32_t b, int m0, int n0,
-                                             int lane) {
+  __device__ static void multiply_transposed(float (&acc)[MI][NI][4], float (&bias)[4], int strip, uint32_t a, uint32_t b, int m0,
+                                             int n0, int lane) {
 #pragma unroll 2
     for (int k = 0; k < Rows; ++k) {
       float fa[MI * 2];

@@ -1,7 +1,8 @@
-// Taps that read the same element are one tap with the sum of their weights. That is so for every output of one phase of a nearest
-// upsampling: with a factor u, output u q + r reads at q + floor((r + tap - front) / u), so each of the u phases is a convolution of
-// the small input with fewer taps (3 become 2 for u = 2: 27 multiply-adds become 8 in a 3x3x3 over twice the frames, rows and columns).
-// And it is so for all temporal taps over a single replicated frame, an image. The sums are made in float32 and rounded once.
+// Taps that read the same element are one tap with the sum of their weights. That is so for every output of one phase of a
+// nearest upsampling: with a factor u, output u q + r reads at q + floor((r + tap - front) / u), so each of the u phases is a
+// convolution of the small input with fewer taps (3 become 2 for u = 2: 27 multiply-adds become 8 in a 3x3x3 over twice the
+// frames, rows and columns). And it is so for all temporal taps over a single replicated frame, an image. The sums are made in
+// float32 and rounded once.
 #include <algorithm>
 
 #include "cuda/causal_conv3d_plan.h"
@@ -27,7 +28,8 @@ ConvTask phase_of(ConvTask task, int axis, int r) {
   Epilogue& e = task.epilogue;
   const int u = s.upsample[axis], taps = s.kernel[axis];
   const bool once = axis == 0 && s.once;
-  int front = s.pad[axis] - (once ? u - 1 : 0), length = s.length[axis], cached = 0;  // a single first frame lacks u - 1 repetitions
+  // A single first frame lacks u - 1 repetitions.
+  int front = s.pad[axis] - (once ? u - 1 : 0), length = s.length[axis], cached = 0;
   if (axis == 0) {
     front += s.used_cache, cached = s.cached / u;
     length += (once ? u - 1 : 0) - s.used_cache;
@@ -67,8 +69,8 @@ ConvTask phase_of(ConvTask task, int axis, int r) {
 
 std::vector<ConvTask> merge_taps(const ConvTask& task) {
   std::vector<ConvTask> tasks = {task};
-  if (*std::max_element(task.source.kernel, task.source.kernel + 3) > kMaxMergedTaps || task.epilogue.channels != task.epilogue.all_channels)
-    return tasks;
+  if (*std::max_element(task.source.kernel, task.source.kernel + 3) > kMaxMergedTaps) return tasks;
+  if (task.epilogue.channels != task.epilogue.all_channels) return tasks;  // depth-to-space places its own phases
   ConvTask& whole = tasks[0];
   Source& s = whole.source;
   for (int axis = 0; axis < 3; ++axis)

@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kRelayThreads = 384, kRelayChannels = 64;  // of a block
 
-// A block moves kRelayChannels channels of one kernel row with all their taps through shared memory, [channel][tap] as they usually lie
-// in the weights, so that both its reads and its writes are of neighbours. Each thread keeps its tap (then its channel): no division
-// is made per element.
+// A block moves kRelayChannels channels of one kernel row with all their taps through shared memory, [channel][tap] as they
+// usually lie in the weights, so that both its reads and its writes are of neighbours. Each thread keeps its tap (then its
+// channel): no division is made per element.
 template <class T>
 __global__ void __launch_bounds__(kRelayThreads) relay_weight_kernel(const RelaidWeight w, T* to, float* bias_to) {
   const int row = blockIdx.x, group = row / w.outputs, kernel_n = row - group * w.outputs, first = blockIdx.y * kRelayChannels;
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kRelayThreads) relay_weight_kernel(const Relai
     const int dt = tap / kernel_plane, dh = tap % kernel_plane / w.kernel[2], dw = tap % w.kernel[2];
     T* frame_to = to + (int64_t(row) * w.kernel[0] + dt) * w.k_frame;
     if (first == 0 && tap % kernel_plane == 0)  // the padding at the end of a time tap
-      for (int k = kernel_plane * w.channels + c; k < w.k_frame; k += kRelayChannels) ptx::st_global(frame_to + k, ptx::from_float<T>(0));
+      for (int k = kernel_plane * w.channels + c; k < w.k_frame; k += kRelayChannels)
+        ptx::st_global(frame_to + k, ptx::from_float<T>(0));
     if (c >= count) continue;
     T value;
     if (w.folded) {
@@ -61,8 +62,8 @@ Status relay_weight(const RelaidWeight& w, DType dtype, void* to, float* bias_to
   const int shared = kRelayChannels * w.taps[0] * w.taps[1] * w.taps[2] * element_size(dtype);
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    return VTOK_LAUNCH(relay_weight_kernel<T>, grid, dim3(kRelayThreads), shared, static_cast<cudaStream_t>(stream), w, static_cast<T*>(to),
-                       bias_to);
+    return VTOK_LAUNCH(relay_weight_kernel<T>, grid, dim3(kRelayThreads), shared, static_cast<cudaStream_t>(stream), w,
+                       static_cast<T*>(to), bias_to);
   };
   if (dtype == DType::f16) return run(__half());
   if (dtype == DType::bf16) return run(__nv_bfloat16());
@@ -87,7 +88,8 @@ Status make_source(const ConvProblem& p, Source* source) {
     const int64_t front = p.pad[2 * axis] - (axis == 0 ? used : 0), k = p.weight.size[2 + axis];
     const int64_t span = length + front + p.pad[2 * axis + 1] - p.dilation[axis] * (k - 1) - 1;
     if (span < 0 || span >= (int64_t(1) << 30) || k > (1 << 15))
-      return Status::Invalid("x: axis " + std::to_string(axis) + " of " + std::to_string(length) + " elements does not suit the kernel");
+      return Status::Invalid("x: axis " + std::to_string(axis) + " of " + std::to_string(length) +
+                             " elements does not suit the kernel");
     s.kernel[axis] = int(k), s.stride[axis] = p.stride[axis], s.dilation[axis] = p.dilation[axis];
     s.pad[axis] = int(front), s.gap[axis] = 1, s.length[axis] = int(length), s.upsample[axis] = p.upsample[axis];
     s.out[axis] = int(span / p.stride[axis] + 1);

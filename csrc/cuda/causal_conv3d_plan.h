@@ -35,9 +35,9 @@ struct WeightView {  // element strides; negative where a tap is mirrored, and t
   int64_t group, n, channel, tap[3];
 };
 
-// The weights as the kernels read them, [groups * outputs][kt][k_frame], k_frame = (plane tap, channel) and zeros up to whole slices;
-// and the bias in float32.
-// One launch per call, at a cost of one read and one write of the weights: the kernels never see a stale copy.
+// The weights as the kernels read them, [groups * outputs][kt][k_frame], k_frame = (plane tap, channel) and zeros up to whole
+// slices; and the bias in float32. One launch per call, at a cost of one read and one write of the weights: the kernels never see
+// a stale copy.
 struct RelaidWeight {
   WeightView from;
   int groups, outputs, channels;

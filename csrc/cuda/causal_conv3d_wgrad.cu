@@ -1,12 +1,14 @@
-// causal_conv3d, gradient of the weights and the bias: dW[o, (dt, tap), c] = sum over positions m of grad[m, o] * x[source(m, dt, tap), c].
+// causal_conv3d, gradient of the weights and the bias: dW[o, (dt, tap), c] = sum over positions m of grad[m, o] * x[source(m, dt,
+// tap), c].
 //
 // A matrix product with K = positions, which are the slow axis of both operands: ldmatrix transposes on its way to the registers.
-// A block computes kM output channels by kN columns (time tap, plane tap, channel) over its share of the positions; x is read through
-// the forward kernel's tables of addresses, rebuilt every kBatch positions. The bias gradient is a product with a column of ones that
-// exists in registers only. Shares are summed in a fixed order by a second kernel, which also rounds once: deterministic.
+// A block computes kM output channels by kN columns (time tap, plane tap, channel) over its share of the positions; x is read
+// through the forward kernel's tables of addresses, rebuilt every kBatch positions. The bias gradient is a product with a column
+// of ones that exists in registers only. Shares are summed in a fixed order by a second kernel, which also rounds once:
+// deterministic.
 //
-// Tile 128x128, 8 warps of 64x32, slices of 32 positions (16 in float32), 4 stages of 16 KiB, and 60 bytes of tables per position of a
-// batch for 3x3x3: 72 KiB, two blocks per multiprocessor at 128 registers. Scratch: splits * O * taps * C float32.
+// Tile 128x128, 8 warps of 64x32, slices of 32 positions (16 in float32), 4 stages of 16 KiB, and 60 bytes of tables per position
+// of a batch for 3x3x3: 72 KiB, two blocks per multiprocessor at 128 registers. Scratch: splits * O * taps * C float32.
 #include <algorithm>
 #include <string>
 
@@ -125,8 +127,8 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
       loader.load(write, next, in_batch++ * Tile::kSlice);
     }
     ptx::cp_async_commit();
-    Tile::Math::template multiply_transposed<Tile::kSlice, Tile::kM, Tile::kN>(acc, bias[0][0], strip, read, read + Tile::kM * kRowBytes,
-                                                                              warp_m, warp_n, lane);
+    Tile::Math::template multiply_transposed<Tile::kSlice, Tile::kM, Tile::kN>(
+        acc, bias[0][0], strip, read, read + Tile::kM * kRowBytes, warp_m, warp_n, lane);
     if constexpr (Tile::Math::kTwoLevels)
       if ((slice - begin) % kSlicesPerBatch == kSlicesPerBatch - 1) flush(total, acc), flush(total_bias, bias);
     write = read;
@@ -175,7 +177,8 @@ __global__ void __launch_bounds__(256) wgrad_reduce_kernel(const WgradParams p, 
       continue;
     }
     for (int s = 0; s < splits; ++s) sum += ptx::ld_global(p.partial + (s * rows + row) * p.columns + column);
-    const int taps = column / p.channels, dw = taps % r.kernel[2], dh = taps / r.kernel[2] % r.kernel[1], dt = taps / (r.kernel[2] * r.kernel[1]);
+    const int taps = column / p.channels, dw = taps % r.kernel[2], dh = taps / r.kernel[2] % r.kernel[1];
+    const int dt = taps / (r.kernel[2] * r.kernel[1]);
     ptx::st_global(static_cast<T*>(r.weight) + row * r.stride_o + column % p.channels * r.stride_c + dt * r.stride_tap[0] +
                        dh * r.stride_tap[1] + dw * r.stride_tap[2],
                    ptx::from_float<T>(sum));
@@ -207,10 +210,10 @@ Status launch_wgrad(WgradParams p, const WgradResult& result, int groups, bool b
   if (bias) p.partial_bias = workspace.take<float>(splits * rows);
   if (workspace.only_counts()) return Status::Ok();
   if (tiles >= (int64_t(1) << 31) || groups > 65535) return Status::Unsupported("weight: more tiles or groups than a grid holds");
-  VTOK_RETURN_IF_ERROR(VTOK_LAUNCH(wgrad_kernel<Tile>, dim3(unsigned(tiles), unsigned(splits), unsigned(groups)), dim3(Tile::kThreads),
-                                   shared, stream, p));
-  return VTOK_LAUNCH(wgrad_reduce_kernel<typename Tile::T>, dim3(unsigned(divide_up(p.columns + 1, 256)), unsigned(std::min<int64_t>(rows, 65535))),
-                     dim3(256), 0, stream, p, result, splits, rows);
+  const dim3 grid{unsigned(tiles), unsigned(splits), unsigned(groups)};
+  VTOK_RETURN_IF_ERROR(VTOK_LAUNCH(wgrad_kernel<Tile>, grid, dim3(Tile::kThreads), shared, stream, p));
+  const dim3 reduce_grid(unsigned(divide_up(p.columns + 1, 256)), unsigned(std::min<int64_t>(rows, 65535)));
+  return VTOK_LAUNCH(wgrad_reduce_kernel<typename Tile::T>, reduce_grid, dim3(256), 0, stream, p, result, splits, rows);
 }
 
 }  // namespace
@@ -230,7 +233,8 @@ Status causal_conv3d_wgrad(const ConvProblem& problem, const Tensor& grad, const
     dense *= grad.size[i];
   }
   for (int i = 0; i < 5; ++i)
-    if (grad_weight.rank != 5 || grad_weight.size[i] != weight.size[i]) return Status::Invalid("grad_weight: must have the weight's shape");
+    if (grad_weight.rank != 5 || grad_weight.size[i] != weight.size[i])
+      return Status::Invalid("grad_weight: must have the weight's shape");
   bool chunks = bind_source(problem.x, problem.cache, groups, &s) && aligned16(grad.data) && outputs / groups * bytes % 16 == 0;
   if (!chunks && s.unit_bytes == 16) {  // x could be read in chunks, grad cannot: then neither is
     s.row_units *= 16 / bytes, s.col_units *= 16 / bytes, s.unit_bytes = bytes;

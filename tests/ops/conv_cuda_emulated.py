@@ -16,8 +16,8 @@ DTYPES = {code: dtype for dtype, code in emulator.DTYPES.items()}
 
 @functools.cache
 def _compiled():
-    return emulator.build(*SOURCES, includes=["cuda/causal_conv3d_call.h"],
-                          exports={"forward": "vtok::cuda::causal_conv3d_call", "backward": "vtok::cuda::causal_conv3d_backward_call"})
+    exports = {"forward": "vtok::cuda::causal_conv3d_call", "backward": "vtok::cuda::causal_conv3d_backward_call"}
+    return emulator.build(*SOURCES, includes=["cuda/causal_conv3d_call.h"], exports=exports)
 
 
 def _tensor(value):

@@ -75,8 +75,8 @@ def forward(call, seed=0, choice=(0, 0, 0), device=A100):
 def scratch(call, **device):
     """Bytes of scratch memory that a call asks for."""
     need = torch.zeros(1, dtype=torch.int64)
-    args = (call.x, call.weight, call.cache, *op._native_geometry(call), False, call.bias, None, op._empty_output(call), None, False)
-    Emulated(**A100, **device).causal_conv3d_cuda(*args, (1, 1, 1), (0, 0, 0), None, need, 0)
+    args = (call.x, call.weight, call.cache, *op._native_geometry(call), False, call.bias, None, op._empty_output(call))
+    Emulated(**A100, **device).causal_conv3d_cuda(*args, None, False, (1, 1, 1), (0, 0, 0), None, need, 0)
     return int(need[0])
 
 
@@ -118,8 +118,8 @@ def test_tile(dtype, tile, splits, seed):
 def test_float32(channels, splits, seed, tf32):
     x, weight, bias = drawn(channels, 72, (3, 3, 3), (2, 6, 12), F32)
     call = checked_call(x, weight, bias, alpha=0.25, residual=drawn(72, 1, (1, 1, 1), (2, 6, 12), F32, seed=1)[0])
-    rounded = op._reference_run(in_double(call._replace(x=rounded_to_tf32(x), weight=rounded_to_tf32(weight)))).float() if tf32 else None
-    close(forward(call, seed, (0, 0, splits)), call, rounded)
+    rounded = call._replace(x=rounded_to_tf32(x), weight=rounded_to_tf32(weight))
+    close(forward(call, seed, (0, 0, splits)), call, op._reference_run(in_double(rounded)).float() if tf32 else None)
 
 
 @pytest.mark.parametrize("outputs", [3, 16, 12])
@@ -147,7 +147,8 @@ KERNELS = {
     "first frame once": ((3, 1, 3), {"upsample": (2, 1, 2), "upsample_first_frame_once": True, "time_mode": "replicate"}),
     "upsampled cache": ((3, 1, 1), {"upsample": (2, 1, 1), "cache": 2}),
     "upsampled short cache": ((4, 2, 1), {"upsample": (2, 1, 1), "cache": 1, "time_mode": "replicate"}),
-    "upsampled by 3, other pads": ((2, 5, 3), {"upsample": (1, 3, 2), "spatial_mode": "replicate", "spatial_pad": ((1, 4), (0, 1))}),
+    "upsampled by 3, other pads": ((2, 5, 3), {"upsample": (1, 3, 2), "spatial_mode": "replicate",
+                                               "spatial_pad": ((1, 4), (0, 1))}),
     "upsampled and reflected": ((1, 3, 3), {"upsample": (1, 2, 2), "spatial_mode": "reflect"}),
     "upsampled, stride 2": ((2, 3, 3), {"upsample": (2, 2, 2), "stride": (1, 2, 1), "spatial_pad": ONE}),
     "first frame once, zeros": ((3, 1, 1), {"upsample": (3, 1, 1), "upsample_first_frame_once": True}),
@@ -285,14 +286,15 @@ def test_reasons():
 
 def gradients(call, grad, seed=0, choice=(0, 0, 0), mask=(True, True, True, True), device=A100):
     mask = [m and t is not None for m, t in zip(mask, (call.x, call.weight, call.weight, call.cache))]
-    return cuda.backward(grad, call.x, call.weight, call.cache, op._native_geometry(call), mask, lib=Emulated(seed, **device), choice=choice)
+    return cuda.backward(grad, call.x, call.weight, call.cache, op._native_geometry(call), mask, lib=Emulated(seed, **device),
+                         choice=choice)
 
 
 def expected_gradients(call, grad):
     """Autograd through the reference, in the dtype of the call: of x, weight, bias and cache."""
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (call.x, call.weight, call.bias, call.cache)]
-    linear = call._replace(x=leaves[0], weight=leaves[1], bias=leaves[2], cache=leaves[3], residual=None, alpha=None, activation=None,
-                           depth_to_space=(1, 1, 1))
+    linear = call._replace(x=leaves[0], weight=leaves[1], bias=leaves[2], cache=leaves[3], residual=None, alpha=None,
+                           activation=None, depth_to_space=(1, 1, 1))
     op._reference_run(linear).backward(grad.to(call.x.dtype))
     return [t if t is None else t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves]
 

@@ -274,8 +274,8 @@ def _native_geometry(call: ConvCall) -> tuple:
 def _empty_output(call: ConvCall, depth_to_space: Triple = (1, 1, 1)) -> Tensor:
     size = output_size(call.x.shape[2:], call.weight.shape[2:], call.stride, call.dilation, call.pad, call.upsample,
                        call.upsample_first_frame_once)
-    return torch.empty((call.x.shape[0], call.weight.shape[0] // math.prod(depth_to_space), *(s * r for s, r in zip(size, depth_to_space))),
-                       dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last_3d)
+    shape = (call.x.shape[0], call.weight.shape[0] // math.prod(depth_to_space), *(s * r for s, r in zip(size, depth_to_space)))
+    return torch.empty(shape, dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last_3d)
 
 
 def _sm80_can_run(call: ConvCall) -> str | None:
@@ -399,8 +399,8 @@ def _backward(ctx, grad: Tensor):
         grad = grad * (sigmoid * (1 + pre * (1 - sigmoid)))
     grad_x, grad_weight, grad_bias, grad_cache = torch.ops.vtok_fast.causal_conv3d_backward(
         grad, x, weight, cache, call.stride, call.dilation, call.groups, call.pad, call.time_mode, call.spatial_mode,
-        call.upsample, call.upsample_first_frame_once, [needs[0], needs[1], needs[2] and bias is not None, needs[3] and cache is not None],
-        ctx.wish)
+        call.upsample, call.upsample_first_frame_once,
+        [needs[0], needs[1], needs[2] and bias is not None, needs[3] and cache is not None], ctx.wish)
     grads = [g if needed else None for g, needed in zip((grad_x, grad_weight, grad_bias, grad_cache), needs)]
     return *grads, grad_residual, *[None] * 12
 

@@ -74,7 +74,8 @@ def _input_gradient(grad: Tensor, weight: Tensor, padded_size: list[int], stride
 torch.library.define(
     "vtok_fast::causal_conv3d_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor? cache, int[] stride, int[] dilation, int groups, int[] pad, str time_mode, "
-    "str spatial_mode, int[] upsample, bool upsample_first_frame_once, bool[] mask, str? backend) -> (Tensor, Tensor, Tensor, Tensor)")
+    "str spatial_mode, int[] upsample, bool upsample_first_frame_once, bool[] mask, str? backend) -> (Tensor, Tensor, Tensor, "
+    "Tensor)")
 
 
 @torch.library.impl("vtok_fast::causal_conv3d_backward", ("cpu", "cuda"))

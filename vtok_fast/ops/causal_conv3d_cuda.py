@@ -42,7 +42,7 @@ def why_not_shape(x: Tensor, weight: Tensor, groups: int, depth_to_space: Triple
 
 
 def why_slower(call: Any) -> str | None:
-    """The reason to leave a call to PyTorch although the kernels can run it: a class of shapes measured to be slower. None so far."""
+    """The reason to leave to PyTorch a call that the kernels can run: a class of shapes measured to be slower. None so far."""
     return None
 
 
@@ -82,9 +82,10 @@ def _launch(function: Callable[..., None], like: Tensor, *args: Any) -> None:
 
 
 def forward(call: Any, geometry: tuple, out: Tensor, *, lib: Any = None, choice: Triple = (0, 0, 0)) -> Tensor:
-    """Runs a checked call into ``out``: the final shape, channels_last_3d. ``choice``: tile rows, tile columns, K splits; 0 is automatic.
+    """Runs a checked call into ``out``: the final shape, channels_last_3d.
 
-    ``geometry`` is stride, dilation, groups, pad, time mode, spatial mode (as numbers), upsample, upsample_first_frame_once.
+    ``choice`` insists on tile rows, tile columns and K splits, where not 0. ``geometry`` is stride, dilation, groups, pad, time
+    mode and spatial mode (as numbers), upsample, upsample_first_frame_once.
     """
     x, cache = _input(call.x, call.cache, call.groups)
     bias = None if call.bias is None else call.bias.contiguous()
@@ -105,6 +106,6 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geom
     grad_cache = torch.empty_like(cache, memory_format=LAST) if mask[3] else None
     grad_weight = torch.empty_like(weight) if mask[1] or mask[2] else None
     grad_bias = weight.new_empty(weight.shape[0]) if mask[2] else None
-    _launch((lib or native.lib()).causal_conv3d_cuda_backward, x, arg(x), arg(weight), arg(cache), *geometry, _allow_tf32(x), arg(grad),
-            arg(grad_x), arg(grad_cache), arg(grad_weight), arg(grad_bias), choice)
+    _launch((lib or native.lib()).causal_conv3d_cuda_backward, x, arg(x), arg(weight), arg(cache), *geometry, _allow_tf32(x),
+            arg(grad), arg(grad_x), arg(grad_cache), arg(grad_weight), arg(grad_bias), choice)
     return [grad_x, grad_weight if mask[1] else None, grad_bias, grad_cache]
