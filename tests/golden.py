@@ -2,8 +2,8 @@
 
     python tests/golden.py [--backend B] [--algorithm direct|winograd2|winograd4] FILE...
 
-What to build and run is read from each file's metadata. Per case it prints the worst error as a part of its tolerance. Exit code: 0 if
-all is within tolerance, 1 if not, 2 for a file that cannot be checked (unreadable, of a system or part unknown here).
+What to build and run is read from each file's metadata. Per case it prints the worst error as a part of its tolerance. Exit code: 0
+if all is within tolerance, 1 if not, 2 for a file that cannot be checked (unreadable, of a system or part unknown here).
 
 Every backend but "reference" swaps the layers by `vtok_fast.accelerate` first. tests/golden_data/README.md describes the format.
 """
@@ -72,7 +72,8 @@ class Golden:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
             raise Unsupported(f"{path}: not a readable golden file ({type(error).__name__}: {error})") from error
-        return cls(Path(path), meta, {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()})
+        return cls(Path(path), meta,
+                   {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()})
 
     @property
     def cases(self) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,8 @@ HELD_OUT = ("--hold-out", "two.mp4:0-17")
 
 def train(*options: str | Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, ROOT / "examples" / "train.py", *map(str, options)], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, ROOT / "examples" / "train.py", *map(str, options)], capture_output=True, text=True,
+                          env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,8 @@ def test_bad_input_is_one_line(data, tmp_path, monkeypatch, capsys, options, mes
     monkeypatch.syspath_prepend(ROOT / "examples")
     threads = torch.get_num_threads()
     try:
-        code = importlib.import_module("train").main([str(o) for o in ("--data", data, "--output", tmp_path, "--steps", 1, *SMALL, *options)])
+        code = importlib.import_module("train").main([str(o) for o in ("--data", data, "--output", tmp_path, "--steps", 1, *SMALL,
+                                                                       *options)])
     finally:
         torch.set_num_threads(threads)
     lines = capsys.readouterr().err.strip().splitlines()

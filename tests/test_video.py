@@ -40,7 +40,8 @@ def test_what_is_written_is_read(clip):
     assert (video.shape, video.dtype, fps) == ((3, 6, 48, 80), torch.float32, 12.5)
     assert (video - moving_disc()).square().mean().sqrt() < 0.06  # lossy, and half the chroma resolution
     red = video[0] - video[1]
-    centres = [(red[t].clamp(min=0.4) - 0.4).sum(0).mul(torch.arange(80)).sum() / (red[t].clamp(min=0.4) - 0.4).sum() for t in range(6)]
+    centres = [(red[t].clamp(min=0.4) - 0.4).sum(0).mul(torch.arange(80)).sum() / (red[t].clamp(min=0.4) - 0.4).sum()
+               for t in range(6)]
     np.testing.assert_allclose(centres, [20 + 4 * t for t in range(6)], atol=0.7)
 
 
@@ -146,7 +147,8 @@ def test_no_space_left_keeps_the_old_file(tmp_path):
         except OSError as error:
             print(type(error).__name__, error)
     """)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.stdout.startswith("OSError"), result
     assert "x.mp4" in result.stdout and os.strerror(errno.EFBIG) in result.stdout
     assert path.read_bytes() == b"old"

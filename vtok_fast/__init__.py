@@ -22,7 +22,8 @@ else:
     from vtok_fast.scope import Scope
     from vtok_fast.swap import Report, accelerate, accelerated, stream
 
-__all__ = ["BackendError", "FSQOutput", "PackedTokens", "Report", "Scope", "accelerate", "accelerated", "algorithm", "available_backends",
-           "backend", "causal_conv3d", "fallbacks", "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "models", "nn", "norm_act",
-           "pack_tokens", "router_scores", "scope_attention", "select_tokens", "stream", "token_budget", "unpack_tokens"]
+__all__ = ["BackendError", "FSQOutput", "PackedTokens", "Report", "Scope", "accelerate", "accelerated", "algorithm",
+           "available_backends", "backend", "causal_conv3d", "fallbacks", "fsq_decode", "fsq_entropy_loss", "fsq_quantize",
+           "models", "nn", "norm_act", "pack_tokens", "router_scores", "scope_attention", "select_tokens", "stream", "token_budget",
+           "unpack_tokens"]
 __version__ = "0.1.0"

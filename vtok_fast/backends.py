@@ -60,7 +60,7 @@ def _checked(kind: str, name: str | None, known: tuple[str, ...]) -> str | None:
 
 # Read once: a look into the environment costs as much as the checks of a small call.
 _environment_backend = _checked("VTOK_FAST_BACKEND", os.environ.get("VTOK_FAST_BACKEND") or None, NAMES)
-_environment_algorithm = _checked("VTOK_FAST_CONV_ALGORITHM", os.environ.get("VTOK_FAST_CONV_ALGORITHM") or None, ALGORITHMS) or "auto"
+_environment_algorithm = _checked("VTOK_FAST_CONV_ALGORITHM", os.environ.get("VTOK_FAST_CONV_ALGORITHM") or "auto", ALGORITHMS)
 
 
 @contextmanager

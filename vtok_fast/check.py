@@ -78,7 +78,8 @@ def _norm_cases() -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
 def _scope_cases() -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
     scopes = {"time invariant": Scope.time_invariant(tiv=24, tv=4, patches=64, slices=3), "block causal": Scope.block_causal(4, 50),
               "packed": Scope.packed([0, 70, 70, 200], q_len=210)}
-    return {name: (tuple(_random(1, 4, scope.q_len, 32, seed=i) for i in range(3)), {"scope": scope}) for name, scope in scopes.items()}
+    return {name: (tuple(_random(1, 4, scope.q_len, 32, seed=i) for i in range(3)), {"scope": scope})
+            for name, scope in scopes.items()}
 
 
 def outcomes() -> Iterator[Outcome]:
@@ -125,8 +126,8 @@ def _fsq(op: str, backend: str) -> Iterator[Outcome]:
             fast, reference = fsq_quantize(z, levels, backend=backend), fsq_quantize(z, levels, backend="reference")
             for what in ("indices", "codes"):
                 measured = parity.exact(getattr(fast, what), getattr(reference, what))
-                yield Outcome(op, backend, f"{what} of levels {'x'.join(map(str, levels))}, {label}", measured.ok, measured.error, 0.0,
-                              str(measured))
+                yield Outcome(op, backend, f"{what} of levels {'x'.join(map(str, levels))}, {label}", measured.ok, measured.error,
+                              0.0, str(measured))
 
 
 def _vidtok() -> Iterator[Outcome]:

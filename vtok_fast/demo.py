@@ -87,8 +87,8 @@ def run(options: Options, say: Callable[[Any], None] = lambda text: None) -> dic
             "model": model.config.name, "parameters": parameters, "trained": trained, "video": str(_video(options)),
             "shape": list(clips.shape), "fps": fps, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "swapped": len(report.swapped), "skipped": len(report.skipped),
-            "compression": compression(eager_tokens, clips), "psnr_db": psnr(fast_video, clips), "eager_psnr_db": psnr(eager_video, clips),
-            "parity": compare(eager, model, clips, eager_tokens, fast_tokens),
+            "compression": compression(eager_tokens, clips), "psnr_db": psnr(fast_video, clips),
+            "eager_psnr_db": psnr(eager_video, clips), "parity": compare(eager, model, clips, eager_tokens, fast_tokens),
         }
         say(_parity_lines(result["parity"]))
         rounds = options.rounds or (2 if parameters > SMALL else 5)
@@ -103,7 +103,8 @@ def run(options: Options, say: Callable[[Any], None] = lambda text: None) -> dic
 
     draw(options.output / "demo.png", clips, fast_video, result)
     result["report"] = report.to_dict()
-    write_atomically(options.output / "demo.json", lambda temporary: Path(temporary).write_text(json.dumps(result, indent=2) + "\n"))
+    write_atomically(options.output / "demo.json",
+                     lambda temporary: Path(temporary).write_text(json.dumps(result, indent=2) + "\n"))
     say(f"Written to {options.output}/: demo.png, reconstruction.mp4, tokens.safetensors, demo.json")
     return result
 
@@ -122,7 +123,8 @@ def load_clips(options: Options, model: VidTok, *, few: bool) -> tuple[Tensor, f
     """(chunks, 3, T, size, size) and the frames per second."""
     path = _video(options)
     if options.video is None and not path.is_file():
-        raise FileNotFoundError(f"video: {path} is not there; `python scripts/fetch_clip.py` puts it there, or name a video of your own")
+        raise FileNotFoundError(f"video: {path} is not there; `python scripts/fetch_clip.py` puts it there, or name a video of "
+                                "your own")
     start = options.start if options.start is not None else DEFAULT_START if options.video is None else 0
     chunks = options.chunks or (1 if few else 3)
     factor, causal = model.config.time_downsample_factor, model.config.causal
@@ -225,7 +227,8 @@ def measure_memory(model: VidTok, shape: tuple[int, int, int]) -> dict[str, int]
         file = os.path.join(folder, "model.safetensors")
         model.save(file)
         config = model.config.to_dict()
-        return {variant: peak_memory.measure(variant, shape, config=config, checkpoint=file, threads=torch.get_num_threads())["peak"]
+        return {variant: peak_memory.measure(variant, shape, config=config, checkpoint=file,
+                                             threads=torch.get_num_threads())["peak"]
                 for variant in peak_memory.VARIANTS}
 
 
@@ -254,9 +257,11 @@ def _cost_table(result: dict[str, Any]) -> Any:
     table = Table("", "PyTorch", "vtok-fast", "ratio", title="Cost", title_justify="left")
     seconds = result["seconds"]
     for what in ("encode", "decode", "total"):
-        table.add_row(f"{what}, s", f"{seconds['eager'][what]:.3f}", f"{seconds['fast'][what]:.3f}", f"{seconds['ratio'][what]:.2f}x faster")
+        table.add_row(f"{what}, s", f"{seconds['eager'][what]:.3f}", f"{seconds['fast'][what]:.3f}",
+                      f"{seconds['ratio'][what]:.2f}x faster")
     if memory := result["peak_bytes"]:
         for what, name in (("peak memory, MB", "fast"), ("  without weight cache", "fast without weight cache")):
-            table.add_row(what, f"{memory['eager'] / 1e6:.0f}", f"{memory[name] / 1e6:.0f}", f"{memory[name] / memory['eager']:.2f} of it")
+            table.add_row(what, f"{memory['eager'] / 1e6:.0f}", f"{memory[name] / 1e6:.0f}",
+                          f"{memory[name] / memory['eager']:.2f} of it")
     table.add_row("PSNR, dB", f"{result['eager_psnr_db']:.2f}", f"{result['psnr_db']:.2f}", "")
     return table

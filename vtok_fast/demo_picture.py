@@ -42,11 +42,14 @@ def draw(path: str | os.PathLike, clips: Tensor, reconstruction: Tensor, result:
 def _header(figure: Any, result: dict[str, Any]) -> None:
     count, _, frames, height, width = result["shape"]
     packed = result["compression"]
-    figure.text(0.04, 0.955, f"{count * frames} frames as {packed['tokens']:,} tokens, and back", size=23, weight="bold", va="center")
+    figure.text(0.04, 0.955, f"{count * frames} frames as {packed['tokens']:,} tokens, and back", size=23, weight="bold",
+                va="center")
     weights = "" if result["trained"] else "   ·   RANDOM WEIGHTS: the picture is noise"
     figure.text(0.04, 0.912, f"{Path(result['video']).name}, {height}×{width}   ·   VidTok {result['model']}, "
-                f"{result['parameters'] / 1e6:.2g} M parameters   ·   {_bytes(packed['video_bytes'])} → {_bytes(packed['token_bytes'])}, "
-                f"{packed['ratio']:.0f} times smaller   ·   PSNR {result['psnr_db']:.1f} dB{weights}", size=11, color=FAINT, va="center")
+                f"{result['parameters'] / 1e6:.2g} M parameters   ·   {_bytes(packed['video_bytes'])} → "
+                f"{_bytes(packed['token_bytes'])}, {packed['ratio']:.0f} times smaller   ·   "
+                f"PSNR {result['psnr_db']:.1f} dB{weights}",
+                size=11, color=FAINT, va="center")
 
 
 def _frames(figure: Any, clips: Tensor, reconstruction: Tensor) -> None:
@@ -84,13 +87,15 @@ def _costs(figure: Any, result: dict[str, Any]) -> None:
             if part[what] > 0.13 * longest:
                 axes.text(middle, row, what, ha="center", va="center", size=9, color="white" if key == "fast" else INK)
     speed = ratio["time_total"]
-    _finish(axes, [n for n, _, _ in names], longest, "time", f"{speed:.2f} times faster" if speed >= 1 else f"{1 / speed:.2f} times slower")
+    _finish(axes, [n for n, _, _ in names], longest, "time",
+            f"{speed:.2f} times faster" if speed >= 1 else f"{1 / speed:.2f} times slower")
     if memory is not None:
         _memory(figure, memory, ratio["memory"])
     parity = result["parity"]
     said = f"{parity['tokens']['equal']:,} of {parity['tokens']['total']:,} tokens equal   ·   " if "tokens" in parity else ""
     figure.text(0.04, 0.028, f"{said}decoded video within {parity['video']['error']:.1e} of float64 (PyTorch's own: "
-                f"{parity['video']['eager_error']:.1e})   ·   {result['threads']} threads, torch {result['torch']}", size=9.5, color=FAINT)
+                f"{parity['video']['eager_error']:.1e})   ·   {result['threads']} threads, torch {result['torch']}", size=9.5,
+                color=FAINT)
 
 
 def _memory(figure: Any, memory: dict[str, int], ratio: float) -> None:
@@ -113,10 +118,7 @@ def _finish(axes: Any, names: list[str], longest: float, what: str, headline: st
 
 
 def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "GB"
+    unit, *larger = ("B", "kB", "MB", "GB")
+    while larger and count >= 1000:
+        count, unit, *larger = (count / 1000, *larger)
     return f"{count:.3g} {unit}" if count < 100 else f"{count:,.0f} {unit}"

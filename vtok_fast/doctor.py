@@ -76,7 +76,7 @@ def _probe() -> tuple[dict | None, str]:
 
 def _python() -> Finding:
     text = f"{platform.python_version()} at {sys.executable}"
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 -- this file runs as a script, too
         return Finding("python", "bad", text, "use Python 3.10 or newer")
     return Finding("python", "ok", text)
 

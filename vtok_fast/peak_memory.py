@@ -25,16 +25,16 @@ def measure(variant: str, shape: tuple[int, int, int], *, config: str | dict[str
             threads: int | None = None) -> dict[str, float]:
     """What encoding and decoding one video of shape (T, H, W) takes beyond the loaded model.
 
-    Returns ``peak``, ``loaded`` (resident before), ``model`` (its parameters) and ``weight_cache`` (transformed weights, part of the
-    peak) in bytes; ``seconds`` of the one pass and ``encode_seconds`` of its first half.
+    Returns ``peak``, ``loaded`` (resident before), ``model`` (its parameters) and ``weight_cache`` (transformed weights, part of
+    the peak) in bytes; ``seconds`` of the one pass and ``encode_seconds`` of its first half.
 
     Raises ValueError for an unknown variant, RuntimeError if the process failed (its last line is in the message) or the system
     keeps no high-water mark (it is Linux's /proc/self/status).
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is none of {', '.join(VARIANTS)}")
-    task = {"variant": variant, "shape": list(shape), "config": config, "checkpoint": None if checkpoint is None else str(checkpoint),
-            "threads": threads}
+    task = {"variant": variant, "shape": list(shape), "config": config,
+            "checkpoint": None if checkpoint is None else str(checkpoint), "threads": threads}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment.pop("VTOK_FAST_WEIGHT_CACHE", None)
     if variant == "fast without weight cache":

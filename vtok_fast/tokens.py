@@ -48,7 +48,8 @@ class Tokens:
         if self.indices is not None and (self.indices.dim() != 4 or self.indices.dtype != torch.int32):
             raise ValueError(f"indices must be (B, t, h, w) int32, not {tuple(self.indices.shape)} {self.indices.dtype}")
         if self.latents is not None and (self.latents.dim() != 5 or not self.latents.is_floating_point()):
-            raise ValueError(f"latents must be (B, C, t, h, w) floating point, not {tuple(self.latents.shape)} {self.latents.dtype}")
+            raise ValueError("latents must be (B, C, t, h, w) floating point, not "
+                             f"{tuple(self.latents.shape)} {self.latents.dtype}")
         if len(self.video_shape) != 3 or min(self.video_shape) < 1:
             raise ValueError(f"video_shape must be (T, H, W), each at least 1, not {tuple(self.video_shape)}")
 
@@ -134,7 +135,8 @@ class Tokens:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"path: {path} is truncated or no safetensors file ({error})") from error
         if data is None or metadata.get("format") != FORMAT:
-            raise ValueError(f"path: {path} is no tokens file of this version (format {metadata.get('format')!r}, wanted {FORMAT!r})")
+            raise ValueError(f"path: {path} is no tokens file of this version (format {metadata.get('format')!r}, wanted "
+                             f"{FORMAT!r})")
         if metadata.get("sha256") != _checksum(metadata.get("tokens", ""), data):
             raise ValueError(f"path: {path} is damaged, its checksum does not match")
         header = json.loads(metadata["tokens"])

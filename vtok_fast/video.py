@@ -74,7 +74,8 @@ def read_video(
 
 
 class open_video:
-    """A video file while it is read, as a context: its `fps`, `height`, `width` and `count` of frames (0 where the file does not say), its frames one by one, or in windows.
+    """A video file while it is read, as a context: its `fps`, `height`, `width` and `count` of frames (0 where the file does not
+    say), its frames one by one, or in windows.
 
     Raises ImportError, FileNotFoundError and VideoError as `read_video` does.
     """
@@ -109,8 +110,8 @@ class open_video:
             raise self._unreadable(error) from error
 
     def windows(self, length: int, size: int | tuple[int, int] | None = None) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        """Windows of `length` frames, the last one perhaps of fewer: how many, and a function that gives them as (C, T, H, W) uint8 (so
-        that a window that is not needed costs no conversion)."""
+        """Windows of `length` frames, the last one perhaps of fewer: how many, and a function that gives them as (C, T, H, W) uint8
+        (so that a window that is not needed costs no conversion)."""
         window: list[Any] = []
         for frame in self.frames():
             window.append(frame)
@@ -156,7 +157,8 @@ def write_video(path: str | os.PathLike, video: Tensor, fps: float = 25.0) -> No
     def write(temporary: str) -> None:
         try:
             with av.open(temporary, "w", format="mp4") as container:
-                stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "medium", "bf": "0"})  # no frame leans on a later one: see join_videos
+                # No frame leans on a later one ("bf"): see join_videos.
+                stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "medium", "bf": "0"})
                 stream.width, stream.height, stream.pix_fmt = shape[3], shape[2], "yuv420p"
                 for frame in pixels:
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

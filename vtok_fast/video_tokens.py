@@ -1,8 +1,8 @@
 """Video files to token files and back, window by window: any length in bounded memory, and a run that was stopped goes on.
 
-Every window is tokenised on its own, as the tokenizers are trained and measured (17 frames, or 16 of a model that is not causal). The
-last one is filled up with copies of the last frame, which come off again at the end. What is done lies in `OUTPUT.parts/` until the
-output is complete; the same call with the same input, model and sizes continues from there, another one starts anew.
+Every window is tokenised on its own, as the tokenizers are trained and measured (17 frames, or 16 of a model that is not causal).
+The last one is filled up with copies of the last frame, which come off again at the end. What is done lies in `OUTPUT.parts/` until
+the output is complete; the same call with the same input, model and sizes continues from there, another one starts anew.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ import golden  # noqa: E402
 
 FOLDERS = [TESTS / "golden_data", Path(os.environ.get("VTOK_FAST_GOLDEN", TESTS.parents[1] / "shared" / "golden"))]
 PREFIXES = ("vidtok_", "cosmos_", "infotok_")  # of the files' names, by system
-FILES = {path.name: path for folder in reversed(FOLDERS) for path in sorted(folder.glob("*.safetensors")) if path.name.startswith(PREFIXES)}
+FILES = {path.name: path for folder in reversed(FOLDERS)
+         for path in sorted(folder.glob("*.safetensors")) if path.name.startswith(PREFIXES)}
 CONV = "vidtok_causal_conv.safetensors"
 
 

@@ -17,8 +17,17 @@ from vtok_fast.models import promag_blocks as blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tokenizer_face import (  # noqa: E402
-    check_acceleration, check_autocast, check_compile, check_files, check_gradients, check_learning, check_refusals,
-    check_tokens, clip, randomise)
+    check_acceleration,
+    check_autocast,
+    check_compile,
+    check_files,
+    check_gradients,
+    check_learning,
+    check_refusals,
+    check_tokens,
+    clip,
+    randomise,
+)
 
 SMALL = {"ch": 4, "ch_mult": (1, 2, 1), "strides": ((2, 2, 2), (1, 2, 2)), "num_res_blocks": 1, "mid_blocks": 1, "groups": 2,
          "z_channels": 3, "chunk_frames": 9, "overlap": 2}

@@ -16,8 +16,18 @@ from vtok_fast.models.tivtok_quantizer import SoftVQ
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tokenizer_face import (  # noqa: E402
-    check_acceleration, check_autocast, check_compile, check_files, check_gradients, check_learning, check_refusals,
-    check_stream, check_tokens, clip, randomise)
+    check_acceleration,
+    check_autocast,
+    check_compile,
+    check_files,
+    check_gradients,
+    check_learning,
+    check_refusals,
+    check_stream,
+    check_tokens,
+    clip,
+    randomise,
+)
 
 SMALL = {"frames": 8, "patch": (2, 4, 4), "dim": 24, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "tiv": 6, "tv": 2, "latent_dim": 5,
          "codebook": 32}

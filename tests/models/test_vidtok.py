@@ -1,4 +1,4 @@
-"""VidTok: structure, files, tokens, what it refuses, gradients. (tests/models/test_golden.py compares it with the official code.)"""
+"""VidTok: structure, files, tokens, what it refuses, gradients. tests/models/test_golden.py compares it with the official code."""
 
 from __future__ import annotations
 
@@ -202,7 +202,8 @@ def test_tokens_file(tmp_path):
         tokens.save(path)
         loaded = Tokens.load(path)
         assert torch.equal(loaded.data, tokens.data) and loaded.data.dtype == tokens.data.dtype
-        assert (loaded.model, loaded.config, loaded.video_shape, loaded.dtype) == (tokens.model, tokens.config, tokens.video_shape, tokens.dtype)
+        for field in ("model", "config", "video_shape", "dtype"):
+            assert getattr(loaded, field) == getattr(tokens, field), field
         assert torch.equal(model.decode(loaded), model.decode(tokens))
     assert [p.name for p in tmp_path.iterdir()] == ["tokens.safetensors"]
 
@@ -262,7 +263,8 @@ def test_checkpoints(tmp_path):
         loaded = VidTok.from_checkpoint(tmp_path / name, config)
         assert torch.equal(loaded(video), expected), name
         assert all(p.requires_grad and not p.is_meta for p in loaded.parameters())
-    assert VidTok.from_checkpoint(tmp_path / "ours.safetensors", dtype=torch.float64).decoder.conv_in.conv.weight.dtype == torch.float64
+    double = VidTok.from_checkpoint(tmp_path / "ours.safetensors", dtype=torch.float64)
+    assert double.decoder.conv_in.conv.weight.dtype == torch.float64
     with pytest.raises(ValueError, match="does not say what model"):
         VidTok.from_checkpoint(tmp_path / "plain.pt")
 
@@ -290,7 +292,8 @@ def test_bad_checkpoints(tmp_path):
     torch.save(changed, path)
     with pytest.raises(ValueError, match="does not fit") as caught:
         VidTok.from_checkpoint(path, FSQ)
-    for part in ("1 missing: encoder.conv_in.conv.bias", "1 unknown: encoder.extra", r"decoder.conv_out.conv.bias (5,) instead of (3,)"):
+    for part in ("1 missing: encoder.conv_in.conv.bias", "1 unknown: encoder.extra",
+                 r"decoder.conv_out.conv.bias (5,) instead of (3,)"):
         assert part in str(caught.value)
 
 
@@ -342,7 +345,8 @@ def test_codes_and_indices():
     layer = FSQRegularizer((8, 5, 26))
     indices = torch.arange(8 * 5 * 26, dtype=torch.int32).reshape(1, -1, 1, 1)
     codes = layer.decode(indices)
-    assert torch.equal(codes[0, :, 1, 0, 0] - codes[0, :, 0, 0, 0], torch.tensor([0.25, 0.0, 0.0]))  # the first channel runs fastest
+    # The first channel runs fastest.
+    assert torch.equal(codes[0, :, 1, 0, 0] - codes[0, :, 0, 0, 0], torch.tensor([0.25, 0.0, 0.0]))
     z = torch.atanh((codes * torch.tensor([4.0, 2.0, 13.0]).reshape(3, 1, 1, 1) + layer.offset[:, None, None, None])
                     / layer.reach[:, None, None, None]) - layer.shift[:, None, None, None]  # fmt: skip
     result = layer(z)

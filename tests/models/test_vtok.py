@@ -17,8 +17,18 @@ from vtok_fast.models.vtok_backbones import CLIP_MEAN, CLIP_STD, CLIPBackbone
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tokenizer_face import (  # noqa: E402
-    check_acceleration, check_autocast, check_compile, check_files, check_gradients, check_learning, check_refusals,
-    check_stream, check_tokens, clip, randomise)
+    check_acceleration,
+    check_autocast,
+    check_compile,
+    check_files,
+    check_gradients,
+    check_learning,
+    check_refusals,
+    check_stream,
+    check_tokens,
+    clip,
+    randomise,
+)
 
 SMALL = {"dim": 16, "depth": 1, "heads": 2, "freeze_backbone": False, "key_grid": (2, 3), "token_dim": 10, "motion_hidden": 12,
          "patch": 4, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "mlp_ratio": 2.0}

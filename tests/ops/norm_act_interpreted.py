@@ -92,7 +92,8 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("rounding", ("wan", "ltx"))
 def test_chains_round_where_the_library_does(rounding):
     """Reductions in another order than ATen's move the norm by some eps(float32), say 4, and so the next rounding to float16 goes
-    the other way for a share of at most 2 x 4 x 2^-24 / 2^-11 = 2^-10 of the elements. Each rounding behind it can do so once more."""
+    the other way for a share of at most 2 x 4 x 2^-24 / 2^-11 = 2^-10 of the elements. Each rounding behind it can do so once
+    more."""
     x = (torch.randn(2, 96, 2, 12, 20) * 3).half().contiguous(memory_format=torch.channels_last_3d)
     got, want = run(x, kind="rms", rounding=rounding), reference.norm_act(x, kind="rms", rounding=rounding)
     difference = ulps(got, want)

@@ -96,7 +96,8 @@ def test_heads(dim, small_blocks):
     check(Scope.time_invariant(tiv=9, tv=2, patches=20, slices=2), dim, 1, 1)
 
 
-@pytest.mark.parametrize("dim", (256, pytest.param(384, marks=pytest.mark.slow), pytest.param(512, marks=pytest.mark.slow), pytest.param(1024, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("dim", (256, pytest.param(384, marks=pytest.mark.slow), pytest.param(512, marks=pytest.mark.slow),
+                                 pytest.param(1024, marks=pytest.mark.slow)))
 def test_split_heads(dim, small_blocks):
     check(Scope.block_causal(2, 18), dim, 1, 1)
 

@@ -174,7 +174,7 @@ def run_call(call, dtype, backend):
         args = [t if t is None else cast(t) for t in (x, weight, bias, cache, residual)]
         return vtok_fast.causal_conv3d(*args[:3], cache=args[3], residual=args[4], backend=backend, **options)
 
-    same = (lambda t: t)
+    same = lambda t: t
     return compute(same, backend), compute(torch.Tensor.double, "reference"), compute(same, "reference")
 
 
@@ -220,14 +220,15 @@ def test_offsets_beyond_2_to_the_31(algorithm):
     with vtok_fast.algorithm(algorithm):
         y = vtok_fast.causal_conv3d(x, w, backend="cpu")
     small = x.clone(memory_format=torch.contiguous_format)
-    assert parity.close(y, vtok_fast.causal_conv3d(small.double(), w.double()), vtok_fast.causal_conv3d(small, w, backend="reference")).ok
+    assert parity.close(y, vtok_fast.causal_conv3d(small.double(), w.double()),
+                        vtok_fast.causal_conv3d(small, w, backend="reference")).ok
 
 
 @pytest.mark.parametrize("options", [
     {}, {"time_mode": "replicate", "spatial_mode": "reflect", "activation": "silu"},
     {"stride": 2, "spatial_pad": DOWN, "time_mode": "replicate"}, {"upsample": (2, 1, 1), "time_pad": (1, 0)},
-    {"upsample": (1, 2, 2), "spatial_mode": "replicate"}, {"depth_to_space": (1, 2, 1), "activation": "silu"}, {"dilation": (2, 1, 1)},
-    {"groups": 2}, {"time_pad": (1, 1), "time_mode": "reflect"},
+    {"upsample": (1, 2, 2), "spatial_mode": "replicate"}, {"depth_to_space": (1, 2, 1), "activation": "silu"},
+    {"dilation": (2, 1, 1)}, {"groups": 2}, {"time_pad": (1, 1), "time_mode": "reflect"},
 ], ids=str)
 def test_gradients_against_finite_differences(options):
     channels = 2 * options.get("groups", 1)
@@ -257,7 +258,8 @@ def test_float32_gradients_are_close():
         y = vtok_fast.causal_conv3d(*inputs[:3], cache=inputs[3], activation="silu", backend=backend)
         return torch.autograd.grad(y, inputs, cast(torch.ones_like(y, dtype=torch.float32)).expand_as(y))
 
-    fast, ref64, eager = gradients(lambda t: t, None), gradients(lambda t: t.double(), "reference"), gradients(lambda t: t, "reference")
+    fast, eager = gradients(lambda t: t, None), gradients(lambda t: t, "reference")
+    ref64 = gradients(lambda t: t.double(), "reference")
     for name, f, r, e in zip(("x", "weight", "bias", "cache"), fast, ref64, eager):
         assert (p := parity.close(f, r, e)).ok, (name, p)
 
@@ -297,7 +299,8 @@ BAD = [
     ({"time_pad": (-1, 0)}, ValueError, "time_pad: .* got -1"),
     ({"time_pad": (2**31, 0)}, ValueError, "time_pad: .* got 2147483648"),
     ({"spatial_pad": (1, 1)}, ValueError, r"spatial_pad: expected .* got .* \(1, 1\)"),
-    ({"spatial_pad": ((8, 0), (0, 0)), "spatial_mode": "reflect"}, ValueError, "spatial_pad: reflect needs pads smaller than the 8 .* got 8"),
+    ({"spatial_pad": ((8, 0), (0, 0)), "spatial_mode": "reflect"}, ValueError,
+     "spatial_pad: reflect needs pads smaller than the 8 .* got 8"),
     ({"time_mode": "reflect", "time_pad": (3, 0)}, ValueError, "time_pad: reflect needs pads smaller than the 3 .* got 3"),
     ({"time_mode": "wrap"}, ValueError, "time_mode: expected one of zeros, replicate, reflect, got 'wrap'"),
     ({"time_pad": (0, 0), "x": X[:, :, :2]}, ValueError, "x: too small for the kernel"),
@@ -336,7 +339,8 @@ def test_empty_batch():
 def test_tensors_that_are_not_what_their_memory_says():
     n = torch.conj(torch.randn(1, 4, 3, 8, 8, dtype=torch.complex64)).imag  # a view with its sign bit pending
     assert n.is_neg()
-    torch.testing.assert_close(vtok_fast.causal_conv3d(n, W + 1, backend="cpu"), vtok_fast.causal_conv3d(n.clone(), W + 1, backend="reference"))
+    torch.testing.assert_close(vtok_fast.causal_conv3d(n, W + 1, backend="cpu"),
+                               vtok_fast.causal_conv3d(n.clone(), W + 1, backend="reference"))
     with torch.autograd.forward_ad.dual_level():
         with pytest.raises(NotImplementedError, match="forward-mode"):
             vtok_fast.causal_conv3d(torch.autograd.forward_ad.make_dual(X, X), W)
@@ -362,7 +366,8 @@ def test_strided_and_expanded_arguments(algorithm):
             assert (p := parity.close(actual, expected, same)).ok, p
 
 
-@pytest.mark.parametrize("options", [{"time_pad": (10**9, 0)}, {"spatial_pad": ((0, 0), (2**31 - 1, 0))}, {"upsample": (1, 1, 2**30)},
+@pytest.mark.parametrize("options",
+                         [{"time_pad": (10**9, 0)}, {"spatial_pad": ((0, 0), (2**31 - 1, 0))}, {"upsample": (1, 1, 2**30)},
                                      {"stride": 2**40, "spatial_pad": ONE}], ids=str)
 def test_absurd_sizes_are_refused_at_once(options):
     with pytest.raises(ValueError, match="time_pad|upsample|stride"):

@@ -12,7 +12,6 @@ import torch
 from vtok_fast import parity
 from vtok_fast.ops import causal_conv3d as op
 from vtok_fast.ops import causal_conv3d_cuda as cuda
-from vtok_fast.reference.causal_conv3d import causal_conv3d as reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conv_cuda_emulated import Emulated, emulator  # noqa: E402

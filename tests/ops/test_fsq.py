@@ -66,7 +66,8 @@ def test_kernel_equals_reference_next_to_thresholds(isa, dtype):
         for levels in (*([n] for n in (*range(2, 18), 25, 26, 33, 63, 64)), [8, 5, 64], [8] * 6):
             t = torch.cat([reference.thresholds(n, variant) for n in sorted(set(levels))])
             up, down = torch.tensor(math.inf), torch.tensor(-math.inf)
-            z = torch.cat([t, torch.nextafter(t, up), torch.nextafter(t, down), t.to(dtype).float(), torch.tensor([0.0, -0.0, math.inf, -math.inf])])
+            z = torch.cat([t, torch.nextafter(t, up), torch.nextafter(t, down), t.to(dtype).float(),
+                           torch.tensor([0.0, -0.0, math.inf, -math.inf])])
             z = z.to(dtype).repeat(len(levels) * 3)
             z = z[:len(z) // len(levels) * len(levels)].view(-1, len(levels))
             for value, dim in ((z, 1), (z.T.contiguous(), 0)):
@@ -74,7 +75,8 @@ def test_kernel_equals_reference_next_to_thresholds(isa, dtype):
                 want = fsq_quantize(value, levels, variant=variant, dim=dim, backend="reference")
                 assert torch.equal(got.indices, want.indices) and torch.equal(got.codes, want.codes)
         indices = fsq_quantize(z, levels, variant=variant, backend="cpu").indices
-        written_out = [sum(float64_index(v, n, variant)[0] * 8**i for i, (v, n) in enumerate(zip(row, levels))) for row in z[:99].tolist()]
+        written_out = [sum(float64_index(v, n, variant)[0] * 8**i for i, (v, n) in enumerate(zip(row, levels)))
+                       for row in z[:99].tolist()]
         assert indices[:99].tolist() == written_out
 
 
@@ -85,9 +87,10 @@ def test_every_layout_and_a_nan(isa, levels):
         z = torch.randn(2, len(levels), 3, 5, 21).to(dtype)
         z.view(-1)[5], z.view(-1)[9], z.view(-1)[11] = math.nan, math.inf, -math.inf
         last = torch.channels_last_3d
-        for value, dim in ((z, 1), (z.contiguous(memory_format=last), 1), (z.movedim(1, -1), 4), (z.movedim(1, -1).contiguous(), -1),
-                           (z[..., ::2], 1), (z.contiguous(memory_format=last)[:, :, :, 1:], 1), (z.transpose(2, 4), 1),
-                           (z[:, :, 0, 0, 0], 1), (z.expand(2, 2, *z.shape[1:]), 2)):
+        for value, dim in ((z, 1), (z.contiguous(memory_format=last), 1), (z.movedim(1, -1), 4),
+                           (z.movedim(1, -1).contiguous(), -1), (z[..., ::2], 1),
+                           (z.contiguous(memory_format=last)[:, :, :, 1:], 1), (z.transpose(2, 4), 1), (z[:, :, 0, 0, 0], 1),
+                           (z.expand(2, 2, *z.shape[1:]), 2)):
             got = fsq_quantize(value, levels, dim=dim, backend="cpu")
             want = fsq_quantize(value, levels, dim=dim, backend="reference")
             assert same(got.codes, want.codes) and torch.equal(got.indices, want.indices)
@@ -169,7 +172,8 @@ def test_mismatch_against_the_float32_formula():
         wrong = torch.nonzero(ours != official).flatten()
         assert len(wrong) <= 1e-5 * len(z)
         for row in wrong:
-            steps = [(z[row, c] - reference.thresholds(n)).abs().min() / torch.finfo(torch.float32).eps for c, n in enumerate(levels)]
+            steps = [(z[row, c] - reference.thresholds(n)).abs().min() / torch.finfo(torch.float32).eps
+                     for c, n in enumerate(levels)]
             assert min(steps) <= 8  # of the bounded value's own size, which is up to 4 of those of z
 
 
@@ -234,7 +238,7 @@ def golden():
 
 
 GOLDEN = golden()
-CASES = sorted({k.split("/")[1] for k in GOLDEN.keys() if k.startswith("in/L")}) if GOLDEN else []
+CASES = sorted({k.split("/")[1] for k in GOLDEN.keys() if k.startswith("in/L")}) if GOLDEN else []  # noqa: SIM118
 needs_golden = pytest.mark.skipif(GOLDEN is None, reason="no vidtok_fsq_regularizer.safetensors: set VTOK_FAST_GOLDEN")
 
 
@@ -266,8 +270,10 @@ def test_golden_losses(case):
         # VidTok clamps a token's probabilities too: what that changes is computed densely here.
         clamp = dense_loss(z, levels, clamp_tokens=1e-5) - dense_loss(z, levels)
         assert clamp <= 0
-        torch.testing.assert_close((entropy + clamp).view(1), GOLDEN.get_tensor(f"out/{case}/{part}/entropy_only/aux_loss_f64"), rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(commitment.view(1), GOLDEN.get_tensor(f"out/{case}/{part}/commit_only/aux_loss_f64"), rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close((entropy + clamp).view(1), GOLDEN.get_tensor(f"out/{case}/{part}/entropy_only/aux_loss_f64"),
+                                   rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(commitment.view(1), GOLDEN.get_tensor(f"out/{case}/{part}/commit_only/aux_loss_f64"),
+                                   rtol=2e-6, atol=2e-6)
 
 
 # ---- torch ---------------------------------------------------------------------------------------------------------------
@@ -298,8 +304,8 @@ def test_module():
 @pytest.mark.parametrize("levels, options, message", [
     ([8, 1], {}, r"levels: .*\(8, 1\)"), ([], {}, r"levels: .*\(\)"), ([8, 1001], {}, "levels: .*1001"),
     ([1000] * 4, {}, r"levels: a codebook of at most 2\*\*31.*1000000000000"), ([8, 8], {}, r"levels: .* 3 channels .*\(8, 8\)"),
-    ([8] * 3, {"variant": "lfq"}, "variant: .*'lfq'"), ([8] * 3, {"dim": 5}, "dim: .*5"), ([8] * 3, {"backend": "gpu"}, "backend: .*'gpu'"),
-    ([8, 8.5, 8], {}, r"levels: .*8\.5"),
+    ([8] * 3, {"variant": "lfq"}, "variant: .*'lfq'"), ([8] * 3, {"dim": 5}, "dim: .*5"),
+    ([8] * 3, {"backend": "gpu"}, "backend: .*'gpu'"), ([8, 8.5, 8], {}, r"levels: .*8\.5"),
 ])
 def test_bad_arguments_are_named(levels, options, message):
     with pytest.raises(ValueError, match=message):

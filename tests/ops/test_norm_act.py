@@ -42,7 +42,8 @@ def widen(options):
 def assert_close(x, weight, bias, **options):
     y = norm_act(x, weight, bias, backend="cpu", **options)
     wide = [None if t is None else t.double() for t in (weight, bias)]
-    measured = parity.close(y, reference.norm_act(x.double(), *wide, **widen(options)), reference.norm_act(x, weight, bias, **options))
+    measured = parity.close(y, reference.norm_act(x.double(), *wide, **widen(options)),
+                            reference.norm_act(x, weight, bias, **options))
     assert measured.ok, str(measured)
     return y
 
@@ -60,7 +61,8 @@ def test_kernel_is_close_to_float64(isa, kind, layout):
             if c not in (33, 128):
                 continue
             assert_close(x, None, None, kind=kind, groups=groups)
-            full, per_channel, per_frame = torch.randn_like(x), torch.randn(2, c, 1, 1, 1).to(dtype), torch.randn(c, 2, 1, 1).to(dtype)
+            full, per_channel = torch.randn_like(x), torch.randn(2, c, 1, 1, 1).to(dtype)
+            per_frame = torch.randn(c, 2, 1, 1).to(dtype)
             for scale, shift in ((full, per_channel), (per_frame, full[:, :1]), (None, per_channel), (full[:1, :, :1], None)):
                 assert_close(x, weight, bias, kind=kind, groups=groups, scale=scale, shift=shift, residual=full, activation="silu")
 
@@ -175,8 +177,8 @@ def test_kernel_gradient_is_close():
 def test_opcheck(layout):
     x = video(8, layout=layout).requires_grad_()
     for dtype, backend in ((torch.float32, None), (torch.bfloat16, "reference")):
-        args = (x.to(dtype), torch.randn(8), torch.randn(8), torch.randn(2, 8, 1, 1, 1).to(dtype), None, None, "group", 2, True, 1e-6,
-                "silu", "once", backend)
+        args = (x.to(dtype), torch.randn(8), torch.randn(8), torch.randn(2, 8, 1, 1, 1).to(dtype), None, None, "group", 2, True,
+                1e-6, "silu", "once", backend)
         torch.library.opcheck(torch.ops.vtok_fast.norm_act, args)
 
 

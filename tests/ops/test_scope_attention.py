@@ -134,6 +134,24 @@ def test_plan_is_few_dense_calls_on_views():
     assert cpu.plan(scope) is cpu.plan(scope)
 
 
+def test_one_head_is_shared_among_the_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu, "BLOCK", 8)
+    monkeypatch.setattr(cpu, "LARGEST_MASK", 0)
+    scope = Scope.block_causal(3, 56)  # seven blocks of 8: four for one thread and three for the other
+    calls = []
+    shared = cpu._shared
+    monkeypatch.setattr(cpu, "_shared", lambda c, units, backward=False: calls.append(shared(c, units, backward)) or calls[-1])
+    q, k, v = inputs(scope, batch=1, heads=1, kv_heads=1, grad=True)
+    out = scope_attention(q, k, v, scope, backend="cpu")
+    out.sum().backward()
+    assert [(c.rows, c.count) for c in calls] == [(28, 2)] * 6
+    assert parity.close(out, exact(q, k, v, scope), out).ok
+    wanted = torch.autograd.grad(exact(q, k, v, scope).sum(), (q, k, v))
+    for mine, want in zip((q, k, v), wanted):
+        assert (mine.grad - want).norm() <= 4 * parity.floor(torch.float32) * want.norm()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ("packed", "time invariant"))
 def test_gradcheck(backend, name, masks):

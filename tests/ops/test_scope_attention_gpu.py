@@ -67,7 +67,8 @@ def test_is_close_in_both_directions(name, dtype, dim):
 
 
 def compiled():
-    return sum(len(cache[0]) for kernel in (*kernels.KERNELS.values(), kernels.delta_kernel) for cache in kernel.device_caches.values())
+    return sum(len(cache[0]) for kernel in (*kernels.KERNELS.values(), kernels.delta_kernel)
+               for cache in kernel.device_caches.values())
 
 
 def test_a_new_length_compiles_nothing():

@@ -11,9 +11,8 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from triton_harness import CAPABILITIES, assert_fits, compile_for, run_interpreted  # noqa: E402
-
 import triton  # noqa: E402
+from triton_harness import CAPABILITIES, assert_fits, compile_for, run_interpreted  # noqa: E402
 
 import vtok_fast  # noqa: E402
 from vtok_fast.kernels import token_packing as kernels  # noqa: E402

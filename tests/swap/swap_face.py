@@ -109,7 +109,8 @@ class Face:
         self.results(model, x, z)
         report.revert()
         after = snapshot(model)
-        assert {n: (s[:2], s[3], s[2].keys()) for n, s in before.items()} == {n: (s[:2], s[3], s[2].keys()) for n, s in after.items()}
+        was, now = ({n: (s[:2], s[3], s[2].keys()) for n, s in state.items()} for state in (before, after))
+        assert was == now
         for y, e in zip(self.results(model, x, z), expected):
             assert torch.equal(y, e)
 

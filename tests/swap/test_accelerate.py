@@ -36,7 +36,8 @@ def snapshot(model):
 
 def same(before, after):
     return before.keys() == after.keys() and all(
-        b[:2] == a[:2] and b[2].keys() == a[2].keys() and all(b[2][k] is a[2][k] for k in b[2]) for b, a in zip(before.values(), after.values()))
+        b[:2] == a[:2] and b[2].keys() == a[2].keys() and all(b[2][k] is a[2][k] for k in b[2])
+        for b, a in zip(before.values(), after.values()))
 
 
 @torch.no_grad()
@@ -141,8 +142,9 @@ def test_unknown_modules_are_named():
 
 @pytest.mark.parametrize("module", [
     nn.Conv3d(6, 8, 3, padding=(1, 0, 1)), nn.Conv3d(6, 8, 3, stride=2, padding=1, padding_mode="replicate"),
-    nn.Conv3d(6, 8, (1, 3, 5), padding="same", padding_mode="reflect", bias=False), nn.Conv3d(6, 6, 3, groups=3, dilation=(1, 2, 1)),
-    nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(6, 8, 4, stride=2, padding="valid"), nn.Conv2d(6, 8, 3, padding=2, padding_mode="reflect"),
+    nn.Conv3d(6, 8, (1, 3, 5), padding="same", padding_mode="reflect", bias=False),
+    nn.Conv3d(6, 6, 3, groups=3, dilation=(1, 2, 1)), nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(6, 8, 4, stride=2, padding="valid"),
+    nn.Conv2d(6, 8, 3, padding=2, padding_mode="reflect"),
 ], ids=str)
 def test_torch_convolutions(module):
     report = vtok_fast.accelerate(module)
@@ -193,7 +195,8 @@ def test_compiles_without_graph_breaks(model, video):
     vtok_fast.accelerate(model, check=False)
     with torch.no_grad():
         expected = model.decoder(model.regularization(model.encoder(video)).codes)
-        compiled = torch.compile(lambda v: model.decoder(model.regularization(model.encoder(v)).codes), fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(lambda v: model.decoder(model.regularization(model.encoder(v)).codes), fullgraph=True,
+                                 backend="aot_eager")
         torch.testing.assert_close(compiled(video), expected)
 
 

@@ -112,8 +112,9 @@ def check(layer, *args):
     return results[0]
 
 
-@pytest.mark.parametrize("mode,kernel,stride", [("first", 3, 1), ("constant", (3, 1, 1), 1), ("replicate", 3, 1), ("replicate", (2, 3, 3), 1),
-                                                ("replicate", 2, (2, 2, 2)), ("replicate", (3, 2, 2), (3, 2, 2)), ("first", 1, 1)], ids=str)
+@pytest.mark.parametrize("mode,kernel,stride", [
+    ("first", 3, 1), ("constant", (3, 1, 1), 1), ("replicate", 3, 1), ("replicate", (2, 3, 3), 1), ("replicate", 2, (2, 2, 2)),
+    ("replicate", (3, 2, 2), (3, 2, 2)), ("first", 1, 1)], ids=str)
 @pytest.mark.parametrize("frames", [1, 2, 7])
 def test_convolutions(mode, kernel, stride, frames):
     torch.manual_seed(0)

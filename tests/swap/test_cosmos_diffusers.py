@@ -28,8 +28,9 @@ class TestCosmos(face.Face):
     left_alone = {"CosmosPatchEmbed3d", "CosmosUnpatcher3d"}
 
     def make(self):
-        return AutoencoderKLCosmos(latent_channels=4, encoder_block_out_channels=(16, 32, 32, 32), decode_block_out_channels=(16, 32, 32, 32),
-                                   num_layers=1, resolution=128, attention_resolutions=(16,))
+        return AutoencoderKLCosmos(latent_channels=4, encoder_block_out_channels=(16, 32, 32, 32),
+                                   decode_block_out_channels=(16, 32, 32, 32), num_layers=1, resolution=128,
+                                   attention_resolutions=(16,))
 
     def encode(self, model, x):
         return model.encode(x).latent_dist.mode()
@@ -97,7 +98,8 @@ def check(module, *args):
     assert (p := parity.close(y, r, e)).ok, p
 
 
-@pytest.mark.parametrize("kernel,stride,padding", [(3, 1, 1), ((1, 3, 3), (1, 2, 2), 0), ((3, 1, 1), (2, 1, 1), 0), ((1, 1, 1), 1, 0)], ids=str)
+@pytest.mark.parametrize("kernel,stride,padding",
+                         [(3, 1, 1), ((1, 3, 3), (1, 2, 2), 0), ((3, 1, 1), (2, 1, 1), 0), ((1, 1, 1), 1, 0)], ids=str)
 @pytest.mark.parametrize("dilation", [1, (2, 1, 1)], ids=str)
 @pytest.mark.parametrize("pad_mode", ["constant", "replicate"])
 def test_convolutions(kernel, stride, padding, dilation, pad_mode):

@@ -27,7 +27,8 @@ class TestHunyuanVideo(face.Face):
     exact_swaps = True
 
     def make(self):
-        return AutoencoderKLHunyuanVideo(block_out_channels=(16, 32, 32, 32), latent_channels=4, layers_per_block=1, norm_num_groups=4)
+        return AutoencoderKLHunyuanVideo(block_out_channels=(16, 32, 32, 32), latent_channels=4, layers_per_block=1,
+                                         norm_num_groups=4)
 
     def encode(self, model, x):
         return model.encode(x).latent_dist.parameters
@@ -129,7 +130,8 @@ def test_a_convolution_that_pads_itself_is_left_to_its_class():
         torch.testing.assert_close(fast(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("factor,frames", [((2, 2, 2), 1), ((2, 2, 2), 4), ((1, 2, 2), 3), ((2, 1, 1), 3), ((1.5, 2, 2), 3)], ids=str)
+@pytest.mark.parametrize("factor,frames", [((2, 2, 2), 1), ((2, 2, 2), 4), ((1, 2, 2), 3), ((2, 1, 1), 3), ((1.5, 2, 2), 3)],
+                         ids=str)
 def test_upsampling(factor, frames):
     torch.manual_seed(0)
     block = library.HunyuanVideoUpsampleCausal3D(8, upsample_factor=factor)

@@ -11,7 +11,8 @@ import torch
 from vtok_fast import native
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks import harness, models, models_page, report  # noqa: E402
+from benchmarks import models_page  # noqa: E402
+from vtok_fast.bench import harness, models, report  # noqa: E402
 
 pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 TINY = harness.Settings(quick=True, min_rounds=1, min_seconds=0.0, max_seconds=0.0)
@@ -67,6 +68,6 @@ def test_peak_memory_is_measured_in_a_process_of_its_own():
 def test_a_library_that_is_not_there_is_named(monkeypatch):
     model = models.Model("diffusers_of_the_future", "AutoencoderKLNext")
     assert models_page.section("Next", model).endswith("Not looked at: No module named 'diffusers_of_the_future'.\n")
-    done = subprocess.run([sys.executable, "-m", "benchmarks.models", "{}"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "vtok_fast.bench.models", "{}"], capture_output=True, text=True,
                           cwd=Path(__file__).resolve().parents[2])
     assert done.returncode

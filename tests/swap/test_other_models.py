@@ -24,7 +24,8 @@ MODELS = {
     "QwenImage": ("AutoencoderKLQwenImage", {"base_dim": 16, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4,
                                              "latents_std": [1.0] * 4}, (1, 3, 5, 32, 32), "QwenImageCausalConv3d"),
     "LTX": ("AutoencoderKLLTXVideo", LTX, (1, 3, 9, 32, 32), "LTXVideoCausalConv3d"),
-    "Mochi": ("AutoencoderKLMochi", {"latent_channels": 4, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
+    "Mochi": ("AutoencoderKLMochi",
+              {"latent_channels": 4, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
                                      "layers_per_block": (1,) * 5}, (1, 3, 7, 32, 32), "CogVideoXCausalConv3d"),
     "EasyAnimate": ("AutoencoderKLMagvit", {
         "latent_channels": 4, "block_out_channels": FOUR, "layers_per_block": 1, "norm_num_groups": 4,
@@ -33,7 +34,8 @@ MODELS = {
     "HunyuanVideo 1.5": ("AutoencoderKLHunyuanVideo15", {"latent_channels": 4, "block_out_channels": (16, 16, 32, 32, 32),
                                                          "layers_per_block": 1}, (1, 3, 5, 32, 32), "HunyuanVideo15CausalConv3d"),
     "Stable Diffusion": ("AutoencoderKL", {"block_out_channels": (16, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
-                                           "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}, (2, 3, 32, 32), "Conv2d"),
+                                           "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}, (2, 3, 32, 32),
+                         "Conv2d"),
 }
 
 

@@ -144,7 +144,8 @@ def test_calls_with_more_arguments_go_to_the_class():
     assert torch.equal(fast, module(x, cache))
 
 
-@pytest.mark.parametrize("module", [nn.Conv1d(4, 6, 3, padding=1), nn.Conv1d(4, 6, 5, stride=2, padding=2, padding_mode="replicate"),
+@pytest.mark.parametrize("module",
+                         [nn.Conv1d(4, 6, 3, padding=1), nn.Conv1d(4, 6, 5, stride=2, padding=2, padding_mode="replicate"),
                                     nn.Conv1d(4, 4, 3, groups=4, padding="same", padding_mode="reflect", bias=False)], ids=str)
 def test_one_dimension(module):
     torch.manual_seed(0)

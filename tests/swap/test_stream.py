@@ -30,7 +30,8 @@ def wan22():
 
 
 def cogvideox():
-    return diffusers.AutoencoderKLCogVideoX(block_out_channels=(8, 16, 16, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4)
+    return diffusers.AutoencoderKLCogVideoX(block_out_channels=(8, 16, 16, 16), latent_channels=4, layers_per_block=1,
+                                            norm_num_groups=4)
 
 
 def vidtok(**options):

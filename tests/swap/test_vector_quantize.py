@@ -25,8 +25,9 @@ def near_a_threshold(levels):
     return torch.stack(columns, -1)[None]
 
 
-FSQS = [({"levels": [8, 5, 5, 5]}, (2, 30, 4)), ({"levels": [8, 8, 8, 5, 5, 5]}, (2, 6, 3, 4, 5)), ({"levels": [5, 3]}, (2, 2, 4, 5)),
-        ({"levels": [8, 5], "dim": 7}, (2, 30, 7)), ({"levels": [8, 5], "num_codebooks": 3}, (2, 6, 4, 5)),
+FSQS = [({"levels": [8, 5, 5, 5]}, (2, 30, 4)), ({"levels": [8, 8, 8, 5, 5, 5]}, (2, 6, 3, 4, 5)),
+        ({"levels": [5, 3]}, (2, 2, 4, 5)), ({"levels": [8, 5], "dim": 7}, (2, 30, 7)),
+        ({"levels": [8, 5], "num_codebooks": 3}, (2, 6, 4, 5)),
         ({"levels": [8, 5], "num_codebooks": 2, "dim": 5, "projection_has_bias": False}, (2, 5, 3, 4, 5)),
         ({"levels": [8, 5], "keep_num_codebooks_dim": True}, (2, 30, 2)), ({"levels": [8, 5], "return_indices": False}, (2, 30, 2)),
         ({"levels": [8, 5], "channel_first": True}, (2, 2, 30)), ({"levels": [7, 26, 100]}, (2, 30, 3))]
@@ -104,7 +105,8 @@ def test_tokens_that_differ_are_counted_with_their_distance_to_the_threshold():
         report = vtok_fast.accelerate(fsq, example=z)
         _, ours = fsq(z)
     (entry,) = report.swapped
-    assert int((ours != eager).sum()) > 0 and entry.note.startswith(f"{int((ours != eager).sum())} of {eager.numel()} tokens differ")
+    differ = int((ours != eager).sum())
+    assert differ > 0 and entry.note.startswith(f"{differ} of {eager.numel()} tokens differ")
     assert float(entry.note.split("the furthest ")[1].split(" ulp")[0]) < 20 and entry.error == 0
 
 
@@ -146,7 +148,8 @@ def test_quantise_dropout_and_noise_in_training_are_the_librarys():
 
 
 @pytest.mark.parametrize("model", [library.LFQ(codebook_size=16, dim=4), library.FSQ([5, 5], orthogonal_rotation=True),
-                                   library.FSQ([8, 5], bound_hard_clamp=True), library.FSQ([1200, 5], return_indices=False)], ids=lambda m: type(m).__name__)
+                                   library.FSQ([8, 5], bound_hard_clamp=True), library.FSQ([1200, 5], return_indices=False)],
+                         ids=lambda m: type(m).__name__)
 def test_the_others_are_named(model):
     report = vtok_fast.accelerate(model)
     assert not report.swapped and report.skipped[0].path == "" and report.skipped[0].why

@@ -139,7 +139,8 @@ def run(call: ConvCall, backend: str | None) -> Tensor:
 def _triple(name: str, value: int | Sequence[int], least: int) -> Triple:
     triple = (value,) * 3 if isinstance(value, int) else tuple(value)
     if len(triple) != 3 or any(not isinstance(v, int) or not least <= v <= LARGEST_STEP for v in triple):
-        raise ValueError(f"{name}: expected one int or three (time, height, width), each from {least} to {LARGEST_STEP}, got {value!r}")
+        raise ValueError(f"{name}: expected one int or three (time, height, width), each from {least} to {LARGEST_STEP}, got "
+                         f"{value!r}")
     return triple
 
 
@@ -230,11 +231,11 @@ def _check_geometry(x: Tensor, weight: Tensor, cache: Tensor | None, stride: Tri
         raise ValueError(f"x: too small for the kernel: {tuple(x.shape[2:])} (T, H, W) with pads {pad} and kernel "
                          f"{tuple(weight.shape[2:])} gives an output of {tuple(size)}")
     if max(size[i] * weight.shape[2 + i] for i in range(3)) > LARGEST_AXIS or max(lengths) > LARGEST_AXIS:
-        raise ValueError(f"time_pad, spatial_pad: {pad} (front, back, top, bottom, left, right) and upsample {upsample} make an axis of "
-                         f"more than {LARGEST_AXIS} elements times taps")
+        raise ValueError(f"time_pad, spatial_pad: {pad} (front, back, top, bottom, left, right) and upsample {upsample} make an "
+                         f"axis of more than {LARGEST_AXIS} elements times taps")
     if math.prod(size) * weight.shape[0] * max(x.shape[0], 1) >= 2**48:
-        raise ValueError(f"time_pad, spatial_pad: {pad} (front, back, top, bottom, left, right) would make an output of {tuple(size)} "
-                         f"(T, H, W) with {weight.shape[0]} channels, which no machine holds")
+        raise ValueError(f"time_pad, spatial_pad: {pad} (front, back, top, bottom, left, right) would make an output of "
+                         f"{tuple(size)} (T, H, W) with {weight.shape[0]} channels, which no machine holds")
     factor = depth_to_space[0] * depth_to_space[1] * depth_to_space[2]
     if weight.shape[0] % factor:
         raise ValueError(f"depth_to_space: {depth_to_space} does not divide {weight.shape[0]} output channels")

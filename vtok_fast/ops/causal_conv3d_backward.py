@@ -99,7 +99,8 @@ def _impl(grad, x, weight, cache, stride, dilation, groups, pad, time_mode, spat
     used = 0 if cache is None else min(front, cache.shape[2] * upsample[0])
     frames = used + x.shape[2] * upsample[0] - (upsample[0] - 1 if once else 0)
     if mask[0] or mask[3]:
-        padded_size = [x.shape[0], x.shape[1], frames + front - used + back, height + sum(spatial_pad[0]), width + sum(spatial_pad[1])]
+        padded_size = [x.shape[0], x.shape[1], frames + front - used + back, height + sum(spatial_pad[0]),
+                       width + sum(spatial_pad[1])]
         g = _input_gradient(grad, weight, padded_size, stride, dilation, groups, inside)
         g = _pad_adjoint(g, 4, width, *spatial_pad[1], spatial_mode)
         g = _pad_adjoint(g, 3, height, *spatial_pad[0], spatial_mode)

@@ -162,7 +162,8 @@ def _possible(levels: tuple[int, ...]) -> tuple[int, ...]:
     if not levels or not all(2 <= level <= reference.MAX_LEVEL for level in levels):
         raise ValueError(f"levels: expected one or more ints from 2 to {reference.MAX_LEVEL}, got {levels}")
     if math.prod(levels) > 2**31:
-        raise ValueError(f"levels: a codebook of at most 2**31, so that int32 holds its indices, got {levels} with {math.prod(levels)}")
+        raise ValueError(f"levels: a codebook of at most 2**31, so that int32 holds its indices, got {levels} with "
+                         f"{math.prod(levels)}")
     return levels
 
 

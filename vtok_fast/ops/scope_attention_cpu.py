@@ -23,6 +23,8 @@ SECONDS_PER_CALL = 3e-5
 FLOPS_PER_SECOND = 3e10
 LARGEST_MASK = 1 << 22
 
+BLOCK = 256  # rows that PyTorch's kernel gives to a thread at a time, where there are thrice as many
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -137,6 +139,23 @@ def _views(c: Rectangles, queries: tuple[Tensor, ...],
         yield tuple(x.select(axis, i) for x in queries), tuple(x.select(axis, i) for x in keys)
 
 
+def _shared(c: Rectangles, units: int, backward: bool = False) -> Rectangles:
+    """One rectangle as one per thread, of fewer rows, where that ends sooner. ``units``: videos times heads.
+
+    PyTorch's kernel hands out blocks of rows, and its gradient whole heads: seven blocks of one head keep the second of two threads
+    waiting for the first, and one head leaves it nothing at all.
+    """
+    threads = torch.get_num_threads()
+    rows, rest = divmod(c.rows, threads)
+    if c.count > 1 or c.index is not None or rest or (rows < 3 * BLOCK and not backward):
+        return c
+    if backward:
+        busiest, fair = -(-units // threads) * c.rows, units * rows
+    else:
+        busiest, fair = -(-units * -(-c.rows // BLOCK) // threads) * BLOCK, units * rows
+    return c._replace(rows=rows, q_step=rows, k_step=0, count=threads) if busiest > 1.1 * fair else c
+
+
 # ---- attention -----------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +212,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> tup
         lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     for depth, layer in enumerate([] if mask is not None else steps.layers):
         for c in layer[depth == 0 and steps.all_rows:]:
+            c = _shared(c, q.shape[0] * q.shape[1])
             for (q_, out_, lse_), (k_, v_) in _views(c, (q, out, lse), _gathered(c, k, v)):
                 o, l = _flash(q_, k_, v_, scale=scale)
                 if depth == 0:
@@ -230,6 +250,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     wide = lse.dtype  # partial gradients add up in it
     dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
     for c in (c for layer in steps.layers for c in layer):
+        c = _shared(c, q.shape[0] * q.shape[1], backward=True)
         k_, v_ = _gathered(c, k, v)
         dk_, dv_ = (dk, dv) if c.index is None else (torch.zeros_like(t, dtype=wide) for t in (k_, v_))
         for (grad_i, q_i, out_i, lse_i, dq_i), (k_i, v_i, dk_i, dv_i) in _views(c, (grad, q, out, lse, dq), (k_, v_, dk_, dv_)):

@@ -33,7 +33,7 @@ def bound_constants(level: int, variant: str = "vidtok") -> tuple[float, float, 
     return half_l, offset, math.tan(offset / half_l)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def thresholds(level: int, variant: str = "vidtok") -> Tensor:
     """The level - 1 thresholds of a channel, float32, ascending: the level is how many of them are <= z. Do not write to it."""
     half_l, offset, shift = bound_constants(level, variant)

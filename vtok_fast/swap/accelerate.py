@@ -15,9 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from vtok_fast import native, parity
-from vtok_fast.swap import (diffusers_cogvideox, diffusers_cosmos, diffusers_hunyuan, diffusers_vidtok, diffusers_wan, pad_conv,
-                            vector_quantize)
-from vtok_fast.swap import cosmos, infotok, promag, vidtok
+from vtok_fast.swap import (
+    cosmos,
+    diffusers_cogvideox,
+    diffusers_cosmos,
+    diffusers_hunyuan,
+    diffusers_vidtok,
+    diffusers_wan,
+    infotok,
+    pad_conv,
+    promag,
+    vector_quantize,
+    vidtok,
+)
 from vtok_fast.swap.patch import Patch, Skip, Swap, hooked
 from vtok_fast.swap.report import Entry, Report
 from vtok_fast.swap.results import close, equal
@@ -265,7 +275,7 @@ def _measure_end_to_end(model: nn.Module, args: tuple, eager: tuple, ref64: tupl
 
 
 def _share_weight_cache(model: nn.Module) -> Any:
-    """Grants the native weight cache this model's own bytes (or what VTOK_FAST_WEIGHT_CACHE says); returns how to take them back."""
+    """Grants the native weight cache this model's own bytes, or what VTOK_FAST_WEIGHT_CACHE says; returns how to take them back."""
     key = id(model)
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     _set_weight_cache(sum(_cache_shares.values()) + own)

@@ -210,8 +210,8 @@ def _propose_resample(block: nn.Module) -> list[Swap] | Skip | None:
         return None
     up = block.mode.startswith("up")
     first, layer = block.resample
-    if type(first).__name__ != ("WanUpsample" if up else "ZeroPad2d") or not plain_conv2d(layer) or "3d" in block.mode and (
-            why := unlike(block, time_conv="WanCausalConv3d")):
+    if type(first).__name__ != ("WanUpsample" if up else "ZeroPad2d") or not plain_conv2d(layer) or (
+            "3d" in block.mode and unlike(block, time_conv="WanCausalConv3d")):
         return Skip("its parts were replaced")
     if (first.mode, first.scale_factor) != ("nearest-exact", (2.0, 2.0)) if up else tuple(first.padding) != (0, 1, 0, 1):
         return Skip("another resampling than this swap was made for")

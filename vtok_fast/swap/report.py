@@ -38,8 +38,8 @@ class Report:
     Attributes:
         swapped, skipped: lists of :class:`Entry`, in the model's order.
         contract: "close" or "exact".
-        end_to_end: the whole model's error and bound on ``example``, with a ``why`` where it is beyond the bound (a token that falls
-            to the other side of a rounding threshold does that: see ``tokens``); None where no example was given.
+        end_to_end: the whole model's error and bound on ``example``, with a ``why`` where it is beyond the bound (a token that
+            falls to the other side of a rounding threshold does that: see ``tokens``); None where no example was given.
         tokens: a :class:`vtok_fast.parity.TokenParity` for each FSQ quantiser of the model, on ``example``.
     """
 
