@@ -36,8 +36,8 @@ inline Status current_device(Device& device) {
 }
 
 template <class... Parameters, class... Arguments>
-Status launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-              Arguments&&... arguments) {
+Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+              cudaStream_t stream, Arguments&&... arguments) {
   if (shared_bytes > 48 * 1024)  // the largest amount that needs no permission
     VTOK_RETURN_IF_ERROR(status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                         static_cast<int>(shared_bytes)), what));
@@ -46,6 +46,11 @@ Status launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 b
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute size = {};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = cluster.x, size.val.clusterDim.y = cluster.y, size.val.clusterDim.z = cluster.z;
+  config.attrs = &size;
+  config.numAttrs = cluster.x * cluster.y * cluster.z > 1;  // GPUs before sm_90 have no clusters
   return status_of(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
 }
 
@@ -53,4 +58,6 @@ Status launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 b
 #endif
 
 // VTOK_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...) is a Status. Commas of template arguments do no harm.
-#define VTOK_LAUNCH(...) ::vtok::cuda::launch(#__VA_ARGS__, __VA_ARGS__)
+#define VTOK_LAUNCH(...) ::vtok::cuda::launch(#__VA_ARGS__, dim3(1), __VA_ARGS__)
+// The same in clusters of `cluster` blocks (sm_90 and newer): at most 8, and the grid is made of whole ones.
+#define VTOK_LAUNCH_CLUSTER(cluster, ...) ::vtok::cuda::launch(#__VA_ARGS__, cluster, __VA_ARGS__)

@@ -4,7 +4,7 @@
 //   machine.h .cpp  threads as fibers, the scheduler, barriers and shuffles, vector clocks
 //   memory.h .cpp   shared and global memory, with every access checked
 //   instructions.h  the functions of ptx.cuh
-//   sm90.h .cpp     those of ptx_sm90.cuh: mbarrier, TMA, wgmma
+//   sm90.h          those of ptx_sm90.cuh: mbarrier.cpp (and clusters), tma.cpp, wgmma.cpp
 //   calls.h .cpp    calling a launcher from Python
 #pragma once
 #include <tuple>
@@ -24,12 +24,12 @@ inline Status current_device(Device& device) {
 }
 
 template <class... Parameters, class... Arguments>
-Status launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-              Arguments&&... arguments) {
+Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+              cudaStream_t, Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "more bytes of parameters than every GPU takes");
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
   emu::launched = what;
-  const std::string error = emu::run(grid, block, shared_bytes, [&] { std::apply(kernel, held); });
+  const std::string error = emu::run(grid, cluster, block, shared_bytes, [&] { std::apply(kernel, held); });
   return error.empty() ? Status::Ok() : Status::Internal(error);
 }
 

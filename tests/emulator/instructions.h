@@ -22,7 +22,7 @@ T ld_shared(uint32_t address, Where where = Where::current()) {
 template <class T>
 void st_shared(uint32_t address, T value, Where where = Where::current()) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
-  emu::write_shared(address, &value, sizeof(T), sizeof(T), "st_shared", where);
+  emu::write_shared(address, &value, sizeof(T), sizeof(T), "st_shared", where, *emu::self);
 }
 
 template <class T>
@@ -72,7 +72,7 @@ void ldmatrix(const char* what, uint32_t (&r)[N], uint32_t smem, bool transposed
       }
       emu::bank_conflicts += *std::max_element(rows_in_banks, rows_in_banks + 8) - 1;
       for (int lane = 0; lane < 32; ++lane) {
-        emu::Thread& by = emu::block.threads[32 * emu::self->warp + lane];
+        emu::Thread& by = emu::cluster.threads[32 * emu::self->warp + lane];
         if (!transposed) {
           emu::read_shared(&lanes[lane]->r[i], lanes[8 * i + lane / 4]->address + 4 * (lane % 4), 4, 4, what, where, by);
           continue;

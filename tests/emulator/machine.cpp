@@ -39,8 +39,9 @@ std::deque<Thread*> ready;
 void fiber_main() {
   (*kernel)();
   finish_copies(*self, self->groups + 1);
-  sm90_end_thread();
   self->state = Thread::State::ended;
+  --cluster.blocks[self->rank].running;
+  sm90_end_thread();
   void* forgotten;
   emu_switch(&forgotten, scheduler_stack_pointer);
   __builtin_unreachable();
@@ -56,12 +57,13 @@ char* stack_top(int id) {
   return tops[id];
 }
 
-void start(Thread& t, int id, size_t threads) {
-  const dim3 size = block.size;
+void start(Thread& t, int id) {
+  const dim3 size = cluster.block_size;
+  const unsigned in_block = unsigned(id % cluster.block_threads());
   t = {};
-  t.id = id, t.warp = id / 32, t.lane = id % 32;
-  t.index = {unsigned(id) % size.x, unsigned(id) / size.x % size.y, unsigned(id) / (size.x * size.y)};
-  t.clock.assign(2 * threads + sm90_clocks(), 0);
+  t.id = id, t.warp = id / 32, t.lane = id % 32, t.rank = int(id / cluster.block_threads());
+  t.index = {in_block % size.x, in_block / size.x % size.y, in_block / (size.x * size.y)};
+  t.clock.assign(2 * cluster.threads.size() + sm90_clocks(), 0);
   t.clock[id] = 1;
   auto** top = reinterpret_cast<void**>(stack_top(id));
   *--top = nullptr;  // so that the stack is aligned in fiber_main as after a call
@@ -82,36 +84,45 @@ Thread* next() {
   return t;
 }
 
+std::string name_of_cluster() {
+  const std::string number = std::to_string(cluster.number);
+  return cluster.blocks.size() == 1 ? "block " + number : "cluster " + number;
+}
+
 // Who waits for what, when nobody can go on.
 std::string deadlock() {
   std::map<std::string, int> waiting;
   int ended = 0;
-  for (const Thread& t : block.threads) {
+  for (const Thread& t : cluster.threads) {
     if (t.state == Thread::State::ended) ++ended;
     else ++waiting[std::string(t.waits_for) + " (" + place(t.where) + ")"];
   }
   std::string text = "deadlock: " + std::to_string(ended) + " threads have ended";
   for (const auto& [what, count] : waiting) text += ", " + std::to_string(count) + " wait at " + what;
-  return text + "; block " + std::to_string(block.number);
+  return text + "; " + name_of_cluster();
 }
 
-void run_block(uint32_t number, dim3 size, size_t shared_bytes) {
-  const size_t threads = size_t(size.x) * size.y * size.z;
-  const unsigned at = number % grid.x, rest = number / grid.x;
-  block.index = {at, rest % grid.y, rest / grid.y};
-  block.number = number, block.size = size;
-  block.threads.resize(threads);
-  block.warps.assign((threads + 31) / 32, {});
-  for (Meeting& m : block.barriers) m = {};
+void run_cluster(uint32_t number, dim3 size, dim3 block_size, size_t shared_bytes) {
+  const size_t threads = size_t(block_size.x) * block_size.y * block_size.z, blocks = size_t(size.x) * size.y * size.z;
+  const unsigned wide = grid.x / size.x, high = grid.y / size.y;  // the grid in clusters
+  const unsigned x = number % wide * size.x, y = number / wide % high * size.y, z = number / wide / high * size.z;
+  cluster.number = number, cluster.block_size = block_size, cluster.size = size;
+  cluster.blocks.assign(blocks, {});
+  for (unsigned i = 0; i < blocks; ++i) {
+    cluster.blocks[i].index = {x + i % size.x, y + i / size.x % size.y, z + i / size.x / size.y};
+    cluster.blocks[i].running = threads;
+  }
+  cluster.threads.resize(blocks * threads);
+  cluster.warps.assign((blocks * threads + 31) / 32, {});
   ready.clear();
   reset_shared(shared_bytes);
-  sm90_start_block();
+  sm90_start_cluster();
   in_flight.clear();
-  for (size_t i = 0; i < threads; ++i) start(block.threads[i], int(i), threads);
+  for (size_t i = 0; i < cluster.threads.size(); ++i) start(cluster.threads[i], int(i));
   while (error.empty() && !(ready.empty() && in_flight.empty())) {
     if (ready.empty() &&
-        std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& t) { return t.state == Thread::State::ended; })) {
-      error = "the kernel ends while TMA still writes to shared memory; block " + std::to_string(number);
+        std::all_of(cluster.blocks.begin(), cluster.blocks.end(), [](const Block& b) { return b.running == 0; })) {
+      error = "the kernel ends while TMA still writes to shared memory; " + name_of_cluster();
       break;
     }
     if (!in_flight.empty() && (ready.empty() || (config.seed >= 2 && random_bits() % 4 == 0))) {
@@ -124,16 +135,24 @@ void run_block(uint32_t number, dim3 size, size_t shared_bytes) {
     self = next();
     emu_switch(&scheduler_stack_pointer, self->stack_pointer);
   }
-  for (const Thread& t : block.threads)
+  for (const Thread& t : cluster.threads)
     if (error.empty() && t.state != Thread::State::ended) error = deadlock();
   self = nullptr;
 }
 
-std::string impossible(dim3 g, dim3 b, size_t shared_bytes) {
+std::string impossible(dim3 g, dim3 c, dim3 b, size_t shared_bytes) {
   if (!g.x || !g.y || !g.z || g.x > 0x7fffffff || g.y > 65535 || g.z > 65535 || uint64_t(g.x) * g.y * g.z > 1 << 30)
     return "grid of " + std::to_string(g.x) + " x " + std::to_string(g.y) + " x " + std::to_string(g.z) + " blocks";
   if (!b.x || !b.y || !b.z || b.x > 1024 || b.y > 1024 || b.z > 64 || uint64_t(b.x) * b.y * b.z > 1024)
     return "block of " + std::to_string(b.x) + " x " + std::to_string(b.y) + " x " + std::to_string(b.z) + " threads";
+  if (const unsigned blocks = c.x * c.y * c.z; blocks != 1) {
+    const std::string size =
+        "cluster of " + std::to_string(c.x) + " x " + std::to_string(c.y) + " x " + std::to_string(c.z) + " blocks";
+    if (config.capability < 90) return size + ", which only sm_90 and newer have";
+    if (blocks == 0 || blocks > 8 || g.x % c.x || g.y % c.y || g.z % c.z)
+      return size + ": at most 8, and whole clusters in the grid";
+    if (b.x * b.y * b.z % 32) return size + ": the emulator knows clusters of blocks of whole warps";
+  }
   if (shared_bytes > size_t(config.shared_limit))
     return std::to_string(shared_bytes) + " bytes of shared memory, at most " + std::to_string(config.shared_limit);
   return "";
@@ -147,7 +166,7 @@ std::string place(const Where& where) {
 }
 
 void fail(const std::string& message, const Where& where) {
-  const uint3 t = self->index, b = block.index;
+  const uint3 t = self->index, b = cluster.blocks[self->rank].index;
   auto triple = [](uint3 v) { return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")"; };
   if (error.empty()) error = message + "; thread " + triple(t) + " of block " + triple(b) + " at " + place(where);
   void* forgotten;
@@ -156,22 +175,22 @@ void fail(const std::string& message, const Where& where) {
 }
 
 void report(const std::string& message, const Where& where) {
-  if (error.empty()) error = message + "; block " + std::to_string(block.number) + ", of what began at " + place(where);
+  if (error.empty()) error = message + "; " + name_of_cluster() + ", of what began at " + place(where);
 }
 
-std::string run(dim3 g, dim3 b, size_t shared_bytes, const std::function<void()>& body) {
-  if (std::string why = impossible(g, b, shared_bytes); !why.empty()) return "launch: " + why;
+std::string run(dim3 g, dim3 c, dim3 b, size_t shared_bytes, const std::function<void()>& body) {
+  if (std::string why = impossible(g, c, b, shared_bytes); !why.empty()) return "launch: " + why;
   grid = g, kernel = &body;
   error.clear();
   bank_conflicts = 0;
   random_bits.seed(unsigned(config.seed));
   forget_global_accesses();
-  std::vector<uint32_t> order(uint64_t(g.x) * g.y * g.z);
+  std::vector<uint32_t> order(uint64_t(g.x) * g.y * g.z / (uint64_t(c.x) * c.y * c.z));
   std::iota(order.begin(), order.end(), 0);
   if (config.seed == 1) std::reverse(order.begin(), order.end());
   if (config.seed >= 2) std::shuffle(order.begin(), order.end(), random_bits);
   for (uint32_t number : order) {
-    run_block(number, b, shared_bytes);
+    run_cluster(number, c, b, shared_bytes);
     if (!error.empty()) break;
   }
   return error;
@@ -223,9 +242,9 @@ void order_memory(const Meeting& meeting) {
 
 Meeting& warp_meeting(unsigned mask, const char* what, const Where& where) {
   if (!(mask >> self->lane & 1)) fail(std::string(what) + ": the mask lacks the lane that calls it", where);
-  const unsigned exist = unsigned(std::min<size_t>(block.threads.size() - 32 * self->warp, 32));
+  const unsigned exist = unsigned(std::min<size_t>(cluster.threads.size() - 32 * self->warp, 32));
   if (exist < 32 && mask >> exist) fail(std::string(what) + ": the mask has lanes that do not exist", where);
-  auto& meetings = block.warps[self->warp].meetings;
+  auto& meetings = cluster.warps[self->warp].meetings;
   for (auto& [m, meeting] : meetings)
     if (m == mask) return meeting;
   meetings.reserve(33);  // references to it stay valid
@@ -234,7 +253,7 @@ Meeting& warp_meeting(unsigned mask, const char* what, const Where& where) {
 }
 
 void barrier(int id, size_t threads, const char* what, const Where& where) {
-  Meeting& meeting = block.barriers[id];
+  Meeting& meeting = cluster.blocks[self->rank].barriers[id];
   if (!arrive(meeting, threads, what, where)) return;
   order_memory(meeting);
   dismiss(meeting);

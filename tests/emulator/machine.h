@@ -1,8 +1,9 @@
-// The threads of a block as fibers, which run one after the other and change only where they wait for each other.
+// The threads of a block as fibers, which run one after the other and change only where they wait for each other. Blocks of a
+// cluster run together: a block that is alone is a cluster of one.
 //
 // A seed decides who runs next: 0 the one that has waited longest, 1 the one that has waited least, 2 and up at random; so for the
-// order of blocks. Time is counted by vector clocks: clock[i] of a thread is how much of what agent i did is known to have
-// happened before now. Agents are the threads of the block, 0 to n-1, their asynchronous copies, n to 2n-1, and what sm90.h adds.
+// order of clusters. Time is counted by vector clocks: clock[i] of a thread is how much of what agent i did is known to have
+// happened before now. Agents are the threads of the cluster, 0 to n-1, their asynchronous copies, n to 2n-1, and what sm90.h adds.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -21,13 +22,14 @@ using Where = std::source_location;  // of an instruction in the kernel's source
 
 // A copy from global to shared memory that is under way; no source: zeros.
 struct Copy {
-  uint32_t group, to, bytes;
+  uint32_t group, to, bytes;  // `to`: a place, see memory.h
   const void* from;
 };
 
 struct Thread {
   uint3 index;
-  int id, warp, lane;
+  int id, warp, lane;  // id and warp: counted through the cluster
+  int rank;            // of its block in the cluster
   enum class State { ready, waiting, ended } state;
   const char* waits_for;
   Where where;
@@ -49,11 +51,17 @@ struct Warp {
 
 struct Block {
   uint3 index;
-  uint32_t number;
-  dim3 size;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
+  size_t running;  // threads that have not ended
   Meeting barriers[16];
+};
+
+struct Cluster {
+  uint32_t number;
+  dim3 block_size, size;  // threads of a block, blocks of the cluster
+  std::vector<Block> blocks;
+  std::vector<Thread> threads;  // of all blocks
+  std::vector<Warp> warps;
+  size_t block_threads() const { return threads.size() / blocks.size(); }
 };
 
 struct Config {  // what a test may choose
@@ -64,7 +72,7 @@ struct Config {  // what a test may choose
 
 inline Config config;
 inline dim3 grid;
-inline Block block;
+inline Cluster cluster;
 inline Thread* self = nullptr;
 inline std::mt19937 random_bits;
 inline const char* launched = "";    // the last launch, as its source has it
@@ -80,8 +88,8 @@ inline bool chance() { return config.seed >= 2 ? random_bits() & 1 : config.seed
 void report(const std::string& message, const Where& where);  // the same of an operation that no thread is about: returns
 std::string place(const Where& where);
 
-// Runs a kernel: "" or the error.
-std::string run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// Runs a kernel: "" or the error. cluster: in blocks.
+std::string run(dim3 grid, dim3 cluster, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 // The running thread waits until another wakes it.
 void park(const char* what, const Where& where);
@@ -125,14 +133,14 @@ T shuffle(const char* what, unsigned mask, T value, int source, const Where& whe
 }  // namespace emu
 
 #define threadIdx (::emu::self->index)
-#define blockIdx (::emu::block.index)
-#define blockDim (::emu::block.size)
+#define blockIdx (::emu::cluster.blocks[::emu::self->rank].index)
+#define blockDim (::emu::cluster.block_size)
 #define gridDim (::emu::grid)
 
 constexpr int warpSize = 32;
 
 inline void __syncthreads(emu::Where where = emu::Where::current()) {
-  emu::barrier(0, emu::block.threads.size(), "__syncthreads", where);
+  emu::barrier(0, emu::cluster.block_threads(), "__syncthreads", where);
 }
 
 inline void __syncwarp(unsigned mask = ~0u, emu::Where where = emu::Where::current()) {

@@ -59,11 +59,8 @@ __global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant_
       for (int half = 0; half < 2; ++half)
         ptx::tma_store(&c, base + half * kTile, {32 * half, int(bug == 20 ? 0 : blockIdx.x) * 64});
       ptx::tma_store_commit();
+      if (bug == 22) ptx::st_shared(base, 0.0f);
       if (bug != 21) ptx::tma_store_wait_read<0>();
-    }
-    if (bug == 22 && t == 128) {
-      ptx::tma_store(&c, base, {0, int(blockIdx.x) * 64});
-      ptx::st_shared(base, 0.0f);
     }
     if (bug == 25) ptx::bar_sync<1>(128), ptx::st_shared(base + 4 * (t - 128), 0.0f);
   }

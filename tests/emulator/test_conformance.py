@@ -87,32 +87,62 @@ def conversions():
         yield from (int(a) | int(b) << 16, int(c), int(d))
 
 
-def boxes():
+TENSOR = np.arange(1, 80 * 7 * 5 + 1).reshape(5, 7, 80)
+
+
+def box(at, swizzle):
     """Rows of W bytes; the 16-byte chunk c of row r lies at chunk c ^ (r W / 128 % (W / 16)) of its row, but for swizzle 0."""
-    tensor = np.arange(1, 80 * 7 * 5 + 1).reshape(5, 7, 80)
     padded = np.zeros((5 + 8, 7 + 8, 80 + 64), dtype=np.int64)
-    padded[:5, 4:11, :80] = tensor
+    padded[:5, 4:11, :80] = TENSOR
+    x, y, z = at
+    width = swizzle or 32
+    rows = padded[z:z + 6, 4 + y:4 + y + 3, x:x + width // 2].reshape(18, width // 16, 8)
+    for r, row in enumerate(rows):
+        for chunk in range(width // 16):
+            place = chunk ^ (r * width // 128 % (width // 16)) if swizzle else chunk
+            yield from (int(low) | int(high) << 16 for low, high in row[place].reshape(4, 2))
+
+
+def boxes():
     for swizzle in (128, 64, 32, 0):
-        width = swizzle or 32
-        rows = padded[2:8, 4 - 1:4 + 2, 40:40 + width // 2].reshape(18, width // 16, 8)
-        for r, row in enumerate(rows):
-            for chunk in range(width // 16):
-                place = chunk ^ (r * width // 128 % (width // 16)) if swizzle else chunk
-                yield from (int(low) | int(high) << 16 for low, high in row[place].reshape(4, 2))
+        yield from box((40, -1, 2), swizzle)
 
 
-def warpgroup_products():
+def warpgroup_products(columns=64):
     r = np.arange(64)[:, None]
+    n = np.arange(columns)[:, None]
     k = np.arange(64)[None]
-    c = ((3 * r + 5 * k) % 7 - 3) @ ((2 * r + 11 * k) % 9 - 4).T
-    for i in range(32):
+    c = ((3 * r + 5 * k) % 7 - 3) @ ((2 * n + 11 * k) % 9 - 4).T
+    for i in range(columns // 2):
         for t in range(128):
             yield int(c[t // 32 * 16 + t % 32 // 4 + i // 2 % 2 * 8, i // 4 * 8 + t % 4 * 2 + i % 2] + t) & 0xFFFFFFFF
 
 
+def stored_matrices():
+    """Row r, elements c, of matrix i: from lane 4 r + c // 2; of its transpose, from lane 4 c + r // 2."""
+    for transposed in (False, True):
+        for i in range(4):
+            for r in range(8):
+                pair = [(c, r) if transposed else (r, c) for c in range(8)]
+                halves = [(4 * row + column // 2) << 8 | i << 4 | column % 2 for row, column in pair]
+                yield from (halves[c] | halves[c + 1] << 16 for c in range(0, 8, 2))
+
+
+def clusters():
+    for rank in (0, 1):
+        for y in (0, 1):
+            yield from box((0, y, 0), 128)
+        yield from ((rank ^ 1) * 1000 + t for t in range(128))
+    stored = np.full((5, 7, 80), 0xFFFF)
+    stored[2:, 5:, 40:] = TENSOR[:3, :2, :40]
+    yield from (int(low) | int(high) << 16 for low, high in stored.reshape(-1, 2))
+
+
 PARTS = {"matrices": matrices, "bf16 products": lambda: products(2, 16), "fp16 products": lambda: products(2, 16),
          "tf32 products": lambda: products(1, 8), "exchanges": exchanges, "copies": copies, "conversions": conversions}
-PARTS_SM90 = {"boxes": boxes, "products": warpgroup_products}
+PARTS_SM90 = {"boxes": boxes, "products": warpgroup_products, "products from registers": warpgroup_products,
+              "transposed products": lambda: warpgroup_products(128), "stored matrices": stored_matrices, "clusters": clusters}
+WORDS_SM90 = 18 * 64 + (64 + 64 + 128) * 64 + 256 + 2 * (2 * 18 * 32 + 128) + 1400
 
 
 def check(words, parts):
@@ -144,7 +174,7 @@ def test_emulator_sm90(seed):
     library = emulator.build("tests/emulator/conformance_sm90.cu", exports={"run": "vtok::cuda::conformance_sm90"},
                              glue="namespace vtok::cuda { Status conformance_sm90(const Tensor&, const Tensor&); }")
     elements = torch.arange(1, 80 * 7 * 5 + 1, dtype=torch.int16).view(torch.float16)
-    words = torch.full((18 * 64 + 64 * 64,), -1, dtype=torch.int32)
+    words = torch.full((WORDS_SM90,), -1, dtype=torch.int32)
     library.run(elements, words, seed=seed, capability=90)
     check([n & 0xFFFFFFFF for n in words.tolist()], PARTS_SM90)
 
