@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kSerialBytes = 256 * 1024;  // below which waking another thread costs more than it saves
 constexpr int64_t kChunk = 1024;              // positions per task of packing and unpacking
-constexpr int64_t kPiece = 64 * 1024;         // bytes of one plane that are read in one go
+constexpr int64_t kPiece = 128 * 1024;         // bytes of one plane that are read in one go
 constexpr int64_t kExactAdditions = 2048;     // of values up to 2^12 in steps of 2^-30, from 0, in a double
 
 bool contiguous(const Tensor& t) {
@@ -72,43 +72,47 @@ Status router_scores(const Tensor& video, const Tensor& reconstruction, const Te
   // A task reads pieces of kPiece adjacent bytes: `band` rows of tokens, frame by frame and channel by channel.
   const int64_t band = std::clamp<int64_t>(kPiece / (rows * w * step * a.width), 1, h), bands = (h + band - 1) / band;
   if (threads < 1 || video.numel() * a.width < kSerialBytes) threads = 1;
-  std::vector<std::vector<double>> sums(threads, std::vector<double>(w * step));
+  // Rows of pixels that a sum may take: with the columns of a token as many additions as stay exact.
+  const int64_t at_most = std::max<int64_t>(1, kExactAdditions / step);
+  std::vector<std::vector<double>> sums(threads, std::vector<double>(band * w * step));
   std::vector<std::vector<int64_t>> totals(threads, std::vector<int64_t>(band * w));
   parallel_for(scores.size[0] * t * bands, threads, [&](int64_t task, int thread) {
     double* sum = sums[thread].data();
     int64_t* total = totals[thread].data();
     const int64_t first = task % bands * band, last = std::min(first + band, h), group = task / bands % t, batch = task / bands / t;
-    const int64_t begin = group ? 1 + (group - 1) * frames : 0, depth = group ? frames : 1;
-    std::fill_n(total, band * w, 0);
+    const int64_t begin = group ? 1 + (group - 1) * frames : 0, depth = group ? frames : 1, tokens = (last - first) * w;
+    std::fill_n(total, tokens, 0);
+    std::fill_n(sum, tokens * step, 0.0);
     std::vector<char> nan;  // allocated where one turns up
-    auto flush = [&](int64_t y) {  // the sums of one row of tokens
-      for (int64_t x = 0; x < w; ++x)
+    auto flush = [&] {
+      for (int64_t x = 0; x < tokens; ++x)
         for (int64_t i = 0; i < step; i += kExactAdditions) {
           double part = 0;
           for (int64_t k = i; k < std::min(step, i + kExactAdditions); ++k) part += sum[x * step + k];
-          total[(y - first) * w + x] += part == part ? static_cast<int64_t>(part * 0x1p30) : 0;
-          if (part != part) nan.resize(band * w), nan[(y - first) * w + x] = 1;
+          total[x] += part == part ? static_cast<int64_t>(part * 0x1p30) : 0;
+          if (part != part) nan.resize(band * w), nan[x] = 1;
         }
+      std::fill_n(sum, tokens * step, 0.0);
     };
+    int64_t added = 0;
     for (int64_t f = begin; f < begin + depth; ++f)
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t y = first; y < last; ++y) {
-          // What is added up in a double: some rows, then some of their columns.
-          const int64_t at_once = std::max<int64_t>(1, kExactAdditions / std::min(step, kExactAdditions));
-          for (int64_t r = 0; r < rows; r += at_once) {
-            std::fill_n(sum, w * step, 0.0);
-            for (int64_t k = y * rows + r; k < y * rows + std::min(rows, r + at_once); ++k) {
-              auto at = [&](const Rows& v) {
-                return v.data + (batch * v.batch + f * v.frame + c * v.channel + k * v.row) * v.width;
-              };
-              VTOK_DISPATCH(add_differences(ScoreRow{video.dtype, at(a), at(b), w * step, a.column, b.column}, sum));
-            }
-            flush(y);
+        for (int64_t r = 0, count; r < rows; r += count) {
+          count = std::min(rows - r, at_most);
+          if (added + count > at_most) flush(), added = 0;
+          added += count;
+          for (int64_t y = first; y < last; ++y) {
+            auto at = [&](const Rows& v) {
+              return v.data + (batch * v.batch + f * v.frame + c * v.channel + (y * rows + r) * v.row) * v.width;
+            };
+            const ScoreRows block{video.dtype, at(a), at(b), count, w * step, a.row, a.column, b.row, b.column};
+            VTOK_DISPATCH(add_differences(block, sum + (y - first) * w * step));
           }
         }
+    flush();
     const double divisor = static_cast<double>(channels * depth * rows * step) * 0x1p30;
     float* to = static_cast<float*>(scores.data) + ((batch * t + group) * h + first) * w;
-    for (int64_t i = 0; i < (last - first) * w; ++i) {
+    for (int64_t i = 0; i < tokens; ++i) {
       to[i] = static_cast<float>(static_cast<double>(total[i]) / divisor);
       if (!nan.empty() && nan[i]) to[i] = std::numeric_limits<float>::quiet_NaN();
     }

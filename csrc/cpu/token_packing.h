@@ -29,14 +29,14 @@ Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& value
 // values (N, C), contiguous; fill: one element; dense (B, C, n) with the channels of a position adjacent.
 Status unpack_tokens(const Tensor& values, const Tensor& mask, const Tensor& fill, const Tensor& dense, int threads);
 
-// Rows of pixels whose differences add up column by column. What the kernel sees.
-struct ScoreRow {
+// Rows of pixels whose differences add up column by column. What the kernel sees; steps and rows are in elements.
+struct ScoreRows {
   DType dtype;
   const void *video, *reconstruction;
-  int64_t columns, video_step, reconstruction_step;
+  int64_t rows, columns, video_row, video_step, reconstruction_row, reconstruction_step;
 };
 
 }  // namespace vtok::cpu
 
-// sums[i] += |video[i] - reconstruction[i]|, cut as above; exact up to 2048 times from 0. NaN stays NaN.
-VTOK_DECLARE(void add_differences(const ScoreRow& row, double* sums))
+// sums[i] += |video[row, i] - reconstruction[row, i]| of each row, cut as above; exact up to 2048 times from 0. NaN stays NaN.
+VTOK_DECLARE(void add_differences(const ScoreRows& rows, double* sums))
