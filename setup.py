@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=["vtok_fast", "vtok_fast.reference", "vtok_fast.ops", "vtok_fast.nn", "vtok_fast.models", "vtok_fast.swap",
-              "vtok_fast.kernels"],
+              "vtok_fast.bench", "vtok_fast.kernels"],
     package_dir={"vtok_fast.kernels": "kernels"},
     ext_modules=[Extension("vtok_fast._C", [])],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,1 +1,1 @@
-"""Benchmarks: each op beside its strongest peers, in one run. ``python -m benchmarks --help``."""
+"""The benchmarks of vtok_fast.bench under pytest-benchmark, and their results. ``python -m benchmarks --help``."""

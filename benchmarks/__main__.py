@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import harness
+from vtok_fast.bench import harness, run
 
-NAMES = ("causal_conv3d", "norm_act", "fsq", "scope_attention", "token_packing", "vidtok", "models")
+NAMES = run.SECTIONS
 
 
 def main() -> int:
@@ -19,23 +19,26 @@ def main() -> int:
     parser.add_argument("--json", metavar="PATH", help="where results go; sections of an existing file are replaced one by one")
     parser.add_argument("--seconds", type=float, metavar="S", help="measure each case for at least S seconds")
     parser.add_argument("--threads", type=int, metavar="N", help="threads for torch and for the kernels; default: torch's own")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:1; default: a GPU where there is one")
     parser.add_argument("-k", metavar="EXPRESSION", help="only cases whose name matches, as for pytest; then no result file unless --json")
     options = parser.parse_args()
-    harness.pin_allocator()
+    options.device = options.device or run.default_device()
+    if options.device == "cpu":
+        harness.pin_allocator()
 
     import pytest
 
-    from benchmarks import machine
+    from vtok_fast.bench import machine
 
     here = Path(__file__).resolve().parent
     results = options.json
     if results is None and not options.quick and not options.k:
-        results = str(here / "results" / f"{machine.slug(machine.describe())}.json")
+        results = str(here / "results" / f"{machine.slug(machine.describe(options.device))}.json")
     arguments = [str(here / f"{name}.py") for name in options.only or NAMES]
     arguments += ["-q", "--no-header", "--benchmark-quiet", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--disable-warnings",
                   f"--rootdir={here.parent}", f"--confcutdir={here}"]
     arguments += [flag for flag, wanted in (("--quick", options.quick), ("--full", options.full)) if wanted]
-    for flag, value in (("--results", results), ("--seconds", options.seconds), ("--threads", options.threads)):
+    for flag, value in (("--device", options.device), ("--results", results), ("--seconds", options.seconds), ("--threads", options.threads)):
         arguments += [] if value is None else [f"{flag}={value}"]
     return pytest.main(arguments + (["-k", options.k] if options.k else []))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import harness, machine, report
-from benchmarks.harness import Settings
+from vtok_fast.bench import ceilings, harness, machine, report
+from vtok_fast.bench import run as runner
+from vtok_fast.bench.harness import Settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="also the measurements that take minutes: memory at 17x256x256")
     group.addoption("--seconds", type=float, help="measure each case for at least so long")
     group.addoption("--threads", type=int, help="torch.set_num_threads")
+    group.addoption("--device", help="cpu, cuda or cuda:1; default: a GPU where there is one")
     group.addoption("--results", help="a JSON file to add the results to")
 
 
@@ -22,7 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     if option.threads:
         torch.set_num_threads(option.threads)
-    config.settings = Settings.of(quick=option.quick, full=option.full, seconds=option.seconds)
+    config.settings = Settings.of(quick=option.quick, full=option.full, seconds=option.seconds,
+                                  device=option.device or runner.default_device())
     config.sections = {}
 
 
@@ -31,36 +34,52 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", metafunc.module.cases(metafunc.config.settings), ids=str)
 
 
+@pytest.fixture(scope="session")
+def limits(pytestconfig):
+    """The machine's ceilings, measured before anything else."""
+    runner.prepare(pytestconfig.settings)
+    return ceilings.measure(pytestconfig.settings)
+
+
 @pytest.fixture
-def keep(request):
+def keep(request, limits):
     """``keep(section, record)`` adds a result to those of this run, and to the file, which is complete after every case."""
     config = request.config
 
     def add(section: str, record: dict) -> None:
         if section not in config.sections:
-            config.sections[section] = machine.state() | {"quick": config.settings.quick, "cases": []}
+            config.sections[section] = runner.new_section(config.settings, limits)
         config.sections[section]["cases"].append(record)
         with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             terminal = config.pluginmanager.getplugin("terminalreporter")
             terminal.ensure_newline()
             terminal.write_line(report.line(section, record))
         if config.option.results:
-            report.save(config.option.results, machine.describe(), config.sections)
+            report.save(config.option.results, machine.describe(config.settings.device), config.sections)
 
     return add
 
 
 @pytest.fixture
-def run_trial(request, benchmark, keep):
-    """``run_trial(case)``: builds the module's trial, times it, keeps the result, and fails where ours is wrong."""
+def run_trial(request, benchmark, keep, limits):
+    """``run_trial(case)``: builds the module's trial, times it, keeps the result, and fails where ours is wrong. A case called
+    memory measures that instead."""
     module, settings = request.module, request.config.settings
 
     def run(case) -> None:
+        if getattr(case, "memory", False):
+            keep("memory", {"case": str(case), "variants": module.memory(case)})
+            return
         with torch.no_grad():
-            trial = module.build(case, settings)
-            record = harness.measure(trial, settings)
+            try:
+                trial = module.build(case, settings)
+            except harness.Missing as error:
+                pytest.skip(str(error))
+            record = harness.measure(trial, settings, limits)
             # pytest-benchmark's own record, for --benchmark-save and --benchmark-compare; ratios never come from it.
-            benchmark.pedantic(trial.ours.call, setup=trial.ours.prepare, rounds=3)
+            benchmark.pedantic(_finished(trial.ours.call, settings), setup=trial.ours.prepare, rounds=3)
+        if settings.on_gpu:
+            record["clocks"] = machine.clocks(settings.device)
         benchmark.extra_info.update(record)
         keep(module.__name__.rpartition(".")[2], record)
         assert trial.wrong is None, trial.wrong
@@ -68,8 +87,13 @@ def run_trial(request, benchmark, keep):
     return run
 
 
+def _finished(call, settings: Settings):
+    """The call, waiting for the GPU."""
+    return call if not settings.on_gpu else lambda: (call(), torch.cuda.synchronize(settings.device))
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if config.sections:
-        report.show({"machine": machine.describe(), "sections": config.sections})
+        report.show({"machine": machine.describe(config.settings.device), "sections": config.sections})
         if config.option.results:
             terminalreporter.write_line(f"written to {config.option.results}")

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
-from benchmarks.models import MODELS, VARIANTS, Model
 from vtok_fast import stream
+from vtok_fast.bench import report
+from vtok_fast.bench.models import MODELS, VARIANTS, Model
 from vtok_fast.swap import accelerated
 from vtok_fast.swap.report import Entry
 

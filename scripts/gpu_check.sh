@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one command: builds for the GPU found, then runs the tests that need one, the conformance
-# programs among them, and a short subset under compute-sanitizer where that is installed. Needs Python with torch, pytest,
-# hypothesis, pybind11, cmake and ninja, and nvcc; no network. The report goes to build/gpu_check/.
+# programs among them, a short subset under compute-sanitizer where that is installed, and the benchmarks, whose results go to
+# benchmarks/results/<gpu>.json. Needs Python with torch, pytest, hypothesis, pybind11, cmake, ninja, rich and typer, and nvcc; no
+# network. The report goes to build/gpu_check/.
 #
-#     PYTHON=python3 scripts/gpu_check.sh
+#     PYTHON=python3 scripts/gpu_check.sh            under 8 minutes; the benchmarks without torch.compile among the peers
+#     BENCH=full scripts/gpu_check.sh                with it, and the models of other libraries (tens of minutes)
+#     BENCH=no scripts/gpu_check.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -41,4 +44,15 @@ step tests "$PYTHON" -m pytest -q -m gpu --durations=15
 if command -v compute-sanitizer >/dev/null; then
   step sanitizer timeout 120 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/ops/test_fsq_cuda.py -k test_every_layout
 fi
+bench() {
+  local results
+  results=benchmarks/results/$("$PYTHON" -c 'from vtok_fast.bench import machine as m; print(m.slug(m.describe("cuda")))').json
+  "$PYTHON" -m vtok_fast.cli bench --device cuda --output "$results" --plot "$OUT/roofline.png" "$@" && echo "written to $results"
+}
+OPS="causal_conv3d norm_act fsq scope_attention token_packing vidtok"
+case ${BENCH:-short} in
+  no) ;;
+  full) step bench bench ;;
+  *) step bench bench $OPS --no-compile --seconds 0.1 ;;
+esac
 exit $failed

@@ -3,19 +3,32 @@
 import json
 import math
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import causal_conv3d, fsq, harness, layers, machine, norm_act, report, scope_attention, vidtok  # noqa: E402
-from benchmarks import token_packing  # noqa: E402
-from benchmarks.harness import Candidate, Settings, Trial  # noqa: E402
-from vtok_fast import native  # noqa: E402
+from vtok_fast import native
+from vtok_fast.bench import (
+    causal_conv3d,
+    ceilings,
+    compare,
+    fsq,
+    harness,
+    layers,
+    machine,
+    norm_act,
+    picture,
+    report,
+    scope_attention,
+    timers,
+    token_packing,
+    vidtok,
+)
+from vtok_fast.bench import run as runner
+from vtok_fast.bench.harness import Candidate, Settings, Trial
+from vtok_fast.bench.own import Own
 
 TINY = Settings(quick=True, min_rounds=3, min_seconds=0.0, max_seconds=1.0)
 
@@ -52,9 +65,9 @@ def test_candidates_take_turns(monkeypatch):
     order = []
     a = Candidate("a", lambda: order.append("a"))
     b = Candidate("b", lambda: order.append("b"), "ours", prepare=lambda: order.append("prepare b"))
-    seconds, faults = harness.interleave([a, b], Settings(min_rounds=4, min_seconds=0))
+    seconds, extras = harness.interleave([a, b], Settings(min_rounds=4, min_seconds=0))
     assert order == ["a", "a", "prepare b", "b", "b"] + ["a", "prepare b", "b"] * 4
-    assert [len(s) for s in seconds.values()] == [4, 4] and set(faults) == {"a", "b"}
+    assert [len(s) for s in seconds.values()] == [4, 4] and set(extras["a"]) == {"page_faults"}
 
 
 def test_rounds_go_on_for_the_time_asked_for_and_no_longer(monkeypatch):
@@ -108,6 +121,158 @@ def test_a_peer_that_does_not_compile_is_missing_with_its_reason():
     assert function is None and why
 
 
+# ---- a GPU, in place of which a clock stands -----------------------------------------------------------------------------
+
+
+class FakeCuda:
+    """What DeviceTimer asks of torch.cuda. ``milliseconds`` passes while calls work; reading an event before the device has been
+    waited for is an error, as it is on a GPU."""
+
+    def __init__(self, cache=1 << 12):
+        self.milliseconds, self.waited, self.cache, self.now, self.most = 0.0, 0, cache, 100, 0
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at, self.order = fake.milliseconds, fake.waited
+
+            def elapsed_time(self, end):
+                assert fake.waited > end.order, "not waited for"
+                return end.at - self.at
+
+        self.Event = Event
+
+    def get_device_properties(self, device):
+        return type("Properties", (), {"L2_cache_size": self.cache})
+
+    def synchronize(self):
+        self.waited += 1
+
+    def reset_peak_memory_stats(self):
+        self.most = self.now
+
+    def memory_allocated(self):
+        return self.now
+
+    def max_memory_allocated(self):
+        return self.most
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Settings("gpu") then measure by events of a fake device, on tensors of the CPU."""
+    fake = FakeCuda()
+    monkeypatch.setattr(timers.DeviceTimer, "LEAST_FLUSH", 1 << 10)
+    monkeypatch.setattr(timers.DeviceTimer.__init__, "__defaults__", (fake,))
+    monkeypatch.setattr(Settings, "on_gpu", property(lambda self: True))
+    return fake
+
+
+def test_events_measure_what_lies_between_them(cuda):
+    cuda.cache = 1 << 20
+    seen = []
+
+    def work(x, extra):
+        seen.append(x.data_ptr())
+        cuda.milliseconds += 3.0
+        cuda.most = cuda.now + 700
+
+    x = torch.randn(1 << 16)  # a quarter of the cache: eight copies fill it twice
+    seconds, extras = harness.interleave([Candidate("a", work, inputs=(x, None))], TINY)
+    assert seconds["a"] == [pytest.approx(3e-3)] * 3
+    assert extras["a"]["peak_bytes"] == 700 and extras["a"]["host_seconds"] > 0
+    assert set(seen) - {x.data_ptr()} and len(set(seen)) <= 8
+
+
+def test_inputs_rotate_until_they_fill_the_cache(cuda):
+    timer = timers.DeviceTimer("cpu")
+    big, small, tiny = torch.randn(1 << 12), torch.randn(64, 8), torch.randn(4)
+    assert [len(timer.calls(torch.neg, (t,))) for t in (big, small, tiny)] == [1, 4, timers.DeviceTimer.MOST_SETS]
+    calls = timer.calls(torch.clone, (small.t(), None))
+    assert len({call.args[0].data_ptr() for call in calls}) == 4 and calls[0].args[0].data_ptr() == small.data_ptr()
+    assert all(call.args[1] is None and torch.equal(call.args[0], small.t()) for call in calls)
+
+
+def test_a_twin_has_the_same_strides():
+    part = torch.randn(2, 6, 4)[:, ::2].transpose(1, 2)
+    other = timers.twin(part)
+    assert other.stride() == part.stride() and torch.equal(other, part) and other.data_ptr() != part.data_ptr()
+
+
+def test_what_a_gpu_run_records(cuda, monkeypatch):
+    properties = type("Properties", (), {"name": "NVIDIA H200", "major": 9, "minor": 0, "multi_processor_count": 132, "uuid": "ab",
+                                         "total_memory": 141 * 2**30, "L2_cache_size": 50 << 20})
+    asked = []
+
+    def smi(command, **_):
+        asked.append(command)
+        return type("Done", (), {"stdout": "1980, 1980, [N/A], 33, 120.5\n" if "clocks.sm" in command[1] else "580.65.06\n"})
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(machine.subprocess, "run", smi)
+    monkeypatch.setattr(machine, "_commit", lambda: "abc")
+    here = machine.describe("cuda")
+    assert machine.slug(here) == "h200" and here["capability"] == "9.0" and here["sms"] == 132
+    state = machine.state("cuda")
+    assert state["driver"] == "580.65.06" and {"cudnn", "triton", "cuda", "commit"} <= state.keys()
+    assert machine.clocks("cuda") == {"sm_mhz": 1980.0, "sm_mhz_most": 1980.0, "memory_mhz": None, "temperature": 33.0, "watts": 120.5}
+    assert asked[-1][-2:] == ["-i", "GPU-ab"]
+    monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError("nvidia-smi")))
+    assert machine.clocks("cuda")["sm_mhz"] is None
+
+
+@pytest.mark.parametrize(("section", "case"), [
+    (causal_conv3d, causal_conv3d.Case(layers.scaled(layers.load()[0], 0.002))), (norm_act, norm_act.Case("m", "group", 4, (8, 2, 8, 8))),
+    (fsq, fsq.Case("large", (8, 5, 5), (2, 8, 8), "planar")), (scope_attention, scope_attention.Case("m", "block causal", (3, 16), 2, 8)),
+    (scope_attention, scope_attention.Case("m", "per frame", (3, 16), 2, 8, backward=True)),
+    (token_packing, token_packing.Case("router", (1, 3, 5, 16, 16))), (token_packing, token_packing.Case("unpack", (1, 4, 2, 8, 8))),
+    (vidtok, vidtok.Case("tiny", (1, 16, 16)))], ids=lambda x: getattr(x, "__name__", str(x)).rpartition(".")[2])
+def test_workloads_as_on_a_gpu(cuda, monkeypatch, one_thread, section, case):
+    """In bfloat16, without the CPU's weight cache, with rotating inputs; on tensors of the CPU."""
+    def no_compiler(candidates, settings):
+        return [], {f"torch.compile({c.name})": "no compiler" for c in candidates}
+
+    def pass_time(self, calls, repeats, name=""):
+        calls[-1]()
+        cuda.milliseconds += 1.0
+        return 1e-3
+
+    monkeypatch.setattr(vidtok, "with_compiled", no_compiler)
+    monkeypatch.setattr(timers.DeviceTimer, "sample", pass_time)
+    monkeypatch.setattr(timers.DeviceTimer, "extras", lambda self, name, call: {"peak_bytes": 1, "host_seconds": 1e-6})
+    limits = {"copy_gb_s": 1000.0, "matmul_tflop_s": {"bfloat16": 100.0, "float32": 50.0}}
+    with torch.no_grad():
+        trial = section.build(case, TINY)
+        record = harness.measure(trial, TINY, limits)
+    assert trial.wrong is None and set(record["ratios"]) == {"vtok_fast"}
+    assert record["seconds"]["vtok_fast"]["peak_bytes"] == 1
+    assert record["seconds"]["vtok_fast"]["roofline"] > 0
+    json.dumps(record)
+
+
+def test_the_roofline_is_the_longer_of_operations_and_bytes():
+    limits = {"copy_gb_s": 100.0, "matmul_tflop_s": {"bfloat16": 2.0}}
+    facts = {"gflop": 4.0, "megabytes": 100.0, "dtype": "bfloat16"}
+    assert harness.floor_seconds(facts, limits) == pytest.approx(2e-3)  # 4 GFLOP at 2 TFLOP/s; the bytes take 1 ms
+    assert harness.rates(4e-3, facts, limits) == pytest.approx({"tflop_s": 1.0, "gb_s": 25.0, "roofline": 0.5})
+    assert harness.floor_seconds(facts | {"gflop": 1.0}, limits) == pytest.approx(1e-3)
+    assert harness.floor_seconds(facts | {"dtype": "int8"}, limits) == pytest.approx(1e-3)
+    assert harness.floor_seconds({}, limits) is None and harness.rates(1.0, facts, None).keys() == {"tflop_s", "gb_s"}
+
+
+def test_ceilings(monkeypatch):
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(ceilings.MATMUL_SIZE, "cpu", 64)
+    monkeypatch.setattr(ceilings, "_best", lambda function, inputs, settings: 1e-3)
+    found = ceilings.measure(Settings(dtype=torch.bfloat16))
+    assert found["copy_gb_s"] == pytest.approx(2 * (1 << 16) / 1e-3 / 1e9)
+    assert found["matmul_tflop_s"] == pytest.approx({"bfloat16": 2 * 64**3 / 1e-3 / 1e12, "float32": 2 * 64**3 / 1e-3 / 1e12})
+    assert "GB/s" in ceilings.line(found)
+
+
 # ---- layers --------------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +322,60 @@ def _memory_record():
     return {"case": "big 17x256x256 memory", "variants": {
         name: {"peak": peak * 2**30, "loaded": 2**30, "seconds": 1.0, "encode_seconds": 0.5, "weight_cache": 0, "model": 2**20}
         for name, peak in (("eager", 4), ("vtok_fast", 3), ("vtok_fast, no weight cache", 2))}}
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_committed_results_stay_readable(path, capsys):
+    results = report.load(path)
+    assert "times the best PyTorch" in report.markdown(results)
+    report.show(results)
+    assert "targets" in capsys.readouterr().out
+    same = compare.compare(results, results)
+    assert same.changes and not same.regressions and not same.remarks and not same.only_before + same.only_after
+
+
+def test_compare_tells_regressions_from_noise(tmp_path):
+    def results(sections, gpu=None, **changes):
+        return {"version": report.VERSION, "machine": machine.describe() | ({"gpu": gpu} if gpu else {}), "sections": {
+            name: machine.state() | changes | {"quick": False, "cases": cases} for name, cases in sections.items()}}
+
+    def case(name, eager, q1, q3):
+        record = _record(name, ours=1.0, eager=eager)
+        record["ratios"]["vtok_fast"]["eager"] = {"median": eager, "q1": q1, "q3": q3}
+        return record
+
+    before = results({"fsq": [case("a", 4.0, 3.9, 4.1), case("b", 4.0, 3.0, 5.0), case("c", 4.0, 3.99, 4.01), case("gone", 1, 1, 1),
+                              case("d", 4.0, 3.9, 4.1)]})
+    after = results({"fsq": [case("a", 3.0, 2.9, 3.1), case("b", 3.3, 2.9, 3.7), case("c", 3.95, 3.94, 3.96), case("new", 1, 1, 1),
+                             case("d", 5.0, 4.9, 5.1)]}, torch="9.9")
+    found = compare.compare(before, after)
+    assert {c.case: c.verdict for c in found.changes} == {"a": "slower", "b": "same", "c": "same", "d": "faster"}
+    assert [c.case for c in found.regressions] == ["a"] and found.regressions[0].change == pytest.approx(-0.25)
+    assert found.regressions[0].noise == pytest.approx(0.1 / 3.0)
+    assert found.only_before == ["fsq gone"] and found.only_after == ["fsq new"]
+    assert found.remarks == [f"torch: {torch.__version__}, then 9.9"]
+    # On a GPU the times themselves are compared.
+    slow, fast = (results({"fsq": [_record("a", ours=s, eager=6 * s)]}, "H200") for s in (1.0, 0.5))
+    assert compare.compare(slow, fast).changes[0].verdict == "faster"
+    with pytest.raises(ValueError, match="a CPU, the second of a GPU"):
+        compare.compare(before, fast)
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    limits = {"copy_gb_s": 10.0, "matmul_tflop_s": {"float32": 0.1}}
+    record = _record()
+    record["facts"] |= {"gflop": 2.0, "megabytes": 10.0}
+    mover = _record("m")
+    mover["facts"] = {"megabytes": 10.0}
+    sections = {"causal_conv3d": machine.state() | {"ceilings": limits, "cases": [record]},
+                "fsq": machine.state() | {"ceilings": limits, "cases": [mover]}, "memory": {"cases": [_memory_record()]}}
+    assert picture.points(sections["causal_conv3d"]) == [(200.0, 2e9 / 3.0, "best"), (200.0, 2e9, "ours")]
+    assert picture.points(sections["fsq"])[1] == (picture.NO_OPERATIONS, picture.NO_OPERATIONS * 1e7, "ours")
+    picture.draw({"machine": machine.describe(), "sections": sections}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="no ceilings"):
+        picture.draw({"machine": {}, "sections": {"causal_conv3d": {"cases": [record]}}}, tmp_path / "q.png")
 
 
 def test_results_round_trip_and_sections_are_kept(tmp_path):
@@ -289,3 +508,83 @@ def test_scope_attention_and_flex_attention_see_the_same():
 def test_vidtok_runs(one_thread):
     record = _run(vidtok, vidtok.Case("tiny", (1, 32, 32)))
     assert record["facts"]["swapped"] > 0 and record["facts"]["tokens"] == 64
+
+
+# ---- the command line's part ---------------------------------------------------------------------------------------------
+
+
+def test_own_shapes(one_thread):
+    wish = Own((1, 8, 5, 16, 16), kernel=(3, 3, 3), channels=4, time_mode="cache")
+    (name, case), = runner.choose(["causal_conv3d"], TINY, wish=wish)
+    assert case.layer.out_size == (5, 16, 16) and (case.layer.cout, case.layer.front, case.layer.chunk) == (4, 2, "continuing")
+    _run(causal_conv3d, case)
+    _run(causal_conv3d, causal_conv3d.own(Own((2, 4, 3, 9, 9), kernel=(1, 3, 3), stride=(1, 2, 2), time_mode="replicate")))
+    _run(norm_act, norm_act.own(Own((2, 8, 3, 4, 4), kind="group", groups=4)))
+    _run(norm_act, norm_act.own(Own((2, 8, 3, 4, 4))))
+    _run(fsq, fsq.own(Own((2, 3, 2, 4, 4), levels=(8, 5, 5))))
+    _run(scope_attention, scope_attention.own(Own((2, 2, 24, 8), kind="per frame", numbers=(3, 8))))
+    _run(token_packing, token_packing.own(Own((2, 3, 5, 16, 16), kind="router")))
+    _run(token_packing, token_packing.own(Own((2, 6, 2, 8, 8))))
+
+
+@pytest.mark.parametrize(("names", "wish", "said"), [
+    (["causal_conv3d"], Own(kernel=(3, 3, 3)), "expected --shape B,C,T,H,W"),
+    (["causal_conv3d"], Own((1, 2, 3)), "shape=1,2,3: expected B,C,T,H,W"),
+    (["causal_conv3d"], Own((1, 2, 3, 4, 5), kernel=(3, 3)), "kernel=3,3: expected three"),
+    (["causal_conv3d"], Own((1, 2, 3, 4, 5), time_mode="mirror"), "time_mode='mirror'"),
+    (["fsq"], Own((1, 2, 3, 4, 5), kernel=(3, 3, 3)), "fsq takes no such option"),
+    (["fsq"], Own((1, 2, 3, 4, 5), levels=(8,)), "levels=8"),
+    (["norm_act"], Own((1, 6, 3, 4, 5), groups=4), "groups=4: does not divide 6"),
+    (["scope_attention"], Own((1, 1, 24, 8), numbers=(3, 9)), "has 27 tokens"),
+    (["token_packing"], Own((1, 3, 4, 8, 8), kind="router"), "1 \\+ 4n frames"),
+    ([], Own((1, 2, 3, 4, 5)), "own shapes need one op"),
+    (["vidtok"], Own((1, 2, 3, 4, 5)), "own shapes need one op"),
+])
+def test_own_shapes_that_do_not_fit(names, wish, said):
+    with pytest.raises(ValueError, match=said):
+        runner.choose(names, TINY, wish=wish)
+
+
+def test_workloads_are_chosen_by_model_and_words():
+    chosen = runner.choose([], TINY, model="wan2.1")
+    assert {name for name, _ in chosen} == {"causal_conv3d", "norm_act", "models"}
+    assert runner.choose(["norm_act"], TINY, match="vidtok group")[0][1].kind == "group"
+    with pytest.raises(ValueError, match="no case has model='sora'.*the models are"):
+        runner.choose([], TINY, model="sora")
+    with pytest.raises(ValueError, match="'no_such_op'"):
+        runner.choose(["no_such_op"], TINY)
+    listed = runner.listing(runner.choose([], TINY), TINY)
+    assert {row["section"] for row in listed} == set(runner.SECTIONS) and all(row["peers"] for row in listed)
+
+
+def test_listed_peers_are_those_that_run(one_thread):
+    layer = layers.scaled(next(x for x in layers.load() if x.kernel[0] == 1), 0.002)
+    built = [(causal_conv3d, causal_conv3d.Case(layer, compile=True)), (norm_act, norm_act.cases(TINY)[0]), (fsq, fsq.cases(TINY)[2]),
+             (token_packing, token_packing.cases(TINY)[0]), (token_packing, token_packing.cases(TINY)[-1])]
+    for module, case in built:
+        trial = module.build(case, replace(TINY, compile=False))
+        peers = {c.name for c in trial.candidates if c.role not in ("ours", "variant")}
+        assert all(peer in module.PEERS for peer in peers), peers
+        if getattr(case, "compile", False):
+            assert set(trial.missing.values()) == {"not asked for"}
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch, one_thread):
+    limits = {"copy_gb_s": 1.0, "matmul_tflop_s": {"float32": 1.0}}
+    monkeypatch.setattr(ceilings, "measure", lambda settings: limits)
+    chosen = runner.choose(["fsq"], TINY)[2:]
+    build, said = fsq.build, []
+
+    def first_is_too_large(case, settings):
+        if case == chosen[0][1]:
+            raise torch.OutOfMemoryError("out of memory")
+        return build(case, settings)
+
+    monkeypatch.setattr(fsq, "build", first_is_too_large)
+    results = runner.run(chosen, TINY, file=tmp_path / "r.json", say=said.append)
+    section = results["sections"]["fsq"]
+    assert section["failed"] == {str(chosen[0][1]): "out of memory"} and len(section["cases"]) == 1
+    assert report.load(tmp_path / "r.json") == results and section["ceilings"] == limits
+    assert any("not measured: out of memory" in line for line in said)
+    assert section["cases"][0]["seconds"]["vtok_fast"]["roofline"] > 0
+    report.show(results)

@@ -1,4 +1,4 @@
-"""The command `vtok-fast`: info, doctor, demo, check, bench, tokenize, detokenize.
+"""The command `vtok-fast`: info, doctor, demo, check, bench (in bench/cli.py), tokenize, detokenize.
 
 Whatever needs torch is imported inside the commands, so that `doctor` and `--help` work without it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from vtok_fast.bench.cli import app as bench
+
 app = typer.Typer(help="Fast kernels for video tokenizers.", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(bench, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
@@ -230,34 +232,6 @@ def check(as_json: Json = False) -> None:
     skipped = sum(outcome.skipped is not None for outcome in found)
     console.print(f"{len(found) - len(failed) - skipped} within their contract, {len(failed)} not, {skipped} not run")
     raise typer.Exit(int(bool(failed)))
-
-
-@app.command()
-def bench(
-    names: Annotated[Optional[list[str]], typer.Argument(help="causal_conv3d, norm_act, fsq, ... Default: all.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few, small cases.")] = False,
-    threads: Annotated[Optional[int], typer.Option(help="Threads.")] = None,
-    match: Annotated[Optional[str], typer.Option("-k", help="Only cases whose name matches.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Time each op beside its strongest peers (the benchmarks come with the source, not with the wheel)."""
-    import tempfile
-
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "benchmarks" / "__main__.py").is_file():
-        raise FileNotFoundError(f"bench: there is no {root / 'benchmarks'}; run it in a clone of the source, installed by pip install -e .")
-    command = [sys.executable, "-m", "benchmarks", *(word for name in names or () for word in ("--only", name))]
-    command += ["--quick"] if quick else []
-    command += ["--threads", str(threads)] if threads else []
-    command += ["-k", match] if match else []
-    if not as_json:
-        raise typer.Exit(subprocess.run(command, cwd=root).returncode)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "results.json"
-        status = subprocess.run([*command, "--json", str(file)], cwd=root, stdout=sys.stderr).returncode
-        if file.is_file():
-            print(file.read_text())
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

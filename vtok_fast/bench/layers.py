@@ -1,8 +1,9 @@
-"""The convolutions of real models, from ``layers.json``, scaled to what a CPU computes in a moment."""
+"""The convolutions of real models, from ``layers.json``: as they are for a GPU, scaled to what a CPU computes in a moment."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Layer:
     chunk: str
     calls: int
     share: float
+    batch: int = 1
 
     @property
     def group(self) -> str:
@@ -43,14 +45,21 @@ class Layer:
     @property
     def gflop(self) -> float:
         """2 per multiply-accumulate, padding counted as data."""
-        product = 2e-9 * self.cin * self.cout
+        product = 2e-9 * self.batch * self.cin * self.cout
         for n in (*self.kernel, *self.out_size):
             product *= n
         return product
 
+    def megabytes(self, element_size: int) -> float:
+        """Input, earlier frames and weights read once, the output written once."""
+        t, h, w = self.size
+        earlier = self.front if self.chunk == "continuing" else 0
+        elements = self.batch * (self.cin * (t + earlier) * h * w + self.cout * math.prod(self.out_size))
+        return (elements + self.cin * self.cout * math.prod(self.kernel)) * element_size / 1e6
+
     def __str__(self) -> str:
         stride = "" if self.stride == (1, 1, 1) else f"/{''.join(map(str, self.stride))}"
-        size = "x".join(map(str, self.size))
+        size = "x".join(map(str, self.size if self.batch == 1 else (self.batch, *self.size)))
         return f"{self.model} {self.cin}-{self.cout} {''.join(map(str, self.kernel))}{stride} {size} {self.chunk}"
 
 
@@ -81,12 +90,12 @@ def scaled(layer: Layer, gflop: float = GFLOP) -> Layer:
     return layer
 
 
-def benchmark_layers(*, quick: bool = False) -> list[Layer]:
-    """The scaled layers, equal ones of a family of models merged. ``quick``: of each family and group the one with the largest
-    share."""
+def benchmark_layers(*, quick: bool = False, whole: bool = False) -> list[Layer]:
+    """The scaled layers (``whole``: at their real sizes), equal ones of a family of models merged. ``quick``: of each family and
+    group the one with the largest share."""
     merged: dict[Layer, Layer] = {}
     for layer in load():
-        small = scaled(layer, QUICK_GFLOP if quick else GFLOP)
+        small = layer if whole and not quick else scaled(layer, QUICK_GFLOP if quick else GFLOP)
         small = replace(small, model=small.model.split("-")[0])
         key = replace(small, calls=0, share=0.0)
         known = merged.get(key)

@@ -1,0 +1,153 @@
+"""The commands ``vtok-fast bench`` and ``vtok-fast bench compare``. What needs torch is imported inside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class _RunByDefault(TyperGroup):
+    """``bench fsq`` is ``bench run fsq``."""
+
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        if not arguments or (arguments[0] not in self.commands and arguments[0] != "--help"):
+            arguments = ["run", *arguments]
+        return super().parse_args(context, arguments)
+
+
+app = typer.Typer(cls=_RunByDefault, help="Time each op beside its strongest peers (bench run, or just bench), or compare two results.")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@app.command()
+def run(
+    names: Annotated[list[str] | None, typer.Argument(help="causal_conv3d, norm_act, fsq, scope_attention, token_packing, vidtok, "
+                                                              "models. Default: all.")] = None,
+    op: Annotated[str | None, typer.Option(help="The same as a name; with --shape a workload of your own.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only workloads of this model: vidtok, wan2.1, cosmos, tivtok, ...")] = None,
+    match: Annotated[str | None, typer.Option("-k", help="Only cases whose name has all of these words.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Own shape: B,C,T,H,W; scope_attention: B,heads,tokens,head size.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="causal_conv3d: kt,kh,kw.")] = None,
+    stride: Annotated[str | None, typer.Option(help="causal_conv3d: time,height,width.")] = None,
+    channels: Annotated[int | None, typer.Option(help="causal_conv3d: output channels. Default: as the input.")] = None,
+    time_mode: Annotated[str | None, typer.Option(help="causal_conv3d: zeros, replicate, or cache (earlier frames given).")] = None,
+    kind: Annotated[str | None, typer.Option(help="norm_act: layer, rms, group; scope_attention: time invariant, block causal, "
+                                                     "per frame; token_packing: router, pack, unpack; fsq: planar, channels last.")] = None,
+    groups: Annotated[int | None, typer.Option(help="norm_act: groups.")] = None,
+    levels: Annotated[str | None, typer.Option(help="fsq: levels, as 8,8,8,5,5,5.")] = None,
+    numbers: Annotated[str | None, typer.Option(help="scope_attention: frames,tokens per frame; or tiv,tv,patches,slices.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Own shape: torch.compile (and FlexAttention) among the peers.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16. Default: fp32 on a CPU, bf16 on a GPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few, small cases and few rounds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also what takes minutes.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Without torch.compile and FlexAttention, which start slowly.")] = False,
+    seconds: Annotated[float | None, typer.Option(help="Measure each case for at least so long.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A results file to write (or to add to).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture to write: roofline and speed-up bars.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time ops and models beside their strongest peers, in one run; exit code 1 if a result of ours is wrong."""
+    import torch
+
+    from vtok_fast.bench import harness, report
+    from vtok_fast.bench import run as runner
+    from vtok_fast.bench.own import Own
+    from vtok_fast.bench.own import numbers as parse
+
+    device = device or runner.default_device()
+    if torch.device(device).type == "cuda" and not dry_run and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: torch sees no GPU")
+    settings = harness.Settings.of(quick=quick, full=full, seconds=seconds, device=device, dtype=_dtype(dtype),
+                                   compile=not no_compile)
+    wish = None
+    given = (shape, kernel, stride, channels, time_mode, kind, groups, levels, numbers)
+    if any(value is not None for value in given) or compiled:
+        wish = Own(parse(shape, "shape"), parse(kernel, "kernel"), parse(stride, "stride"), channels, time_mode, kind, groups,
+                   parse(levels, "levels"), parse(numbers, "numbers"), compiled)
+    chosen = runner.choose([*(names or ()), *([op] if op else [])], settings, model=model, match=match, wish=wish)
+    if dry_run:
+        _list(runner.listing(chosen, settings), as_json)
+        return
+    if not settings.on_gpu:
+        harness.pin_allocator()
+    if threads:
+        torch.set_num_threads(threads)
+    with _stdout_for_json(as_json):
+        results = runner.run(chosen, settings, file=output)
+    if plot is not None:
+        from vtok_fast.bench import picture
+
+        picture.draw(results, plot)
+    if as_json:
+        print(json.dumps(results, indent=1))
+    else:
+        report.show(results)
+    raise typer.Exit(int(any(case.get("wrong") for s in results["sections"].values() for case in s["cases"])))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A results file.")],
+    after: Annotated[Path, typer.Argument(help="A later one.")],
+    everything: Annotated[bool, typer.Option("--all", help="Also what did not change.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What became slower or faster, beyond the noise of both; exit code 1 if anything became slower."""
+    from vtok_fast.bench import compare as comparing
+    from vtok_fast.bench import report
+
+    found = comparing.compare(report.load(before), report.load(after))
+    if as_json:
+        print(json.dumps({"changes": [c.as_json() for c in found.changes], "only_before": found.only_before,
+                          "only_after": found.only_after, "remarks": found.remarks}, indent=1))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        for remark in found.remarks:
+            console.print(f"note: {remark}", markup=False)
+        console.print(comparing.table(found, everything=everything))
+        console.print(f"{len(found.changes)} cases in both, {len(found.regressions)} slower; {len(found.only_before)} only before, "
+                      f"{len(found.only_after)} only after")
+    raise typer.Exit(int(bool(found.regressions)))
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    known = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+             "fp16": torch.float16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise ValueError(f"dtype={name!r}: expected one of fp32, bf16, fp16")
+    return known.get(name)
+
+
+def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("section", "case", "dtype", "device")
+    for row in rows:
+        table.add_row(row["section"], row["case"], row["dtype"], row["device"])
+    console = Console()
+    console.print(table)
+    for name in dict.fromkeys(row["section"] for row in rows):
+        console.print(f"{name}: beside {next(row['peers'] for row in rows if row['section'] == name)}", markup=False)
+    console.print(f"{len(rows)} cases")
+
+
+def _stdout_for_json(as_json: bool) -> Any:
+    """Where the running output goes: to standard error, while standard output is for JSON."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
