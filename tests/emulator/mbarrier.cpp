@@ -189,7 +189,7 @@ void mbarrier_wait_cluster(uint32_t address, uint32_t parity, Where where) {
 // A first try may fail too early; a second waits, so that a loop of tries that can never succeed is found to be a deadlock.
 bool mbarrier_try_wait(uint32_t address, uint32_t parity, Where where) {
   const Mbarrier& bar = barrier_at(check_shared(address, 8, 8, "mbarrier_try_wait", where), "mbarrier_try_wait", where);
-  state().tried = !state().tried && (bar.phase & 1) == parity && !chance();
+  state().tried = !state().tried && (bar.phase & 1) == parity && (config.seed < 2 || chance());
   if (state().tried) return false;
   mbarrier_wait(address, parity, where);
   return true;
@@ -226,7 +226,7 @@ void cluster_wait(Where where) {
 bool elect_sync(Where where) {
   need_sm90("elect_sync", where);
   collective("elect_sync", ~0u, 0, where, [](int**) {});
-  return self->lane == config.seed * 7 % 32;
+  return self->lane == (31 + 7 * config.seed) % 32;
 }
 
 }  // namespace vtok::ptx

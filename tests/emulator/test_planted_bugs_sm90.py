@@ -1,4 +1,4 @@
-"""The same as test_planted_bugs.py for mbarrier, TMA and wgmma: planted_sm90.cu."""
+"""The same as test_planted_bugs.py for mbarrier, TMA and wgmma, planted_sm90.cu; and with clusters, planted_cluster.cu."""
 
 import math
 import sys
@@ -72,3 +72,62 @@ def test_bug_is_found(gemm, bug, seed):
 def test_other_gpus_have_no_such_instructions(gemm):
     with pytest.raises(emulator.EmulatorError, match="only sm_90a has it"):
         gemm.run(*operands(torch.bfloat16), 0, capability=80)
+
+
+CLUSTER_BUGS = {
+    1: ("no cluster barrier after mbarrier_init", "no mbarrier was initialised here|not ordered after|uninitialised shared memory"),
+    2: ("bytes of its own loads only", "fewer bytes expected than come|race in shared memory|deadlock|uninitialised"),
+    3: ("both blocks load the same half", "race in shared memory: tma_load|uninitialised"),
+    4: ("a stage is released to its own block only", "race in shared memory: tma_load|fewer bytes expected than come"),
+    5: ("a wait that does not see other blocks", "race in shared memory: tma_load"),
+    6: ("a block ends before its peer is done with it", "a block ends, and its shared memory with it|of a block that has ended"),
+    7: ("multicast to a block that is not there", "to blocks that the cluster does not have"),
+    8: ("registers loaded again before the products have read them", "left operand changed before"),
+    9: ("registers loaded after the fence", "left operand changed since the last wgmma_fence"),
+    10: ("more registers than there are", "deadlock: .* wait at setmaxnreg_inc"),
+    11: ("takes registers by asking for fewer", "setmaxnreg_inc: to 160 registers from 168"),
+    12: ("one warp of a warpgroup gives back registers", "deadlock: .* wait at setmaxnreg_dec"),
+    13: ("no fence between stmatrix and the TMA store", "no fence.proxy.async: tma_store"),
+    14: ("the peer's address in an ordinary load", "an address for shared::cluster"),
+    15: ("waits for the cluster without arriving", "cluster_wait: no cluster_arrive before it"),
+    16: ("reads its peer's memory without a barrier", "(uninitialised|race in) shared memory: ld_shared_cluster|not ordered after"),
+    17: ("reads back what TMA may not have written yet", "race in global memory: ld_global"),
+    18: ("another lane waits for the TMA store", "race in global memory: ld_global"),
+    19: ("tries once", "(uninitialised|race in) shared memory|deadlock"),
+    20: ("prefetches what is no tensor map", "prefetch_tensor_map: this is no tensor map"),
+    21: ("a block leaves out the last barrier", "a block ends, and its shared memory with it|of a block that has ended"),
+}
+
+
+@pytest.fixture(scope="module")
+def cluster_gemm():
+    return emulator.build("tests/emulator/planted_cluster.cu", exports={"run": "planted_cluster"},
+                          glue="vtok::Status planted_cluster(vtok::Tensor, vtok::Tensor, vtok::Tensor, vtok::Tensor, int);")
+
+
+def run_cluster(library, bug, seed, m=256, k=320):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-1, 2, (n, k), generator=generator).bfloat16() for n in (m, 64))
+    c, words = torch.full((m, 64), math.nan, dtype=torch.bfloat16), torch.full((2 * m,), -1, dtype=torch.int32)
+    library.run(a, b, c, words, bug, seed=seed, capability=90)
+    return a, b, c, words
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cluster_without_a_bug(cluster_gemm, seed):
+    a, b, c, words = run_cluster(cluster_gemm, 0, seed)
+    assert torch.equal(c.float(), a.float() @ b.float().T)  # of small integers: exact
+    assert torch.equal(words[:256], torch.cat([1000 * (1 - i % 2) + torch.arange(64) for i in range(4)]))
+    assert torch.equal(words[256:], (c[:, 0] == 0).int())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bug", CLUSTER_BUGS, ids=lambda n: f"{n}-{CLUSTER_BUGS[n][0].replace(' ', '-')}")
+def test_bug_in_a_cluster_is_found(cluster_gemm, bug, seed):
+    with pytest.raises(emulator.EmulatorError, match=CLUSTER_BUGS[bug][1]):
+        run_cluster(cluster_gemm, bug, seed)
+
+
+def test_a_grid_is_made_of_whole_clusters(cluster_gemm):
+    with pytest.raises(emulator.EmulatorError, match="cluster of 2 x 1 x 1 blocks: at most 8, and whole clusters in the grid"):
+        run_cluster(cluster_gemm, 0, 0, m=192)
