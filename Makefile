@@ -17,7 +17,7 @@ DEMO_OPTIONS = $(if $(VIDEO),--video '$(VIDEO)') $(if $(CONFIG),--config '$(CONF
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench setup needs clean
+.PHONY: help demo test test-all bench setup needs clean lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ test-all: setup ## every test
 
 bench: setup ## each op beside its strongest peers
 	@$(RUN) -m benchmarks
+
+lint: setup $(VENV)/.tools ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
 
 setup: $(BUILT) ## .venv, the packages and the native module
 
@@ -62,6 +66,11 @@ $(VENV)/.created: | needs
 $(VENV)/.installed: requirements-dev.txt $(VENV)/.created
 	@echo "Installing the packages of requirements-dev.txt (torch is large: some minutes)"
 	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.tools: requirements-tools.txt $(VENV)/.installed
+	@echo "Installing the packages of requirements-tools.txt"
+	@$(PIP) -r requirements-tools.txt
 	@touch $@
 
 $(BUILT): $(SOURCES) $(VENV)/.installed

@@ -9,7 +9,7 @@ try:
 except ImportError as error:  # the command line's doctor still has something to say then
     _why = str(error)
 
-    def __getattr__(name: str):
+    def __getattr__(name: str) -> object:
         raise ImportError(f"vtok_fast.{name} needs torch, which cannot be imported: {_why}")
 else:
     from vtok_fast import models, nn

@@ -60,7 +60,7 @@ def _checked(kind: str, name: str | None, known: tuple[str, ...]) -> str | None:
 
 # Read once: a look into the environment costs as much as the checks of a small call.
 _environment_backend = _checked("VTOK_FAST_BACKEND", os.environ.get("VTOK_FAST_BACKEND") or None, NAMES)
-_environment_algorithm = _checked("VTOK_FAST_CONV_ALGORITHM", os.environ.get("VTOK_FAST_CONV_ALGORITHM") or "auto", ALGORITHMS)
+_environment_algorithm = _checked("VTOK_FAST_CONV_ALGORITHM", os.environ.get("VTOK_FAST_CONV_ALGORITHM") or None, ALGORITHMS)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def algorithm(name: str) -> Iterator[None]:
 
 def current_algorithm() -> str:
     """The algorithm chosen by :func:`algorithm`, else by ``VTOK_FAST_CONV_ALGORITHM`` at import, else ``auto``."""
-    return getattr(_local, "algorithm", None) or _environment_algorithm
+    return getattr(_local, "algorithm", None) or _environment_algorithm or "auto"
 
 
 def preferred() -> str | None:

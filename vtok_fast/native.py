@@ -11,7 +11,6 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ except ImportError as error:
     _missing = f"the native module is not built ({error}); `pip install .` builds it"
 
 
-def lib() -> ModuleType | None:
+def lib() -> Any:
     """The native module, or None; :func:`why_missing` then gives the reason."""
     return _C
 

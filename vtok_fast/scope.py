@@ -11,7 +11,7 @@ import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,10 @@ class Scope:
     q_len: int
     k_len: int
     validated: bool = False
+    cache: ClassVar[dict[Any, Any]]  # of the instance, but no field: two scopes are equal whatever is cached on them
 
-    def __init__(self, q_offsets: Tensor, range_offsets: Tensor, ranges: Tensor, q_len: int, k_len: int, *, validate: bool = False):
+    def __init__(self, q_offsets: Tensor, range_offsets: Tensor, ranges: Tensor, q_len: int, k_len: int, *,
+                 validate: bool = False) -> None:
         _check_lengths(q_len=q_len, k_len=k_len)
         for name, t in (("q_offsets", q_offsets), ("range_offsets", range_offsets), ("ranges", ranges)):
             if t.dtype != torch.int32:
@@ -207,7 +209,8 @@ class Scope:
         Raises ValueError for segments or ranges that overlap, are reversed, or leave the queries or keys.
         """
         _check_lengths(q_len=q_len, k_len=k_len)
-        q_offsets, range_offsets, ranges = [0], [0], []
+        q_offsets, range_offsets = [0], [0]
+        ranges: list[tuple[int, int]] = []
         for start, end, seen in sorted(segments, key=lambda segment: segment[:2]):
             if not 0 <= start <= end <= q_len:
                 raise ValueError(f"segments: expected queries from 0 to {q_len}, got ({start}, {end})")
@@ -274,7 +277,7 @@ class Scope:
     def validate(self) -> Scope:
         """Checks the values, waiting for the device if they live on one, and returns the scope. Raises ValueError."""
         if not self.validated:
-            _check_values(*(t.cpu() for t in self.csr), self.q_len, self.k_len)
+            _check_values(*CSR(*(t.cpu() for t in self.csr)), self.q_len, self.k_len)
             object.__setattr__(self, "validated", True)
         return self
 
@@ -334,7 +337,7 @@ class Scope:
         device = torch.empty(0, device=device).device
         if device == self.device:
             return self
-        csr = (t.to(device, non_blocking=True) for t in self.csr)
+        csr = CSR(*(t.to(device, non_blocking=True) for t in self.csr))
         moved = Scope._make(*csr, self.q_len, self.k_len, self.validated)
         if self.device.type == "cpu":
             moved.cache["origin"] = self  # where a transposition is cheap, and exact

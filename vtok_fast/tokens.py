@@ -42,7 +42,7 @@ class Tokens:
     latents: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.indices is None) == (self.latents is None):
             raise ValueError("Tokens: give either indices or latents")
         if self.indices is not None and (self.indices.dim() != 4 or self.indices.dtype != torch.int32):
@@ -55,7 +55,10 @@ class Tokens:
 
     @property
     def data(self) -> Tensor:
-        return self.latents if self.indices is None else self.indices
+        """The indices or the latents, whichever there are."""
+        data = self.latents if self.indices is None else self.indices
+        assert data is not None
+        return data
 
     @property
     def batch(self) -> int:
@@ -64,17 +67,17 @@ class Tokens:
     @property
     def grid(self) -> tuple[int, int, int]:
         """(t, h, w)"""
-        return tuple(self.data.shape[-3:])
+        t, h, w = self.data.shape[-3:]
+        return t, h, w
 
-    def to(self, *args, **kwargs) -> Tokens:
+    def to(self, *args: Any, **kwargs: Any) -> Tokens:
         """On another device; as `Tensor.to`, but the indices stay int32."""
         moved = self.data.to(*args, **kwargs)
-        return replace(self, indices=moved.to(torch.int32)) if self.latents is None else replace(self, latents=moved)
+        return self._with(moved if self.indices is None else moved.to(torch.int32))
 
     def clip(self, index: int) -> Tokens:
         """Those of one video of the batch."""
-        data = self.data[index : index + 1]
-        return replace(self, indices=data) if self.latents is None else replace(self, latents=data)
+        return self._with(self.data[index : index + 1])
 
     @staticmethod
     def stack(parts: Sequence[Tokens]) -> Tokens:
@@ -83,8 +86,7 @@ class Tokens:
         Raises ValueError if they come from different models or sizes, or if there are none.
         """
         first = _same(parts, "model", "config", "dtype", "video_shape")
-        data = torch.cat([part.data for part in parts])
-        return replace(first, **{"latents" if first.indices is None else "indices": data})
+        return first._with(torch.cat([part.data for part in parts]))
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
@@ -98,8 +100,11 @@ class Tokens:
                 raise ValueError(f"parts: (H, W) is {first.video_shape[1:]} in the first one, {part.video_shape[1:]} in another")
         data = torch.cat([part.data for part in parts], dim=-3)
         shape = (sum(part.video_shape[0] for part in parts), *first.video_shape[1:])
-        kind = "latents" if first.indices is None else "indices"
-        return replace(first, video_shape=shape, **{kind: data})
+        return first._with(data, video_shape=shape)
+
+    def _with(self, data: Tensor, **changes: Any) -> Tokens:
+        """The same with other data, of the same kind."""
+        return replace(self, **{"latents" if self.indices is None else "indices": data, **changes})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with a checksum. A file that is there is replaced only once the new one is complete.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtok_fast.ops.causal_conv3d import causal_conv3d
@@ -22,11 +24,13 @@ class CausalConv3d(nn.Conv3d):
                  bias: bool = True, *, time_pad: Sequence[int] | None = None,
                  spatial_pad: Sequence[Sequence[int]] | None = None, time_mode: str = "zeros", spatial_mode: str = "zeros",
                  activation: str | None = None, upsample: Sequence[int] = (1, 1, 1), upsample_first_frame_once: bool = False,
-                 depth_to_space: Sequence[int] = (1, 1, 1), backend: str | None = None, device=None, dtype=None):
+                 depth_to_space: Sequence[int] = (1, 1, 1), backend: str | None = None,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias, device=device, dtype=dtype)
-        self.options = {"time_pad": time_pad, "spatial_pad": spatial_pad, "time_mode": time_mode, "spatial_mode": spatial_mode,
-                        "activation": activation, "upsample": tuple(upsample), "depth_to_space": tuple(depth_to_space),
-                        "upsample_first_frame_once": upsample_first_frame_once, "backend": backend}
+        self.options: dict[str, Any] = {
+            "time_pad": time_pad, "spatial_pad": spatial_pad, "time_mode": time_mode, "spatial_mode": spatial_mode,
+            "activation": activation, "upsample": tuple(upsample), "upsample_first_frame_once": upsample_first_frame_once,
+            "depth_to_space": tuple(depth_to_space), "backend": backend}
         if spatial_pad is None and max(self.stride[1:]) > 1:
             raise ValueError(f"spatial_pad: must be given with stride {self.stride}, because 'same' is ambiguous there")
 

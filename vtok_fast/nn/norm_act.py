@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +22,13 @@ class NormAct(nn.Module):
         bias: whether there is a bias; default: with ``affine`` for the kinds that subtract a mean.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, num_channels: int, *, kind: str = "layer", groups: int = 1, per_frame: bool = False, eps: float = 1e-6,
                  activation: str | None = None, affine: bool = True, bias: bool | None = None, rounding: str = "once",
-                 backend: str | None = None, device=None, dtype=None):
+                 backend: str | None = None, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if not isinstance(num_channels, int) or num_channels < 1:
             raise ValueError(f"num_channels: expected at least 1, got {num_channels!r}")
@@ -31,8 +37,8 @@ class NormAct(nn.Module):
         if not isinstance(groups, int) or groups < 1 or num_channels % groups:
             raise ValueError(f"groups: must divide the {num_channels} channels, got {groups!r}")
         self.num_channels = num_channels
-        self.options = {"kind": kind, "groups": groups, "per_frame": per_frame, "eps": eps, "activation": activation,
-                        "rounding": rounding, "backend": backend}
+        self.options: dict[str, Any] = {"kind": kind, "groups": groups, "per_frame": per_frame, "eps": eps,
+                                        "activation": activation, "rounding": rounding, "backend": backend}
         bias = affine and kind in ("layer", "group") if bias is None else bias
         for name, present in (("weight", affine), ("bias", bias)):
             parameter = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype)) if present else None

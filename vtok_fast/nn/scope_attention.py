@@ -51,14 +51,15 @@ class ScopeAttention(nn.MultiheadAttention):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, bias: bool = True, *, twice: bool = False, backend: str | None = None,
-                 device=None, dtype=None):
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of the {embed_dim} channels, got {num_heads}")
         super().__init__(embed_dim, num_heads, bias=bias, batch_first=True, device=device, dtype=dtype)
         self.twice, self.backend = twice, backend
 
-    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, scope: Scope | None = None,
-                angles: Tensor | None = None, need_weights: bool = False) -> tuple[Tensor, None]:
+    def forward(self, query: Tensor, key: Tensor | None = None,  # type: ignore[override]  # nn.MultiheadAttention's has masks
+                value: Tensor | None = None, scope: Scope | None = None, angles: Tensor | None = None,
+                need_weights: bool = False) -> tuple[Tensor, None]:
         """Attends.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -354,22 +354,22 @@ torch.library.define(
     "int[] depth_to_space, str? backend) -> Tensor")
 
 
-def _call(*args) -> ConvCall:
+def _call(*args: Any) -> ConvCall:
     return ConvCall(*(tuple(a) if isinstance(a, list) else a for a in args))
 
 
 @torch.library.impl("vtok_fast::causal_conv3d", ("cpu", "cuda"))
-def _impl(*args) -> Tensor:
+def _impl(*args: Any) -> Tensor:
     return run(_call(*args[:-1]), args[-1])
 
 
 @torch.library.register_fake("vtok_fast::causal_conv3d")
-def _fake(*args) -> Tensor:
+def _fake(*args: Any) -> Tensor:
     call = _call(*args[:-1])
     return _empty_output(call, call.depth_to_space)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     call = _call(*inputs[:-1])
     ctx.save_for_backward(call.x, call.weight, call.bias, call.cache)
     ctx.residual_shape = None if call.residual is None else call.residual.shape
@@ -379,7 +379,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.wish = inputs[-1] or backends.preferred()  # asked here, because the backward runs in a thread of its own
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Any, grad: Tensor) -> Any:
     x, weight, bias, cache = ctx.saved_tensors
     call = ctx.options._replace(x=x, weight=weight, bias=bias, cache=cache)
     needs = ctx.needs_input_grad

@@ -327,7 +327,7 @@ def _backward_fake(grad, z, levels, variant, dim):
     return torch.empty_like(z)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     z, ctx.levels, ctx.variant, ctx.dim, _ = inputs
     ctx.save_for_backward(z)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,7 +101,9 @@ def run(call: NormCall, backend: str | None) -> Tensor:
 # ---- checks --------------------------------------------------------------------------------------------------------------
 
 
-def _check(x, weight, bias, scale, shift, residual, kind, groups, eps, activation, tail_frames, rounding) -> None:
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+           residual: Tensor | None, kind: str, groups: int, eps: float, activation: str | None, tail_frames: int,
+           rounding: str) -> None:
     if x.dim() != 5:
         raise ValueError(f"x: expected (B, C, T, H, W), got shape {tuple(x.shape)}")
     if not x.dtype.is_floating_point:
@@ -233,23 +235,23 @@ torch.library.define(
 
 
 @torch.library.impl("vtok_fast::norm_act", ("cpu", "cuda"))
-def _impl(*args) -> Tensor:
+def _impl(*args: Any) -> Tensor:
     return run(NormCall(*args[:-1]), args[-1])
 
 
 @torch.library.register_fake("vtok_fast::norm_act")
-def _fake(x: Tensor, *args) -> Tensor:
+def _fake(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x, memory_format=output_format(x))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     call = NormCall(*inputs[:-1])
     ctx.save_for_backward(*call[:6])
     ctx.options = {"kind": call.kind, "groups": call.groups, "per_frame": call.per_frame, "eps": call.eps,
                    "activation": call.activation, "rounding": call.rounding}
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Any, grad: Tensor) -> Any:
     saved = ctx.saved_tensors  # once: activation checkpointing computes them when they are asked for
     options = ctx.options
     if native.is_plain(grad, *saved) and _triton_can_run(NormCall(*saved, **options)) is None:

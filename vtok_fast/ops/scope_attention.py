@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,23 +135,23 @@ def _backward_impl(grad, q, k, v, out, lse, q_offsets, range_offsets, ranges, sc
 
 
 @torch.library.register_fake("vtok_fast::scope_attention")
-def _fake(q: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     return torch.empty_like(q), lse
 
 
 @torch.library.register_fake("vtok_fast::scope_attention_backward")
-def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, ...]:
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, *csr, ctx.scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, *csr)
 
 
-def _backward(ctx, grad: Tensor, grad_lse: Tensor | None):
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     grads = torch.ops.vtok_fast.scope_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend)
     return *[g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)], *[None] * 5
 

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -336,7 +336,7 @@ def _pack_fake(tokens, keep, capacity, levels, variant, backend):
             tokens.new_empty(rows, dtype=torch.int32), tokens.new_empty(keep.shape[0] + 1, dtype=torch.int32))
 
 
-def _pack_setup(ctx, inputs, output) -> None:
+def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[1])
 
 
@@ -358,7 +358,7 @@ def _unpack_fake(values, mask, fill, backend):
     return _dense(values, mask)
 
 
-def _unpack_setup(ctx, inputs, output) -> None:
+def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.rows = inputs[0].shape[0]
 

@@ -143,7 +143,7 @@ def token_budget(scores: Tensor, rate: float | Tensor, *, strategy: str = "elbo"
     return reference.counts(reference.rates(scores.detach(), rate, strategy, elbo_mean), tokens, released)
 
 
-def _mean_tensor(elbo_mean, strategy: str, device: torch.device) -> Tensor:
+def _mean_tensor(elbo_mean: float | Tensor | None, strategy: str, device: torch.device) -> Tensor:
     if isinstance(elbo_mean, Tensor):
         if elbo_mean.numel() != 1 or not elbo_mean.is_floating_point():
             raise ValueError(f"elbo_mean: expected one floating point value, got {elbo_mean.dtype} {tuple(elbo_mean.shape)}")

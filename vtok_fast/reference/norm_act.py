@@ -68,7 +68,8 @@ def _reduced(kind: str, per_frame: bool) -> tuple[int, ...]:
     return (2, 4, 5) if per_frame else (2, 3, 4, 5)
 
 
-def _chain(x, weight, bias, eps, scale, shift, residual, activation, rounding) -> Tensor:
+def _chain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None,
+           residual: Tensor | None, activation: str | None, rounding: str) -> Tensor:
     """The operation by operation chains of two libraries, each step rounded to the dtype that it has there."""
     if residual is not None:
         x = x + residual

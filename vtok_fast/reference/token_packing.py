@@ -49,7 +49,7 @@ def mean_scores(scores: Tensor) -> Tensor:
 def rates(scores: Tensor, rate: Tensor, strategy: str, elbo_mean: Tensor | None) -> Tensor:
     """float64 (B,): the share of each clip's tokens to keep, for a float64 rate of one or B elements."""
     rate = rate.expand(scores.shape[0])
-    if strategy == "elbo":
+    if strategy == "elbo" or elbo_mean is None:
         return rate
     rate = rate * mean_scores(scores) / elbo_mean.to(scores.device, torch.float64)
     if strategy == "bin":

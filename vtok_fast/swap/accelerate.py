@@ -66,16 +66,17 @@ def accelerate(model: nn.Module, *, example: Any = None, check: bool = True, con
     arguments = None if example is None else example if isinstance(example, tuple) else (example,)
     try:
         candidates = _propose(model, report)
-        measured, whole = {}, None
+        measured: dict[_Candidate, _Measurement] = {}
+        whole: tuple[tuple, tuple] | None = None
         if check and arguments is None:
             measured = {c: _measure(c, _sample(c), {}) for c in candidates if c.swap.sample}
-        elif check:
+        elif check and arguments is not None:
             measured, whole = _measure_on_example(model, arguments, candidates)
         for c in candidates:
             _install(c, measured.get(c), report)
         if report._patches:
             report._on_revert.append(_share_weight_cache(model))
-        if whole is not None and report._patches:
+        if arguments is not None and whole is not None and report._patches:
             _measure_end_to_end(model, arguments, *whole, report)
     except BaseException:
         report.revert()
@@ -239,7 +240,7 @@ def _sample(c: _Candidate) -> tuple:
     """The candidate's random arguments, the same every time and without touching the program's random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return c.swap.sample(c.module)
+        return () if c.swap.sample is None else c.swap.sample(c.module)
 
 
 def _run(model: nn.Module, args: tuple) -> tuple[Any, list[tuple[Tensor, tuple[int, ...]]]]:

@@ -115,7 +115,7 @@ class Report:
         time.tick_params(axis="y", labelsize=7)
         time.invert_yaxis()
         time.legend()
-        error.barh(list(rows), [e.error / e.bound if e.bound else 0.0 for e in entries], color="#2a78b5")
+        error.barh(list(rows), [e.error / e.bound if e.error and e.bound else 0.0 for e in entries], color="#2a78b5")
         error.axvline(1, color="#c0392b")
         error.set(xlabel="error / allowed error", xlim=(0, 1.05))
         if path is not None:
