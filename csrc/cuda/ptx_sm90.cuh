@@ -212,6 +212,7 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 #define VTOK_R5 VTOK_R4 "," VTOK_R16(80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, 92, 93, 94, 95)
 #define VTOK_R7 VTOK_R5 "," VTOK_R16(96, 97, 98, 99, 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111) "," \
   VTOK_R16(112, 113, 114, 115, 116, 117, 118, 119, 120, 121, 122, 123, 124, 125, 126, 127)
+#define VTOK_R8(a, b, c, e, f, g, h, i) "%" #a ",%" #b ",%" #c ",%" #e ",%" #f ",%" #g ",%" #h ",%" #i
 #define VTOK_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define VTOK_D16(i) VTOK_D4(i), VTOK_D4(i + 4), VTOK_D4(i + 8), VTOK_D4(i + 12)
 #define VTOK_D64(i) VTOK_D16(i), VTOK_D16(i + 16), VTOK_D16(i + 32), VTOK_D16(i + 48)
@@ -239,8 +240,10 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 template <class T, int N, bool TransposeA = false, bool TransposeB = false>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-  static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "add it where it is needed");
-  if constexpr (N == 64) {
+  static_assert(N == 8 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "add it where it is needed");
+  if constexpr (N == 8) {
+    VTOK_WGMMA_SS(8, "%0,%1,%2,%3", 4, 5, 6, 7, 8, VTOK_D4(0));
+  } else if constexpr (N == 64) {
     VTOK_WGMMA_SS(64, VTOK_R1, 32, 33, 34, 35, 36, VTOK_D16(0), VTOK_D16(16));
   } else if constexpr (N == 96) {
     VTOK_WGMMA_SS(96, VTOK_R2, 48, 49, 50, 51, 52, VTOK_D16(0), VTOK_D16(16), VTOK_D16(32));
@@ -258,13 +261,21 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint
 template <class T, int N, bool TransposeB = false>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-  static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "add it where it is needed");
+  static_assert(N == 64 || N == 96 || N == 112 || N == 128 || N == 144 || N == 160 || N == 192 || N == 256, "add it where it is needed");
   if constexpr (N == 64) {
     VTOK_WGMMA_RS(64, VTOK_R1, 32, 33, 34, 35, 36, 37, 38, VTOK_D16(0), VTOK_D16(16));
   } else if constexpr (N == 96) {
     VTOK_WGMMA_RS(96, VTOK_R2, 48, 49, 50, 51, 52, 53, 54, VTOK_D16(0), VTOK_D16(16), VTOK_D16(32));
+  } else if constexpr (N == 112) {
+    VTOK_WGMMA_RS(112, VTOK_R2 "," VTOK_R8(48, 49, 50, 51, 52, 53, 54, 55), 56, 57, 58, 59, 60, 61, 62, VTOK_D16(0), VTOK_D16(16),
+                  VTOK_D16(32), VTOK_D4(48), VTOK_D4(52));
   } else if constexpr (N == 128) {
     VTOK_WGMMA_RS(128, VTOK_R3, 64, 65, 66, 67, 68, 69, 70, VTOK_D64(0));
+  } else if constexpr (N == 144) {
+    VTOK_WGMMA_RS(144, VTOK_R3 "," VTOK_R8(64, 65, 66, 67, 68, 69, 70, 71), 72, 73, 74, 75, 76, 77, 78, VTOK_D64(0), VTOK_D4(64),
+                  VTOK_D4(68));
+  } else if constexpr (N == 160) {
+    VTOK_WGMMA_RS(160, VTOK_R4, 80, 81, 82, 83, 84, 85, 86, VTOK_D64(0), VTOK_D16(64));
   } else if constexpr (N == 192) {
     VTOK_WGMMA_RS(192, VTOK_R5, 96, 97, 98, 99, 100, 101, 102, VTOK_D64(0), VTOK_D16(64), VTOK_D16(80));
   } else {
@@ -287,10 +298,11 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem) {
 }
 
 // A tile for the transposed operands of wgmma: lines of W bytes of M or N, one per k, swizzled as TMA writes it. The next W bytes
-// of M or N are `lead` bytes on, a multiple of 8 W; the next 16 of k 16 W bytes.
+// of M or N are `lead` bytes on; 8 lines follow each other, the next 8 of k are `stride` bytes on: multiples of 8 W.
 template <int W>
-__device__ __forceinline__ uint64_t wgmma_descriptor_transposed(uint32_t smem, uint32_t lead) {
-  return (wgmma_descriptor<W>(smem) & ~(uint64_t(0x3fff) << 16)) | uint64_t(lead >> 4 & 0x3fff) << 16;
+__device__ __forceinline__ uint64_t wgmma_descriptor_transposed(uint32_t smem, uint32_t lead, uint32_t stride = 8 * W) {
+  constexpr uint64_t kSwizzle = W == 128 ? 1 : W == 64 ? 2 : 3;
+  return uint64_t(smem >> 4 & 0x3fff) | uint64_t(lead >> 4 & 0x3fff) << 16 | uint64_t(stride >> 4 & 0x3fff) << 32 | kSwizzle << 62;
 }
 
 // Where byte `column` of row `row` of such a tile is, for threads that read or write it themselves.
