@@ -295,7 +295,9 @@ Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& value
         kept[k] = static_cast<int32_t>(first) + i;
         k += keep[i] != 0;
       }
+      if (found == 0) return;  // where nothing at all is kept, the outputs are empty and their pointers null
       std::memcpy(static_cast<int32_t*>(indices.data) + row, kept, found * sizeof(int32_t));
+      if (channels == 0) return;
       const char* from = static_cast<const char*>(tokens.data) + clip * tokens.stride[0] * width;
       char* to = static_cast<char*>(values.data) + row * bytes;
       if (channels == 1 || channel == 1) {
