@@ -28,6 +28,7 @@ from vtok_fast.swap import (
     vector_quantize,
     vidtok,
 )
+from vtok_fast.swap.live_memory import peak_bytes
 from vtok_fast.swap.patch import Patch, Skip, Swap, hooked
 from vtok_fast.swap.report import Entry, Report
 from vtok_fast.swap.results import close, equal
@@ -102,10 +103,16 @@ class _Candidate:
 
 
 @dataclass(frozen=True)
+class _Cost:
+    ms: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class _Measurement:
     parity: parity.Parity
-    eager_ms: float | None = None
-    fast_ms: float | None = None
+    eager: _Cost
+    fast: _Cost
 
 
 def _propose(model: nn.Module, report: Report) -> list[_Candidate]:
@@ -144,8 +151,8 @@ def _computes(module: nn.Module) -> bool:
 def _install(c: _Candidate, measured: _Measurement | None, report: Report) -> None:
     entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract=report.contract)
     if measured is not None:
-        entry = replace(entry, error=measured.parity.error, bound=measured.parity.bound, eager_ms=measured.eager_ms,
-                        fast_ms=measured.fast_ms, note=getattr(measured.parity, "note", ""))
+        entry = replace(entry, error=measured.parity.error, bound=measured.parity.bound, eager_ms=measured.eager.ms,
+                        fast_ms=measured.fast.ms, eager_bytes=measured.eager.bytes, fast_bytes=measured.fast.bytes, note=getattr(measured.parity, "note", ""))
         if not measured.parity.ok:
             report.skipped.append(replace(entry, why=f"failed its contract: {measured.parity}"))
             return
@@ -162,7 +169,7 @@ def _measure(c: _Candidate, args: tuple, kwargs: dict[str, Any]) -> _Measurement
     """Runs a copy of the module as it is, in float64, and swapped. The module itself is not touched."""
     probe = copy.deepcopy(c.swap.probe(c.module)).eval()
     with torch.no_grad():
-        eager, eager_ms = _timed(getattr(probe, c.swap.attribute), args, kwargs)
+        eager, eager_cost = _measured(getattr(probe, c.swap.attribute), args, kwargs)
         if c.swap.reference is not None:
             ref64 = c.swap.reference(probe, *args, **kwargs), None
         else:
@@ -170,10 +177,10 @@ def _measure(c: _Candidate, args: tuple, kwargs: dict[str, Any]) -> _Measurement
             ref64 = _call(getattr(double, c.swap.attribute), _to_double(args), _to_double(kwargs))
             del double
         Patch(probe, c.swap).install()
-        fast, fast_ms = _timed(getattr(probe, c.swap.attribute), args, kwargs)
+        fast, fast_cost = _measured(getattr(probe, c.swap.attribute), args, kwargs)
     if c.swap.judge is not None:
-        return _Measurement(c.swap.judge(fast[0], eager[0], ref64[0]), eager_ms, fast_ms)
-    return _Measurement(close(fast, eager, ref64), eager_ms, fast_ms)
+        return _Measurement(c.swap.judge(fast[0], eager[0], ref64[0]), eager_cost, fast_cost)
+    return _Measurement(close(fast, eager, ref64), eager_cost, fast_cost)
 
 
 def _call(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -192,14 +199,21 @@ def _containers(value: Any) -> Any:
     return value
 
 
-def _timed(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Any, Any], float]:
-    """What :func:`_call` gives, and the shortest of three runs in milliseconds."""
+def _measured(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Any, Any], _Cost]:
+    """What :func:`_call` gives; the shortest of three runs in milliseconds, and the most memory that its tensors took."""
     best = float("inf")
     for _ in range(3):
+        _wait_for_gpu()
         start = time.perf_counter()
         result = _call(function, args, kwargs)
+        _wait_for_gpu()
         best = min(best, time.perf_counter() - start)
-    return result, best * 1e3
+    return result, _Cost(best * 1e3, peak_bytes(_call, function, args, kwargs))
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _to_double(value: Any) -> Any:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module. ``error`` and ``bound`` are relative to float64 (see :mod:`vtok_fast.parity`), times in milliseconds on the
-    check's inputs; None where nothing was measured. ``note`` is what else the check saw."""
+    """One module. ``error`` and ``bound`` are relative to float64 (see :mod:`vtok_fast.parity`), times in milliseconds and the
+    most memory that tensors took in bytes, both on the check's inputs; None where nothing was measured. ``note`` is what else the check saw."""
 
     path: str
     kind: str
@@ -29,6 +29,8 @@ class Entry:
     bound: float | None = None
     eager_ms: float | None = None
     fast_ms: float | None = None
+    eager_bytes: int | None = None
+    fast_bytes: int | None = None
     note: str = ""
 
 
@@ -99,23 +101,27 @@ class Report:
             yield f"Tokens: {tokens}{'' if tokens.ok else ': TOO MANY'}."
 
     def plot(self, path: str | os.PathLike | None = None) -> Any:
-        """Draws time before and after and the error against its bound, module by module (needs matplotlib).
+        """Draws time and memory before and after and the error against its bound, module by module (needs matplotlib).
 
         Returns the figure; with ``path`` it is also written there.
         """
         from matplotlib.figure import Figure
 
         entries = [e for e in self.swapped if e.fast_ms is not None]
-        figure = Figure(figsize=(11, 1.5 + 0.24 * len(entries)), layout="constrained")
-        time, error = figure.subplots(1, 2, sharey=True)
+        figure = Figure(figsize=(14, 1.5 + 0.24 * len(entries)), layout="constrained")
+        time, memory, error = figure.subplots(1, 3, sharey=True)
         rows = range(len(entries))
-        time.barh([r - 0.2 for r in rows], [e.eager_ms for e in entries], 0.4, label="eager", color="#b8b8b8")
-        time.barh([r + 0.2 for r in rows], [e.fast_ms for e in entries], 0.4, label="vtok_fast", color="#2a78b5")
-        time.set(yticks=list(rows), yticklabels=[e.path or "(model)" for e in entries], xlabel="ms on the check's inputs")
+        for axes, eager, fast, label in ((time, [e.eager_ms for e in entries], [e.fast_ms for e in entries], "ms"),
+                                         (memory, [(e.eager_bytes or 0) / 2**20 for e in entries],
+                                          [(e.fast_bytes or 0) / 2**20 for e in entries], "MiB of tensors at the highest")):
+            axes.barh([r - 0.2 for r in rows], eager, 0.4, label="eager", color="#b8b8b8")
+            axes.barh([r + 0.2 for r in rows], fast, 0.4, label="vtok_fast", color="#2a78b5")
+            axes.set(xlabel=f"{label}, on the check's inputs")
+        time.set(yticks=list(rows), yticklabels=[e.path or "(model)" for e in entries])
         time.tick_params(axis="y", labelsize=7)
         time.invert_yaxis()
         time.legend()
-        error.barh(list(rows), [e.error / e.bound if e.error and e.bound else 0.0 for e in entries], color="#2a78b5")
+        error.barh(list(rows), [e.error / e.bound if e.bound else 0.0 for e in entries], color="#2a78b5")
         error.axvline(1, color="#c0392b")
         error.set(xlabel="error / allowed error", xlim=(0, 1.05))
         if path is not None:
@@ -126,11 +132,12 @@ class Report:
 def _swapped_table(entries: list[Entry]) -> Any:
     from rich.table import Table
 
-    table = Table("module", "now", "error", "allowed", "speed-up", title="Swapped", title_justify="left")
+    table = Table("module", "now", "error", "allowed", "speed-up", "memory", title="Swapped", title_justify="left")
     for e in entries:
         ratio = f"{e.eager_ms / e.fast_ms:.2f}" if e.eager_ms and e.fast_ms else ""
+        memory = f"{e.fast_bytes / e.eager_bytes:.2f}" if e.eager_bytes and e.fast_bytes is not None else ""
         error = "" if e.error is None else "equal" if e.error == 0 else f"{e.error:.1e}"
-        table.add_row(e.path or "(model)", e.what, error, f"{e.bound:.1e}" if e.bound else "", ratio)
+        table.add_row(e.path or "(model)", e.what, error, f"{e.bound:.1e}" if e.bound else "", ratio, memory)
     return table
 
 
