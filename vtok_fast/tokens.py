@@ -144,15 +144,24 @@ class Tokens:
                              f"{FORMAT!r})")
         if metadata.get("sha256") != _checksum(metadata.get("tokens", ""), data):
             raise ValueError(f"path: {path} is damaged, its checksum does not match")
-        header = json.loads(metadata["tokens"])
-        return cls(
-            model=header["model"],
-            config=header["config"],
-            video_shape=tuple(header["video_shape"]),
-            dtype=getattr(torch, header["dtype"]),
-            info=header.get("info", {}),
-            **{header["kind"]: data},
-        )
+        try:
+            return cls._from_header(json.loads(metadata["tokens"]), data)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:  # sound, but not of our making
+            raise ValueError(f"path: {path} does not describe tokens ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _from_header(cls, header: dict[str, Any], data: Tensor) -> Tokens:
+        kind, dtype, shape = header["kind"], getattr(torch, header["dtype"], None), tuple(header["video_shape"])
+        if kind not in ("indices", "latents"):
+            raise ValueError(f"kind: expected indices or latents, got {kind!r}")
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype: expected a torch.dtype's name, got {header['dtype']!r}")
+        for name, value, expected in (("model", header["model"], str), ("config", header["config"], dict),
+                                      ("info", header.get("info", {}), dict), *(("video_shape", n, int) for n in shape)):
+            if not isinstance(value, expected):
+                raise TypeError(f"{name}: expected {expected.__name__}, got {value!r}")
+        t, h, w = shape
+        return cls(header["model"], header["config"], (t, h, w), dtype, info=header.get("info", {}), **{kind: data})
 
 
 def _same(parts: Sequence[Tokens], *names: str) -> Tokens:
