@@ -88,7 +88,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     """Reads results. Raises ValueError for a file that is none."""
     try:
         results = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(results, dict) or results.get("version") != VERSION:
         raise ValueError(f"{path}: expected benchmark results of version {VERSION}")
