@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from triton_harness import CAPABILITIES, ROOT, assert_fits, compile_for, run_interpreted  # noqa: E402
 
@@ -68,6 +68,26 @@ def test_every_kernel_fits(kernel, dim, element, cc):
     judge(compile_kernel(kernel, dim, element, cc), dim, cc, element)
     if element != "fp32":  # which has no other blocks for short segments
         judge(compile_kernel(kernel, dim, element, cc, short=True), dim, cc, element, short=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cc", (86, 89))
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("dim", (8, 64, 128, 512))
+def test_kernels_fit_gpus_with_less_shared_memory(kernel, dim, cc):
+    """8.6 and 8.9: the instructions of 8.0 on the shared memory of 12.0."""
+    assert_fits(compile_kernel(kernel, dim, "bf16", cc), cc)
+    assert_fits(compile_kernel(kernel, dim, "bf16", cc, short=True), cc)
+
+
+@pytest.mark.parametrize("dim", (64, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (8, 384, 1024))))
+@pytest.mark.parametrize("cc", CAPABILITIES)
+def test_the_kernel_of_delta_fits(cc, dim):
+    block_d = triton.next_power_of_2(dim)
+    constants = {"D": dim, "BLOCK_D": block_d, "BLOCK_M": max(1, 4096 // block_d)}
+    signature = {name: "*bf16" if name in ("out", "grad") else "*fp32" if name == "delta" else "i32"
+                 for name in kernels.delta_kernel.arg_names}
+    assert_fits(compile_for(kernels.delta_kernel, signature, constants, cc, aligned=("out", "grad", "delta")), cc)
 
 
 def test_no_length_is_specialised_on():
