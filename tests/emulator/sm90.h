@@ -142,6 +142,7 @@ void fence_mbarrier_init();
 void mbarrier_arrive(uint32_t bar, Where where = Where::current());
 void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes, Where where = Where::current());
 void mbarrier_arrive_cluster(uint32_t bar, Where where = Where::current());
+inline void mbarrier_arrive_cluster_relaxed(uint32_t bar, Where where = Where::current()) { mbarrier_arrive_cluster(bar, where); }
 bool mbarrier_try_wait(uint32_t bar, uint32_t parity, Where where = Where::current());
 void mbarrier_wait(uint32_t bar, uint32_t parity, Where where = Where::current());
 void mbarrier_wait_cluster(uint32_t bar, uint32_t parity, Where where = Where::current());
