@@ -11,19 +11,21 @@ BUILT := $(VENV)/.built-$(shell printf '%s' '$(VTOK_FAST_CUDA_ARCHS)' | tr -c 'A
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 VIDEO ?=
+WHEELS ?=
 CONFIG ?=
 CHECKPOINT ?=
 DEMO_OPTIONS = $(if $(VIDEO),--video '$(VIDEO)') $(if $(CONFIG),--config '$(CONFIG)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench setup needs clean lint
+.PHONY: help demo test test-all bench wheels hub setup needs clean lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  make demo VIDEO=my.mp4 CONFIG=fsq_causal_488_32768 CHECKPOINT=vidtok_fsq_causal_488_32768.ckpt"
 	@echo "  make test PYTHON=/usr/bin/python3.12      (which Python .venv is made from)"
+	@echo "  make wheels WHEELS='--family cpu'          (scripts/wheels.py --help)"
 
 demo: setup $(if $(VIDEO),,data/bikes.mp4) ## a real clip through VidTok, plain and accelerated; the result is in demo/
 	@$(RUN) -m vtok_fast.cli demo $(DEMO_OPTIONS)
@@ -40,6 +42,12 @@ bench: setup ## each op beside its strongest peers
 lint: setup $(VENV)/.tools ## ruff and mypy
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy
+
+wheels: needs ## wheels for CPUs and for families of GPUs, each tried in a fresh environment
+	@$(PYTHON) scripts/wheels.py $(WHEELS)
+
+hub: setup ## the ops as a repository for Hugging Face's kernels, in build/hub
+	@$(RUN) scripts/hub.py
 
 setup: $(BUILT) ## .venv, the packages and the native module
 

@@ -7,11 +7,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+import vtok_fast
 from vtok_fast import native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,7 +148,7 @@ def test_sm90a_has_its_own_instructions():
 # ---- which GPUs a build is for ---------------------------------------------------------------------------------------------
 
 
-def configure(tmp_path: Path, wish: str, gpus: str | None = None) -> tuple[int, str]:
+def configure(tmp_path: Path, wish: str, gpus: str | None = None, torch_list: str | None = None) -> tuple[int, str]:
     """csrc/cuda/archs.cmake on a machine with an nvcc and with these GPUs: its status, and what it set and said."""
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
@@ -156,7 +158,8 @@ def configure(tmp_path: Path, wish: str, gpus: str | None = None) -> tuple[int, 
     script = tmp_path / "script.cmake"
     script.write_text(f"include({FOLDER / 'archs.cmake'})\nmessage(STATUS \"archs=${{CUDA_ARCHS}} code=${{CUDA_CODE}}.\")\n")
     command = [CMAKE, f"-DVTOK_FAST_CUDA_ARCHS={wish}", "-P", script]
-    result = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(folder)})
+    environment = {"PATH": str(folder)} | ({} if torch_list is None else {"TORCH_CUDA_ARCH_LIST": torch_list})
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     return result.returncode, " ".join((result.stdout + result.stderr).split())
 
 
@@ -173,6 +176,23 @@ def test_choice_of_gpus(tmp_path, wish, gpus, archs, code):
 
 
 @pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+@pytest.mark.parametrize("torch_list, wish, archs", (
+    ("8.0;9.0+PTX", "", "80;90a"), ("7.0 7.5 8.6", "", "86"), ("Hopper", "", "90a"), ("Ampere;Ada;8.0", "", "80;86;89"),
+    ("10.0a 12.0", "", "100a;120"), ("9.0a", "", "90a"), ("7.5", "", ""), ("Volta", "", ""),
+    ("8.0", "90a", "90a"), ("8.0", "none", ""), ("8.0", "native", "89"), ("", "", "89")))
+def test_the_list_of_pytorch(tmp_path, torch_list, wish, archs):
+    """It chooses where our own variable does not; what is older than Ampere is left out."""
+    status, said = configure(tmp_path, wish, "8.9", torch_list)
+    assert status == 0 and f"archs={archs} code=" in said
+
+
+@pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+def test_a_wrong_list_of_pytorch(tmp_path):
+    status, said = configure(tmp_path, "", None, "8.0;hopper")
+    assert status != 0 and "TORCH_CUDA_ARCH_LIST: expected architectures such as 8.0;9.0+PTX, got hopper" in said
+
+
+@pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
 @pytest.mark.parametrize("wish, message", (("native", "VTOK_FAST_CUDA_ARCHS=native: no GPU answers"),
                                            ("75", "need 80 .Ampere. or newer, got 75"), ("ampere", "got ampere")))
 def test_impossible_choice_of_gpus(tmp_path, wish, message):
@@ -184,6 +204,29 @@ def test_impossible_choice_of_gpus(tmp_path, wish, message):
 def test_an_unset_choice_says_why_there_is_no_cuda(tmp_path):
     status, said = configure(tmp_path, "")
     assert status == 0 and "building a CPU-only module: no GPU answers" in said
+
+
+def version(tmp_path: Path, wish: str) -> subprocess.CompletedProcess:
+    """What setup.py calls a wheel, where there is an nvcc 13.0."""
+    pytest.importorskip("setuptools")
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    environment = os.environ | {"VTOK_FAST_CUDA_ARCHS": wish, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+@pytest.mark.parametrize("wish, said", (("80;90a", "+cu130.sm80.sm90a"), ("100a;120", "+cu130.sm100a.sm120"), ("none", "")))
+def test_the_version_names_the_gpus(tmp_path, wish, said):
+    result = version(tmp_path, wish)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == vtok_fast.__version__ + said
+
+
+@pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+def test_a_wheel_for_no_gpu_is_not_named(tmp_path):
+    result = version(tmp_path, "75")
+    assert result.returncode and "need 80 (Ampere) or newer, got 75" in " ".join(result.stderr.split())
 
 
 @pytest.mark.skipif(native.lib() is None or shutil.which("readelf") is None, reason="no native module, or no readelf")
