@@ -32,7 +32,12 @@ struct ConvProblem {
 // A tile shape and a number of K splits to insist on, for tests and for tuning; 0 leaves the choice to the plan.
 struct ConvChoice {
   int tile_m = 0, tile_n = 0, splits = 0;
+  // The Hopper kernel instead of the one for every GPU; and its blocks per cluster and stages of weights.
+  bool sm90 = false;
+  int cluster = 0, stages = 0;
+  int64_t* report = nullptr;  // takes the Hopper plan: kHopperReport numbers, see run_conv_sm90
 };
+constexpr int kHopperReport = 10;
 
 // Each launcher with `workspace_bytes` set only reports how much scratch memory (16-byte aligned) the call needs.
 Status causal_conv3d(const ConvProblem& problem, ConvChoice choice, void* workspace, int64_t* workspace_bytes, void* stream);

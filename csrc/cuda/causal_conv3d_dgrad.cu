@@ -170,7 +170,7 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
   }
   e.vectors = w.outputs % 8 == 0 && aligned16(e.out);
   for (int64_t stride : e.out_stride) e.vectors = e.vectors && stride * bytes % 16 == 0;
-  VTOK_RETURN_IF_ERROR(run_conv(task, choice, workspace, stream));
+  VTOK_RETURN_IF_ERROR(run_chosen(task, choice, workspace, stream));
   if (workspace_bytes || !folds) return Status::Ok();
 
   fold.from = e.out;

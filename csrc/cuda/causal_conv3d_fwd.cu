@@ -212,7 +212,7 @@ Status causal_conv3d(const ConvProblem& problem, ConvChoice choice, void* worksp
   for (ConvTask& part : merge_taps(task)) {
     int64_t bytes_of_part = 0;
     Workspace workspace(workspace_base, workspace_bytes ? &bytes_of_part : nullptr);
-    VTOK_RETURN_IF_ERROR(run_conv(part, choice, workspace, stream));
+    VTOK_RETURN_IF_ERROR(run_chosen(part, choice, workspace, stream));
     most = std::max(most, bytes_of_part);
   }
   if (workspace_bytes) *workspace_bytes = most;

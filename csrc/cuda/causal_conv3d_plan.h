@@ -73,4 +73,18 @@ struct ConvTask {
 std::vector<ConvTask> merge_taps(const ConvTask& task);
 Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream);
 
+// The same by the Hopper kernel; Unsupported, with the reason, where it cannot. Reports tile_m, tile_n, splits, cluster, stages of
+// weights, stages of patches, the tile's frames, rows and columns, and the cycles predicted.
+#ifdef VTOK_SM90  // in the build
+Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream);
+#else
+inline Status run_conv_sm90(ConvTask&, ConvChoice, Workspace&, void*) {
+  return Status::Unsupported("sm90: the native module was built without it; VTOK_FAST_CUDA_ARCHS chooses GPUs at build time");
+}
+#endif
+
+inline Status run_chosen(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream) {
+  return choice.sm90 ? run_conv_sm90(task, choice, workspace, stream) : run_conv(task, choice, workspace, stream);
+}
+
 }  // namespace vtok::cuda

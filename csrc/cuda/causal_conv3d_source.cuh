@@ -77,15 +77,19 @@ __device__ inline int tap_index(const Source& s, int axis, int out, int tap) {
   return pad_index(i, s.length[axis], axis == 0 ? s.time_mode : s.spatial_mode);
 }
 
-// The address of the frame that temporal tap dt reads, or 0.
-__device__ inline uint64_t frame_address(const Source& s, const Position& p, int dt) {
-  int t = p.t;
+// The frame of the timeline (the used part of the cache, then x, upsampled) that temporal tap dt reads for output frame t, or -1.
+__device__ inline int timeline_index(const Source& s, int t, int dt) {
   if (dt >= s.time_taps) {
     const int extra = dt / s.time_taps - 1;
-    if (t != (extra < s.before ? 0 : s.out[0] - 1)) return 0;
+    if (t != (extra < s.before ? 0 : s.out[0] - 1)) return -1;
     t = extra < s.before ? extra - s.before : s.out[0] + extra - s.before, dt %= s.time_taps;
   }
-  int i = tap_index(s, 0, t, dt);
+  return tap_index(s, 0, t, dt);
+}
+
+// The address of the frame that temporal tap dt reads, or 0.
+__device__ inline uint64_t frame_address(const Source& s, const Position& p, int dt) {
+  int i = timeline_index(s, p.t, dt);
   if (i < 0) return 0;
   if (i < s.used_cache)
     return reinterpret_cast<uint64_t>(s.cache) + p.b * s.cache_batch_bytes +
