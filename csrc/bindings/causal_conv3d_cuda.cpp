@@ -1,6 +1,7 @@
 // Only in a module built for GPUs (VTOK_FAST_CUDA_ARCHS).
 #ifdef VTOK_CUDA
 #include "cuda/causal_conv3d_call.h"
+#include "cuda/causal_conv3d_wgrad_sm90.h"
 
 #include "bindings/caster.h"
 
@@ -15,6 +16,9 @@ auto released(Status (*launcher)(P...)) {
 void bind_causal_conv3d_cuda(pybind11::module_& m) {
   m.def("causal_conv3d_cuda", released(cuda::causal_conv3d_call));
   m.def("causal_conv3d_cuda_backward", released(cuda::causal_conv3d_backward_call));
+#ifdef VTOK_SM90
+  m.def("causal_conv3d_wgrad_sm90", released(cuda::causal_conv3d_wgrad_sm90_call));
+#endif
 }
 
 }  // namespace vtok

@@ -5,7 +5,6 @@ Inputs are small integers, whose sums float32 holds exactly in any order: result
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import sys
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import emulator  # noqa: E402
 from conv_cuda_emulated import _tensor  # noqa: E402
 
+from vtok_fast.ops import causal_conv3d_cuda as cuda  # noqa: E402
 from vtok_fast.ops import causal_conv3d_wgrad_sm90 as wgrad_sm90  # noqa: E402
 from vtok_fast.reference import causal_conv3d as reference  # noqa: E402
 
@@ -174,3 +174,24 @@ def test_says_why_not(reason):
     channels = options.pop("channels", 64)
     with pytest.raises(NotImplementedError, match=f"sm90: .*{reason}|{reason}"):
         both(channels, 64, (1, 8, 8), (1, 3, 3), **options)
+
+
+@pytest.mark.parametrize("wants_x", (True, False))
+def test_backward_leaves_the_weights_to_it(monkeypatch, wants_x):
+    monkeypatch.setattr(wgrad_sm90, "why_not", lambda *args: None)
+    others = []
+    lib = Emulated()
+    lib.causal_conv3d_cuda_backward = lambda *args: others.append(args)
+    x, grad = integers(1, 64, 1, 8, 8, seed=1, dtype=BF16), integers(1, 64, 1, 8, 8, seed=3, dtype=BF16)
+    weight = torch.zeros(64, 64, 1, 3, 3, dtype=BF16)
+    grads = cuda.backward(grad, x, weight, None, PLAIN, [wants_x, True, True, False], lib=lib)
+    assert torch.equal(grads[1], weight_gradient(x.double(), grad.double()).to(BF16))
+    assert torch.equal(grads[2], grad.double().sum((0, 2, 3, 4)).to(BF16))
+    of_x, of_weight = slice(13, 14), slice(15, 17)  # among the launcher's arguments
+    assert len(others) == 2 * wants_x  # asks for scratch memory, then runs
+    assert all(None not in args[of_x] and args[of_weight] == (None, None) for args in others)
+
+
+def test_why_not_on_this_machine():
+    x, weight = torch.zeros(1, 64, 1, 8, 8), torch.zeros(64, 64, 1, 3, 3)
+    assert wgrad_sm90.why_not(x, x, weight, None, PLAIN) == "the tensors are on cpu"

@@ -84,9 +84,9 @@ def _impl(grad, x, weight, cache, stride, dilation, groups, pad, time_mode, spat
     none = grad.new_empty(0)
     grad_x = grad_weight = grad_bias = grad_cache = none
     once = once and cache is None
-    if backend in (None, "sm80") and cuda.why_not(x, weight, groups) is None:
+    if backend in (None, "sm80", "sm90") and cuda.why_not(x, weight, groups) is None:
         geometry = (stride, dilation, groups, pad, cuda.MODES.index(time_mode), cuda.MODES.index(spatial_mode), upsample, once)
-        grads = cuda.backward(grad, x, weight, cache, geometry, mask)
+        grads = cuda.backward(grad, x, weight, cache, geometry, mask, hopper=backend != "sm80")
         sources = (x, weight, None, cache)
         return tuple(none.clone() if g is None else g if s is None else _laid_out_like(s, g) for g, s in zip(grads, sources))
     front, back, *space = pad

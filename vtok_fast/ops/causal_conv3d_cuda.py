@@ -97,8 +97,13 @@ def forward(call: Any, geometry: tuple, out: Tensor, *, lib: Any = None, choice:
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geometry: tuple, mask: list[bool], *, lib: Any = None,
-             choice: Triple = (0, 0, 0)) -> list[Tensor | None]:
-    """Gradients of x, weight, bias and cache, where ``mask`` asks for them; those of x and the cache are channels_last_3d."""
+             choice: Triple = (0, 0, 0), hopper: bool = True) -> list[Tensor | None]:
+    """Gradients of x, weight, bias and cache, where ``mask`` asks for them; those of x and the cache are channels_last_3d.
+
+    Those of weight and bias are left to the Hopper kernel where it can run and ``hopper`` allows it.
+    """
+    from vtok_fast.ops import causal_conv3d_wgrad_sm90 as wgrad_sm90
+
     arg = native.arg
     x, cache = _input(x, cache, geometry[2])
     grad = grad.contiguous(memory_format=LAST)
@@ -106,6 +111,11 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geom
     grad_cache = torch.empty_like(cache, memory_format=LAST) if mask[3] else None
     grad_weight = torch.empty_like(weight) if mask[1] or mask[2] else None
     grad_bias = weight.new_empty(weight.shape[0]) if mask[2] else None
-    _launch((lib or native.lib()).causal_conv3d_cuda_backward, x, arg(x), arg(weight), arg(cache), *geometry, _allow_tf32(x),
-            arg(grad), arg(grad_x), arg(grad_cache), arg(grad_weight), arg(grad_bias), choice)
+    by_hopper = grad_weight is not None and hopper and wgrad_sm90.why_not(grad, x, weight, cache, geometry) is None
+    if by_hopper:
+        wgrad_sm90.launch(grad, x, grad_weight, grad_bias, cache, geometry, lib=lib)
+    if not by_hopper or grad_x is not None or grad_cache is not None:
+        of_weight = (None, None) if by_hopper else (grad_weight, grad_bias)
+        _launch((lib or native.lib()).causal_conv3d_cuda_backward, x, arg(x), arg(weight), arg(cache), *geometry, _allow_tf32(x),
+                arg(grad), arg(grad_x), arg(grad_cache), *map(arg, of_weight), choice)
     return [grad_x, grad_weight if mask[1] else None, grad_bias, grad_cache]
