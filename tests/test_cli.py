@@ -218,7 +218,7 @@ def test_doctor_counts_openmp_runtimes(openmp, level):
     assert doctor._openmp({"openmp": openmp}).level == level
 
 
-@pytest.mark.parametrize(("version", "cuda", "level"), [("2.5.1+cpu", False, "bad"), ("2.6.0", False, "ok"), ("2.9.1", True, "hint"),
+@pytest.mark.parametrize(("version", "cuda", "level"), [("2.5.1+cpu", False, "bad"), ("2.6.0", False, "ok"), ("2.9.1", True, "ok"),
                                                        ("2.9.1", False, "ok"), ("2.13.0+cpu", False, "ok")])
 def test_doctor_knows_torch_versions(version, cuda, level):
     assert doctor._torch({"torch": version, "cuda": cuda, "threads": 2}, "").level == level

@@ -38,51 +38,14 @@ def _print_json(value: Any) -> None:
 
 @app.command()
 def info(as_json: Json = False) -> None:
-    """Versions, the processor, threads, and which backends each op has here."""
-    import platform
+    """Versions, the processor, GPUs, and for each op and backend whether it can run here, or why not."""
+    from vtok_fast.info import facts
+    from vtok_fast.info import main as show
 
-    import torch
-
-    import vtok_fast
-    from vtok_fast import native
-
-    lib = native.lib()
-    facts: dict[str, Any] = {
-        "vtok_fast": vtok_fast.__version__, "torch": torch.__version__, "python": platform.python_version(), "cpu": _cpu_name(),
-        "native_module": native.why_missing() or "built", "isa": lib.isa() if lib else None,
-        "supported_isas": list(lib.supported_isas()) if lib else [], "cuda_archs": list(lib.cuda_archs) if lib else [],
-        "threads": torch.get_num_threads(),
-        "threading_runtime": lib.threading_runtime() if lib else None, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "ops": vtok_fast.available_backends(),
-    }
     if as_json:
-        _print_json(facts)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for key, value in facts.items():
-        if key != "ops":
-            text = ", ".join(value) if isinstance(value, list) else "none" if value is None else str(value)
-            table.add_row(key.replace("_", " "), text)
-    ops = Table("op", "backend", "here")
-    for op, backends in facts["ops"].items():
-        for name, missing in backends.items():
-            ops.add_row(op, name, "yes" if missing is None else f"no: {missing}")
-    console = Console()
-    console.print(table)
-    console.print(ops)
-
-
-def _cpu_name() -> str:
-    import platform
-
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        _print_json(facts())
+    else:
+        show()
 
 
 @app.command()
@@ -211,19 +174,30 @@ def _progress(quiet: bool, unit: str) -> Iterator[Callable[[int, int | None], No
 
 
 @app.command()
-def check(as_json: Json = False) -> None:
-    """Compare every op and a VidTok with the reference on this machine; exit code 1 if one is too far off."""
-    from vtok_fast.check import outcomes
+def check(
+    models: Annotated[bool, typer.Option("--models", help="The tokenizers instead of the ops, each accelerated, on a real clip.")] = False,
+    video: Annotated[Optional[Path], typer.Option(help="With --models: the clip. Default: the demo's, or a synthetic one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare every op and a VidTok, or every tokenizer, with the reference on this machine; exit code 1 if one is too far off."""
+    if models:
+        from vtok_fast.check_models import model_outcomes, real_clip
 
-    found = list(outcomes())
+        clip, source = real_clip(video)
+        found = list(model_outcomes(clip))
+    else:
+        from vtok_fast.check import outcomes
+
+        found, source = list(outcomes()), None
     failed = [outcome for outcome in found if not outcome.ok]
     if as_json:
-        _print_json({"ok": not failed, "outcomes": [dataclasses.asdict(outcome) for outcome in found]})
+        _print_json({"ok": not failed, **({"video": source} if models else {}),
+                     "outcomes": [dataclasses.asdict(outcome) for outcome in found]})
         raise typer.Exit(int(bool(failed)))
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("op", "backend", "case", "result")
+    table = Table("model" if models else "op", "backend", "case", "result", title=source)
     for outcome in found:
         text = f"not run: {outcome.skipped}" if outcome.skipped else ("" if outcome.ok else "TOO FAR: ") + outcome.text
         table.add_row(outcome.op, outcome.backend, outcome.case, text)

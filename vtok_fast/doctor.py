@@ -6,6 +6,7 @@ their own: one that dies takes nothing along.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,31 +19,50 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+if __package__:  # in this form, because without torch the package itself gives nothing
+    import vtok_fast.gpus as gpus
+    import vtok_fast.known_bad as known_bad
+else:  # run as a file, where the package itself cannot be imported
+    import gpus
+    import known_bad
+
 OLDEST_TORCH = (2, 6)
 PACKAGE = Path(__file__).resolve().parent
 
-# Printed by a fresh Python: what torch is, and which OpenMP runtimes are in the process once everything is loaded.
+# Printed by a fresh Python, line by line as far as it gets: what torch and the GPUs are, what the native module has, which backends each
+# op has here, and which OpenMP runtimes are in the process once everything is loaded.
 PROBE = """
 import json, sys
+def say(**facts): print(json.dumps(facts), flush=True)
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.ones(64, 64) @ torch.ones(64, 64)
-found = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "threads": torch.get_num_threads(), "native": None, "isa": None, "runtime": None}
+cuda = torch.cuda.is_available()
+say(torch=torch.__version__, cuda=cuda, threads=torch.get_num_threads(), toolkit=torch.version.cuda,
+    cudnn=torch.backends.cudnn.version() if cuda else None, allow_tf32=torch.backends.cudnn.allow_tf32 if cuda else False)
+count = torch.cuda.device_count() if cuda else 0
+say(gpus=[{"name": torch.cuda.get_device_name(i), "capability": torch.cuda.get_device_capability(i)} for i in range(count)])
 try:
+    import warnings
+    warnings.simplefilter("ignore")
+    import vtok_fast
     from vtok_fast import native
-    found["native"] = native.why_missing()
-    if native.lib() is not None:
-        found["isa"], found["runtime"] = native.lib().isa(), native.lib().threading_runtime()
+    lib = native.lib()
+    say(version=vtok_fast.__version__, native=native.why_missing(), ops=vtok_fast.available_backends())
+    if lib is not None:
+        say(isa=lib.isa(), isas=list(lib.supported_isas()), runtime=lib.threading_runtime(), archs=list(lib.cuda_archs),
+            cuda_problem=(lib.cuda_problem() or None) if cuda and lib.cuda_archs else None)
 except Exception as error:
-    found["native"] = f"{type(error).__name__}: {error}"
+    say(native=f"{type(error).__name__}: {error}")
 try:
     lines = open("/proc/self/maps").read().split()
     names = {word for word in lines if word.startswith("/") and any(n in word.rsplit("/", 1)[-1] for n in ("libgomp", "libomp", "libiomp"))}
-    found["openmp"] = sorted(names)
+    say(openmp=sorted(names))
 except OSError:
-    found["openmp"] = None
-print(json.dumps(found))
+    pass
 """
+NOTHING = {"torch": None, "cuda": False, "threads": None, "toolkit": None, "cudnn": None, "allow_tf32": False, "gpus": [], "version": None,
+           "native": None, "ops": None, "isa": None, "isas": [], "runtime": None, "archs": [], "cuda_problem": None, "openmp": None}
 
 
 @dataclass(frozen=True)
@@ -57,21 +77,32 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings."""
-    probe, failure = _probe()
+    probe, failure = look()
     findings = [_python(), _torch(probe, failure)]
-    findings += [check(probe) for check in (_native, _openmp)] if probe else []
-    return findings + [_compiler(), _headers(), *_packages(), *_allocator()]
+    findings += [*_pairs(probe), *_triton(probe), _native(probe), *_gpus(probe), _openmp(probe)] if probe else []
+    return findings + [_compiler(), *_nvcc(probe), _headers(), *_packages(), *_allocator()]
 
 
-def _probe() -> tuple[dict | None, str]:
+def look() -> tuple[dict | None, str]:
+    """What the probe found, with a value for each name of NOTHING; or None, and why torch cannot be imported."""
     try:
         result = subprocess.run([sys.executable, "-c", PROBE, str(PACKAGE.parent)], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return None, "importing torch takes more than two minutes"
-    if result.returncode:
-        lines = result.stderr.strip().splitlines()
-        return None, lines[-1] if lines else f"Python ended with status {result.returncode} (a signal, where it is negative)"
-    return json.loads(result.stdout.splitlines()[-1]), ""
+    facts: dict = {}
+    for line in result.stdout.splitlines():
+        if line.startswith("{"):
+            facts |= json.loads(line)
+    if not facts or (result.returncode and "native" in facts):
+        return None, _last_line(result)
+    if result.returncode:  # it died with the native module
+        facts["native"] = f"importing it ends Python: {_last_line(result)}"
+    return NOTHING | facts, ""
+
+
+def _last_line(result: subprocess.CompletedProcess) -> str:
+    lines = result.stderr.strip().splitlines()
+    return lines[-1] if lines else f"Python ended with status {result.returncode} (a signal, where it is negative)"
 
 
 def _python() -> Finding:
@@ -88,9 +119,28 @@ def _torch(probe: dict | None, failure: str) -> Finding:
     version = tuple(int(part) for part in probe["torch"].split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
         return Finding("torch", "bad", f"{probe['torch']} is too old", "pip install 'torch>=2.6'")
-    if version == (2, 9) and probe["cuda"]:  # pytorch issue 166643: they leave cuDNN for a chain with 17 times the memory
-        return Finding("torch", "hint", f"{probe['torch']}: 3D convolutions in half precision are slow and large on a GPU", "use torch 2.10 or newer")
     return Finding("torch", "ok", f"{probe['torch']}, {probe['threads']} threads")
+
+
+def _pairs(probe: dict) -> list[Finding]:
+    """Versions that are known to be bad together."""
+    both = f"torch {probe['torch']} with cuDNN {'.'.join(map(str, known_bad.version(probe['cudnn']) or ()))}"
+    return [Finding("known-bad versions", pair.level, f"{both}: {pair.text} (pytorch #{pair.source})", pair.cure)
+            for pair in known_bad.found(probe)]
+
+
+def _triton(probe: dict) -> list[Finding]:
+    """Whether Triton is the one that torch was built with: others often fail to compile, or compile worse."""
+    if not probe["cuda"]:
+        return []
+    try:
+        here = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("Triton", "hint", "not installed, so norms, attention and packing run on PyTorch's own kernels", "pip install triton")]
+    wanted = known_bad.triton_of(importlib.metadata.requires("torch") or [])
+    if wanted is not None and wanted != here:
+        return [Finding("Triton", "hint", f"{here}, and this torch was built with {wanted}", f"pip install triton=={wanted}")]
+    return [Finding("Triton", "ok", here)]
 
 
 def _native(probe: dict) -> Finding:
@@ -100,6 +150,29 @@ def _native(probe: dict) -> Finding:
     others = [path.name for path in PACKAGE.glob("_C*.so") if not path.name.endswith(tag)]
     hint = f" (there is {', '.join(others)}, for another Python)" if others else ""
     return Finding("native module", "bad", probe["native"] + hint, "in the source folder: pip install .   (needs g++ and python3-dev)")
+
+
+def _gpus(probe: dict) -> list[Finding]:
+    """Each GPU, and what of the native module it runs."""
+    if probe["cuda_problem"]:
+        return [Finding("GPU", "bad", f"the CUDA kernels cannot start: {probe['cuda_problem']}", "update the GPU's driver")]
+    findings = []
+    for i, gpu in enumerate(probe["gpus"]):
+        name, capability = f"GPU {i}, {gpu['name']}", tuple(gpu["capability"])
+        code = gpus.code_for(capability, probe["archs"])
+        build = f"VTOK_FAST_CUDA_ARCHS={capability[0]}{capability[1]}{'a' if capability == (9, 0) else ''} pip install ."
+        if probe["native"] is not None:
+            continue  # there is a finding of its own
+        if code is None and capability < (8, 0):
+            findings.append(Finding(name, "hint", f"compute capability {capability[0]}.{capability[1]}: the CUDA kernels need 8.0", ""))
+        elif code is None or code.startswith("compute"):
+            findings.append(Finding(name, "hint", gpus.fit(capability, probe["archs"]), f"in the source folder: {build}   (needs nvcc)"))
+        elif capability == (9, 0) and code != "sm_90a":
+            findings.append(Finding(name, "hint", f"{gpus.fit(capability, probe['archs'])}, without the Hopper kernels",
+                                    f"in the source folder: {build}   (needs nvcc)"))
+        else:
+            findings.append(Finding(name, "ok", gpus.fit(capability, probe["archs"])))
+    return findings or [Finding("GPU", "ok", "none that torch sees")]
 
 
 def _openmp(probe: dict) -> Finding:
@@ -118,6 +191,17 @@ def _compiler() -> Finding:
         return Finding("compiler", "hint", "no C++ compiler, so the native module cannot be built here", "apt install g++")
     version = subprocess.run([found, "--version"], capture_output=True, text=True).stdout.splitlines()
     return Finding("compiler", "ok", version[0] if version else found)
+
+
+def _nvcc(probe: dict | None) -> list[Finding]:
+    """Whether CUDA kernels could be built here, where there is a GPU for them."""
+    if probe is None or not probe["gpus"]:
+        return []
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if found is None:
+        return [Finding("nvcc", "hint", "not found, so CUDA kernels cannot be built here", "install the CUDA toolkit, or set CUDA_HOME")]
+    return [Finding("nvcc", "ok", found)]
 
 
 def _headers() -> Finding:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+from vtok_fast import gpus
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5,
                 torch.uint8: 6}
@@ -55,11 +58,12 @@ def _why_no_gpu(index: int | None) -> str | None:
         return "there is no GPU"
     if problem := _C.cuda_problem():
         return problem
-    major, minor = torch.cuda.get_device_capability(index)
-    lowest = min(int(arch.rstrip("af")) for arch in _C.cuda_archs)  # of which the module has PTX, too
-    if 10 * major + minor < lowest:
-        return f"the GPU has compute capability {major}.{minor}, and the native module was built for {', '.join(_C.cuda_archs)}"
-    return None
+    gpu = torch.cuda.get_device_capability(index)
+    if gpus.code_for(gpu, _C.cuda_archs) is not None:
+        return None
+    reason = f"the native module is {gpus.fit(gpu, _C.cuda_archs)}"
+    warnings.warn(f"vtok_fast: {reason}; VTOK_FAST_CUDA_ARCHS={gpu[0]}{gpu[1]} pip install . builds for it", stacklevel=2)
+    return reason  # remembered: the warning comes once per GPU
 
 
 @contextmanager
