@@ -18,7 +18,7 @@ DEMO_OPTIONS = $(if $(VIDEO),--video '$(VIDEO)') $(if $(CONFIG),--config '$(CONF
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench wheels hub setup needs clean lint
+.PHONY: help demo test test-all bench wheels hub setup needs clean lint docs coverage sanitize fuzz
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,20 @@ wheels: needs ## wheels for CPUs and for families of GPUs, each tried in a fresh
 
 hub: setup ## the ops as a repository for Hugging Face's kernels, in build/hub
 	@$(RUN) scripts/hub.py
+
+docs: setup $(VENV)/.tools ## the documentation, as a site in site/
+	@$(RUN) scripts/docs.py
+	@$(RUN) -m mkdocs build --quiet --strict
+	@echo "site/index.html"
+
+coverage: setup $(VENV)/.tools ## which lines the fast tests reach; details in htmlcov/
+	@$(RUN) -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-report=html
+
+sanitize: setup ## the CPU kernels' tests on a build with ASan and UBSan
+	@scripts/sanitize.sh tests
+
+fuzz: setup ## nonsense for the native module and the readers; SECONDS=600 each
+	@scripts/sanitize.sh fuzz $(or $(SECONDS),600)
 
 setup: $(BUILT) ## .venv, the packages and the native module
 
