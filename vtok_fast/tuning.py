@@ -50,9 +50,14 @@ def conv_class(kernel: Sequence[int], stride: Sequence[int], channels: int, outp
 
 def entries(op: str, device: torch.device) -> dict[str, Entry]:
     """The op's entries by class for this device and number of threads. Empty, and quickly so, where there is no table."""
-    if not _enabled:
+    if not _enabled or not _any_table():
         return {}
     return _entries(op, device.type, device.index, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+@functools.cache
+def _any_table() -> bool:
+    return any(place.is_dir() and any(place.glob("*.json")) for place in (SHIPPED, folder()))
 
 
 @functools.cache
@@ -91,4 +96,10 @@ def save(path: str | os.PathLike, name: str, run: dict[str, Any], ops: dict[str,
         json.dump({"version": VERSION, "machine": name, "run": run, "ops": merged}, file, indent=1)
         file.write("\n")
     os.replace(file.name, path)
+    forget()
+
+
+def forget() -> None:
+    """Reads the tables anew at the next call."""
     _entries.cache_clear()
+    _any_table.cache_clear()

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtok_fast import backends, native
+from vtok_fast import backends, native, tuning
 from vtok_fast.ops import causal_conv3d_backward as backward
 from vtok_fast.ops import causal_conv3d_cuda as cuda
+from vtok_fast.ops import causal_conv3d_sm90 as sm90
 from vtok_fast.reference import causal_conv3d as reference
 
 Triple = tuple[int, int, int]
@@ -279,12 +280,62 @@ def _empty_output(call: ConvCall, depth_to_space: Triple = (1, 1, 1)) -> Tensor:
     return torch.empty(shape, dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last_3d)
 
 
+def tuning_class(call: ConvCall) -> str:
+    """The call's class in a tuning table."""
+    size = output_size(call.x.shape[2:], call.weight.shape[2:], call.stride, call.dilation, call.pad, call.upsample,
+                       call.upsample_first_frame_once)
+    return tuning.conv_class(call.weight.shape[2:], call.stride, call.x.shape[1], call.weight.shape[0],
+                             call.x.shape[0] * math.prod(size), call.x.dtype)
+
+
+def _tuned(call: ConvCall) -> tuning.Entry | None:
+    """What was measured to be fastest for this class of calls on this machine."""
+    entries = tuning.entries("causal_conv3d", call.x.device)
+    if not entries or call.groups > 1 or call.dilation != (1, 1, 1) or call.upsample != (1, 1, 1):
+        return None
+    return entries.get(tuning_class(call))
+
+
+def _choice_of(call: ConvCall, backend: str) -> Any:
+    entry = _tuned(call)
+    return None if entry is None or entry["backend"] != backend else entry["choice"]
+
+
+def _not_slower(backend: str, call: ConvCall) -> str | None:
+    entry = _tuned(call)
+    if entry is None or entry["backend"] == backend:
+        return None
+    return f"{entry['backend']} was measured to be faster on this machine"
+
+
 def _sm80_can_run(call: ConvCall) -> str | None:
     return cuda.why_not(call.x, call.weight, call.groups, call.depth_to_space)
 
 
 def _sm80_run(call: ConvCall) -> Tensor:
-    return cuda.forward(call, _native_geometry(call), _empty_output(call, call.depth_to_space))
+    choice = tuple(_choice_of(call, "sm80") or (0, 0, 0))
+    return cuda.forward(call, _native_geometry(call), _empty_output(call, call.depth_to_space), choice=choice)
+
+
+def _sm80_worthwhile(call: ConvCall) -> str | None:
+    return _not_slower("sm80", call) or cuda.why_slower(call)
+
+
+def _sm90_can_run(call: ConvCall) -> str | None:
+    if (reason := sm90.why_not_machine(call.x)) is not None:
+        return reason
+    out = _empty_output(call._replace(x=call.x.to("meta")), call.depth_to_space)
+    return sm90.why_not(call, _native_geometry(call), out)
+
+
+def _sm90_run(call: ConvCall) -> Tensor:
+    choice = _choice_of(call, "sm90")
+    return sm90.forward(call, _native_geometry(call), _empty_output(call, call.depth_to_space),
+                        choice=None if choice is None else tuple(choice))
+
+
+def _sm90_worthwhile(call: ConvCall) -> str | None:
+    return _not_slower("sm90", call)
 
 
 def _cpu_can_run(call: ConvCall) -> str | None:
@@ -308,9 +359,16 @@ def _choice(x: tuple, weight: tuple, geometry: tuple, threads: int, isa: str) ->
 def _cpu_worthwhile(call: ConvCall) -> str | None:
     if backends.current_algorithm() != "auto":
         return None
+    if _tuned(call) is not None:
+        return _not_slower("cpu", call)
     x, weight = ((0, *native.arg(t)[1:]) for t in (call.x, call.weight))
     choice = _choice(x, weight, _native_geometry(call), native.threads(), native.lib().isa())
     return "PyTorch's own convolution is faster on this shape" if choice == "reference" else None
+
+
+def _cpu_algorithm(call: ConvCall) -> str:
+    name = backends.current_algorithm()
+    return _choice_of(call, "cpu") or name if name == "auto" else name
 
 
 def _cpu_run(call: ConvCall) -> Tensor:
@@ -323,7 +381,7 @@ def _cpu_run(call: ConvCall) -> Tensor:
     native.lib().causal_conv3d(
         native.arg(call.x), native.arg(call.weight), native.arg(bias), native.arg(call.cache), native.arg(residual),
         native.arg(y), *_native_geometry(call), call.alpha if plain else None, 1 if call.activation else 0,
-        _ALGORITHM_CODES[backends.current_algorithm()], native.threads())
+        _ALGORITHM_CODES[_cpu_algorithm(call)], native.threads())
     if plain:
         return y
     y = reference.depth_to_space_3d(y, call.depth_to_space)
@@ -341,7 +399,8 @@ def _reference_run(call: ConvCall) -> Tensor:
         upsample_first_frame_once=call.upsample_first_frame_once, depth_to_space=call.depth_to_space)
 
 
-backends.register("causal_conv3d", backends.Backend("sm80", _sm80_can_run, _sm80_run, cuda.why_slower),
+backends.register("causal_conv3d", backends.Backend("sm90", _sm90_can_run, _sm90_run, _sm90_worthwhile),
+                  backends.Backend("sm80", _sm80_can_run, _sm80_run, _sm80_worthwhile),
                   backends.Backend("cpu", _cpu_can_run, _cpu_run, _cpu_worthwhile),
                   backends.Backend("reference", lambda call: None, _reference_run))
 
