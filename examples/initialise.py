@@ -38,6 +38,8 @@ def initialise(model: torch.nn.Module, x: Tensor) -> None:
     inner = features.pop(0)
     colours = F.adaptive_avg_pool3d(x, inner.shape[2:])
     components, offset = projections(pixels(inner), pixels(colours), model.config.z_channels)
+    if model.config.double_z:  # the log-variances of a Gaussian: the same everywhere, a seventh of the deviation of the means
+        components, offset = torch.cat((components, torch.zeros_like(components))), torch.cat((offset, torch.full_like(offset, -4.0)))
     set_pointwise(innermost(model.encoder.conv_out), components, bias=offset)
     model(x)
     outer = pixels(features[-1][:, :, -x.shape[2] :])

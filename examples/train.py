@@ -46,12 +46,13 @@ from vtok_fast.video_tokens import systems
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs between the models: shapes of batches (B, T, H, W), of a validation clip (T, H, W), and the weight of the model's
-    own loss."""
+    """What differs between the models: shapes of batches (B, T, H, W), of a validation clip (T, H, W), the weight of the model's
+    own loss, and the learning rate."""
 
     crops: tuple[tuple[int, int, int, int], ...]
     validation: tuple[int, int, int]
     aux: float = 0.0
+    lr: float = 2e-4
 
 
 RECIPES = {
@@ -59,8 +60,8 @@ RECIPES = {
     "cosmos": Recipe(((1, 9, 48, 48), (1, 9, 64, 64)), (17, 128, 128)),
     "infotok": Recipe(((1, 9, 64, 64),), (17, 128, 128), aux=1.0),
     "promag": Recipe(((1, 9, 64, 64), (1, 17, 48, 48)), (17, 64, 64), aux=1e-6),
-    "tivtok": Recipe(((4, 16, 64, 64),), (16, 64, 64), aux=1.0),
-    "vtok": Recipe(((4, 16, 64, 64),), (16, 64, 64)),
+    "tivtok": Recipe(((4, 16, 64, 64),), (16, 64, 64), aux=1.0, lr=1e-3),
+    "vtok": Recipe(((2, 8, 64, 64),), (16, 64, 64), lr=1e-3),
 }
 
 
@@ -77,7 +78,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop", type=int, metavar="STEP", help="stop at this step, to be resumed; the schedule stays that of the whole run")
     parser.add_argument("--crop", type=parse_crop, nargs="+", metavar="BxTxHxW", help="shapes of batches, one drawn per step; default: "
                         "as suits the model")
-    parser.add_argument("--lr", type=float, default=2e-4, help="highest learning rate")
+    parser.add_argument("--lr", type=float, help="highest learning rate; default: as suits the model")
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--clip", type=float, default=1.0, help="highest norm of the gradient")
@@ -99,6 +100,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     recipe = RECIPES[options.model]
     options.crop = options.crop or recipe.crops
     options.aux = recipe.aux if options.aux is None else options.aux
+    options.lr = recipe.lr if options.lr is None else options.lr
     return options
 
 
@@ -163,9 +165,14 @@ def loss_of(model: torch.nn.Module, x: Tensor, options: argparse.Namespace, step
         handle.remove()
         # Beyond 1.5 the bound of the quantiser is flat: no gradient leads back, and 8 levels become 2.
         aux = aux + options.saturation * F.relu(latents[-1].abs() - 1.5).square().mean()
+    return reconstruction_error(y, x, options.mse, options.edges) + aux
+
+
+def reconstruction_error(y: Tensor, x: Tensor, mse: float = 2.0, edges: float = 0.2) -> Tensor:
+    """Mean absolute error, plus the squared one, plus that of neighbouring pixels' differences."""
     error = y - x
-    edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3, 4))
-    return error.abs().mean() + options.mse * F.mse_loss(y, x) + options.edges * edges + aux
+    differences = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3, 4))
+    return error.abs().mean() + mse * error.square().mean() + edges * differences
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The command `vtok-fast`: info, doctor, demo, check, bench (in bench/cli.py), tokenize, detokenize.
+"""The command `vtok-fast`: info, doctor, demo, check, bench (in bench/cli.py), tune, tokenize, detokenize.
 
 Whatever needs torch is imported inside the commands, so that `doctor` and `--help` work without it.
 """
@@ -206,6 +206,38 @@ def check(
     skipped = sum(outcome.skipped is not None for outcome in found)
     console.print(f"{len(found) - len(failed) - skipped} within their contract, {len(failed)} not, {skipped} not run")
     raise typer.Exit(int(bool(failed)))
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="vidtok/CONFIG, or a model of another library, as 'Wan 2.1'.")] = "vidtok/tiny",
+    size: Annotated[Optional[str], typer.Option(help="The video, TxHxW.")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="fp32, bf16, fp16. Default: fp32 on a CPU, bf16 on a GPU.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="Default: a GPU where there is one.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, a small video.")] = False,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Default: the user's cache, where it is found.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the classes of convolutions.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the ways to run a model's convolutions on this machine, and remember the fastest for the dispatcher."""
+    from vtok_fast import tune as tuner
+    from vtok_fast.bench.cli import dtype_of, stdout_for_json
+    from vtok_fast.bench.harness import Settings
+    from vtok_fast.bench.own import numbers
+    from vtok_fast.bench.run import default_device
+
+    shape = numbers(size, "size")
+    if shape is not None and len(shape) != 3:
+        raise ValueError(f"size={size!r}: expected TxHxW, such as 17x256x256")
+    settings = Settings.of(quick=quick, seconds=None if quick else 0.3, device=device or default_device(), dtype=dtype_of(dtype))
+    with stdout_for_json(as_json):
+        result = tuner.run(model, settings, size=shape, output=output, dry_run=dry_run)
+    if as_json:
+        _print_json(result)
+    elif dry_run:
+        print("\n".join(result["classes"]))
+    else:
+        print(f"{len(result['entries'])} of {len(result['classes'])} classes are faster tuned; in {result['file']}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ SMALL = {"frames": 8, "patch": (2, 4, 4), "dim": 24, "depth": 2, "heads": 2, "ml
 FSQ = {"quantizer": "fsq", "levels": (8, 8, 5, 5, 5)}
 KINDS = [{}, FSQ, {"quantizer": "none"}, {"scope": "dense"}, {"patch_scope": "patches"}, {"patch_scope": "all"},
          {"chunks_per_set": 1, "merge": "after", "normalize": False},
-         {"rotary_split": (8, 2, 2), "tv_position": "none", "decoder_time": True}]
+         {"rotary_split": (8, 2, 2), "tv_position": "none", "decoder_time": True},
+         {"tiv_position": "cell", "tv_position": "cell", "decoder_time": True}]
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from vtok_fast.models.tivtok_config import TivTokConfig
 from vtok_fast.models.tivtok_quantizer import SoftVQ
 from vtok_fast.models.tokenizer import Tokenizer
-from vtok_fast.models.transformer import (Attend, Transformer, init_vit, patchify, rotary_frequencies, rotary_table, unpatchify)
+from vtok_fast.models.transformer import (Attend, Transformer, cells, init_vit, look_nearby, patchify, rotary_frequencies, rotary_table,
+                                          unpatchify)
 from vtok_fast.models.vidtok import Reconstruction
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.models.vidtok_regularizers import FSQRegularizer
@@ -58,6 +59,9 @@ class TivTok(Tokenizer):
         if c.quantizer == "fsq":
             self.codebook_size = self.quantizer.fsq.codebook_size
         self.apply(init_vit)
+        if c.nearby:
+            for part in (self.encoder, self.decoder):
+                look_nearby(part.transformer, c.rotary_split, (1, 2), c.nearby)
 
     def check_video(self, video: Tensor) -> None:
         super().check_video(video)
@@ -213,13 +217,15 @@ class Decoder(nn.Module):
         return unpatchify(patches, c.patch, (slices * c.patch[0], height, width))
 
     def angles(self, first: int, batch: int, slices: int, rows: int, columns: int) -> Tensor:
-        """Of the patches; the tokens are not turned. They are the same for every slice, unless there is decoder_time."""
+        """Of the patches, then of the tokens, which stand at time 0. They are the same for every slice, unless there is decoder_time."""
+        device = self.patch_queries.device
         if self.config.decoder_time:
-            patches = grid(slices, rows, columns, self.patch_queries.device).unflatten(0, (slices, -1))
+            patches = grid(slices, rows, columns, device).unflatten(0, (slices, -1))
             patches[..., 0] = (first + patches[..., 0]) % self.config.slices
         else:
-            patches = grid(1, rows, columns, self.patch_queries.device)
-        angles = F.pad(rotary_angles(self.config, patches), (0, 0, 0, self.config.tiv + self.config.tv))
+            patches = grid(1, rows, columns, device)
+        tokens = F.pad(torch.cat([places(self.config, kind, rows, columns, device) for kind in ("tiv", "tv")]), (1, 0))
+        angles = rotary_angles(self.config, torch.cat((patches, tokens.expand(*patches.shape[:-2], -1, -1)), dim=-2))
         return angles.repeat(batch, 1, 1) if angles.dim() == 3 else angles
 
 
@@ -268,12 +274,23 @@ def grid(slices: int, rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
+def places(config: TivTokConfig, kind: str, rows: int, columns: int, device: torch.device) -> Tensor:
+    """The positions (h, w) of the tokens of a kind, "tiv" or "tv", (n, 2)."""
+    count = getattr(config, kind)
+    if getattr(config, f"{kind}_position") == "cell":
+        return cells(count, rows, columns, device)
+    return torch.zeros(count, 2, dtype=torch.float64, device=device)
+
+
 def encoder_positions(config: TivTokConfig, slices: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """The positions of [TIV | TV(1) X(1) | ...], (N, 3)."""
-    patches = grid(slices, rows, columns, device).unflatten(0, (slices, -1))
-    times = torch.arange(slices, device=device) * (config.tv_position == "time")
-    tv = F.pad(times[:, None, None].expand(-1, config.tv, 1), (0, 2))
-    return F.pad(torch.cat((tv, patches), dim=1).flatten(0, 1), (0, 0, config.tiv, 0))
+    """The positions (t, h, w) of [TIV | TV(1) X(1) | ...], (N, 3), float64."""
+    patches = grid(slices, rows, columns, device).double().unflatten(0, (slices, -1))
+    times = torch.arange(slices, dtype=torch.float64, device=device) * (config.tv_position != "none")
+    tv = places(config, "tv", rows, columns, device).expand(slices, -1, -1)
+    tv = torch.cat((times[:, None, None].expand(-1, config.tv, 1), tv), dim=-1)
+    middle = (slices - 1) / 2 if config.tiv_position == "cell" else 0.0
+    tiv = F.pad(places(config, "tiv", rows, columns, device), (1, 0), value=middle)
+    return torch.cat((tiv, torch.cat((tv, patches), dim=1).flatten(0, 1)))
 
 
 def rotary_angles(config: TivTokConfig, positions: Tensor) -> Tensor:

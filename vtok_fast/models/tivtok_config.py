@@ -16,7 +16,7 @@ class TivTokConfig(Config):
 
     The paper states: patch, dim, depth, frames, the total tokens and their dimension, a rotary embedding over three axes. The split
     into 3/4 invariant and 1/4 variant tokens follows from its token counts, SoftVQ from the name of its backbone. Inferred, because
-    the paper does not say: heads, rotary_split, tv_position, decoder_time, query_grid, patch_scope, the quantiser's options, merge,
+    the paper does not say: heads, rotary_split, tiv_position, tv_position, nearby, decoder_time, query_grid, patch_scope, the quantiser's options, merge,
     and that its "t" is a slice of tv tokens (tv/4 for each raw frame would give the same tokens).
 
     Attributes:
@@ -26,8 +26,12 @@ class TivTokConfig(Config):
         tiv, tv: time-invariant tokens of a chunk, time-variant tokens of a slice.
         latent_dim: channels of a token.
         rotary_split: channels of a head that turn by (t, h, w); None: evenly.
-        tv_position: whether a variant token of the encoder stands at its slice's "time", as (t, 0, 0), or nowhere ("none"), as the
-            invariant ones always do.
+        tiv_position: where the invariant tokens stand: nowhere ("none"), or each at the centre of a "cell", of as many equal cells of
+            the frame as there are tokens, at the middle of the chunk; in the decoder too.
+        tv_position: where the variant tokens of a slice stand in the encoder: at its "time", as (t, 0, 0), nowhere ("none"), or at
+            its time each in a "cell", then in the decoder too.
+        nearby: of queries and keys, a bias to start with, by which attention falls off with the distance in the frame (see
+            `look_nearby`).
         decoder_time: whether the decoder turns a slice's patches by t too. Without, it is the same function for every slice, as the
             paper's equation has it.
         query_grid: (rows, columns) of patches for which the decoder learns a query each, of a model for frames of one size. None:
@@ -49,7 +53,8 @@ class TivTokConfig(Config):
         "t512": {"tiv": 384, "tv": 32, "latent_dim": 32},
         "t1024": {"tiv": 768, "tv": 64, "latent_dim": 16},
         # Not a size of the paper: small enough to train on a laptop, for 16x64x64 clips.
-        "tiny": {"dim": 96, "depth": 3, "heads": 3, "tiv": 48, "tv": 4, "latent_dim": 16, "codebook": 512},
+        "tiny": {"dim": 96, "depth": 3, "heads": 3, "tiv": 48, "tv": 4, "latent_dim": 16, "codebook": 512, "tiv_position": "cell",
+                 "tv_position": "cell", "nearby": 2.0},
     }
 
     in_channels: int = 3
@@ -63,7 +68,9 @@ class TivTokConfig(Config):
     tv: int = 8
     latent_dim: int = 128
     rotary_split: tuple[int, int, int] | None = None
+    tiv_position: str = "none"
     tv_position: str = "time"
+    nearby: float = 0.0
     decoder_time: bool = False
     query_grid: tuple[int, int] | None = None
     scope: str = "sif"
@@ -88,7 +95,8 @@ class TivTokConfig(Config):
         self.need_one_of("patch_scope", "slice", "patches", "all")
         self.need_one_of("quantizer", "softvq", "fsq", "none")
         self.need_one_of("merge", "before", "after")
-        self.need_one_of("tv_position", "time", "none")
+        self.need_one_of("tiv_position", "none", "cell")
+        self.need_one_of("tv_position", "time", "none", "cell")
         if len(self.patch) != 3 or min(self.patch) < 1 or self.patch[1] != self.patch[2]:
             raise ValueError(f"patch={self.patch} must be (frames, rows, columns) with as many rows as columns")
         if self.dim % self.heads or self.dim // self.heads % 2 or self.dim // self.heads < 6:

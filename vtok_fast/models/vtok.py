@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok_fast.models.tokenizer import Tokenizer
-from vtok_fast.models.transformer import Transformer, init_vit, unpatchify
+from vtok_fast.models.transformer import Transformer, grid_centres, init_vit, look_nearby, split_head, unpatchify
 from vtok_fast.models.vidtok import Reconstruction
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.models.vtok_backbones import ViT, feature_map, plane_angles
@@ -63,6 +63,8 @@ class VTok(Tokenizer):
         self.key = nn.Linear(c.feature_dim, c.token_dim) if c.feature_dim != c.token_dim else nn.Identity()
         self.decoder = Decoder(c)
         self.apply(init_vit)
+        if c.nearby:
+            look_nearby(self.decoder.transformer, split_head(c.decoder_dim // c.decoder_heads, 2), (0, 1), c.nearby)
         if backbone is None:
             backbone = ViT(c.in_channels, c.patch, c.dim, c.depth, c.heads, c.mlp_ratio).apply(init_vit)
         self.backbone = backbone
@@ -156,7 +158,8 @@ class VTok(Tokenizer):
 class Decoder(nn.Module):
     """Frame t from the key frame's tokens and its residual token: a ViT on [patch queries, key tokens, residual token].
 
-    This package's own, not the paper's. The patch queries are one learned token, told apart by rotary positions.
+    This package's own, not the paper's. The patch queries are one learned token, told apart by rotary positions; the key frame's tokens
+    stand at the centres of the cells that they were pooled from, the residual token has no place.
     """
 
     def __init__(self, config: VTokConfig):
@@ -180,8 +183,9 @@ class Decoder(nn.Module):
         tokens = torch.cat((key.unsqueeze(1).expand(-1, n, -1, -1), motion.unsqueeze(2)), dim=2).flatten(0, 1)
         tokens = self.from_token(tokens) + self.token_embedding.to(tokens.dtype)
         queries = self.patch_query.to(tokens.dtype).expand(b * n, rows * columns, -1)
-        angles = plane_angles(rows, columns, c.decoder_dim // c.decoder_heads, tokens.device)
-        x = self.transformer(torch.cat((queries, tokens), dim=1), F.pad(angles, (0, 0, 0, tokens.shape[1])))
+        places = torch.cat([grid_centres(shape, rows, columns, tokens.device) for shape in ((rows, columns), c.key_grid)])
+        angles = F.pad(plane_angles(places, c.decoder_dim // c.decoder_heads), (0, 0, 0, 1))
+        x = self.transformer(torch.cat((queries, tokens), dim=1), angles)
         patches = self.to_pixels(x[:, : rows * columns])
         return unpatchify(patches, (1, c.patch, c.patch), (1, height, width)).unflatten(0, (b, n)).squeeze(3).transpose(1, 2)
 

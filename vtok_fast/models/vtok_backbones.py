@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok_fast.models.transformer import Transformer, patchify, rotary_frequencies, rotary_table, split_head
+from vtok_fast.models.transformer import Transformer, grid_centres, patchify, rotary_frequencies, rotary_table, split_head
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training images, in [0, 1]
 
@@ -30,15 +30,17 @@ def feature_map(features: Tensor) -> Tensor:
     return features.mT.unflatten(2, (side, side))
 
 
-def plane_angles(rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:
-    """The rotary angles (rows * columns, head_dim/2) of patches by (row, column)."""
-    axes = [torch.arange(n, device=device) for n in (rows, columns)]
-    positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
-    return rotary_table(positions, [rotary_frequencies(n) for n in split_head(head_dim, 2)])
+def plane_angles(places: Tensor, dim: int) -> Tensor:
+    """The rotary angles (N, dim/2) of `dim` channels at places (N, 2), by (row, column)."""
+    return rotary_table(places, [rotary_frequencies(n) for n in split_head(dim, 2)])
 
 
 class ViT(nn.Module):
-    """A ViT on single frames with rotary positions, for any size: (N, C, H, W) -> (N, dim, H/patch, W/patch)."""
+    """A ViT on single frames, for any size: (N, C, H, W) -> (N, dim, H/patch, W/patch).
+
+    Its positions are rotary, and sines and cosines that are added to the patches: the mean of a frame's features could not tell
+    otherwise where in it something moves.
+    """
 
     def __init__(self, in_channels: int, patch: int, dim: int, depth: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -49,7 +51,10 @@ class ViT(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         rows, columns = (n // self.patch for n in frames.shape[2:])
         x = self.embed(patchify(frames.unsqueeze(2), (1, self.patch, self.patch)))
-        x = self.transformer(x, plane_angles(rows, columns, self.head_dim, x.device))
+        places = grid_centres((rows, columns), rows, columns, x.device)
+        angles = plane_angles(places, x.shape[2])
+        x = x + torch.cat((angles.cos(), angles.sin()), dim=1).to(x.dtype)
+        x = self.transformer(x, plane_angles(places, self.head_dim))
         return x.mT.unflatten(2, (rows, columns))
 
 

@@ -26,13 +26,14 @@ class VTokConfig(Config):
         motion_layers, motion_hidden: linear layers of the residual head, with GELU between them, and their width.
         patch: rows and columns of a patch of the "vit" and of the decoder.
         decoder_dim, decoder_depth, decoder_heads, mlp_ratio: of the decoder.
+        nearby: of the decoder's queries and keys, a bias to start with, by which attention falls off with distance (see `look_nearby`).
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "clip_l_336": {"backbone": "external", "feature_dim": 1024, "token_dim": 1024, "motion_hidden": 1024, "patch": 16},
         # Not of the paper: small enough to train on a laptop, for 16x64x64 clips.
         "tiny": {"dim": 96, "depth": 2, "heads": 3, "freeze_backbone": False, "token_dim": 64, "motion_hidden": 128,
-                 "decoder_dim": 96, "decoder_depth": 3, "decoder_heads": 3},
+                 "decoder_dim": 96, "decoder_depth": 3, "decoder_heads": 3, "nearby": 2.0},
     }
 
     in_channels: int = 3
@@ -53,6 +54,7 @@ class VTokConfig(Config):
     decoder_depth: int = 6
     decoder_heads: int = 6
     mlp_ratio: float = 4.0
+    nearby: float = 0.0
 
     def __post_init__(self):
         self.set_tuples("key_grid")
