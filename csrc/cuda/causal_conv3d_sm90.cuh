@@ -251,7 +251,7 @@ struct HopperMultiplier {
     if (p.cluster == 1) {
       if (lane == 0) ptx::mbarrier_arrive(shared.weight_empty(stage));
     } else if (lane < p.cluster) {
-      ptx::mbarrier_arrive_cluster(ptx::mapa(shared.weight_empty(stage), lane));
+      ptx::mbarrier_arrive_cluster_relaxed(ptx::mapa(shared.weight_empty(stage), lane));
     }
   }
 

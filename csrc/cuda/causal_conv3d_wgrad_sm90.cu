@@ -2,9 +2,9 @@
 // tap), c], a matrix product with K = positions.
 //
 // Both operands lie in memory with K as the slow axis, channels as the fast one. TMA brings a slice of 8 x 8 positions as lines of
-// 64 channels, swizzled over 128 bytes, and that is what wgmma takes for a transposed operand: nothing is relaid. Zeros around x are
-// what TMA fills in beyond the edges; the frame that a time tap reads is a coordinate (clamped, or in the cache's own map), and
-// frames of zeros are left out of the sum. A box of x serves the three taps of a column of the kernel: it has the rows of all of
+// 64 channels, swizzled over 128 bytes, and that is what wgmma takes for a transposed operand: nothing is relaid. Zeros around x
+// are what TMA fills in beyond the edges; the frame that a time tap reads is a coordinate (clamped, or in the cache's own map),
+// and frames of zeros are left out of the sum. A box of x serves the three taps of a column of the kernel: it has the rows of all of
 // them, a row of 8 positions is 1024 bytes, so the tap below begins 1024 bytes further; that is the descriptor's distance between
 // blocks of 64 columns, and one wgmma of 192 columns multiplies all three.
 //
@@ -16,11 +16,11 @@
 // Budget, per multiprocessor, of one slice (64 positions) and a tile of 128 outputs x (2 boxes of 64 channels x 3 taps):
 //   tensor cores     6.3 MFLOP, 1536 cycles of the 4096 FLOP per cycle they do
 //   shared memory    16 wgmmas m64n192k16, which read 8 KiB each: 128 KiB, 1024 cycles of 128 bytes
-//   L2               grad 16 KiB, x 2 x 10 KiB: 36 KiB, 1536 cycles of the 24 bytes it can give; in a cluster 26 KiB, 1110 cycles
+//   L2               grad 16 KiB, x 2 x 10 KiB: 36 KiB, 1840 cycles of the 20 bytes it gives; in a cluster 26 KiB, 1330 cycles
 //   issue            8 wgmmas per warp, some 60 other instructions
 //   registers        192 accumulators of 232; 40 for the producer. Shared memory: 6 stages of 36 KiB; one block.
 // A tile of 9 separate boxes would load 88 KiB for the same products. Kernels of another height have a box per tap: 48 KiB for 4.2
-// MFLOP (a tile of 128 x 256), 32 KiB in a cluster, which the L2 holds to three quarters of the matrix peak.
+// MFLOP (a tile of 128 x 256), 32 KiB in a cluster, which the L2 holds to six tenths of the matrix peak.
 // Scratch: 128 x columns float32 per block.
 #include "cuda/causal_conv3d_wgrad_sm90.h"
 
@@ -320,7 +320,7 @@ Status plan_and_launch(const ConvProblem& problem, HopperWgradParams p, const Ho
     p.tiles_m = row_tiles / p.cluster;
     const int tiles = p.tiles_m * columns, at_once = std::max(device.multiprocessors / p.cluster, 1);
     // Cycles of a slice: of the tensor cores, or of what the L2 gives.
-    const double slice = std::max(4.0 * Tile::kColumns, (2 * kTile + double(Tile::kBoxes) * p.box_bytes / p.cluster) / 24);
+    const double slice = std::max(4.0 * Tile::kColumns, (2 * kTile + double(Tile::kBoxes) * p.box_bytes / p.cluster) / 20);
     for (int waves = std::max(tiles / at_once - 1, 0); waves <= tiles / at_once; ++waves)
       for (int splits : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24, 28, 32, 40, 48, 64}) {
         p.whole = waves * at_once, p.rest = tiles - p.whole, p.splits = splits;
@@ -337,6 +337,11 @@ Status plan_and_launch(const ConvProblem& problem, HopperWgradParams p, const Ho
   *best_cost = best;
   if (only_cost) return Status::Ok();
   p = chosen;
+  if (choice.report) {
+    const double report[kHopperWgradReport] = {double(Tile::kColumns), double(p.splits), double(p.cluster), double(p.whole),
+                                               double(p.rest), double(p.stages), best};
+    std::copy(report, report + kHopperWgradReport, choice.report);
+  }
   p.rest = std::max(p.rest, 1);  // a divisor
   const int64_t blocks = (int64_t(p.whole) + int64_t(chosen.rest) * p.splits) * p.cluster;
   p.partial = workspace.take<float>(blocks * kRows * Tile::kColumns);

@@ -176,6 +176,26 @@ def test_says_why_not(reason):
         both(channels, 64, (1, 8, 8), (1, 3, 3), **options)
 
 
+@pytest.mark.parametrize("channels, size, kernel, of_peak", (
+    (128, (20, 64, 64), (3, 3, 3), 0.6), (256, (20, 64, 64), (3, 3, 3), 0.85), (512, (4, 32, 32), (3, 3, 3), 0.6),
+    (512, (4, 64, 64), (1, 3, 3), 0.6), (256, (4, 64, 64), (1, 1, 1), 0.1)))
+def test_the_plan_is_the_best_by_its_own_model(channels, size, kernel, of_peak):
+    """Of an H200: no choice to insist on is predicted to be faster, nor anything faster than the matrix units."""
+    x = torch.empty(1, channels, *size, dtype=BF16).contiguous(memory_format=LAST)
+    weight = torch.empty(channels, channels, *kernel, dtype=BF16)
+    pad = [kernel[0] - 1, 0, kernel[1] // 2, kernel[1] // 2, kernel[2] // 2, kernel[2] // 2]
+    geometry, lib = ((1, 1, 1), (1, 1, 1), 1, pad, 0, 0, (1, 1, 1), False), Emulated(multiprocessors=132)
+    plan = wgrad_sm90.plan(x, x, weight, None, geometry, lib=lib)
+    blocks = (plan.whole_tiles + plan.split_tiles * plan.splits) * plan.cluster
+    assert plan.scratch_bytes == blocks * 128 * plan.columns * 4 and plan.stages >= 4
+    at_peak = 2 * math.prod(size) * weight.numel() / 4096 / 132
+    assert at_peak <= plan.cycles <= at_peak / of_peak
+    for columns in (384, 192) if kernel[1] == 3 else (256, 128):
+        for splits in (1, 4, 16):
+            for cluster in (1, 2) if channels > 128 else (1,):
+                assert wgrad_sm90.plan(x, x, weight, None, geometry, lib=lib, choice=(columns, splits, cluster)).cycles >= plan.cycles
+
+
 @pytest.mark.parametrize("wants_x", (True, False))
 def test_backward_leaves_the_weights_to_it(monkeypatch, wants_x):
     monkeypatch.setattr(wgrad_sm90, "why_not", lambda *args: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,36 @@ from vtok_fast import native
 from vtok_fast.ops import causal_conv3d_cuda as cuda
 
 Choice = tuple[int, int, int]  # columns of the tile, K splits, blocks per cluster; 0: the plan's
+
+
+class Plan(NamedTuple):
+    """What the native module would launch. Tiles (of a cluster) sum over all positions, but for those that are split. ``cycles``
+    are predicted, of a multiprocessor's clock."""
+
+    scratch_bytes: int
+    columns: int
+    splits: int
+    cluster: int
+    whole_tiles: int
+    split_tiles: int
+    stages: int
+    cycles: int
+
+
+def plan(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geometry: tuple, *, lib: Any = None,
+         choice: Choice = (0, 0, 0)) -> Plan:
+    """The plan of :func:`launch`, which reads none of the tensors' data.
+
+    Raises:
+        NotImplementedError: the kernel cannot run it; the message says why.
+    """
+    return _plan(lib or native.lib(), *map(native.arg, (x, weight, cache, grad)), geometry, choice)
+
+
+def _plan(lib: Any, x: Any, weight: Any, cache: Any, grad: Any, geometry: tuple, choice: Choice) -> Plan:
+    need = torch.zeros(len(Plan._fields), dtype=torch.int64)
+    lib.causal_conv3d_wgrad_sm90(x, weight, cache, *geometry, False, grad, weight, None, choice, None, native.arg(need), 0)
+    return Plan(*need.tolist())
 
 
 def why_not(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geometry: tuple) -> str | None:
@@ -38,11 +68,8 @@ def _hashable(geometry: tuple) -> tuple:
 
 @functools.lru_cache(maxsize=4096)
 def _why_no_plan(device: int | None, tensors: tuple, geometry: tuple) -> str | None:
-    x, weight, cache, grad = tensors
-    need = torch.zeros(1, dtype=torch.int64)
     try:
-        native.lib().causal_conv3d_wgrad_sm90(x, weight, cache, *geometry, False, grad, weight, None, (0, 0, 0), None,
-                                              native.arg(need), 0)
+        _plan(native.lib(), *tensors, geometry, (0, 0, 0))
     except NotImplementedError as error:
         return str(error).removeprefix("sm90: ")
     return None
