@@ -17,6 +17,8 @@ void bind_causal_conv3d_cuda(pybind11::module_& m) {
   m.def("causal_conv3d_cuda", released(cuda::causal_conv3d_call));
   m.def("causal_conv3d_cuda_backward", released(cuda::causal_conv3d_backward_call));
 #ifdef VTOK_SM90
+  m.def("causal_conv3d_sm90", released(cuda::causal_conv3d_sm90_call));
+  m.def("causal_conv3d_sm90_dgrad", released(cuda::causal_conv3d_sm90_dgrad_call));
   m.def("causal_conv3d_wgrad_sm90", released(cuda::causal_conv3d_wgrad_sm90_call));
 #endif
 }

@@ -24,7 +24,8 @@
 //   128x96     3456   22.5       108          38.7  22.7       74.7            1.14    0.60
 //   128x64     2304   22.5        72          42.0  26.0       96.0            1.33    0.90
 // So the patch is needed (reloading x for every tap asks L2 for twice what it gives), 256 rows are needed or the cluster, and with
-// both the tensor cores are the bound, shared memory close behind. 256x160 is the largest tile whose sums (160 registers) leave room for the fragments (32).
+// both the tensor cores are the bound, shared memory close behind. 256x160 is the largest tile whose sums (160 registers) leave
+// room for the fragments (32).
 // Kernels of one tap in the plane (1x1x1; 3x1x1 with the frames of a tile in one patch) have nothing to share but the weights: 24
 // to 48 bytes a cycle from L2, which bounds them. A channel count that is no multiple of 64 loads zeros but multiplies only
 // ceil(C / 16) steps.
@@ -417,7 +418,8 @@ struct HopperMultiplier {
 #pragma unroll
         for (int j = 0; j < N / 8; ++j)
           if (n + j * 8 < p.partial_stride)
-            ptx::st_global(reinterpret_cast<float2*>(to + j * 8), make_float2(acc[i][j * 4 + half * 2], acc[i][j * 4 + half * 2 + 1]));
+            ptx::st_global(reinterpret_cast<float2*>(to + j * 8),
+                           make_float2(acc[i][j * 4 + half * 2], acc[i][j * 4 + half * 2 + 1]));
       }
   }
 };

@@ -267,7 +267,8 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint
 template <class T, int N, bool TransposeB = false>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-  static_assert(N == 64 || N == 96 || N == 112 || N == 128 || N == 144 || N == 160 || N == 192 || N == 256, "add it where it is needed");
+  static_assert(N == 64 || N == 96 || N == 112 || N == 128 || N == 144 || N == 160 || N == 192 || N == 256,
+                "add it where it is needed");
   if constexpr (N == 64) {
     VTOK_WGMMA_RS(64, VTOK_R1, 32, 33, 34, 35, 36, 37, 38, VTOK_D16(0), VTOK_D16(16));
   } else if constexpr (N == 96) {

@@ -100,8 +100,9 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geom
              choice: Triple = (0, 0, 0), hopper: bool = True) -> list[Tensor | None]:
     """Gradients of x, weight, bias and cache, where ``mask`` asks for them; those of x and the cache are channels_last_3d.
 
-    Those of weight and bias are left to the Hopper kernel where it can run and ``hopper`` allows it.
+    The Hopper kernels compute those that they can, where ``hopper`` allows it.
     """
+    from vtok_fast.ops import causal_conv3d_sm90 as sm90
     from vtok_fast.ops import causal_conv3d_wgrad_sm90 as wgrad_sm90
 
     arg = native.arg
@@ -114,8 +115,12 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geom
     by_hopper = grad_weight is not None and hopper and wgrad_sm90.why_not(grad, x, weight, cache, geometry) is None
     if by_hopper:
         wgrad_sm90.launch(grad, x, grad_weight, grad_bias, cache, geometry, lib=lib)
-    if not by_hopper or grad_x is not None or grad_cache is not None:
-        of_weight = (None, None) if by_hopper else (grad_weight, grad_bias)
+    of_input = grad_x, grad_cache
+    if hopper and any(t is not None for t in of_input) and sm90.why_not_dgrad(grad, x, weight, cache, geometry) is None:
+        sm90.dgrad(grad, x, weight, cache, geometry, *of_input, lib=lib)
+        of_input = None, None
+    rest = *of_input, *((None, None) if by_hopper else (grad_weight, grad_bias))
+    if any(t is not None for t in rest):
         _launch((lib or native.lib()).causal_conv3d_cuda_backward, x, arg(x), arg(weight), arg(cache), *geometry, _allow_tf32(x),
-                arg(grad), arg(grad_x), arg(grad_cache), *map(arg, of_weight), choice)
+                arg(grad), *map(arg, rest), choice)
     return [grad_x, grad_weight if mask[1] else None, grad_bias, grad_cache]
