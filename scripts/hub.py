@@ -120,7 +120,8 @@ def write(out: Path, variants: list[str], natives: list[Path]) -> str:
     sources = needed([*ops, f"{PACKAGE}.scope"])
     nn = {f"{PACKAGE}.nn.{file}": (ROOT / PACKAGE / "nn" / f"{file}.py").read_text() for file in LAYERS}
     digest = hashlib.sha256(json.dumps([ENTRY, sources, nn], sort_keys=True).encode())
-    for path in natives:
+    tables = {f"ops/{path.name}": path for path in sorted((ROOT / PACKAGE / "ops").glob("*.json"))}
+    for path in [*natives, *tables.values()]:
         digest.update(path.read_bytes())
     name = f"_{PACKAGE}_{digest.hexdigest()[:12]}"
     version = re.search(r'__version__ = "(.+)"', (ROOT / PACKAGE / "__init__.py").read_text())[1]
@@ -140,6 +141,8 @@ def write(out: Path, variants: list[str], natives: list[Path]) -> str:
             "backend": {"type": backend}}, indent=1) + "\n")
         for path in () if plain else natives:
             shutil.copy2(path, folder / path.name)
+        for file, path in tables.items():
+            shutil.copy2(path, folder / file)
     (part / "README.md").write_text(f"---\ntags:\n- kernels\nlicense: apache-2.0\n---\nvtok-fast {version}: fast kernels for video "
                                     "tokenizers, laid out by scripts/hub.py.\n")
     shutil.copy2(ROOT / "LICENSE", part / "LICENSE")

@@ -103,6 +103,7 @@ def tokenize(
     checkpoint: Checkpoint = None,
     size: Annotated[Optional[str], typer.Option(help="HxW: scale and cut; N: scale the shorter side to it. Default: as the file has it.")] = None,
     window: Annotated[Optional[int], typer.Option(help="Frames that are tokenised together.")] = None,
+    rate: Annotated[Optional[float], typer.Option(help="Share of the tokens to keep (infotok). Default: as the model is configured.")] = None,
     accelerate: Accelerate = True,
     as_json: Json = False,
 ) -> None:
@@ -112,9 +113,10 @@ def tokenize(
     pixels = None if size is None else _pixels(size)
     chosen = video_tokens.load_model(model, checkpoint)
     with _progress(as_json, "windows") as progress:
-        tokens = video_tokens.tokenize(video, output, _ready(chosen, accelerate), size=pixels, window=window, progress=progress)
+        tokens = video_tokens.tokenize(video, output, _ready(chosen, accelerate), size=pixels, window=window, rate=rate,
+                                       progress=progress)
     facts = {"output": str(output), "model": tokens.model, "frames": tokens.info["frames"], "size": list(tokens.video_shape[1:]),
-             "windows": tokens.batch, "tokens": tokens.data.numel() if tokens.latents is None else tokens.data[:, 0].numel(),
+             "windows": tokens.batch, "tokens": int((tokens.data >= 0).sum()) if tokens.latents is None else tokens.data[:, 0].numel(),
              "bytes": output.stat().st_size}
     if as_json:
         _print_json(facts)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import vtok_fast.doctor as doctor  # in this form, because without torch the package itself gives nothing
 import vtok_fast.gpus as gpus
+from vtok_fast.processor import cpu_name
 
 # The backends of each op, for where torch cannot be asked.
 BACKENDS = {
@@ -38,14 +38,6 @@ def facts() -> dict[str, Any]:
         "gpu": found["gpus"][0]["name"] if found["gpus"] else None,
         "gpus": [f"{gpu['name']}: {gpus.fit(tuple(gpu['capability']), found['archs'])}" for gpu in found["gpus"]], "ops": ops,
     }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from vtok_fast.processor import cpu_name
+
 VERSION = 1
 SHIPPED = Path(__file__).with_name("tables")
 Entry = dict[str, Any]
@@ -36,8 +38,6 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        from vtok_fast.info import cpu_name
-
         name = f"{cpu_name()} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

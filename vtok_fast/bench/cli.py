@@ -66,7 +66,7 @@ def run(
     device = device or runner.default_device()
     if torch.device(device).type == "cuda" and not dry_run and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch sees no GPU")
-    settings = harness.Settings.of(quick=quick, full=full, seconds=seconds, device=device, dtype=_dtype(dtype),
+    settings = harness.Settings.of(quick=quick, full=full, seconds=seconds, device=device, dtype=dtype_of(dtype),
                                    compile=not no_compile)
     wish = None
     given = (shape, kernel, stride, channels, time_mode, kind, groups, levels, numbers)
@@ -81,7 +81,7 @@ def run(
         harness.pin_allocator()
     if threads:
         torch.set_num_threads(threads)
-    with _stdout_for_json(as_json):
+    with stdout_for_json(as_json):
         results = runner.run(chosen, settings, file=output)
     if plot is not None:
         from vtok_fast.bench import picture
@@ -121,7 +121,7 @@ def compare(
     raise typer.Exit(int(bool(found.regressions)))
 
 
-def _dtype(name: str | None) -> Any:
+def dtype_of(name: str | None) -> Any:
     import torch
 
     known = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
@@ -148,6 +148,6 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
     console.print(f"{len(rows)} cases")
 
 
-def _stdout_for_json(as_json: bool) -> Any:
+def stdout_for_json(as_json: bool) -> Any:
     """Where the running output goes: to standard error, while standard output is for JSON."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()

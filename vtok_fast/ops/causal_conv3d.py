@@ -282,10 +282,15 @@ def _empty_output(call: ConvCall, depth_to_space: Triple = (1, 1, 1)) -> Tensor:
 
 def tuning_class(call: ConvCall) -> str:
     """The call's class in a tuning table."""
-    size = output_size(call.x.shape[2:], call.weight.shape[2:], call.stride, call.dilation, call.pad, call.upsample,
-                       call.upsample_first_frame_once)
-    return tuning.conv_class(call.weight.shape[2:], call.stride, call.x.shape[1], call.weight.shape[0],
-                             call.x.shape[0] * math.prod(size), call.x.dtype)
+    return _tuning_class(call.x.shape, call.weight.shape, call.stride, call.dilation, call.pad, call.upsample,
+                         call.upsample_first_frame_once, call.x.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tuning_class(x: torch.Size, weight: torch.Size, stride: Triple, dilation: Triple, pad: tuple[int, ...], upsample: Triple,
+                  once: bool, dtype: torch.dtype) -> str:
+    positions = x[0] * math.prod(output_size(x[2:], weight[2:], stride, dilation, pad, upsample, once))
+    return tuning.conv_class(weight[2:], stride, x[1], weight[0], positions, dtype)
 
 
 def _tuned(call: ConvCall) -> tuning.Entry | None:

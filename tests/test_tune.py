@@ -1,0 +1,226 @@
+"""Tuning: the table's file, what the dispatcher makes of it, and how the winner of a class is found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtok_fast import backends, causal_conv3d, native, tune, tuning
+from vtok_fast.bench.harness import Settings
+from vtok_fast.ops import causal_conv3d as op
+from vtok_fast.ops import causal_conv3d_cuda as cuda
+from vtok_fast.ops import causal_conv3d_sm90 as sm90
+
+QUICK = Settings(quick=True, min_rounds=3, min_seconds=0.0, max_seconds=1.0)
+CPU = torch.device("cpu")
+needs_native = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of tables, for this process."""
+    monkeypatch.setenv("VTOK_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "_enabled", True)
+    tuning.forget()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    tuning.forget()
+
+
+def a_call(channels=8, outputs=8, size=(3, 8, 8), kernel=(3, 3, 3), dtype=torch.float32):
+    x, w = torch.randn(1, channels, *size, dtype=dtype), torch.randn(outputs, channels, *kernel, dtype=dtype)
+    pad = (kernel[0] - 1, 0, kernel[1] // 2, kernel[1] // 2, kernel[2] // 2, kernel[2] // 2)
+    return op.ConvCall(x, w, None, None, None, (1, 1, 1), (1, 1, 1), 1, pad, "zeros", "zeros", None, None, (1, 1, 1), False, (1, 1, 1))
+
+
+def write(entry, call, device=CPU):
+    tuning.save(tuning.folder() / f"{tuning.machine(device)}.json", tuning.machine(device), {}, {"causal_conv3d": {op.tuning_class(call): entry}})
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_round_trips_and_keeps_other_classes(cache):
+    path = cache / "t.json"
+    tuning.save(path, "m", {"torch": "2"}, {"causal_conv3d": {"a": {"backend": "cpu", "choice": "direct"}, "b": {"backend": "cpu"}}})
+    tuning.save(path, "m", {"torch": "3"}, {"causal_conv3d": {"b": None, "c": {"backend": "reference", "choice": None}}})
+    table = tuning.load(path)
+    assert (table["version"], table["machine"], table["run"]) == (tuning.VERSION, "m", {"torch": "3"})
+    assert set(table["ops"]["causal_conv3d"]) == {"a", "c"}  # b is as good untuned by now
+    assert [p.name for p in cache.iterdir()] == ["t.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 99, "ops": {}}', '{"version": 1}'])
+def test_another_table_is_an_error_to_load_and_nothing_to_the_dispatcher(cache, text):
+    path = cache / f"{tuning.machine(CPU)}.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match="not JSON|tuning table of version"):
+        tuning.load(path)
+    assert tuning.entries("causal_conv3d", CPU) == {}
+
+
+def test_the_users_table_goes_before_the_shipped_one(cache, monkeypatch):
+    name = f"{tuning.machine(CPU)}.json"
+    tuning.save(tuning.SHIPPED / name, "m", {}, {"causal_conv3d": {"a": {"backend": "cpu"}, "b": {"backend": "cpu"}}})
+    tuning.save(cache / name, "m", {}, {"causal_conv3d": {"a": {"backend": "reference"}}})
+    assert {k: e["backend"] for k, e in tuning.entries("causal_conv3d", CPU).items()} == {"a": "reference", "b": "cpu"}
+    assert tuning.entries("norm_act", CPU) == {}
+    monkeypatch.setattr(tuning, "_enabled", False)
+    assert tuning.entries("causal_conv3d", CPU) == {}
+
+
+def test_a_table_belongs_to_a_number_of_threads_and_a_gpu(cache, monkeypatch):
+    threads = torch.get_num_threads()
+    write({"backend": "cpu", "choice": "direct"}, a_call())
+    assert tuning.entries("causal_conv3d", CPU)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 5)
+    assert not tuning.entries("causal_conv3d", CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert tuning.machine(torch.device("cuda", 0)) == "nvidia-h200"
+
+
+def test_classes():
+    names = {op.tuning_class(a_call(**change)) for change in (
+        {}, {"channels": 16}, {"outputs": 16}, {"size": (3, 16, 16)}, {"kernel": (1, 3, 3)}, {"dtype": torch.bfloat16})}
+    assert len(names) == 6 and "3x3x3 /111 8->8 2^7 float32" in names
+    assert op.tuning_class(a_call(size=(4, 8, 7))) == op.tuning_class(a_call())  # 192 and 224 positions are one class
+
+
+# ---- the dispatcher --------------------------------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("choice", ["direct", "winograd2", "winograd4"])
+def test_the_algorithm_of_the_table_runs_on_a_cpu(cache, monkeypatch, choice):
+    call, seen = a_call(), []
+    lib = native.lib()
+    spy = type("Spy", (), {"__getattr__": lambda self, name: getattr(lib, name),
+                           "causal_conv3d": lambda self, *args: (seen.append(args[-2]), lib.causal_conv3d(*args))[1]})()
+    monkeypatch.setattr(native, "_C", spy)
+    write({"backend": "cpu", "choice": choice}, call)
+    y = causal_conv3d(call.x, call.weight)
+    assert seen == [op._ALGORITHM_CODES[choice]]
+    torch.testing.assert_close(y, causal_conv3d(call.x, call.weight, backend="reference"), rtol=1e-4, atol=1e-4)
+    with backends.algorithm("direct" if choice != "direct" else "winograd2"):  # a wish goes before the table
+        causal_conv3d(call.x, call.weight)
+    assert seen[1] != seen[0]
+
+
+@needs_native
+def test_what_lost_its_measurement_is_not_chosen(cache):
+    call = a_call()
+    write({"backend": "reference", "choice": None}, call)
+    assert backends.select("causal_conv3d", call).name == "reference"
+    assert "reference was measured to be faster" in backends.fallbacks()["causal_conv3d"]["cpu"]
+    assert backends.select("causal_conv3d", call, "cpu").name == "cpu"  # who insists gets it
+    assert op._tuned(a_call(channels=16)) is None
+    assert op._tuned(call._replace(dilation=(1, 2, 2))) is None and op._tuned(call._replace(groups=2)) is None
+
+
+def test_tiles_of_the_table_reach_the_gpu_kernels(cache, monkeypatch):
+    call, got = a_call(), {}
+    monkeypatch.setattr(cuda, "forward", lambda call, geometry, out, **options: got.update(sm80=options["choice"]))
+    monkeypatch.setattr(sm90, "forward", lambda call, geometry, out, **options: got.update(sm90=options["choice"]))
+    op._sm80_run(call)
+    op._sm90_run(call)
+    assert got == {"sm80": (0, 0, 0), "sm90": None}
+    write({"backend": "sm80", "choice": [128, 64, 2]}, call)
+    op._sm80_run(call)
+    op._sm90_run(call)
+    assert got == {"sm80": (128, 64, 2), "sm90": None}
+    assert "sm80 was measured" in op._sm90_worthwhile(call) and op._sm80_worthwhile(call) is None
+    write({"backend": "sm90", "choice": [256, 128, 1, 2, 0]}, call)
+    op._sm90_run(call)
+    assert got["sm90"] == (256, 128, 1, 2, 0)
+    assert "sm90 was measured" in op._sm80_worthwhile(call) and op._sm90_worthwhile(call) is None
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------------------
+
+
+def test_calls_are_recorded_by_class():
+    x, w = torch.randn(1, 4, 3, 8, 8), torch.randn(4, 4, 3, 3, 3)
+
+    def run():
+        causal_conv3d(x, w)
+        causal_conv3d(x, w)
+        causal_conv3d(x, w[:, :, :1])
+        causal_conv3d(x, w[:2, :2], groups=2)  # not one that a table knows
+
+    found = tune.calls_of(run)
+    assert list(found) == ["3x3x3 /111 4->4 2^7 float32", "1x3x3 /111 4->4 2^7 float32"]
+    assert all(call.x.is_meta and call.x.shape == x.shape for call in found.values())
+
+
+def timed(monkeypatch, times):
+    """Candidates take these microseconds, in every round; others a second."""
+    def interleave(candidates, settings):
+        return {c.name: [times.get(c.name, 1e6) * 1e-6] * 4 for c in candidates}, {}
+
+    monkeypatch.setattr(tune.harness, "interleave", interleave)
+
+
+@needs_native
+@pytest.mark.parametrize(("times", "entry"), [
+    ({"untuned": 10, "cpu winograd2": 5, "cpu direct": 7, "reference": 8}, ("cpu", "winograd2")),
+    ({"untuned": 10, "reference": 8, "cpu direct": 9}, ("reference", None)), ({"untuned": 10, "cpu direct": 9.9}, None),
+    ({"untuned": 10}, None)])
+def test_the_winner_of_a_class(monkeypatch, times, entry):
+    timed(monkeypatch, times)
+    found, facts = tune.measure(a_call(), QUICK)
+    assert (None if found is None else (found["backend"], found["choice"])) == entry
+    if entry is not None:
+        assert found["measured_us"] == min(times.values()) and found["untuned_us"] == 10
+    assert facts["microseconds"]["untuned"] == 10 and tuning._enabled
+
+
+@needs_native
+def test_what_computes_something_else_cannot_win(monkeypatch):
+    timed(monkeypatch, {"untuned": 10, "cpu winograd2": 1, "cpu direct": 5})
+    execute = tune.execute
+
+    def wrong(call, way, *tensors):
+        return execute(call, way, *tensors) * (1.001 if way == ("cpu", "winograd2") else 1.0)
+
+    monkeypatch.setattr(tune, "execute", wrong)
+    found, facts = tune.measure(a_call(), QUICK)
+    assert found["choice"] == "direct" and "another result" in facts["left_out"]["cpu winograd2"]
+
+
+def test_ways_on_a_gpu(monkeypatch):
+    call = a_call()
+    gpu = call._replace(x=type("X", (), {"device": torch.device("cuda"), "shape": call.x.shape})())
+    monkeypatch.setattr(tune, "hopper_choices", lambda call: [(256, 128, 1, 2, 0)])
+    ways = list(tune.ways(gpu))
+    assert ("sm80", (128, 64, 0)) in ways and ("sm90", (256, 128, 1, 2, 0)) in ways and ways[-1] == ("reference", None)
+    assert [w for w in tune.ways(call) if w[0] == "cpu"] == [
+        ("cpu", "direct"), ("cpu", "winograd2"), ("cpu", "winograd4")]
+    assert list(tune.ways(a_call(kernel=(3, 1, 1)))) == [("cpu", "direct"), ("reference", None)]
+
+
+@needs_native
+def test_tune_writes_what_the_dispatcher_reads(cache, monkeypatch):
+    timed(monkeypatch, {"untuned": 10, "cpu direct": 5})
+    said = []
+    result = tune.run("vidtok/tiny", QUICK, size=(1, 16, 16), say=said.append)
+    assert result["entries"] and len(said) == len(result["classes"]) and "as good as any" not in said[0]
+    assert set(tuning.entries("causal_conv3d", CPU)) == set(result["entries"])
+    table = json.loads(Path(result["file"]).read_text())
+    assert table["run"]["model"] == "vidtok/tiny" and table["run"]["torch"] == torch.__version__
+    with pytest.raises(ValueError, match="model='sora': expected one of vidtok/"):
+        tune.run("sora", QUICK)
+
+
+def test_the_command(tmp_path):
+    command = [sys.executable, "-m", "vtok_fast.cli", "tune", "--dry-run", "--size", "1x16x16", "--device", "cpu"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    assert result.returncode == 0 and "3x3x3 /111 3->16 2^10 float32" in result.stdout
+    result = subprocess.run([*command, "--size", "16x16"], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    assert result.returncode == 1 and result.stderr.strip() == "vtok-fast: size='16x16': expected TxHxW, such as 17x256x256"

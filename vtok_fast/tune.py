@@ -1,0 +1,194 @@
+"""``vtok-fast tune``: measures the ways to run a model's convolutions on this machine and writes those that win into its table.
+
+The model runs once, and every class of its ``causal_conv3d`` calls is then measured on random data, the candidates taking turns:
+on a CPU each algorithm and PyTorch; on a GPU the tiles of the sm80 kernel, those of the Hopper kernel that its model predicts to be
+within twice its best, and PyTorch. A candidate must compute what the reference does, and beat what the dispatcher would do untuned by
+3 % in the quartiles of the rounds; else the class is left out of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok_fast import backends, parity, tuning
+from vtok_fast.bench import harness, machine, models, vidtok
+from vtok_fast.bench.harness import Candidate, Settings
+from vtok_fast.ops import causal_conv3d as op
+from vtok_fast.ops import causal_conv3d_cuda as cuda
+from vtok_fast.ops import causal_conv3d_sm90 as sm90
+
+LEAST_GAIN = 1.03
+SM80_TILES = ((256, 128), (256, 96), (128, 128), (128, 64), (128, 32))
+SM90_TILES = ((256, 160), (256, 128), (256, 96), (128, 144), (128, 128), (128, 112), (128, 96), (128, 64))
+Way = tuple[str, Any]  # a backend, and the choice that it is told
+
+
+# ---- the calls of a model --------------------------------------------------------------------------------------------------
+
+
+def load(name: str, settings: Settings) -> tuple[torch.nn.Module, Callable[[torch.nn.Module, Tensor], Any], list[int]]:
+    """An accelerated model with random weights, how it runs, and the size of its smallest video (T, H, W).
+
+    ``vidtok/CONFIG``, or a name of the models of other libraries, as ``Wan 2.1``. Raises ValueError for another.
+    """
+    from vtok_fast.models.vidtok_configs import CONFIGS
+    from vtok_fast.swap import accelerate
+
+    system, _, config = name.partition("/")
+    if system == "vidtok" and config in CONFIGS:
+        model, run, size = vidtok.make_model(config), vidtok.round_trip, [17, 64, 64]
+    elif name in models.MODELS:
+        listed = models.MODELS[name]
+        model, run, size = listed.make(), models.round_trip, [listed.frames, listed.smallest, listed.smallest]
+    else:
+        known = [*(f"vidtok/{config}" for config in CONFIGS), *models.MODELS]
+        raise ValueError(f"model={name!r}: expected one of {', '.join(known)}")
+    model = vidtok.moved(model, settings)
+    accelerate(model, check=False)
+    return model, run, size
+
+
+@torch.no_grad()
+def calls_of(run: Callable[[], Any]) -> dict[str, op.ConvCall]:
+    """One call of each class of convolutions within ``run()``, its tensors on the meta device."""
+    found: dict[str, op.ConvCall] = {}
+    select = backends.select
+
+    def note(name: str, call: Any, explicit: str | None = None) -> backends.Backend:
+        plain = name == "causal_conv3d" and call.groups == 1 and call.dilation == (1, 1, 1) and call.upsample == (1, 1, 1)
+        if plain and (key := op.tuning_class(call)) not in found:
+            found[key] = call._replace(**{n: _empty(t, "meta") for n, t in call._asdict().items() if isinstance(t, Tensor)})
+        return select(name, call, explicit)
+
+    backends.select = note
+    try:
+        run()
+    finally:
+        backends.select = select
+    return found
+
+
+def _empty(tensor: Tensor, device: str) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+# ---- the candidates --------------------------------------------------------------------------------------------------------
+
+
+def ways(call: op.ConvCall) -> Iterator[Way]:
+    """Every way to run a call on its device, those that cannot among them."""
+    if call.x.device.type == "cpu":
+        plane = call.weight.shape[3:] == (3, 3) and call.stride[1:] == (1, 1)
+        yield from (("cpu", name) for name in ("direct", "winograd2", "winograd4")[:3 if plane else 1])
+    else:
+        yield from (("sm80", (*tile, splits)) for tile in SM80_TILES for splits in (0, 1, 2, 4))
+        yield from (("sm90", choice) for choice in hopper_choices(call))
+    yield "reference", None
+
+
+def hopper_choices(call: op.ConvCall) -> list[sm90.Choice]:
+    """The Hopper kernel's plans whose predicted cycles are at most twice the fewest; none where it cannot run the call."""
+    out = op._empty_output(call._replace(x=call.x.to("meta")), call.depth_to_space)
+    geometry, plans = op._native_geometry(call), {}
+    if sm90.why_not(call, geometry, out) is not None:
+        return []
+    for rows, columns in SM90_TILES:
+        for cluster in (1, 2):
+            for splits in (1, 2, 4):
+                try:
+                    plan = sm90.plan(call, geometry, out, choice=(rows, columns, splits, cluster, 0))
+                except NotImplementedError:
+                    continue
+                plans[plan.choice] = plan.cycles
+    return [choice for choice, cycles in plans.items() if cycles <= 2 * min(plans.values())]
+
+
+def execute(call: op.ConvCall, way: Way | None, *tensors: Tensor | None) -> Tensor:
+    """Runs a call on these tensors in one way; None: as the dispatcher does without a table."""
+    call = call._replace(**dict(zip(("x", "weight", "bias", "cache", "residual"), tensors)))
+    if way is None:
+        return backends.select("causal_conv3d", call).run(call)
+    backend, choice = way
+    if backend == "cpu":
+        with backends.algorithm(choice):
+            return backends.select("causal_conv3d", call, "cpu").run(call)
+    chosen = backends.select("causal_conv3d", call, backend)
+    if backend == "reference":
+        return chosen.run(call)
+    out = op._empty_output(call, call.depth_to_space)
+    return (sm90 if backend == "sm90" else cuda).forward(call, op._native_geometry(call), out, choice=choice)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(call: op.ConvCall, settings: Settings) -> tuple[tuning.Entry | None, dict[str, Any]]:
+    """The entry of the table for a call's class, None where untuned is as good; and what was measured."""
+    torch.manual_seed(0)
+    tensors = tuple(None if t is None else _empty(t, settings.device).normal_() for t in call[:5])
+    tensors = (tensors[0], tensors[1] / call.weight[0].numel() ** 0.5, *tensors[2:])
+    call = call._replace(**dict(zip(("x", "weight", "bias", "cache", "residual"), tensors)))
+    enabled, tuning._enabled = tuning._enabled, False
+    try:
+        want = execute(call, ("reference", None), *tensors)
+        candidates, left_out = [Candidate("untuned", partial(execute, call, None), "ours", inputs=tensors)], {}
+        for way in ways(call):
+            name = f"{way[0]} {way[1]}" if way[1] is not None else way[0]
+            try:
+                got = execute(call, way, *tensors)
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                left_out[name] = str(error).strip().splitlines()[0]
+                continue
+            if (got.double() - want.double()).norm() > 2 * parity.floor(want.dtype) * want.double().norm():
+                left_out[name] = "another result than the reference's"
+            else:
+                candidates.append(Candidate(name, partial(execute, call, way), "variant", inputs=tensors))
+        seconds, _ = harness.interleave(candidates, settings)
+    finally:
+        tuning._enabled = enabled
+    medians = {name: harness.spread(s)["median"] for name, s in seconds.items()}
+    gains = {c.name: harness.ratios(seconds, c.name)["untuned"] for c in candidates[1:]}
+    best = min(gains, key=medians.__getitem__, default="untuned")
+    facts = {"best": best, "microseconds": {n: round(s * 1e6, 2) for n, s in medians.items()}, "left_out": left_out}
+    if best == "untuned" or gains[best]["q1"] < LEAST_GAIN:
+        return None, facts | {"best": "untuned"}
+    backend, choice = next(c.function.args[1] for c in candidates[1:] if c.name == best)
+    return {"backend": backend, "choice": choice, "measured_us": facts["microseconds"][best],
+            "untuned_us": facts["microseconds"]["untuned"], "gain": round(gains[best]["median"], 3)}, facts
+
+
+def tune(found: dict[str, op.ConvCall], settings: Settings, say: Callable[[str], None] = print) -> dict[str, tuning.Entry | None]:
+    """The entries of these classes; None for those that are as good untuned, which :func:`vtok_fast.tuning.save` takes out."""
+    entries: dict[str, tuning.Entry | None] = {}
+    for key, call in found.items():
+        entry, facts = measure(call, settings)
+        entries[key] = entry
+        times = facts["microseconds"]
+        say(f"{key}: untuned {times['untuned']:.1f} us" + (f"; {facts['best']} {entry['measured_us']:.1f} us, {entry['gain']:.2f} times "
+                                                          "faster" if entry else ", as good as any"))
+    return entries
+
+
+def run(name: str, settings: Settings, *, size: tuple[int, int, int] | None = None, output: Any = None, dry_run: bool = False,
+        say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Tunes a model's convolutions for videos of (T, H, W) and saves the table; ``dry_run`` only finds their classes."""
+    device = torch.device(settings.device)
+    model, forward, smallest = load(name, settings)
+    size = size or (tuple(smallest) if settings.quick or not settings.on_gpu else (smallest[0], 256, 256))
+    video = (torch.rand(1, 3, *size, device=device) * 2 - 1).to(settings.working_dtype)
+    found = calls_of(partial(forward, model, video))
+    del model
+    path = output or tuning.folder() / f"{tuning.machine(device)}.json"
+    result = {"model": name, "size": list(size), "file": str(path), "classes": list(found)}
+    if dry_run:
+        return result
+    entries = tune(found, settings, say)
+    state = machine.state(settings.device) | {"model": name, "size": list(size)} | (machine.clocks(settings.device) if settings.on_gpu else {})
+    tuning.save(path, tuning.machine(device), state, {"causal_conv3d": entries})
+    return result | {"entries": {key: entry for key, entry in entries.items() if entry is not None}}
