@@ -4,9 +4,9 @@
 // Both operands lie in memory with K as the slow axis, channels as the fast one. TMA brings a slice of 8 x 8 positions as lines of
 // 64 channels, swizzled over 128 bytes, and that is what wgmma takes for a transposed operand: nothing is relaid. Zeros around x
 // are what TMA fills in beyond the edges; the frame that a time tap reads is a coordinate (clamped, or in the cache's own map),
-// and frames of zeros are left out of the sum. A box of x serves the three taps of a column of the kernel: it has the rows of all of
-// them, a row of 8 positions is 1024 bytes, so the tap below begins 1024 bytes further; that is the descriptor's distance between
-// blocks of 64 columns, and one wgmma of 192 columns multiplies all three.
+// and frames of zeros are left out of the sum. A box of x serves the three taps of a column of the kernel: it has the rows of all
+// of them, a row of 8 positions is 1024 bytes, so the tap below begins 1024 bytes further; that is the descriptor's distance
+// between blocks of 64 columns, and one wgmma of 192 columns multiplies all three.
 //
 // A cluster of two blocks has the same columns and neighbouring outputs: each loads half of the boxes of x, for both. As many tiles
 // as fill the multiprocessors some whole number of times sum over all positions; the others are split, as many times as fill them

@@ -25,6 +25,9 @@ random. ``capability=90`` allows the instructions of ptx_sm90.cuh; ``shared_limi
 smallest GPUs) and ``multiprocessors`` are what a launcher is told of the device. After a call ``conv.launched`` is the last launch
 as the source has it, kernel and arguments, and ``conv.bank_conflicts`` what ldmatrix would have lost in it.
 
+The environment variable VTOK_EMULATOR_FLAGS adds compiler flags. So AddressSanitizer watches kernels and emulator:
+``ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(g++ -print-file-name=libasan.so) VTOK_EMULATOR_FLAGS="-fsanitize=address -g" pytest ...``
+
 Compiled code is kept in tests/emulator/.cache for two weeks, by a hash of all sources and flags.
 """
 
@@ -47,7 +50,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = HERE / ".cache"
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-DVTOK_EMULATOR", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-         f"-I{ROOT / 'csrc'}", f"-I{HERE}")
+         f"-I{ROOT / 'csrc'}", f"-I{HERE}", *os.environ.get("VTOK_EMULATOR_FLAGS", "").split())
 ITEM_SIZES = (4, 2, 2, 8, 4, 8, 1)  # by DType of csrc/tensor.h, as is:
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5, torch.uint8: 6}
 ERRORS = {1: ValueError, 2: NotImplementedError, 3: MemoryError}
@@ -102,7 +105,7 @@ def build(*sources: str | Path, exports: Mapping[str, str], includes: Sequence[s
     objects.append(compiled("exports", text.encode(), written))
     target = CACHE / f"lib.{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}.so"
     if not target.exists():
-        _run(_compiler(), "-shared", *objects, target=target)
+        _run(_compiler(), "-shared", *flags, *FLAGS, *objects, target=target)
         for old in CACHE.iterdir():
             if old.stat().st_mtime < time.time() - 14 * 86400:
                 old.unlink(missing_ok=True)

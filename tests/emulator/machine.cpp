@@ -8,6 +8,11 @@
 #include "memory.h"
 #include "sm90.h"
 
+#ifdef __SANITIZE_ADDRESS__  // it must know which stack is in use
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 // Saves the registers that a function must preserve and the stack pointer, and goes on where `to` was saved.
 extern "C" void emu_switch(void** from, void* to);
 #if !defined(__x86_64__)
@@ -36,14 +41,46 @@ const std::function<void()>* kernel;
 std::string error;
 std::deque<Thread*> ready;
 
+// From the scheduler to a thread, and back; `for_good`: the thread will not be run again.
+#ifdef __SANITIZE_ADDRESS__
+const void* scheduler_stack;
+size_t scheduler_stack_bytes;
+#endif
+
+void switch_to(Thread& t, char* stack) {
+#ifdef __SANITIZE_ADDRESS__
+  void* kept;
+  __sanitizer_start_switch_fiber(&kept, stack - kStack, kStack);
+  emu_switch(&scheduler_stack_pointer, t.stack_pointer);
+  __sanitizer_finish_switch_fiber(kept, nullptr, nullptr);
+#else
+  (void)stack;
+  emu_switch(&scheduler_stack_pointer, t.stack_pointer);
+#endif
+}
+
+void switch_to_scheduler(bool for_good) {
+#ifdef __SANITIZE_ADDRESS__
+  void* kept;
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &kept, scheduler_stack, scheduler_stack_bytes);
+  emu_switch(&self->stack_pointer, scheduler_stack_pointer);
+  __sanitizer_finish_switch_fiber(kept, nullptr, nullptr);
+#else
+  (void)for_good;
+  emu_switch(&self->stack_pointer, scheduler_stack_pointer);
+#endif
+}
+
 void fiber_main() {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
   (*kernel)();
   finish_copies(*self, self->groups + 1);
   self->state = Thread::State::ended;
   --cluster.blocks[self->rank].running;
   sm90_end_thread();
-  void* forgotten;
-  emu_switch(&forgotten, scheduler_stack_pointer);
+  switch_to_scheduler(true);
   __builtin_unreachable();
 }
 
@@ -66,6 +103,9 @@ void start(Thread& t, int id) {
   t.clock.assign(2 * cluster.threads.size() + sm90_clocks(), 0);
   t.clock[id] = 1;
   auto** top = reinterpret_cast<void**>(stack_top(id));
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(reinterpret_cast<char*>(top) - kStack, kStack);  // what an error has left there
+#endif
   *--top = nullptr;  // so that the stack is aligned in fiber_main as after a call
   *--top = reinterpret_cast<void*>(&fiber_main);
   t.stack_pointer = top - 6;
@@ -133,7 +173,7 @@ void run_cluster(uint32_t number, dim3 size, dim3 block_size, size_t shared_byte
       continue;
     }
     self = next();
-    emu_switch(&scheduler_stack_pointer, self->stack_pointer);
+    switch_to(*self, stack_top(self->id));
   }
   for (const Thread& t : cluster.threads)
     if (error.empty() && t.state != Thread::State::ended) error = deadlock();
@@ -169,8 +209,7 @@ void fail(const std::string& message, const Where& where) {
   const uint3 t = self->index, b = cluster.blocks[self->rank].index;
   auto triple = [](uint3 v) { return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")"; };
   if (error.empty()) error = message + "; thread " + triple(t) + " of block " + triple(b) + " at " + place(where);
-  void* forgotten;
-  emu_switch(&forgotten, scheduler_stack_pointer);  // the fibers are left as they are: kernels own nothing
+  switch_to_scheduler(true);  // the fibers are left as they are: kernels own nothing
   __builtin_unreachable();
 }
 
@@ -215,7 +254,7 @@ bool arrive(Meeting& meeting, size_t expected, const char* what, const Where& wh
 void park(const char* what, const Where& where) {
   self->waits_for = what, self->where = where;
   self->state = Thread::State::waiting;
-  emu_switch(&self->stack_pointer, scheduler_stack_pointer);
+  switch_to_scheduler(false);
 }
 
 void wake(Thread* t) {
