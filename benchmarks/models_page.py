@@ -59,7 +59,8 @@ def measured(results: dict[str, Any]) -> str:
         cells = [case["case"], *map(_spread, ratios), *("–" if s is None else f"{s:.2f}" for s in shares)]
         rows.append(f"| {' | '.join(cells)} | {case['facts']['difference']:.1e} |")
     return "\n".join([
-        f"## Measured: {results['machine']['cpu']}, {state['threads']} threads, torch {state['torch']}, commit {state['commit']}", "",
+        f"## Measured: {results['machine']['cpu']}, {state['threads']} threads, torch {state['torch']}, commit {state['commit']}",
+        "",
         "One encode and one decode in float32, against the model as shipped, at the class's own widths and random weights.", "",
         "| model and video | times faster | without weight cache | peak memory | without weight cache | difference |",
         "|---|---|---|---|---|---|", *rows, ""])

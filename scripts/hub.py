@@ -1,7 +1,7 @@
 """Lays the ops out as a kernel repository that `kernels` (github.com/huggingface/kernels) loads: `python scripts/hub.py [FOLDER]`.
 
-What such a repository asks for: build/VARIANT/ is a package that can be imported under any name, so all imports within are relative;
-its torch ops have a name that no other version has; layers.py holds layers without state, of which only `forward` is taken. All of
+What such a repository asks for: build/VARIANT/ is a package that can be imported under any name, so all imports are relative; its
+torch ops have a name that no other version has; layers.py holds layers without state, of which only `forward` is taken. All of
 that follows from the sources: imports are rewritten, the ops' namespace gets a digest of what was copied, and the layers are the
 `forward` functions of vtok_fast.nn.
 
@@ -37,8 +37,8 @@ from .ops.token_packing import PackedTokens, pack_tokens, router_scores, select_
 from .scope import Scope
 
 __all__ = ["BackendError", "FSQOutput", "PackedTokens", "Scope", "available_backends", "backend", "causal_conv3d", "fallbacks",
-           "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "layers", "norm_act", "pack_tokens", "router_scores", "scope_attention",
-           "select_tokens", "token_budget", "unpack_tokens"]
+           "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "layers", "norm_act", "pack_tokens", "router_scores",
+           "scope_attention", "select_tokens", "token_budget", "unpack_tokens"]
 '''
 
 
@@ -88,7 +88,7 @@ def relative(module: str, source: str, name: str) -> str:
 
 def layers(sources: dict[str, str]) -> str:
     """layers.py: of each layer in vtok_fast.nn only its `forward`, as source text."""
-    parts = ['"""Layers without state: `kernelize` puts their `forward` into modules of vtok_fast.nn, or of the same attributes."""\n',
+    parts = ['"""Layers without state: `kernelize` puts their `forward` into modules of vtok_fast.nn, or like them."""\n',
              "from __future__ import annotations\n", "import torch", "from torch import Tensor, nn\n"]
     bodies = []
     for file, layer in LAYERS.items():
@@ -98,8 +98,8 @@ def layers(sources: dict[str, str]) -> str:
         found, = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == layer)
         forward, = (node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "forward")
         text = "".join(source.splitlines(keepends=True)[forward.lineno - 1:forward.end_lineno])
-        bodies.append(f'\n\nclass {layer}(nn.Module):\n    """`forward` of vtok_fast.nn.{layer}."""\n\n    can_torch_compile = True\n'
-                      f"    has_backward = True\n\n{text.rstrip()}\n")
+        bodies.append(f'\n\nclass {layer}(nn.Module):\n    """`forward` of vtok_fast.nn.{layer}."""\n\n'
+                      f"    can_torch_compile = True\n    has_backward = True\n\n{text.rstrip()}\n")
     return "\n".join(parts) + "\n" + "".join(bodies)
 
 
@@ -159,7 +159,8 @@ def file_in_package(module: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Lay the ops out as a repository for Hugging Face's kernels.")
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "hub")
-    parser.add_argument("--variant", action="append", help="may be repeated; default: torch-cpu, torch-cuda and that of the torch here")
+    parser.add_argument("--variant", action="append",
+                        help="may be repeated; default: torch-cpu, torch-cuda and that of the torch here")
     parser.add_argument("--native", type=Path, action="append", metavar="SO", help="native modules; default: those in vtok_fast/")
     options = parser.parse_args()
     natives = options.native or sorted((ROOT / PACKAGE).glob("_C*.so"))

@@ -1,8 +1,8 @@
 """Builds wheels for CPUs and for families of GPUs, for every Python at hand, and tries each in a fresh environment. `make wheels`.
 
-First a source distribution is made, and everything is built from that. Each wheel is built with ordinary build isolation and without
-torch, gets the manylinux tag that auditwheel finds it to fit, and is installed into a new environment: without torch the doctor must
-say so, with it `vtok-fast check` must hold. At the end: a table of sizes, build times, tags and outcomes.
+First a source distribution is made, and everything is built from that. Each wheel is built with ordinary build isolation and
+without torch, gets the manylinux tag that auditwheel finds it to fit, and is installed into a new environment: without torch the
+doctor must say so, with it `vtok-fast check` must hold. At the end: a table of sizes, build times, tags and outcomes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Outcome:
 
 def pythons() -> list[str]:
     """The interpreters at hand that can make environments and have headers."""
-    look = "import ensurepip, os, sys, sysconfig, venv; sys.exit(not os.path.isfile(sysconfig.get_paths()['include'] + '/Python.h'))"
+    look = ("import ensurepip, os, sys, sysconfig, venv; "
+            "sys.exit(not os.path.isfile(sysconfig.get_paths()['include'] + '/Python.h'))")
     found = []
     for name in (f"python{version}" for version in PYTHONS):
         for path in dict.fromkeys(shutil.which(name, path=folder) for folder in os.environ["PATH"].split(os.pathsep)):

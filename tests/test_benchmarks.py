@@ -103,13 +103,16 @@ def test_measure_names_the_fastest_peer_and_ignores_floors():
     def busy(n):
         return lambda: sum(range(n))
 
-    trial = Trial("t", "g", [Candidate("slow", busy(300_000), "eager"), Candidate("fast", busy(60_000)), Candidate("copy", busy(1), "floor"),
+    trial = Trial("t", "g", [Candidate("slow", busy(300_000), "eager"), Candidate("fast", busy(60_000)),
+                             Candidate("copy", busy(1), "floor"),
                              Candidate("mine", busy(20_000), "ours"), Candidate("mine, other", busy(20_000), "variant")])
     record = harness.measure(trial, TINY)
     assert (record["ours"], record["eager"], record["best"]) == ("mine", "slow", "fast")
-    assert set(record["ratios"]) == {"mine", "mine, other"} and set(record["ratios"]["mine"]) == {"slow", "fast", "copy", "mine, other"}
+    assert set(record["ratios"]) == {"mine", "mine, other"} and set(record["ratios"]["mine"]) == {"slow", "fast", "copy",
+                                                                                                  "mine, other"}
     assert report.ratio(record, "best") == record["ratios"]["mine"]["fast"]
-    assert report.ratio(record, "eager")["median"] > report.ratio(record, "best")["median"] > 1 > report.ratio(record, "copy")["median"]
+    assert report.ratio(record, "eager")["median"] > report.ratio(record, "best")["median"] > 1 > report.ratio(record,
+                                                                                                               "copy")["median"]
     assert json.loads(json.dumps(record)) == record
 
 
@@ -218,17 +221,21 @@ def test_what_a_gpu_run_records(cuda, monkeypatch):
     assert machine.slug(here) == "h200" and here["capability"] == "9.0" and here["sms"] == 132
     state = machine.state("cuda")
     assert state["driver"] == "580.65.06" and {"cudnn", "triton", "cuda", "commit"} <= state.keys()
-    assert machine.clocks("cuda") == {"sm_mhz": 1980.0, "sm_mhz_most": 1980.0, "memory_mhz": None, "temperature": 33.0, "watts": 120.5}
+    assert machine.clocks("cuda") == {"sm_mhz": 1980.0, "sm_mhz_most": 1980.0, "memory_mhz": None, "temperature": 33.0,
+                                      "watts": 120.5}
     assert asked[-1][-2:] == ["-i", "GPU-ab"]
     monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError("nvidia-smi")))
     assert machine.clocks("cuda")["sm_mhz"] is None
 
 
 @pytest.mark.parametrize(("section", "case"), [
-    (causal_conv3d, causal_conv3d.Case(layers.scaled(layers.load()[0], 0.002))), (norm_act, norm_act.Case("m", "group", 4, (8, 2, 8, 8))),
-    (fsq, fsq.Case("large", (8, 5, 5), (2, 8, 8), "planar")), (scope_attention, scope_attention.Case("m", "block causal", (3, 16), 2, 8)),
+    (causal_conv3d, causal_conv3d.Case(layers.scaled(layers.load()[0], 0.002))),
+    (norm_act, norm_act.Case("m", "group", 4, (8, 2, 8, 8))),
+    (fsq, fsq.Case("large", (8, 5, 5), (2, 8, 8), "planar")),
+    (scope_attention, scope_attention.Case("m", "block causal", (3, 16), 2, 8)),
     (scope_attention, scope_attention.Case("m", "per frame", (3, 16), 2, 8, backward=True)),
-    (token_packing, token_packing.Case("router", (1, 3, 5, 16, 16))), (token_packing, token_packing.Case("unpack", (1, 4, 2, 8, 8))),
+    (token_packing, token_packing.Case("router", (1, 3, 5, 16, 16))),
+    (token_packing, token_packing.Case("unpack", (1, 4, 2, 8, 8))),
     (vidtok, vidtok.Case("tiny", (1, 16, 16)))], ids=lambda x: getattr(x, "__name__", str(x)).rpartition(".")[2])
 def test_workloads_as_on_a_gpu(cuda, monkeypatch, one_thread, section, case):
     """In bfloat16, without the CPU's weight cache, with rotating inputs; on tensors of the CPU."""
@@ -279,7 +286,8 @@ def test_ceilings(monkeypatch):
 def test_layers_are_those_of_the_models():
     chosen = layers.load()
     assert {layer.model.split("-")[0] for layer in chosen} == {"wan2.1", "vidtok", "cosmos"}
-    hot = next(x for x in chosen if x.model == "vidtok" and x.cin == x.cout == 256 and x.kernel == (3, 3, 3) and x.size == (20, 256, 256))
+    hot = next(x for x in chosen if x.model == "vidtok" and x.cin == x.cout == 256 and x.kernel == (3, 3, 3)
+               and x.size == (20, 256, 256))
     assert hot.share == pytest.approx(0.3122) and hot.gflop == pytest.approx(4638.6, rel=1e-4) and hot.out_size == (20, 256, 256)
     for model in ("wan2.1", "vidtok", "cosmos-cv8x8x8", "cosmos-dv4x8x8"):
         stage_entries = [e for e in json.loads(layers.FILE.read_text())["layers"] if e["model"] == model]
@@ -303,7 +311,8 @@ def test_scaled_layers_keep_what_matters(quick):
         assert small.gflop <= cap or (small.size[0] <= 4 and min(small.size[1:]) < 8 + 4 * max(small.stride))
         assert all(n <= m for n, m in zip(small.size, layer.size)) and min(small.size[1:]) >= 8
         assert replace(small, size=layer.size) == layer
-        assert all((n + sum(p) - k) % s == 0 for n, p, k, s in zip(small.size[1:], small.spatial_pad, small.kernel[1:], small.stride[1:]))
+        assert all((n + sum(p) - k) % s == 0 for n, p, k, s in zip(small.size[1:], small.spatial_pad, small.kernel[1:],
+                                                                   small.stride[1:]))
 
 
 # ---- files and tables ----------------------------------------------------------------------------------------------------
@@ -312,7 +321,8 @@ def test_scaled_layers_keep_what_matters(quick):
 def _record(case="c", group="3x3 planes", ours=1.0, eager=6.0, peer=3.0):
     seconds = {"eager": [eager] * 3, "p": [peer] * 3, "vtok_fast": [ours] * 3}
     roles = {"eager": "eager", "p": "peer", "vtok_fast": "ours"}
-    return {"case": case, "group": group, "facts": {"algorithm": "direct", "gflop": 1.0, "cached_bytes": 0, "error": 1e-7, "eager_error": 1e-7},
+    return {"case": case, "group": group, "facts": {"algorithm": "direct", "gflop": 1.0, "cached_bytes": 0, "error": 1e-7,
+                                                    "eager_error": 1e-7},
             "missing": {"q": "not installed"}, "wrong": None, "rounds": 3, "ours": "vtok_fast", "eager": "eager", "best": "p",
             "seconds": {n: {"role": roles[n], **harness.spread(s), "page_faults": 0.0} for n, s in seconds.items()},
             "ratios": {"vtok_fast": harness.ratios(seconds, "vtok_fast")}}
@@ -324,7 +334,8 @@ def _memory_record():
         for name, peak in (("eager", 4), ("vtok_fast", 3), ("vtok_fast, no weight cache", 2))}}
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*.json")),
+                         ids=lambda p: p.stem)
 def test_committed_results_stay_readable(path, capsys):
     results = report.load(path)
     assert "times the best PyTorch" in report.markdown(results)
@@ -398,7 +409,8 @@ def test_results_round_trip_and_sections_are_kept(tmp_path):
 
 def test_targets_and_markdown_come_from_the_results(capsys):
     state = machine.state() | {"quick": False}
-    sections = {"causal_conv3d": state | {"cases": [_record("a", ours=1.0), _record("b", ours=4.0), _record("c", "rest", peer=1.5)]},
+    sections = {"causal_conv3d": state | {"cases": [_record("a", ours=1.0), _record("b", ours=4.0),
+                                                    _record("c", "rest", peer=1.5)]},
                 "memory": state | {"cases": [_memory_record()]}}
     figures = {(t.section, t.group, t.statistic): report.reached(t, sections) for t in report.TARGETS}
     assert figures["causal_conv3d", "3x3 planes", "mean"] == pytest.approx(math.sqrt(3.0 * 0.75))
@@ -421,7 +433,8 @@ def test_targets_and_markdown_come_from_the_results(capsys):
 def test_the_machine_is_named():
     here = machine.describe()
     assert here["cpu"] and here["cores"] >= 1
-    assert machine.slug(here | {"cpu": "A(R) B @ 2 GHz", "family": 1, "model": 2, "cores": 3, "isa": "avx2"}) == "a-r-b-2-ghz-family1-model2-3cores-avx2"
+    assert machine.slug(here | {"cpu": "A(R) B @ 2 GHz", "family": 1, "model": 2, "cores": 3,
+                                "isa": "avx2"}) == "a-r-b-2-ghz-family1-model2-3cores-avx2"
     state = machine.state()
     assert state["torch"] == torch.__version__ and state["threads"] == torch.get_num_threads()
 
@@ -559,7 +572,8 @@ def test_workloads_are_chosen_by_model_and_words():
 
 def test_listed_peers_are_those_that_run(one_thread):
     layer = layers.scaled(next(x for x in layers.load() if x.kernel[0] == 1), 0.002)
-    built = [(causal_conv3d, causal_conv3d.Case(layer, compile=True)), (norm_act, norm_act.cases(TINY)[0]), (fsq, fsq.cases(TINY)[2]),
+    built = [(causal_conv3d, causal_conv3d.Case(layer, compile=True)), (norm_act, norm_act.cases(TINY)[0]),
+             (fsq, fsq.cases(TINY)[2]),
              (token_packing, token_packing.cases(TINY)[0]), (token_packing, token_packing.cases(TINY)[-1])]
     for module, case in built:
         trial = module.build(case, replace(TINY, compile=False))

@@ -46,7 +46,8 @@ def test_the_fit_in_words():
 
 @pytest.mark.parametrize(("gpu", "archs", "level", "cure"), [
     (H200, ["80", "90a"], "ok", ""), (H200, ["90"], "hint", "VTOK_FAST_CUDA_ARCHS=90a pip install"),
-    (ADA, ["90a"], "hint", "VTOK_FAST_CUDA_ARCHS=89 pip install"), (ADA, ["80"], "ok", ""), (ADA, [], "hint", "VTOK_FAST_CUDA_ARCHS=89"),
+    (ADA, ["90a"], "hint", "VTOK_FAST_CUDA_ARCHS=89 pip install"), (ADA, ["80"], "ok", ""),
+    (ADA, [], "hint", "VTOK_FAST_CUDA_ARCHS=89"),
     (TURING, ["80"], "hint", "")])
 def test_the_doctor_on_gpus(gpu, archs, level, cure):
     finding, = doctor._gpus(probed(gpus=[gpu], archs=archs))
@@ -70,7 +71,8 @@ def test_no_kernel_for_this_gpu_is_one_warning_and_a_fallback(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
     native._why_no_gpu.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="built for 9.0a; this GPU is 8.9: no kernel for it.*VTOK_FAST_CUDA_ARCHS=89 pip install") as seen:
+        with pytest.warns(UserWarning,
+                          match="built for 9.0a; this GPU is 8.9: no kernel for it.*VTOK_FAST_CUDA_ARCHS=89 pip install") as seen:
             reasons = [native.why_no_cuda() for _ in range(3)]
         assert len(seen) == 1 and len(set(reasons)) == 1 and "no kernel for it" in reasons[0]
         ran = []
@@ -93,7 +95,8 @@ def test_no_kernel_for_this_gpu_is_one_warning_and_a_fallback(monkeypatch):
 
 
 @pytest.mark.parametrize(("torch_version", "cudnn", "sources"), [
-    ("2.8.0+cu128", 91002, {163539, 167024}), ("2.7.1+cu126", 90501, set()), ("2.8.0", 90800, {163539}), ("2.8.0", 91300, {167024, 166643}),
+    ("2.8.0+cu128", 91002, {163539, 167024}), ("2.7.1+cu126", 90501, set()), ("2.8.0", 90800, {163539}),
+    ("2.8.0", 91300, {167024, 166643}),
     ("2.9.0+cu128", 91002, {166643, 167024}), ("2.9.0", 91600, {166643}), ("2.9.1+cu128", 91002, {166643}), ("2.9.1", 91501, set()),
     ("2.10.0+cu130", 91501, set()), ("2.13.0+cu130", 92000, set()), ("2.10.0a0+gitabc", 91400, {166643})])
 def test_known_bad_pairs(torch_version, cudnn, sources):
@@ -103,7 +106,8 @@ def test_known_bad_pairs(torch_version, cudnn, sources):
 
 
 def test_what_gives_wrong_results_is_bad_and_what_is_not_used_does_not_matter():
-    levels = {f.text.rpartition("#")[2].rstrip(")"): f.level for f in doctor._pairs(probed(torch="2.8.0", cudnn=91002, allow_tf32=True))}
+    levels = {f.text.rpartition("#")[2].rstrip(")"): f.level for f in doctor._pairs(probed(torch="2.8.0", cudnn=91002,
+                                                                                           allow_tf32=True))}
     assert levels == {"163539": "bad", "167024": "bad"}
     assert len(doctor._pairs(probed(torch="2.8.0", cudnn=91002, allow_tf32=False))) == 1
     assert not doctor._pairs(probed(torch="2.9.0", cudnn=None, cuda=False))
@@ -161,15 +165,18 @@ def test_info_without_torch(tmp_path):
     result = subprocess.run([sys.executable, "-m", "vtok_fast.info"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0 and not result.stderr
     assert "causal_conv3d.sm80            unavailable: torch cannot be imported" in result.stdout
-    result = subprocess.run([sys.executable, "-m", "vtok_fast.cli", "info", "--json"], capture_output=True, text=True, env=environment)
+    result = subprocess.run([sys.executable, "-m", "vtok_fast.cli", "info", "--json"], capture_output=True, text=True,
+                            env=environment)
     facts = json.loads(result.stdout)
     assert set(facts["ops"]) == set(info.BACKENDS) and all(why for op in facts["ops"].values() for why in op.values())
 
 
 def test_info_without_the_native_module(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "vtok_fast.info"], capture_output=True, text=True, env=without("vtok_fast._C", tmp_path))
+    result = subprocess.run([sys.executable, "-m", "vtok_fast.info"], capture_output=True, text=True,
+                            env=without("vtok_fast._C", tmp_path))
     assert result.returncode == 0 and "native module                 the native module is not built" in result.stdout
-    assert "fsq.reference                 available" in result.stdout and "fsq.cpu                       unavailable" in result.stdout
+    assert "fsq.reference                 available" in result.stdout
+    assert "fsq.cpu                       unavailable" in result.stdout
 
 
 def test_a_native_module_that_kills_python_is_a_finding(monkeypatch):

@@ -42,7 +42,8 @@ grad = torch.autograd.grad(module.causal_conv3d(x, w.requires_grad_()).sum(), w)
 q = torch.randn(1, 1, 6, 8)
 module.scope_attention(q, q, q, module.Scope.block_causal(2, 3))
 print(json.dumps({"error": ((y - want).norm() / want.norm()).item(), "gradient": grad.shape == w.shape,
-                  "namespaces": [n for n in dir(torch.ops) if "vtok" in n], "backends": module.available_backends()["causal_conv3d"],
+                  "namespaces": [n for n in dir(torch.ops) if "vtok" in n],
+                  "backends": module.available_backends()["causal_conv3d"],
                   "absolute": [n for n in sys.modules if n.split(".")[0] == "vtok_fast" and sys.modules[n] is not None]}))
 """
 
@@ -73,7 +74,8 @@ def test_it_works_without_the_package(repository, tmp_path, variant):
     folder, name = repository
     metadata = json.loads((folder / "build" / variant / "metadata.json").read_text())
     assert metadata["id"] == name and metadata["name"] == "vtok-fast"
-    done = subprocess.run([sys.executable, "-c", ALONE, str(folder / "build" / variant), "any_name"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", ALONE, str(folder / "build" / variant), "any_name"], capture_output=True,
+                          text=True,
                           cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

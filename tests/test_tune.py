@@ -36,11 +36,13 @@ def cache(tmp_path, monkeypatch):
 def a_call(channels=8, outputs=8, size=(3, 8, 8), kernel=(3, 3, 3), dtype=torch.float32):
     x, w = torch.randn(1, channels, *size, dtype=dtype), torch.randn(outputs, channels, *kernel, dtype=dtype)
     pad = (kernel[0] - 1, 0, kernel[1] // 2, kernel[1] // 2, kernel[2] // 2, kernel[2] // 2)
-    return op.ConvCall(x, w, None, None, None, (1, 1, 1), (1, 1, 1), 1, pad, "zeros", "zeros", None, None, (1, 1, 1), False, (1, 1, 1))
+    return op.ConvCall(x, w, None, None, None, (1, 1, 1), (1, 1, 1), 1, pad, "zeros", "zeros", None, None, (1, 1, 1), False,
+                       (1, 1, 1))
 
 
 def write(entry, call, device=CPU):
-    tuning.save(tuning.folder() / f"{tuning.machine(device)}.json", tuning.machine(device), {}, {"causal_conv3d": {op.tuning_class(call): entry}})
+    tuning.save(tuning.folder() / f"{tuning.machine(device)}.json", tuning.machine(device), {},
+                {"causal_conv3d": {op.tuning_class(call): entry}})
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------------------
@@ -48,7 +50,8 @@ def write(entry, call, device=CPU):
 
 def test_a_table_round_trips_and_keeps_other_classes(cache):
     path = cache / "t.json"
-    tuning.save(path, "m", {"torch": "2"}, {"causal_conv3d": {"a": {"backend": "cpu", "choice": "direct"}, "b": {"backend": "cpu"}}})
+    tuning.save(path, "m", {"torch": "2"}, {"causal_conv3d": {"a": {"backend": "cpu", "choice": "direct"},
+                                                              "b": {"backend": "cpu"}}})
     tuning.save(path, "m", {"torch": "3"}, {"causal_conv3d": {"b": None, "c": {"backend": "reference", "choice": None}}})
     table = tuning.load(path)
     assert (table["version"], table["machine"], table["run"]) == (tuning.VERSION, "m", {"torch": "3"})

@@ -29,8 +29,8 @@ else:  # run as a file, where the package itself cannot be imported
 OLDEST_TORCH = (2, 6)
 PACKAGE = Path(__file__).resolve().parent
 
-# Printed by a fresh Python, line by line as far as it gets: what torch and the GPUs are, what the native module has, which backends each
-# op has here, and which OpenMP runtimes are in the process once everything is loaded.
+# Printed by a fresh Python, line by line as far as it gets: what torch and the GPUs are, what the native module has, which backends
+# each op has here, and which OpenMP runtimes are in the process once everything is loaded.
 PROBE = """
 import json, sys
 def say(**facts): print(json.dumps(facts), flush=True)
@@ -56,12 +56,13 @@ except Exception as error:
     say(native=f"{type(error).__name__}: {error}")
 try:
     lines = open("/proc/self/maps").read().split()
-    names = {word for word in lines if word.startswith("/") and any(n in word.rsplit("/", 1)[-1] for n in ("libgomp", "libomp", "libiomp"))}
-    say(openmp=sorted(names))
+    runtimes = ("libgomp", "libomp", "libiomp")
+    say(openmp=sorted({word for word in lines if word.startswith("/") and word.rsplit("/", 1)[-1].startswith(runtimes)}))
 except OSError:
     pass
 """
-NOTHING = {"torch": None, "cuda": False, "threads": None, "toolkit": None, "cudnn": None, "allow_tf32": False, "gpus": [], "version": None,
+NOTHING = {"torch": None, "cuda": False, "threads": None, "toolkit": None, "cudnn": None, "allow_tf32": False, "gpus": [],
+           "version": None,
            "native": None, "ops": None, "isa": None, "isas": [], "runtime": None, "archs": [], "cuda_problem": None, "openmp": None}
 
 
@@ -114,7 +115,8 @@ def _python() -> Finding:
 
 def _torch(probe: dict | None, failure: str) -> Finding:
     if probe is None:
-        cure = "pip install 'torch>=2.6'" if "No module named 'torch'" in failure else "reinstall it: pip install --force-reinstall torch"
+        absent = "No module named 'torch'" in failure
+        cure = "pip install 'torch>=2.6'" if absent else "reinstall it: pip install --force-reinstall torch"
         return Finding("torch", "bad", f"cannot be imported: {failure}", cure)
     version = tuple(int(part) for part in probe["torch"].split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
@@ -136,7 +138,8 @@ def _triton(probe: dict) -> list[Finding]:
     try:
         here = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("Triton", "hint", "not installed, so norms, attention and packing run on PyTorch's own kernels", "pip install triton")]
+        return [Finding("Triton", "hint", "not installed, so norms, attention and packing run on PyTorch's own kernels",
+                        "pip install triton")]
     wanted = known_bad.triton_of(importlib.metadata.requires("torch") or [])
     if wanted is not None and wanted != here:
         return [Finding("Triton", "hint", f"{here}, and this torch was built with {wanted}", f"pip install triton=={wanted}")]
@@ -149,7 +152,8 @@ def _native(probe: dict) -> Finding:
     tag = sysconfig.get_config_var("EXT_SUFFIX")
     others = [path.name for path in PACKAGE.glob("_C*.so") if not path.name.endswith(tag)]
     hint = f" (there is {', '.join(others)}, for another Python)" if others else ""
-    return Finding("native module", "bad", probe["native"] + hint, "in the source folder: pip install .   (needs g++ and python3-dev)")
+    return Finding("native module", "bad", probe["native"] + hint,
+                   "in the source folder: pip install .   (needs g++ and python3-dev)")
 
 
 def _gpus(probe: dict) -> list[Finding]:
@@ -164,9 +168,11 @@ def _gpus(probe: dict) -> list[Finding]:
         if probe["native"] is not None:
             continue  # there is a finding of its own
         if code is None and capability < (8, 0):
-            findings.append(Finding(name, "hint", f"compute capability {capability[0]}.{capability[1]}: the CUDA kernels need 8.0", ""))
+            findings.append(Finding(name, "hint", f"compute capability {capability[0]}.{capability[1]}: the CUDA kernels need 8.0",
+                                    ""))
         elif code is None or code.startswith("compute"):
-            findings.append(Finding(name, "hint", gpus.fit(capability, probe["archs"]), f"in the source folder: {build}   (needs nvcc)"))
+            findings.append(Finding(name, "hint", gpus.fit(capability, probe["archs"]),
+                                    f"in the source folder: {build}   (needs nvcc)"))
         elif capability == (9, 0) and code != "sm_90a":
             findings.append(Finding(name, "hint", f"{gpus.fit(capability, probe['archs'])}, without the Hopper kernels",
                                     f"in the source folder: {build}   (needs nvcc)"))
@@ -200,7 +206,8 @@ def _nvcc(probe: dict | None) -> list[Finding]:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     if found is None:
-        return [Finding("nvcc", "hint", "not found, so CUDA kernels cannot be built here", "install the CUDA toolkit, or set CUDA_HOME")]
+        return [Finding("nvcc", "hint", "not found, so CUDA kernels cannot be built here",
+                        "install the CUDA toolkit, or set CUDA_HOME")]
     return [Finding("nvcc", "ok", found)]
 
 
@@ -217,7 +224,8 @@ def _packages() -> list[Finding]:
     if not missing:
         return [Finding("optional packages", "ok", ", ".join(wanted))]
     extras = sorted({wanted[name] for name in missing})
-    return [Finding("optional packages", "hint", f"not installed: {', '.join(missing)}", f'pip install "vtok-fast[{",".join(extras)}]"')]
+    return [Finding("optional packages", "hint", f"not installed: {', '.join(missing)}",
+                    f'pip install "vtok-fast[{",".join(extras)}]"')]
 
 
 def _allocator() -> list[Finding]:
@@ -233,7 +241,8 @@ def _allocator() -> list[Finding]:
     setting = _read("/sys/kernel/mm/transparent_hugepage/enabled")
     if setting is not None:
         chosen = setting.split("[")[-1].split("]")[0]
-        level, cure = ("ok", "") if chosen == "always" else ("hint", "THP_MEM_ALLOC_ENABLE=1 in the environment lets torch ask for them")
+        level, cure = ("ok", "") if chosen == "always" else ("hint",
+                                                             "THP_MEM_ALLOC_ENABLE=1 in the environment lets torch ask for them")
         if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" and chosen == "madvise":
             level, cure = "ok", ""
         findings.append(Finding("huge pages", level, chosen, cure))

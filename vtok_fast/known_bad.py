@@ -71,7 +71,7 @@ def found(probe: dict) -> list[Pair]:
 
 
 def triton_of(requirements: list[str]) -> str | None:
-    """The Triton that a torch was built with, of the requirements in its metadata: ``triton==3.6.0; platform_system == "Linux"``."""
+    """The Triton that a torch was built with, of its metadata's requirements: ``triton==3.6.0; platform_system == "Linux"``."""
     for line in requirements:
         name, _, rest = line.partition("==")
         if name.strip() == "triton":

@@ -2,8 +2,8 @@
 
 The model runs once, and every class of its ``causal_conv3d`` calls is then measured on random data, the candidates taking turns:
 on a CPU each algorithm and PyTorch; on a GPU the tiles of the sm80 kernel, those of the Hopper kernel that its model predicts to be
-within twice its best, and PyTorch. A candidate must compute what the reference does, and beat what the dispatcher would do untuned by
-3 % in the quartiles of the rounds; else the class is left out of the table.
+within twice its best, and PyTorch. A candidate must compute what the reference does, and beat what the dispatcher would do untuned
+by 3 % in the quartiles of the rounds; else the class is left out of the table.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def tune(found: dict[str, op.ConvCall], settings: Settings, say: Callable[[str],
         entry, facts = measure(call, settings)
         entries[key] = entry
         times = facts["microseconds"]
-        say(f"{key}: untuned {times['untuned']:.1f} us" + (f"; {facts['best']} {entry['measured_us']:.1f} us, {entry['gain']:.2f} times "
-                                                          "faster" if entry else ", as good as any"))
+        gain = f"; {facts['best']} {entry['measured_us']:.1f} us, {entry['gain']:.2f} times faster" if entry else ", as good as any"
+        say(f"{key}: untuned {times['untuned']:.1f} us{gain}")
     return entries
 
 
@@ -189,6 +189,7 @@ def run(name: str, settings: Settings, *, size: tuple[int, int, int] | None = No
     if dry_run:
         return result
     entries = tune(found, settings, say)
-    state = machine.state(settings.device) | {"model": name, "size": list(size)} | (machine.clocks(settings.device) if settings.on_gpu else {})
+    state = machine.state(settings.device) | {"model": name, "size": list(size)} | (machine.clocks(settings.device)
+                                                                                    if settings.on_gpu else {})
     tuning.save(path, tuning.machine(device), state, {"causal_conv3d": entries})
     return result | {"entries": {key: entry for key, entry in entries.items() if entry is not None}}

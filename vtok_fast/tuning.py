@@ -1,4 +1,4 @@
-"""What was measured to be fastest on this machine: a small table per machine, which the dispatcher asks. ``vtok-fast tune`` writes it.
+"""What was measured to be fastest on this machine: a small table per machine. ``vtok-fast tune`` writes it, the dispatcher asks it.
 
 A table is JSON: ``version``; ``machine``; ``run``, the state that it was measured in; and per op and class of calls a backend, its
 ``choice``, and the measured microseconds. The user's own, in the cache folder, goes before the one that ships with the package.
@@ -42,10 +42,12 @@ def machine(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def conv_class(kernel: Sequence[int], stride: Sequence[int], channels: int, outputs: int, positions: int, dtype: torch.dtype) -> str:
+def conv_class(kernel: Sequence[int], stride: Sequence[int], channels: int, outputs: int, positions: int,
+               dtype: torch.dtype) -> str:
     """The class of a convolution: kernel, stride, channels, output positions down to a power of two, and dtype."""
     size = int(math.log2(max(positions, 1)))
-    return f"{'x'.join(map(str, kernel))} /{''.join(map(str, stride))} {channels}->{outputs} 2^{size} {str(dtype).removeprefix('torch.')}"
+    taps, steps = "x".join(map(str, kernel)), "".join(map(str, stride))
+    return f"{taps} /{steps} {channels}->{outputs} 2^{size} {str(dtype).removeprefix('torch.')}"
 
 
 def entries(op: str, device: torch.device) -> dict[str, Entry]:
@@ -90,7 +92,8 @@ def save(path: str | os.PathLike, name: str, run: dict[str, Any], ops: dict[str,
         kept = load(path)["ops"]
     except (OSError, ValueError):
         kept = {}
-    merged = {op: {k: v for k, v in (kept.get(op, {}) | ops.get(op, {})).items() if v is not None} for op in kept.keys() | ops.keys()}
+    merged = {op: {k: v for k, v in (kept.get(op, {}) | ops.get(op, {})).items() if v is not None}
+              for op in kept.keys() | ops.keys()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         json.dump({"version": VERSION, "machine": name, "run": run, "ops": merged}, file, indent=1)

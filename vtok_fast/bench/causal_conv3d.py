@@ -90,7 +90,8 @@ def eager_frames(x: Tensor, w: Tensor, b: Tensor, cache: None, *, stride, front:
     x = x.permute(0, 2, 1, 3, 4).reshape(batch * t, c, h, width)
     (top, bottom), (left, right) = pads
     symmetric = top == bottom and left == right
-    y = F.conv2d(x if symmetric else F.pad(x, (left, right, top, bottom)), w[:, :, 0], b, stride[1:], (top, left) if symmetric else 0)
+    y = F.conv2d(x if symmetric else F.pad(x, (left, right, top, bottom)), w[:, :, 0], b, stride[1:],
+                 (top, left) if symmetric else 0)
     return y.unflatten(0, (batch, t)).permute(0, 2, 1, 3, 4)
 
 

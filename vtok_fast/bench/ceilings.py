@@ -20,7 +20,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     """``copy_gb_s``, reads and writes counted; ``matmul_tflop_s`` by dtype: that of the settings, and float32 (in TF32 where the
     convolutions of cuDNN may use it)."""
     kind = torch.device(settings.device).type
-    short = Settings(settings.quick, min_rounds=3 if settings.quick else 7, min_seconds=0.1, max_seconds=5.0, device=settings.device)
+    short = Settings(settings.quick, min_rounds=3 if settings.quick else 7, min_seconds=0.1, max_seconds=5.0,
+                     device=settings.device)
     source = torch.randn(COPY_BYTES[kind] // 4, device=settings.device)
     copy = 2e-9 * source.numel() * 4 / _best(torch.Tensor.copy_, (torch.empty_like(source), source), short)
     del source

@@ -21,7 +21,8 @@ class _RunByDefault(TyperGroup):
         return super().parse_args(context, arguments)
 
 
-app = typer.Typer(cls=_RunByDefault, help="Time each op beside its strongest peers (bench run, or just bench), or compare two results.")
+app = typer.Typer(cls=_RunByDefault,
+                  help="Time each op beside its strongest peers (bench run, or just bench), or compare two results.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
@@ -38,16 +39,17 @@ def run(
     channels: Annotated[int | None, typer.Option(help="causal_conv3d: output channels. Default: as the input.")] = None,
     time_mode: Annotated[str | None, typer.Option(help="causal_conv3d: zeros, replicate, or cache (earlier frames given).")] = None,
     kind: Annotated[str | None, typer.Option(help="norm_act: layer, rms, group; scope_attention: time invariant, block causal, "
-                                                     "per frame; token_packing: router, pack, unpack; fsq: planar, channels last.")] = None,
+                                                     "per frame; token_packing: router, pack, unpack; fsq: planar, ...")] = None,
     groups: Annotated[int | None, typer.Option(help="norm_act: groups.")] = None,
     levels: Annotated[str | None, typer.Option(help="fsq: levels, as 8,8,8,5,5,5.")] = None,
     numbers: Annotated[str | None, typer.Option(help="scope_attention: frames,tokens per frame; or tiv,tv,patches,slices.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Own shape: torch.compile (and FlexAttention) among the peers.")] = False,
+    compiled: Annotated[bool,
+                        typer.Option("--compile", help="Own shape: torch.compile (and FlexAttention) among the peers.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16. Default: fp32 on a CPU, bf16 on a GPU.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few, small cases and few rounds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Also what takes minutes.")] = False,
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="Without torch.compile and FlexAttention, which start slowly.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Without torch.compile and FlexAttention.")] = False,
     seconds: Annotated[float | None, typer.Option(help="Measure each case for at least so long.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,

@@ -16,7 +16,7 @@ class Change:
     faster than the same run's eager peer, because the machine's own speed moves; on a GPU calls per second. ``change`` is
     after / before - 1; ``noise`` the larger half interquartile range of the two, relative.
 
-    ``verdict``: ``slower`` or ``faster`` where the quartiles of the two do not overlap and the change is 3 % or more, else ``same``.
+    ``verdict``: ``slower`` or ``faster`` where the quartiles of the two do not overlap and the change is 3 % or more; ``same``.
     """
 
     section: str
@@ -47,7 +47,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All changes, what only one of the two has (section and case), and what to think of when reading: other machines or versions."""
+    """All changes, what only one of the two has (section and case), and what to keep in mind: other machines or versions."""
 
     changes: list[Change]
     only_before: list[str]

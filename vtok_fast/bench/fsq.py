@@ -105,7 +105,8 @@ def build(case: Case, settings: Settings) -> Trial:
         z = z.contiguous(memory_format=torch.channels_last_3d)
     official = Official(case.levels, z.device)
     eager = Candidate("eager", official, "eager", inputs=(z,))
-    candidates, missing = [eager, Candidate("vector-quantize style", partial(vector_quantize_style, levels=case.levels), inputs=(z,))], {}
+    candidates, missing = [eager, Candidate("vector-quantize style", partial(vector_quantize_style, levels=case.levels),
+                                            inputs=(z,))], {}
     try:
         from vector_quantize_pytorch import FSQ
     except ImportError as error:

@@ -187,7 +187,7 @@ def measure(trial: Trial, settings: Settings, ceilings: dict[str, Any] | None = 
     """Times a trial. The result is plain JSON: per candidate its times and rates, and per way of ours the ratios to all others."""
     seconds, extras = interleave(trial.candidates, settings)
     times = {c.name: {"role": c.role, **spread(seconds[c.name]), **extras[c.name]} for c in trial.candidates}
-    for name, entry in times.items():
+    for entry in times.values():
         entry |= rates(entry["median"], trial.facts, ceilings)
     rivals = [c.name for c in trial.candidates if c.role in ("eager", "peer")]
     return {
@@ -211,7 +211,8 @@ def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., An
         with torch.no_grad():
             fast(*args)
     except Exception as error:  # whatever a compiler chain may raise: the peer is then recorded as missing
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error).strip() else type(error).__name__
+        said = str(error).strip()
+        return None, f"{type(error).__name__}: {said.splitlines()[0][:200]}" if said else type(error).__name__
     return fast, ""
 
 

@@ -99,7 +99,8 @@ def benchmark_layers(*, quick: bool = False, whole: bool = False) -> list[Layer]
         small = replace(small, model=small.model.split("-")[0])
         key = replace(small, calls=0, share=0.0)
         known = merged.get(key)
-        merged[key] = small if known is None else replace(small, calls=known.calls + small.calls, share=max(known.share, small.share))
+        merged[key] = small if known is None else replace(small, calls=known.calls + small.calls,
+                                                          share=max(known.share, small.share))
     layers = sorted(merged.values(), key=lambda x: (x.model, x.group, -x.share))
     if not quick:
         return layers

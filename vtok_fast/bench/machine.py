@@ -54,7 +54,8 @@ def _smi(device: str, fields: dict[str, str]) -> dict[str, str | None]:
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # its number among all GPUs may be another one
     which = f"GPU-{uuid}" if uuid else str(torch.device(device).index or 0)
     try:
-        said = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits", "-i", which],
+        said = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits", "-i",
+                               which],
                               capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
         return dict.fromkeys(fields)
@@ -86,7 +87,8 @@ def slug(machine: dict[str, Any]) -> str:
     if machine.get("gpu"):
         return re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower().replace("nvidia", "")).strip("-")
     parts = [machine["cpu"], f"family{machine['family']}" if machine["family"] is not None else "",
-             f"model{machine['model']}" if machine["model"] is not None else "", f"{machine['cores']}cores", machine["isa"] or "no-native"]
+             f"model{machine['model']}" if machine["model"] is not None else "", f"{machine['cores']}cores",
+             machine["isa"] or "no-native"]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 

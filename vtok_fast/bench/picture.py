@@ -53,10 +53,12 @@ def points(section: dict[str, Any]) -> list[tuple[float, float, str]]:
 def _roofline(axes: Any, sections: dict[str, Any], limits: dict[str, Any]) -> None:
     bandwidth = limits["copy_gb_s"] * 1e9
     shown = {name: points(s) for name, s in sections.items()}
-    most = max([4 * x for p in shown.values() for x, _, _ in p] + [16 * rate * 1e12 / bandwidth for rate in limits["matmul_tflop_s"].values()])
+    most = max([4 * x for p in shown.values() for x, _, _ in p] + [16 * rate * 1e12 / bandwidth
+                                                                   for rate in limits["matmul_tflop_s"].values()])
     for dtype, rate in limits["matmul_tflop_s"].items():
         knee = rate * 1e12 / bandwidth
-        axes.plot([NO_OPERATIONS / 2, knee, most], [NO_OPERATIONS / 2 * bandwidth, rate * 1e12, rate * 1e12], label=f"roof, {dtype}",
+        axes.plot([NO_OPERATIONS / 2, knee, most], [NO_OPERATIONS / 2 * bandwidth, rate * 1e12, rate * 1e12],
+                  label=f"roof, {dtype}",
                   color="black", linestyle="-" if dtype == next(iter(limits["matmul_tflop_s"])) else ":")
     for colour, (name, found) in zip(COLOURS, shown.items()):
         for role, marker, face in (("best", "o", "none"), ("ours", "o", colour)):
@@ -82,7 +84,8 @@ def _bars(axes: Any, sections: dict[str, Any]) -> None:
     axes.barh(places, eager, color=colours, alpha=0.35)
     axes.barh(places, best, color=colours, height=0.45)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set(yticks=places, yticklabels=labels, xlabel="times faster", title="times faster: pale than eager, full than the best peer")
+    axes.set(yticks=places, yticklabels=labels, xlabel="times faster",
+             title="times faster: pale than eager, full than the best peer")
     axes.tick_params(axis="y", labelsize=6)
     axes.invert_yaxis()
     axes.margins(y=0.01)

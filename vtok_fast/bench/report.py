@@ -209,7 +209,8 @@ def _table(name: str, section: dict[str, Any]) -> Any:
     table = Table(title=f"{name}: {where}, torch {section['torch']}, commit {section['commit']}", title_justify="left")
     variants, columns = _variants(cases), _COLUMNS.get(name, [])
     rates = [(heading, key, form) for heading, key, form in _RATES if any(key in c["seconds"][c["ours"]] for c in cases)]
-    for heading in ("case", "eager ms", "best peer", "ms", "ours ms", "x best [quartiles]", *(f"x best, {v.partition(', ')[2]}" for v in variants),
+    for heading in ("case", "eager ms", "best peer", "ms", "ours ms", "x best [quartiles]",
+                    *(f"x best, {v.partition(', ')[2]}" for v in variants),
                     "x eager", *(r[0] for r in rates), *(c[0] for c in columns)):
         table.add_column(heading, justify="left" if heading in ("case", "best peer", "algorithm") else "right")
     for group, members in _groups(cases).items():
@@ -287,7 +288,8 @@ def markdown(results: dict[str, Any]) -> str:
             for subject in (None, *_variants(cases)):
                 best, eager = figures(cases, "best", subject), figures(cases, "eager", subject)
                 label = f"{name}, {group}" + (f" ({subject.partition(', ')[2]})" if subject else "")
-                lines.append(f"| {label} | {len(cases)} | {geometric_mean(best):.2f} | {min(best):.2f} | {geometric_mean(eager):.2f} |")
+                means = f"{geometric_mean(best):.2f} | {min(best):.2f} | {geometric_mean(eager):.2f}"
+                lines.append(f"| {label} | {len(cases)} | {means} |")
     copies = {group: figures(cases, "plain copy") for group, cases in _groups(sections.get("fsq", {"cases": []})["cases"]).items()}
     if copies := [f"{1 / geometric_mean(values):.2f} times ({group})" for group, values in copies.items() if values]:
         lines += ["", f"fsq takes {', '.join(copies)} as long as a plain copy of the same bytes."]
@@ -295,7 +297,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", "| peak memory of one pass | GiB | of eager's | weight cache, GiB | s |", "|---|---|---|---|---|"]
         for record in sections["memory"]["cases"]:
             shares = memory_ratios(record)
-            lines += [f"| {record['case'].removesuffix(' memory')}, {name} | {v['peak'] / 2**30:.2f} | {shares.get(name, 1.0):.2f} | "
+            case = record["case"].removesuffix(" memory")
+            lines += [f"| {case}, {name} | {v['peak'] / 2**30:.2f} | {shares.get(name, 1.0):.2f} | "
                       f"{v['weight_cache'] / 2**30:.2f} | {v['seconds']:.1f} |" for name, v in record["variants"].items()]
     return "\n".join(lines) + "\n"
 

@@ -37,7 +37,7 @@ def choose(names: Sequence[str], settings: Settings, *, model: str | None = None
 
     Args:
         names: sections; none: all of them.
-        model: only workloads of this model, by the start of its name: ``vidtok``, ``wan2.1``, ``cosmos``, ``tivtok``, ``hunyuanvideo``.
+        model: only workloads of this model, by the start of its name: ``vidtok``, ``wan2.1``, ``cosmos``, ``tivtok``, ...
         match: only cases whose section and name have all of these words.
         wish: instead of the built-in cases one of the user's own, for the single op in ``names``.
 
@@ -84,7 +84,8 @@ def run(chosen: Chosen, settings: Settings, *, file: str | os.PathLike | None = 
         memory = getattr(case, "memory", False)
         kept = sections.setdefault("memory" if memory else name, new_section(settings, limits))
         try:
-            record = {"case": str(case), "variants": section(name).memory(case)} if memory else measure(name, case, settings, limits)
+            record = {"case": str(case), "variants": section(name).memory(case)} if memory else measure(name, case, settings,
+                                                                                                        limits)
         except (harness.Missing, RuntimeError, MemoryError) as error:  # out of memory, most of the time
             kept["failed"][str(case)] = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             say(f"{name}: {case}: not measured: {kept['failed'][str(case)]}")

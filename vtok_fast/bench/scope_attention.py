@@ -155,7 +155,8 @@ def build(case: Case, settings: Settings) -> Trial:
         facts["gflop"] += case.batch * scope.flops(case.dim, heads=case.heads, backward=True) / 1e9
         facts["megabytes"] += megabytes(*inputs, q, q, q)
     calls = {role: partial(with_gradients, function) if case.backward else function for role, function in attend.items()}
-    candidates = [Candidate("eager", calls["eager"], "eager", inputs=inputs), Candidate("vtok_fast", calls["ours"], "ours", inputs=inputs)]
+    candidates = [Candidate("eager", calls["eager"], "eager", inputs=inputs),
+                  Candidate("vtok_fast", calls["ours"], "ours", inputs=inputs)]
     missing: dict[str, str] = {}
     if case.flex and not settings.compile:
         missing["FlexAttention"] = "not asked for"
