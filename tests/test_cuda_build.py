@@ -168,6 +168,35 @@ def test_hopper_wgrad_multiplies_by_wgmma_what_tma_brings():
             assert len(loop) <= 40 + 16 * sum("HGMMA" in text for text in loop)
 
 
+@needs_sass
+@pytest.mark.parametrize("dtype", ("bf16", pytest.param("f16", marks=pytest.mark.slow)))
+def test_hopper_convolution_multiplies_by_wgmma_what_tma_brings(dtype):
+    """The loop over taps: its products are not serialised, no fence of all memory stands in it, and of every 21 instructions at
+    least one is a product of 64 x N x 16, so that they need fewer issue slots than the products need time."""
+    cubin, said = compiled(FOLDER / f"causal_conv3d_{dtype}_sm90.cu", "sm_90a")
+    assert "C75" not in said, said  # wgmma serialised, setmaxnreg ignored
+    sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    functions = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL))
+    kernels = {tuple(map(int, re.findall(r"Li(\d+)E", name))): body for name, body in functions.items()
+               if "conv_sm90_kernel" in name}
+    assert len(kernels) == 8
+    wanted = ("UTMALDG.5D", "UTMALDG.3D ", "UTMALDG.3D.MULTICAST", "UTMASTG.5D", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC",
+              "STSM.16.M88.4")
+    for (rows, columns), body in kernels.items():
+        assert not [word for word in wanted if word not in body] and not re.search(r"\b(LDL|STL)\b", body)
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)
+        jumps = [(int(target, 16), int(at, 16)) for at, text in lines
+                 for target in re.findall(r"BRA(?:\.\w+)*\s.*?(0x[0-9a-f]+)", text)]
+        loops = [[text for at, text in lines if begin <= int(at, 16) <= end] for begin, end in jumps if begin < end]
+        # Four steps of 16 channels: of one tap on two blocks of 64 rows, or of two taps on one.
+        whole = min((loop for loop in loops if sum(f"HGMMA.64x{columns}x16" in text for text in loop) == 8), key=len)
+        assert sum("LDSM.16.M88.4" in text for text in whole) == 8
+        assert not any("MEMBAR" in text or "CCTL" in text for text in whole)
+        cycles = 2 * 8 * columns // 2  # of the tensor cores, for both warpgroups
+        print(f"{dtype} {rows}x{columns}: {len(whole)} instructions, 8 HGMMA, {2 * len(whole) / cycles:.2f} of the issue slots")
+        assert len(whole) <= 8 * 21
+
+
 # ---- which GPUs a build is for ---------------------------------------------------------------------------------------------
 
 

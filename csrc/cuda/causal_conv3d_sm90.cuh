@@ -13,16 +13,16 @@
 // cycle, so m64nNk16 lasts N/2 cycles; shared memory moves 128 bytes a cycle; L2 about 24 (5.5 TB/s over 132), device memory 17 to
 // 20. Of a 3x3x3 layer per slab and time tap, nine taps (cycles: of the tensor cores; L2: bytes a cycle; multicast: the weights
 // shared by a cluster of two; shared: share of the cycles that ldmatrix, wgmma and TMA keep shared memory busy; issue: slots of the
-// four schedulers that the loop below takes, of its about 115 instructions a warp and tap):
+// four schedulers that the loop below takes, of its 107 to 114 instructions a warp and tap, 80 where it has 64 rows):
 //   tile      cycles  patch KiB  weights KiB  L2    multicast  reload per tap  shared  issue
 //   256x160   11520   40.5       180          19.6  11.6       41.6            0.85    0.18
-//   256x128    9216   40.5       144          20.5  12.5       48.0            0.91    0.22
-//   256x96     6912   40.5       108          22.0  14.0       58.7            1.01    0.30
-//   128x144    5184   22.5       162          36.4  20.4       60.4            1.01    0.40
-//   128x128    4608   22.5       144          37.0  21.0       64.0            1.04    0.45
-//   128x112    4032   22.5       126          37.7  21.7       68.6            1.08    0.51
-//   128x96     3456   22.5       108          38.7  22.7       74.7            1.14    0.60
-//   128x64     2304   22.5        72          42.0  26.0       96.0            1.33    0.90
+//   256x128    9216   40.5       144          20.5  12.5       48.0            0.91    0.21
+//   256x96     6912   40.5       108          22.0  14.0       58.7            1.01    0.28
+//   128x144    5184   22.5       162          36.4  20.4       60.4            1.01    0.28
+//   128x128    4608   22.5       144          37.0  21.0       64.0            1.04    0.31
+//   128x112    4032   22.5       126          37.7  21.7       68.6            1.08    0.36
+//   128x96     3456   22.5       108          38.7  22.7       74.7            1.14    0.42
+//   128x64     2304   22.5        72          42.0  26.0       96.0            1.33    0.63
 // So the patch is needed (reloading x for every tap asks L2 for twice what it gives), 256 rows are needed or the cluster, and with
 // both the tensor cores are the bound, shared memory close behind. 256x160 is the largest tile whose sums (160 registers) leave
 // room for the fragments (32).
