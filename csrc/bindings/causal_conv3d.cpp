@@ -28,7 +28,7 @@ ConvProblem problem(Tensor x, Tensor weight, Tensor bias, Tensor cache, Tensor r
   p.has_alpha = alpha.has_value(), p.alpha = alpha.value_or(0);
   p.activation = static_cast<vtok::cpu::Activation>(activation);
   p.algorithm = static_cast<vtok::cpu::Algorithm>(algorithm);
-  p.threads = threads;
+  p.threads = std::clamp(threads, 1, 1024);
   return p;
 }
 

@@ -126,7 +126,9 @@ Status check_tensors(const ConvProblem& p) {
     if (*tensor && tensor->size[1] > 1 && tensor->stride[1] != 1)
       return Status::Invalid(std::string(name) + ": the channels of a pixel must be adjacent, got stride " +
                              std::to_string(tensor->stride[1]));
-  if (p.bias && p.bias.size[0] > 1 && p.bias.stride[0] != 1) return Status::Invalid("bias: must be contiguous");
+  if (p.bias && (p.bias.rank != 1 || p.bias.size[0] != p.weight.size[0] || (p.bias.size[0] > 1 && p.bias.stride[0] != 1) ||
+                 (p.bias.dtype != p.x.dtype && p.bias.dtype != DType::f32)))
+    return Status::Invalid("bias: expected contiguous (O), float32 or the type of x");
   for (int i : {0, 1, 3, 4})
     if (p.cache && p.cache.size[i] != p.x.size[i])
       return Status::Invalid("cache: must have the shape of x but for its frames");

@@ -33,11 +33,42 @@ int64_t out_size(int64_t n, int64_t pads, int kernel, int dilation, int stride) 
   return span < 0 ? 0 : span / stride + 1;
 }
 
+// What the tables and kernels take for granted; vtok_fast.ops has said the same in more words.
+Status check_options(const ConvProblem& p) {
+  constexpr int64_t kLargestStep = 1 << 16, kLargestPad = int64_t(1) << 31, kLargestAxis = 1 << 27;
+  auto is_mode = [](PadMode mode) { return mode >= PadMode::zeros && mode <= PadMode::reflect; };
+  if (!is_mode(p.time_mode) || !is_mode(p.spatial_mode)) return Status::Invalid("time_mode, spatial_mode: not a mode");
+  if (p.activation != Activation::none && p.activation != Activation::silu) return Status::Invalid("activation: not one");
+  if (p.algorithm != Algorithm::automatic && p.algorithm != Algorithm::direct && p.algorithm != Algorithm::winograd2 &&
+      p.algorithm != Algorithm::winograd4)
+    return Status::Invalid("algorithm: not one");
+  for (int i = 0; i < 3; ++i)
+    for (int64_t step : {p.stride[i], p.dilation[i], p.upsample[i]})
+      if (step < 1 || step > kLargestStep) return Status::Invalid("stride, dilation, upsample: expected 1 to 2**16");
+  const int64_t cached = p.cache ? p.cache.size[2] * p.upsample[0] : 0;
+  for (int i = 0; i < 3; ++i) {
+    int64_t n = p.x.size[2 + i] * p.upsample[i], front = p.pad[2 * i], back = p.pad[2 * i + 1];
+    if (front < 0 || back < 0 || front >= kLargestPad || back >= kLargestPad)
+      return Status::Invalid("pad: expected 0 to 2**31 - 1");
+    if (n < 1 || p.weight.size[2 + i] < 1) return Status::Invalid("x, weight: an axis is empty");
+    if (i == 0 && !p.cache && p.upsample_first_frame_once) n -= p.upsample[0] - 1;
+    const int64_t used = i == 0 ? std::min(cached, front) : 0;
+    if ((i ? p.spatial_mode : p.time_mode) == PadMode::reflect && std::max(front - used, back) >= n + used)
+      return Status::Invalid("pad: reflect needs pads smaller than the axis");
+    if (std::max({n + used, p.out.size[2 + i], p.weight.size[2 + i]}) > kLargestAxis ||
+        p.out.size[2 + i] * p.weight.size[2 + i] > kLargestAxis)
+      return Status::Invalid("x, out: an axis is too long");
+  }
+  return Status::Ok();
+}
+
 }  // namespace
 
 Status make_plan(const ConvProblem& p, ConvPlan* plan) {
-  if (p.x.rank != 5 || p.weight.rank != 5 || p.out.rank != 5)
-    return Status::Invalid("x, weight and out must have 5 dimensions");
+  if (p.x.rank != 5 || p.weight.rank != 5 || p.out.rank != 5 || (p.cache && p.cache.rank != 5) ||
+      (p.residual && p.residual.rank != 5))
+    return Status::Invalid("x, weight, out, cache and residual must have 5 dimensions");
+  VTOK_RETURN_IF_ERROR(check_options(p));
   plan->batch = p.x.size[0], plan->channels = p.x.size[1];
   plan->T = p.x.size[2], plan->H = p.x.size[3], plan->W = p.x.size[4];
   plan->out_channels = p.weight.size[0];
@@ -107,7 +138,7 @@ Status make_plan(const ConvProblem& p, ConvPlan* plan) {
       plan->residual_frame.push_back(once_residual ? (t == 0 ? 0 : 1 + (t - 1) / dt) : t / dt);
     for (int64_t h = 0; h < plan->Ho; ++h) plan->residual_row.push_back(int32_t(h / dh));
     for (int64_t w = 0; w < plan->Wo; ++w) plan->residual_col.push_back(int32_t(w / dw));
-    if (r.rank != 5 || r.size[0] != plan->batch || r.size[1] != plan->out_channels ||
+    if (r.size[0] != plan->batch || r.size[1] != plan->out_channels ||
         (plan->To && plan->residual_frame.back() + 1 != r.size[2]) ||
         (plan->Ho && plan->residual_row.back() + 1 != r.size[3]) || (plan->Wo && plan->residual_col.back() + 1 != r.size[4]))
       return Status::Invalid("residual: must have the output's shape, before or after upsampling");

@@ -24,14 +24,16 @@ Status check(const Tensor& z, const Tensor& codes, const Tensor& indices, const 
     return Status::Invalid("levels: expected one per channel of z, got " + std::to_string(channels));
   if (codes.dtype != z.dtype || codes.rank != z.rank || !std::equal(z.size, z.size + z.rank, codes.size))
     return Status::Invalid("codes: expected the type and sizes of z");
-  const int64_t most = *std::max_element(levels.begin(), levels.end());
-  if (thresholds.dtype != DType::f32 || thresholds.rank != 2 || thresholds.size[0] != channels || thresholds.size[1] != most - 1)
-    return Status::Invalid("thresholds: expected float32 (channels, most levels - 1)");
-  int64_t codebook = 1;
+  int64_t codebook = 1, most = 0;
   for (int64_t level : levels) {
     if (level < 2) return Status::Invalid("levels: " + std::to_string(level) + " is below 2");
-    if ((codebook *= level) > int64_t(1) << 31) return Status::Invalid("levels: the codebook exceeds 2**31");
+    if (level > (int64_t(1) << 31) / codebook) return Status::Invalid("levels: the codebook exceeds 2**31");
+    codebook *= level;
+    most = std::max(most, level);
   }
+  if (thresholds.dtype != DType::f32 || thresholds.rank != 2 || thresholds.size[0] != channels || thresholds.size[1] != most - 1 ||
+      (channels > 1 && thresholds.stride[0] != most - 1) || (most > 2 && thresholds.stride[1] != 1))
+    return Status::Invalid("thresholds: expected contiguous float32 (channels, most levels - 1)");
   bool same = indices.dtype == DType::i32 && indices.rank == z.rank - 1;
   for (int i = 0; same && i < indices.rank; ++i) same = indices.size[i] == z.size[i < dim ? i : i + 1];
   return same ? Status::Ok() : Status::Invalid("indices: expected int32 with the sizes of z without its channels");

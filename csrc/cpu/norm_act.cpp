@@ -71,7 +71,8 @@ Status check(const NormProblem& p) {
       return Status::Invalid(std::string(name) + ": expected the type and sizes of x");
   }
   for (const Tensor* t : {&p.weight, &p.bias})
-    if (*t && (t->rank != 1 || t->size[0] != channels)) return Status::Invalid("weight, bias: expected one value per channel");
+    if (*t && (t->rank != 1 || t->size[0] != channels || !(is_float(t->dtype) || t->dtype == DType::f64)))
+      return Status::Invalid("weight, bias: expected one value per channel");
   auto frame_dense = [&](const Tensor& t) {  // rows of one frame and channel follow each other
     return (t.size[4] == 1 || t.stride[4] == 1) && (t.size[3] == 1 || t.stride[3] == t.size[4]);
   };
@@ -113,8 +114,9 @@ Status norm_act(const NormProblem& p) {
   VTOK_RETURN_IF_ERROR(check(p));
   NormPlan plan{};
   plan.dtype = p.x.dtype;
-  plan.x = p.x.data, plan.residual = p.residual.data, plan.out = p.out.data;
-  plan.scale = p.scale.data, plan.shift = p.shift.data;
+  auto pointer = [](const Tensor& t) { return t ? t.data : nullptr; };  // one of rank 0 is absent, whatever it points to
+  plan.x = p.x.data, plan.residual = pointer(p.residual), plan.out = p.out.data;
+  plan.scale = pointer(p.scale), plan.shift = pointer(p.shift);
   plan.batch = p.x.size[0], plan.channels = p.x.size[1];
   plan.frames = p.x.size[2], plan.height = p.x.size[3], plan.width = p.x.size[4];
   const int64_t C = plan.channels, area = plan.height * plan.width;
