@@ -83,9 +83,22 @@ def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, .
     return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
 
 
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def threads() -> int:
-    """How many threads a CPU kernel may use: torch's own setting."""
-    return torch.get_num_threads()
+    """How many threads a CPU kernel may use: torch's own setting; one in a forked child, where OpenMP would wait for threads that
+    only the parent has."""
+    return 1 if _forked else torch.get_num_threads()
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:

@@ -42,6 +42,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 NUMBERS = (0, 1, -1, 2, 3, 7, 2**15, 2**31 - 1, -(2**31), 2**31, 2**62, -(2**63), 2**63 - 1)
 
 
+SEED, LAST = (Path(tempfile.gettempdir()) / f"vtok-fuzz.{what}" for what in ("seed", "call"))
+
+
 class Wrong(Exception):
     """The target took what it should not, or gave back what it was not given."""
 
@@ -73,7 +76,7 @@ def native_calls(r: random.Random) -> Iterator[tuple[Callable[..., Any], list[An
     yield lib.norm_act, [x, per_channel, per_channel, None, None, r.choice((None, x)), torch.empty_like(x), *flags, 1, 1e-6, True, threads]
     levels = [r.choice((2, 3, 5, 8, 64)) for _ in range(r.randint(1, 6))]
     z = _video(r, (b, len(levels), t, h, w), r.choice(DTYPES[:4]))
-    table = torch.cat([torch.linspace(-1, 1, n - 1) for n in levels])
+    table = torch.linspace(-1, 1, max(levels) - 1).repeat(len(levels), 1)
     yield lib.fsq_quantize, [z, torch.empty_like(z), torch.empty(b, t, h, w, dtype=torch.int32), table, levels, 1, threads]
     video = torch.randn(b, 3, 4, 8, 8)
     yield lib.router_scores, [video, video + 1, torch.empty(b, 2, 2, 2), 2, 4, 4, threads]
@@ -134,15 +137,21 @@ def _other(r: random.Random, value: Any) -> Any:
     return value
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}/{value.stride()}"
+
+
 def fuzz_native(r: random.Random) -> str:
     call, arguments = r.choice(list(native_calls(r)))
     arguments = mutated(r, arguments)
-    # A size that the memory cannot have would be a lie of the caller, which no kernel can see through: outputs are bounded.
+    LAST.write_text(" ".join([call.__name__, *map(_text, arguments)]) + "\n")  # should the process end here
     try:
         call(*[native.arg(a) if isinstance(a, torch.Tensor) else a for a in arguments])
     except (ValueError, NotImplementedError, TypeError, OverflowError, MemoryError, RuntimeError) as error:
-        return type(error).__name__
-    return "ran"
+        return f"{call.__name__} refused: {type(error).__name__}"
+    return f"{call.__name__} ran"
 
 
 # ---- readers ---------------------------------------------------------------------------------------------------------------
@@ -242,14 +251,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9)
     options = parser.parse_args()
     outcomes: collections.Counter[str] = collections.Counter()
-    last = Path(tempfile.gettempdir()) / f"vtok-fuzz-{options.target}.seed"
     end = time.monotonic() + options.seconds
     for case in range(options.cases):
         if time.monotonic() > end:
             break
         seed = options.seed + case
         if options.target == "native":
-            last.write_text(f"{seed}\n")  # what to repeat, should the process end here
+            SEED.write_text(f"{seed}\n")
         torch.manual_seed(seed)
         try:
             outcomes[TARGETS[options.target](random.Random(seed))] += 1
