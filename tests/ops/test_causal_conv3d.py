@@ -312,7 +312,7 @@ BAD = [
     ({"upsample": (1, 0, 1)}, ValueError, "upsample: .* got"),
     ({"depth_to_space": (1, 2, 2)}, ValueError, r"depth_to_space: \(1, 2, 2\) does not divide 6"),
     ({"backend": "fpga"}, ValueError, "backend: expected one of .* got 'fpga'"),
-    ({"backend": "sm90"}, vtok_fast.BackendError, "backend='sm90' does not exist for this op"),
+    ({"backend": "triton"}, vtok_fast.BackendError, "backend='triton' does not exist for this op"),
 ]
 
 
