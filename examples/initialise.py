@@ -11,11 +11,12 @@ from torch import Tensor
 def initialise(model: torch.nn.Module, x: Tensor) -> None:
     """Start as a blurred copy of the video x (B, C, T, H, W), instead of learning to be one for a thousand steps.
 
-    Convolutions on the main path pass each pixel on, times an orthogonal matrix of channels (a strided one passes on the mean of its
-    window), and residual branches start at zero. The first layers get small random biases, because a norm over channels keeps the
-    brightness of a pixel only relative to a constant (large ones hide the signal, and every learning rate is then too high). The encoder's last layer gives the mean colours, as well as its
-    input can tell them, and the largest principal components of what else is in it, all with variance 1: several quantisation steps.
-    The decoder's last layer is the least-squares fit of x to its input.
+    Convolutions on the main path pass each pixel on, times an orthogonal matrix of channels (a strided one passes on the mean of
+    its window), and residual branches start at zero. The first layers get small random biases, because a norm over channels keeps
+    the brightness of a pixel only relative to a constant (large ones hide the signal, and every learning rate is then too high).
+    The encoder's last layer gives the mean colours, as well as its input can tell them, and the largest principal components of
+    what else is in it, all with variance 1: several quantisation steps. The decoder's last layer is the least-squares fit of x to
+    its input.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
@@ -39,7 +40,8 @@ def initialise(model: torch.nn.Module, x: Tensor) -> None:
     colours = F.adaptive_avg_pool3d(x, inner.shape[2:])
     components, offset = projections(pixels(inner), pixels(colours), model.config.z_channels)
     if model.config.double_z:  # the log-variances of a Gaussian: the same everywhere, a seventh of the deviation of the means
-        components, offset = torch.cat((components, torch.zeros_like(components))), torch.cat((offset, torch.full_like(offset, -4.0)))
+        components = torch.cat((components, torch.zeros_like(components)))
+        offset = torch.cat((offset, torch.full_like(offset, -4.0)))
     set_pointwise(innermost(model.encoder.conv_out), components, bias=offset)
     model(x)
     outer = pixels(features[-1][:, :, -x.shape[2] :])
@@ -91,7 +93,8 @@ def innermost(layer: torch.nn.Module) -> torch.nn.Module:
 
 
 def set_pointwise(layer: torch.nn.Module, matrix: Tensor, *, bias: Tensor | None = None, keep: float = 0.0) -> None:
-    """Let a convolution apply matrix (O, I) to each pixel, or to the mean of its window if it is strided, plus `keep` of what it was."""
+    """Let a convolution apply matrix (O, I) to each pixel, or to the mean of its window if it is strided, plus `keep` of what it
+    was."""
     profile = torch.zeros(layer.kernel_size)
     if max(layer.stride) > 1:
         profile.fill_(1 / profile.numel())

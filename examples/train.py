@@ -16,7 +16,7 @@ Batches depend on the seed and the number of the step alone, so a resumed run se
 
 VidTok's two stages: train a model, then its decoder alone, on larger crops:
 
-    python examples/train.py --model vidtok --start data/run/model.safetensors --train decoder --crop 1x9x96x96 --output data/second ...
+    python examples/train.py --model vidtok --start data/run/model.safetensors --train decoder --crop 1x9x96x96 --output ...
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from initialise import initialise  # this and the next lie beside this file
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-
-from initialise import initialise  # this and the next lie beside this file
 from training_data import Clips, parse_hold_out
 
 from vtok_fast.tokens import write_atomically
 from vtok_fast.video import read_video
 from vtok_fast.video_tokens import systems
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -75,8 +75,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("data/run"))
     parser.add_argument("--steps", type=int, help="stop after so many steps")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes of training, resumed ones counted together")
-    parser.add_argument("--stop", type=int, metavar="STEP", help="stop at this step, to be resumed; the schedule stays that of the whole run")
-    parser.add_argument("--crop", type=parse_crop, nargs="+", metavar="BxTxHxW", help="shapes of batches, one drawn per step; default: "
+    parser.add_argument("--stop", type=int, metavar="STEP",
+                        help="stop at this step, to be resumed; the schedule stays that of the whole run")
+    parser.add_argument("--crop", type=parse_crop, nargs="+", metavar="BxTxHxW",
+                        help="shapes of batches, one drawn per step; default: "
                         "as suits the model")
     parser.add_argument("--lr", type=float, help="highest learning rate; default: as suits the model")
     parser.add_argument("--warmup", type=int, default=200, help="steps")
@@ -237,8 +239,8 @@ def train(options: argparse.Namespace, console: Console) -> State:
         state.load(options.output)
     console.print(f"{options.model} {options.config}: {sum(p.numel() for p in learning):,} parameters learn, "
                   f"{torch.get_num_threads()} threads, from step {state.step}")
-    columns = (TextColumn("step {task.fields[step]:>6}  loss {task.fields[loss]:.4f}  held out {task.fields[psnr]} dB"), BarColumn(),
-               TimeElapsedColumn())
+    columns = (TextColumn("step {task.fields[step]:>6}  loss {task.fields[loss]:.4f}  held out {task.fields[psnr]} dB"),
+               BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=1.0, step=state.step, loss=0.0, psnr="-")
         while progress(options, state) < 1.0 and state.step != options.stop:

@@ -80,7 +80,8 @@ class Clips:
         turn = dice.uniform(0, 2 * math.pi) if dice.random() < 0.7 else 0.0
         saturation = dice.uniform(0.6, 2.0)
         grey = torch.full((3, 3), 1 / 3)
-        across = 3**-0.5 * torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])  # a quarter turn about the grey axis
+        # A quarter turn about the grey axis.
+        across = 3**-0.5 * torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
         matrix = grey + saturation * (math.cos(turn) * (torch.eye(3) - grey) + math.sin(turn) * across)
         x = torch.einsum("ij,jthw->ithw", matrix, x)
         return (dice.uniform(0.6, 1.15) * x + dice.uniform(-0.25, 0.25)).clamp(-1.0, 1.0)

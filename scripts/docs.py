@@ -37,8 +37,8 @@ def measured(op: str) -> str:
         groups: dict[str, list] = {}
         for case in section["cases"]:
             groups.setdefault(case.get("group") or "all", []).append(case)
-        lines += [f"{_machine(results['machine'])}; torch {section['torch']}, {section['threads']} threads, commit {section['commit']}.", "",
-                  "| cases | | times the best PyTorch | least | times eager |", "|---|---|---|---|---|"]
+        state = f"torch {section['torch']}, {section['threads']} threads, commit {section['commit']}"
+        lines += [f"{_machine(results['machine'])}; {state}.", "", "| cases | | times the best PyTorch | least | times eager |", "|---|---|---|---|---|"]
         for group, cases in groups.items():
             best, eager = report.figures(cases, "best"), report.figures(cases, "eager")
             if best and eager:

@@ -24,8 +24,8 @@ from vtok_fast.ops import causal_conv3d as op  # noqa: E402
 from vtok_fast.ops import causal_conv3d_sm90 as sm90  # noqa: E402
 
 MHZ = 1750  # of an H200 under load, for predictions
-NOTE = ("Per layer class the plan: rows and columns of the tile, K splits, blocks per cluster, stages of weights. predicted_us is the "
-        "model's figure for an H200; measured_us is null where no GPU has measured the class. Written by "
+NOTE = ("Per layer class the plan: rows and columns of the tile, K splits, blocks per cluster, stages of weights. predicted_us is "
+        "the model's figure for an H200; measured_us is null where no GPU has measured the class. Written by "
         "scripts/tune_causal_conv3d_sm90.py.")
 
 
@@ -38,7 +38,8 @@ def classes() -> dict[str, dict[str, Any]]:
         t, h, w = layer.out_size
         name = sm90.layer_class(layer.kernel, layer.stride, layer.cin, layer.cout, t * h * w)
         found[name] = {"kernel": layer.kernel, "stride": layer.stride, "channels": layer.cin, "outputs": layer.cout,
-                       "size": layer.size, "time_pad": (layer.front, 0), "spatial_pad": layer.spatial_pad, "gflop": round(layer.gflop, 2)}
+                       "size": layer.size, "time_pad": (layer.front, 0), "spatial_pad": layer.spatial_pad,
+                       "gflop": round(layer.gflop, 2)}
     return dict(sorted(found.items()))
 
 

@@ -208,12 +208,14 @@ def test_the_package_without_torch_says_so(tmp_path):
 
 
 def test_doctor_without_the_native_module(tmp_path):
-    result = subprocess.run([sys.executable, doctor.__file__], capture_output=True, text=True, env=blocked(tmp_path, "vtok_fast._C"))
+    result = subprocess.run([sys.executable, doctor.__file__], capture_output=True, text=True,
+                            env=blocked(tmp_path, "vtok_fast._C"))
     assert result.returncode == 1
     assert "bad   native module: the native module is not built" in result.stdout and "pip install ." in result.stdout
 
 
-@pytest.mark.parametrize(("openmp", "level"), [([], "ok"), (["/a/libgomp.so.1"], "ok"), (["/a/libgomp.so.1", "/b/libiomp5.so"], "hint")])
+@pytest.mark.parametrize(("openmp", "level"),
+                         [([], "ok"), (["/a/libgomp.so.1"], "ok"), (["/a/libgomp.so.1", "/b/libiomp5.so"], "hint")])
 def test_doctor_counts_openmp_runtimes(openmp, level):
     assert doctor._openmp({"openmp": openmp}).level == level
 

@@ -1,8 +1,9 @@
-"""`vtok-fast check --models`: each tokenizer, accelerated, against itself with the reference ops, on a real clip where there is one.
+"""`vtok-fast check --models`: each tokenizer, accelerated, against itself with the reference ops, on a real clip where one is.
 
-What is compared: the tokens (those of a codebook by the rule of `parity.tokens`, latents by the *close* contract), the video that is
-decoded from the reference's tokens, InfoTok's scores, and the gradients of a whole pass. The models are the small configurations:
-VidTok's with the package's weights, the others with random ones, none of them zero, so that nothing hides behind a zero.
+What is compared: the tokens (those of a codebook by the rule of `parity.tokens`, latents by the *close* contract), the video that
+is decoded from the reference's tokens, InfoTok's scores, and the gradients of a whole pass. The models are the small
+configurations: VidTok's with the package's weights, the others with random ones, none of them zero, so that nothing hides behind a
+zero.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def real_clip(path: str | Path | None = None) -> tuple[Tensor, str]:
             from vtok_fast.video import read_video
 
             video = read_video(DEFAULT_VIDEO if path is None else path, size=SIZE, frames=FRAMES).video
-            return torch.cat((video, video[:, -1:].expand(-1, FRAMES - video.shape[1], -1, -1)), 1)[None], str(path or DEFAULT_VIDEO)
+            video = torch.cat((video, video[:, -1:].expand(-1, FRAMES - video.shape[1], -1, -1)), 1)
+            return video[None], str(path or DEFAULT_VIDEO)
         except ImportError:
             if path is not None:
                 raise
@@ -107,21 +109,24 @@ def _close_gradients(name: str, fast: dict[str, Tensor], ref64: dict[str, Tensor
     independent, so sqrt(swaps) floors are allowed, or twice what the worst gradient has without swaps."""
     norms = {key: grad.norm().item() for key, grad in ref64.items()}
     total, elements = sum(norm**2 for norm in norms.values()) ** 0.5, sum(grad.numel() for grad in ref64.values())
-    # As for the regions of an output, one gradient is a region of all: where it is smaller than its share of the norm, that is its scale.
-    # (That of a key's bias before a softmax is zero by the maths, that of a key's weight almost, where all keys are alike.)
+    # As for the regions of an output, one gradient is a region of all: where it is smaller than its share of the norm, that is its
+    # scale. (That of a key's bias before a softmax is zero by the maths, that of a key's weight almost, where all keys are alike.)
     scales = {key: max(norm, total * (ref64[key].numel() / elements) ** 0.5) for key, norm in norms.items()}
-    errors, eager_errors = ({key: (grads[key].double() - ref64[key]).norm().item() / scales[key] for key in ref64} for grads in (fast, eager))
+    errors, eager_errors = ({key: (grads[key].double() - ref64[key]).norm().item() / scales[key] for key in ref64}
+                            for grads in (fast, eager))
     bound = max(2 * max(eager_errors.values()), parity.floor(torch.float32) * max(1, swaps) ** 0.5)
     worst = max(errors, key=errors.get)
     ok = errors[worst] <= bound
-    return Outcome(name, "auto", f"{len(errors)} gradients", ok, errors[worst], bound, f"{errors[worst]:.2e} of {bound:.2e} allowed ({worst})")
+    return Outcome(name, "auto", f"{len(errors)} gradients", ok, errors[worst], bound,
+                   f"{errors[worst]:.2e} of {bound:.2e} allowed ({worst})")
 
 
 @torch.no_grad()
 def _tokens(model: nn.Module, video: Tensor) -> tuple[Tensor | None, Tokens]:
     """What the last quantiser to run was given (None without one), and the tokens."""
     seen: list[Tensor] = []
-    handles = [m.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for m in model.modules() if isinstance(m, FSQRegularizer)]
+    handles = [m.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+               for m in model.modules() if isinstance(m, FSQRegularizer)]
     try:
         tokens = model.encode(video)
     finally:

@@ -11,13 +11,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from vtok_fast.bench.cli import app as bench
 
-app = typer.Typer(help="Fast kernels for video tokenizers.", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help="Fast kernels for video tokenizers.", add_completion=False, no_args_is_help=True,
+                  pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
@@ -63,15 +64,17 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    video: Annotated[Optional[Path], typer.Option(help="A video file. Default: the clip that scripts/fetch_clip.py puts into data/.")] = None,
+    video: Annotated[Path | None,
+                     typer.Option(help="A video file. Default: the clip that scripts/fetch_clip.py puts into data/.")] = None,
     config: Annotated[str, typer.Option(help="A VidTok configuration by name.")] = "tiny",
-    checkpoint: Annotated[Optional[Path], typer.Option(help="Its weights. Without, a released configuration runs on random ones.")] = None,
+    checkpoint: Annotated[Path | None,
+                          typer.Option(help="Its weights. Without, a released configuration runs on random ones.")] = None,
     output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("demo"),
     size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 128,
-    start: Annotated[Optional[int], typer.Option(help="First frame.")] = None,
-    chunks: Annotated[Optional[int], typer.Option(help="Chunks of 17 frames.")] = None,
-    rounds: Annotated[Optional[int], typer.Option(help="Timed repetitions of each variant.")] = None,
-    threads: Annotated[Optional[int], typer.Option(help="Threads. Default: torch's own choice.")] = None,
+    start: Annotated[int | None, typer.Option(help="First frame.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Chunks of 17 frames.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Timed repetitions of each variant.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads. Default: torch's own choice.")] = None,
     as_json: Json = False,
 ) -> None:
     """Put a real clip through VidTok, in plain PyTorch and accelerated, and show what differs."""
@@ -90,8 +93,9 @@ def demo(
     raise typer.Exit(0 if result["parity"]["ok"] else 1)
 
 
-Checkpoint = Annotated[Optional[Path], typer.Option(help="The model's weights. vidtok/tiny brings its own.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write. Beside it lies OUTPUT.parts while the work lasts.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="The model's weights. vidtok/tiny brings its own.")]
+Output = Annotated[Path,
+                   typer.Option("--output", "-o", help="The file to write. Beside it lies OUTPUT.parts while the work lasts.")]
 Accelerate = Annotated[bool, typer.Option(help="Swap the fast kernels in.")]
 
 
@@ -101,9 +105,11 @@ def tokenize(
     output: Output,
     model: Annotated[str, typer.Option(help="System and configuration, as in vidtok/fsq_causal_488_32768.")] = "vidtok/tiny",
     checkpoint: Checkpoint = None,
-    size: Annotated[Optional[str], typer.Option(help="HxW: scale and cut; N: scale the shorter side to it. Default: as the file has it.")] = None,
-    window: Annotated[Optional[int], typer.Option(help="Frames that are tokenised together.")] = None,
-    rate: Annotated[Optional[float], typer.Option(help="Share of the tokens to keep (infotok). Default: as the model is configured.")] = None,
+    size: Annotated[str | None,
+                    typer.Option(help="HxW: scale and cut; N: scale the shorter side to it. Default: as the file has it.")] = None,
+    window: Annotated[int | None, typer.Option(help="Frames that are tokenised together.")] = None,
+    rate: Annotated[float | None,
+                    typer.Option(help="Share of the tokens to keep (infotok). Default: as the model is configured.")] = None,
     accelerate: Accelerate = True,
     as_json: Json = False,
 ) -> None:
@@ -116,19 +122,21 @@ def tokenize(
         tokens = video_tokens.tokenize(video, output, _ready(chosen, accelerate), size=pixels, window=window, rate=rate,
                                        progress=progress)
     facts = {"output": str(output), "model": tokens.model, "frames": tokens.info["frames"], "size": list(tokens.video_shape[1:]),
-             "windows": tokens.batch, "tokens": int((tokens.data >= 0).sum()) if tokens.latents is None else tokens.data[:, 0].numel(),
+             "windows": tokens.batch,
+             "tokens": int((tokens.data >= 0).sum()) if tokens.latents is None else tokens.data[:, 0].numel(),
              "bytes": output.stat().st_size}
     if as_json:
         _print_json(facts)
     else:
-        print(f"{facts['frames']} frames of {'x'.join(map(str, facts['size']))} as {facts['tokens']:,} tokens of {tokens.model} in {output}")
+        size_text = "x".join(map(str, facts["size"]))
+        print(f"{facts['frames']} frames of {size_text} as {facts['tokens']:,} tokens of {tokens.model} in {output}")
 
 
 @app.command()
 def detokenize(
     tokens: Annotated[Path, typer.Argument(help="What tokenize wrote.")],
     output: Output,
-    model: Annotated[Optional[str], typer.Option(help="Default: the one that made the tokens.")] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the one that made the tokens.")] = None,
     checkpoint: Checkpoint = None,
     accelerate: Accelerate = True,
     as_json: Json = False,
@@ -141,7 +149,8 @@ def detokenize(
     chosen = video_tokens.load_model(model or loaded.model, checkpoint, loaded.config if model is None else None)
     with _progress(as_json, "windows") as progress:
         video_tokens.detokenize(tokens, output, _ready(chosen, accelerate), progress=progress)
-    facts = {"output": str(output), "model": loaded.model, "frames": loaded.info.get("frames"), "size": list(loaded.video_shape[1:])}
+    facts = {"output": str(output), "model": loaded.model, "frames": loaded.info.get("frames"),
+             "size": list(loaded.video_shape[1:])}
     if as_json:
         _print_json(facts)
     else:
@@ -177,8 +186,9 @@ def _progress(quiet: bool, unit: str) -> Iterator[Callable[[int, int | None], No
 
 @app.command()
 def check(
-    models: Annotated[bool, typer.Option("--models", help="The tokenizers instead of the ops, each accelerated, on a real clip.")] = False,
-    video: Annotated[Optional[Path], typer.Option(help="With --models: the clip. Default: the demo's, or a synthetic one.")] = None,
+    models: Annotated[bool, typer.Option("--models",
+                                         help="The tokenizers instead of the ops, each accelerated, on a real clip.")] = False,
+    video: Annotated[Path | None, typer.Option(help="With --models: the clip. Default: the demo's, or a synthetic one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare every op and a VidTok, or every tokenizer, with the reference on this machine; exit code 1 if one is too far off."""
@@ -213,11 +223,11 @@ def check(
 @app.command()
 def tune(
     model: Annotated[str, typer.Argument(help="vidtok/CONFIG, or a model of another library, as 'Wan 2.1'.")] = "vidtok/tiny",
-    size: Annotated[Optional[str], typer.Option(help="The video, TxHxW.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="fp32, bf16, fp16. Default: fp32 on a CPU, bf16 on a GPU.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="Default: a GPU where there is one.")] = None,
+    size: Annotated[str | None, typer.Option(help="The video, TxHxW.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16. Default: fp32 on a CPU, bf16 on a GPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: a GPU where there is one.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds, a small video.")] = False,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Default: the user's cache, where it is found.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache, where it is found.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the classes of convolutions.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -23,8 +23,8 @@ if __package__:  # in this form, because without torch the package itself gives 
     import vtok_fast.gpus as gpus
     import vtok_fast.known_bad as known_bad
 else:  # run as a file, where the package itself cannot be imported
-    import gpus
-    import known_bad
+    import gpus  # type: ignore[import-not-found, no-redef]
+    import known_bad  # type: ignore[import-not-found, no-redef]
 
 OLDEST_TORCH = (2, 6)
 PACKAGE = Path(__file__).resolve().parent

@@ -38,8 +38,8 @@ def lpips(video: Tensor, original: Tensor) -> float | None:
 
 
 def bits(tokens: Tokens, codebook_size: int | None = None) -> int:
-    """Bits of the tokens as they would be stored: ceil(log2(codebook_size)) for each index, and where some were dropped (-1) one for
-    each position and none for those; of latents, the bits of their dtype.
+    """Bits of the tokens as they would be stored: ceil(log2(codebook_size)) for each index, and where some were dropped (-1) one
+    for each position and none for those; of latents, the bits of their dtype.
 
     Raises ValueError for indices without a codebook_size of at least 2.
     """
@@ -78,8 +78,8 @@ def codebook_use(indices: Tensor, size: int) -> CodebookUse:
 
 def _pair(video: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
     if video.shape != original.shape or video.dim() not in (4, 5):
-        raise ValueError(f"video of {tuple(video.shape)}, original of {tuple(original.shape)}: expected (B, C, T, H, W) or (C, T, H, W), "
-                         "both alike")
+        raise ValueError(f"video of {tuple(video.shape)}, original of {tuple(original.shape)}: expected (B, C, T, H, W) or "
+                         "(C, T, H, W), both alike")
     return video.float().clamp(-1, 1), original.float().clamp(-1, 1)
 
 

@@ -44,7 +44,8 @@ def test_layers(channels, outputs, size, kernel, dtype):
     check(x, weight, bias, cache=drawn(channels, 1, (1, 1, 1), (2, *size[1:]), dtype, seed=2)[0], residual=residual, alpha=0.25)
 
 
-@pytest.mark.parametrize("tile", [(256, 160), (256, 128), (256, 96), (128, 144), (128, 128), (128, 112), (128, 96), (128, 64)], ids=str)
+@pytest.mark.parametrize("tile", [(256, 160), (256, 128), (256, 96), (128, 144), (128, 128), (128, 112), (128, 96), (128, 64)],
+                         ids=str)
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_tiles(tile, cluster, splits):
@@ -54,7 +55,8 @@ def test_tiles(tile, cluster, splits):
     out = op._empty_output(call)
     sm90.forward(call, op._native_geometry(call), out, choice=(*tile, splits, cluster, 0))
     options = {"time_mode": "replicate"}
-    result = parity.close(out, reference(x.double(), weight.double(), bias.double(), **options), reference(x, weight, bias, **options))
+    result = parity.close(out, reference(x.double(), weight.double(), bias.double(), **options),
+                          reference(x, weight, bias, **options))
     assert result.ok, result
 
 

@@ -73,7 +73,8 @@ def native_calls(r: random.Random) -> Iterator[tuple[Callable[..., Any], list[An
         yield lib.causal_conv3d_choice, [x, weight, out, *geometry, threads]
     flags = [r.random() < 0.5 for _ in range(4)]
     per_channel = torch.randn(c, dtype=torch.float32)
-    yield lib.norm_act, [x, per_channel, per_channel, None, None, r.choice((None, x)), torch.empty_like(x), *flags, 1, 1e-6, True, threads]
+    yield lib.norm_act, [x, per_channel, per_channel, None, None, r.choice((None, x)), torch.empty_like(x), *flags, 1, 1e-6, True,
+                         threads]
     levels = [r.choice((2, 3, 5, 8, 64)) for _ in range(r.randint(1, 6))]
     z = _video(r, (b, len(levels), t, h, w), r.choice(DTYPES[:4]))
     table = torch.linspace(-1, 1, max(levels) - 1).repeat(len(levels), 1)
@@ -210,8 +211,10 @@ def fuzz_tokens(r: random.Random) -> str:
     if r.random() < 0.4:
         path.write_bytes(damaged(r, path.read_bytes()))
     else:  # a file that is sound in itself, with a header of somebody else's making
-        header: Any = {"model": "VidTok", "config": {}, "video_shape": [5, 16, 16], "dtype": "float32", "kind": "indices", "info": {}}
-        other = r.choice((None, -1, 0, "", "float32", "load", "__dict__", [], [1], {}, {"a": 1}, 1e400, [[0]] * 3, "latents", "model"))
+        header: Any = {"model": "VidTok", "config": {}, "video_shape": [5, 16, 16], "dtype": "float32", "kind": "indices",
+                       "info": {}}
+        other = r.choice((None, -1, 0, "", "float32", "load", "__dict__", [], [1], {}, {"a": 1}, 1e400, [[0]] * 3, "latents",
+                          "model"))
         header[r.choice(list(header))] = other
         if r.random() < 0.2:
             header.pop(r.choice(list(header)))
@@ -232,7 +235,8 @@ def fuzz_tokens(r: random.Random) -> str:
 def fuzz_results(r: random.Random) -> str:
     path = Path(FOLDER.name) / "results.json"
     good = json.dumps({"version": report.VERSION, "machine": {"cpu": "x", "cores": 2}, "sections": {"fsq": {"cases": [1.5, None]}}})
-    path.write_bytes(r.choice((damaged(r, good.encode()), b"[" * r.randint(1, 100_000), b"\xff\xfe" + good.encode(), b"", b"1e999", b"{}")))
+    path.write_bytes(r.choice((damaged(r, good.encode()), b"[" * r.randint(1, 100_000), b"\xff\xfe" + good.encode(), b"", b"1e999",
+                               b"{}")))
     try:
         report.load(path)
     except ValueError:

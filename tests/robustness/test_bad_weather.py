@@ -24,9 +24,9 @@ def calls(seed: int) -> list[torch.Tensor]:
     scores = torch.rand(2, 400, generator=g)
     keep = vtok_fast.select_tokens(scores, vtok_fast.token_budget(scores, 0.4))
     packed = vtok_fast.pack_tokens(torch.randn(2, 8, 400, generator=g), keep)
-    return [vtok_fast.causal_conv3d(x, weight, time_mode="replicate", activation="silu"), vtok_fast.causal_conv3d(x, weight[..., :1, :1]),
-            vtok_fast.norm_act(x, kind="group", groups=4), vtok_fast.norm_act(x, activation="silu"),
-            vtok_fast.fsq_quantize(x, (3,) * 16).indices,
+    return [vtok_fast.causal_conv3d(x, weight, time_mode="replicate", activation="silu"),
+            vtok_fast.causal_conv3d(x, weight[..., :1, :1]), vtok_fast.norm_act(x, kind="group", groups=4),
+            vtok_fast.norm_act(x, activation="silu"), vtok_fast.fsq_quantize(x, (3,) * 16).indices,
             vtok_fast.scope_attention(q, q, q, Scope.block_causal(4, 12)), packed.values, vtok_fast.unpack_tokens(packed)]
 
 
@@ -68,8 +68,8 @@ def native_calls(seed: int) -> list[torch.Tensor]:
     keep = torch.rand(2, 400, generator=g) < 0.5
     packed = vtok_fast.pack_tokens(torch.randn(2, 8, 400, generator=g), keep)
     return [vtok_fast.causal_conv3d(x, weight, backend="cpu"), vtok_fast.causal_conv3d(x, weight[:, :, :, :1, :1], backend="cpu"),
-            vtok_fast.norm_act(x, kind="group", groups=4, backend="cpu"), vtok_fast.fsq_quantize(x, (3,) * 8, backend="cpu").indices,
-            packed.values, vtok_fast.unpack_tokens(packed)]
+            vtok_fast.norm_act(x, kind="group", groups=4, backend="cpu"),
+            vtok_fast.fsq_quantize(x, (3,) * 8, backend="cpu").indices, packed.values, vtok_fast.unpack_tokens(packed)]
 
 
 def _child(queue, expected) -> None:
@@ -140,5 +140,6 @@ OUT_OF_MEMORY = textwrap.dedent("""
 @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_that_runs_out_in_an_op_is_an_error_and_no_leak(algorithm, threads):
-    result = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, algorithm, str(threads)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, algorithm, str(threads)], capture_output=True, text=True,
+                            timeout=300)
     assert result.returncode == 0 and "survived" in result.stdout, result.stderr[-2000:]

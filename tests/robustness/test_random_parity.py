@@ -1,4 +1,4 @@
-"""A thousand random calls of each op against its definition, by its contract. What fails is shrunk by hypothesis to a small case."""
+"""A thousand random calls of each op against its definition, by its contract. Hypothesis shrinks what fails to a small case."""
 
 import math
 
@@ -134,6 +134,8 @@ def test_token_packing(data):
     assert parity.exact(scores, vtok_fast.router_scores(*videos, cell, backend="reference")).ok
     budget = vtok_fast.token_budget(scores, draw(st.floats(0, 1)))
     method = draw(st.sampled_from(["topk", "threshold", "order"]))
+    if method == "order":  # the first so many of every frame
+        budget = budget.clamp(max=grid[1] * grid[2])
     keep = vtok_fast.select_tokens(scores, budget, method=method)
     assert parity.exact(keep, vtok_fast.select_tokens(scores, budget, method=method, backend="reference")).ok
     tokens = draw(layouts((batch, channels, *grid), dtype))

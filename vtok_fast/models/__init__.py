@@ -13,5 +13,5 @@ from vtok_fast.models.vidtok_configs import VidTokConfig
 from vtok_fast.models.vtok import VTok
 from vtok_fast.models.vtok_config import VTokConfig
 
-__all__ = ["Cosmos", "CosmosConfig", "InfoTok", "InfoTokConfig", "ProMAG", "ProMAGConfig", "TivTok", "TivTokConfig", "VTok", "VTokConfig",
-           "VidTok", "VidTokConfig"]
+__all__ = ["Cosmos", "CosmosConfig", "InfoTok", "InfoTokConfig", "ProMAG", "ProMAGConfig", "TivTok", "TivTokConfig", "VTok",
+           "VTokConfig", "VidTok", "VidTokConfig"]

@@ -25,8 +25,17 @@ from torch import Tensor, nn
 from vtok_fast.models.tivtok_config import TivTokConfig
 from vtok_fast.models.tivtok_quantizer import SoftVQ
 from vtok_fast.models.tokenizer import Tokenizer
-from vtok_fast.models.transformer import (Attend, Transformer, cells, init_vit, look_nearby, patchify, rotary_frequencies, rotary_table,
-                                          unpatchify)
+from vtok_fast.models.transformer import (
+    Attend,
+    Transformer,
+    cells,
+    init_vit,
+    look_nearby,
+    patchify,
+    rotary_frequencies,
+    rotary_table,
+    unpatchify,
+)
 from vtok_fast.models.vidtok import Reconstruction
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.models.vidtok_regularizers import FSQRegularizer
@@ -217,7 +226,8 @@ class Decoder(nn.Module):
         return unpatchify(patches, c.patch, (slices * c.patch[0], height, width))
 
     def angles(self, first: int, batch: int, slices: int, rows: int, columns: int) -> Tensor:
-        """Of the patches, then of the tokens, which stand at time 0. They are the same for every slice, unless there is decoder_time."""
+        """Of the patches, then of the tokens, which stand at time 0. They are the same for every slice, unless there is
+        decoder_time."""
         device = self.patch_queries.device
         if self.config.decoder_time:
             patches = grid(slices, rows, columns, device).unflatten(0, (slices, -1))

@@ -16,8 +16,8 @@ class TivTokConfig(Config):
 
     The paper states: patch, dim, depth, frames, the total tokens and their dimension, a rotary embedding over three axes. The split
     into 3/4 invariant and 1/4 variant tokens follows from its token counts, SoftVQ from the name of its backbone. Inferred, because
-    the paper does not say: heads, rotary_split, tiv_position, tv_position, nearby, decoder_time, query_grid, patch_scope, the quantiser's options, merge,
-    and that its "t" is a slice of tv tokens (tv/4 for each raw frame would give the same tokens).
+    the paper does not say: heads, rotary_split, tiv_position, tv_position, nearby, decoder_time, query_grid, patch_scope, the
+    quantiser's options, merge, and that its "t" is a slice of tv tokens (tv/4 for each raw frame would give the same tokens).
 
     Attributes:
         frames: of a chunk.
@@ -26,8 +26,8 @@ class TivTokConfig(Config):
         tiv, tv: time-invariant tokens of a chunk, time-variant tokens of a slice.
         latent_dim: channels of a token.
         rotary_split: channels of a head that turn by (t, h, w); None: evenly.
-        tiv_position: where the invariant tokens stand: nowhere ("none"), or each at the centre of a "cell", of as many equal cells of
-            the frame as there are tokens, at the middle of the chunk; in the decoder too.
+        tiv_position: where the invariant tokens stand: nowhere ("none"), or each at the centre of a "cell", of as many equal cells
+            of the frame as there are tokens, at the middle of the chunk; in the decoder too.
         tv_position: where the variant tokens of a slice stand in the encoder: at its "time", as (t, 0, 0), nowhere ("none"), or at
             its time each in a "cell", then in the decoder too.
         nearby: of queries and keys, a bias to start with, by which attention falls off with the distance in the frame (see

@@ -188,7 +188,8 @@ class VidTok(nn.Module):
             return tokens.latents.to(parameter.device, parameter.dtype)
         size = self.regularization.codebook_size
         if tokens.indices.numel() and not 0 <= tokens.indices.min() <= tokens.indices.max() < size:
-            raise ValueError(f"tokens.indices lie in [{tokens.indices.min()}, {tokens.indices.max()}], the codebook has {size} entries")
+            raise ValueError(f"tokens.indices lie in [{tokens.indices.min()}, {tokens.indices.max()}], the codebook has {size} "
+                             "entries")
         return self.regularization.decode(tokens.indices.to(parameter.device), parameter.dtype)
 
     def _decode_codes(self, codes: Tensor, frames: int) -> Tensor:

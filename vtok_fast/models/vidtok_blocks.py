@@ -4,8 +4,8 @@ They compute what the layers of https://github.com/microsoft/VidTok (MIT) comput
 cost: LayerNorm over channels permutes to channels-last and back, 2D blocks fold time into the batch, 1D blocks fold space into it,
 and every causal layer makes a padded copy of its input.
 
-Video tensors are (B, C, T, H, W). `version` is "1.0" (the time axis is padded with zeros) or "1.1" (with copies of the first frame);
-a non-causal layer pads both sides with zeros.
+Video tensors are (B, C, T, H, W). `version` is "1.0" (the time axis is padded with zeros) or "1.1" (with copies of the first
+frame); a non-causal layer pads both sides with zeros.
 
 A layer that needs earlier frames takes `caches`, a `Caches` or None (the whole video at once, nothing is kept).
 """
@@ -87,7 +87,8 @@ def make_norm(channels: int, norm_type: str) -> nn.Module:
 class CausalConv1d(nn.Module):
     """Convolution over (N, C, T) that sees no later frame."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, dilation: int = 1, version: str = "1.0"):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, dilation: int = 1,
+                 version: str = "1.0"):
         super().__init__()
         self.version = version
         self.time_pad = dilation * (kernel_size - 1) + 1 - stride
@@ -326,10 +327,10 @@ class TimeDown(nn.Module):
 class TimeUp(nn.Module):
     """Double T: u = interpolated x; sigmoid(mix_factor) * u + (1 - sigmoid(mix_factor)) * 3x3x3 convolution of u.
 
-    `mode` is "nearest" or "trilinear" (version 1.1: each new frame is 3/4 of one old frame and 1/4 of its neighbour). Trilinear looks
-    one frame ahead, and keeps the first `first_frames` frames of the video (what the first latent frame has become here) apart from
-    the rest. For a later chunk it puts frames [-2n:-n] of its previous input in front, n = first_frames: that is the frame before
-    this chunk when the previous chunk carried n frames of look-ahead, and an older one when it carried none.
+    `mode` is "nearest" or "trilinear" (version 1.1: each new frame is 3/4 of one old frame and 1/4 of its neighbour). Trilinear
+    looks one frame ahead, and keeps the first `first_frames` frames of the video (what the first latent frame has become here)
+    apart from the rest. For a later chunk it puts frames [-2n:-n] of its previous input in front, n = first_frames: that is the
+    frame before this chunk when the previous chunk carried n frames of look-ahead, and an older one when it carried none.
     """
 
     def __init__(

@@ -162,7 +162,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "v1_1_kl_488_16chn": _kl(16, _V1_1),
     "v1_1_kl_288_8chn": _kl(8, _288, _V1_1),
     "v1_1_kl_41616_16chn": _kl(16, _16X16, _V1_1),
-    # Not a released model: small enough to train on a laptop, for 17x128x128 clips. 4x4x4, because at 128x128 a face has few pixels.
+    # Not a released model: small enough to train on a laptop, for 17x128x128 clips. 4x4x4, because at 128x128 a face has few
+    # pixels.
     "tiny": _fsq(6, {"ch": 16, "ch_mult": (1, 2, 3), "num_res_blocks": 1}),
 }
 

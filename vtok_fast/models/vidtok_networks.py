@@ -1,4 +1,4 @@
-"""The encoder and the decoder of VidTok: the layers of `vidtok_blocks` in order, under the state-dict keys of the released models."""
+"""The encoder and the decoder of VidTok: the layers of `vidtok_blocks` in order, under the released models' state-dict keys."""
 
 from __future__ import annotations
 
@@ -122,7 +122,8 @@ class Encoder(_Network):
 
 
 class Decoder(_Network):
-    """(B, z_channels, t, h, w) -> (B, out_ch, T, H, W), with T = factor * t; causal version 1.0 drops the first factor - 1 frames."""
+    """(B, z_channels, t, h, w) -> (B, out_ch, T, H, W), with T = factor * t; causal version 1.0 drops the first factor - 1
+    frames."""
 
     def __init__(self, config: VidTokConfig):
         super().__init__(config)

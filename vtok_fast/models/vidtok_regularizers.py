@@ -186,7 +186,8 @@ class KLRegularizer(nn.Module):
     """
 
     def forward(self, z: Tensor, *, step: int | None = None, sample: bool = False) -> Regularized:
-        """z (B, 2C, ...) -> codes (B, C, ...): the mean, or with `sample` a draw. With `step` (its value is not used) also the loss."""
+        """z (B, 2C, ...) -> codes (B, C, ...): the mean, or with `sample` a draw. With `step` (its value is not used) also the
+        loss."""
         mean, logvar = z.chunk(2, dim=1)
         logvar = logvar.clamp(-30.0, 20.0)
         codes = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if sample else mean

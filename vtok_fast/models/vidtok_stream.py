@@ -20,8 +20,8 @@ class VidTokStream:
             tokens = stream.encode_chunk(video[:, :, start:end])
             part = stream.decode_chunk(tokens)
 
-    Encoding equals that of the whole video if the first chunk has 1 + k * factor frames and each later one (version 1.1: but the last)
-    a multiple of the temporal factor. A later chunk of version 1.1 that is no multiple is filled up at its own front.
+    Encoding equals that of the whole video if the first chunk has 1 + k * factor frames and each later one (version 1.1: but the
+    last) a multiple of the temporal factor. A later chunk of version 1.1 that is no multiple is filled up at its own front.
 
     Decoding equals that of the whole video with nearest upsampling. Trilinear upsampling (version 1.1) looks ahead: give
     `decode_chunk` the chunk after it as `lookahead`. Then a model of temporal factor 2 is exact, and one of 4 or 8 differs by some

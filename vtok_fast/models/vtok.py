@@ -158,8 +158,8 @@ class VTok(Tokenizer):
 class Decoder(nn.Module):
     """Frame t from the key frame's tokens and its residual token: a ViT on [patch queries, key tokens, residual token].
 
-    This package's own, not the paper's. The patch queries are one learned token, told apart by rotary positions; the key frame's tokens
-    stand at the centres of the cells that they were pooled from, the residual token has no place.
+    This package's own, not the paper's. The patch queries are one learned token, told apart by rotary positions; the key frame's
+    tokens stand at the centres of the cells that they were pooled from, the residual token has no place.
     """
 
     def __init__(self, config: VTokConfig):

@@ -26,7 +26,8 @@ class VTokConfig(Config):
         motion_layers, motion_hidden: linear layers of the residual head, with GELU between them, and their width.
         patch: rows and columns of a patch of the "vit" and of the decoder.
         decoder_dim, decoder_depth, decoder_heads, mlp_ratio: of the decoder.
-        nearby: of the decoder's queries and keys, a bias to start with, by which attention falls off with distance (see `look_nearby`).
+        nearby: of the decoder's queries and keys, a bias to start with, by which attention falls off with distance (see
+        `look_nearby`).
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {

@@ -152,7 +152,8 @@ def _install(c: _Candidate, measured: _Measurement | None, report: Report) -> No
     entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract=report.contract)
     if measured is not None:
         entry = replace(entry, error=measured.parity.error, bound=measured.parity.bound, eager_ms=measured.eager.ms,
-                        fast_ms=measured.fast.ms, eager_bytes=measured.eager.bytes, fast_bytes=measured.fast.bytes, note=getattr(measured.parity, "note", ""))
+                        fast_ms=measured.fast.ms, eager_bytes=measured.eager.bytes, fast_bytes=measured.fast.bytes,
+                        note=getattr(measured.parity, "note", ""))
         if not measured.parity.ok:
             report.skipped.append(replace(entry, why=f"failed its contract: {measured.parity}"))
             return

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Entry:
     """One module. ``error`` and ``bound`` are relative to float64 (see :mod:`vtok_fast.parity`), times in milliseconds and the
-    most memory that tensors took in bytes, both on the check's inputs; None where nothing was measured. ``note`` is what else the check saw."""
+    most memory that tensors took in bytes, both on the check's inputs; None where nothing was measured. ``note`` is what else the
+    check saw."""
 
     path: str
     kind: str
@@ -121,7 +122,7 @@ class Report:
         time.tick_params(axis="y", labelsize=7)
         time.invert_yaxis()
         time.legend()
-        error.barh(list(rows), [e.error / e.bound if e.bound else 0.0 for e in entries], color="#2a78b5")
+        error.barh(list(rows), [e.error / e.bound if e.error and e.bound else 0.0 for e in entries], color="#2a78b5")
         error.axvline(1, color="#c0392b")
         error.set(xlabel="error / allowed error", xlim=(0, 1.05))
         if path is not None:
