@@ -430,6 +430,17 @@ def test_targets_and_markdown_come_from_the_results(capsys):
     assert "peak memory" in capsys.readouterr().out
 
 
+def test_names_with_brackets_are_shown(capsys):
+    record = _record()
+    record["best"] = "x[mask]"
+    record["seconds"]["x[mask]"] = record["seconds"].pop("p")
+    record["ratios"]["vtok_fast"]["x[mask]"] = record["ratios"]["vtok_fast"].pop("p")
+    section = machine.state() | {"quick": False, "cases": [record], "failed": {"big": "no memory [oom]"}}
+    report.show({"machine": machine.describe(), "sections": {"token_packing": section}})
+    said = capsys.readouterr().out
+    assert "x[mask]" in said and "[quartiles]" in said and "no memory [oom]" in said
+
+
 def test_the_machine_is_named():
     here = machine.describe()
     assert here["cpu"] and here["cores"] >= 1

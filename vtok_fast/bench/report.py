@@ -201,6 +201,7 @@ _COLUMNS["norm_act"].append(_COLUMNS["causal_conv3d"][-1])
 
 
 def _table(name: str, section: dict[str, Any]) -> Any:
+    from rich.markup import escape
     from rich.table import Table
 
     cases = section["cases"]
@@ -209,7 +210,7 @@ def _table(name: str, section: dict[str, Any]) -> Any:
     table = Table(title=f"{name}: {where}, torch {section['torch']}, commit {section['commit']}", title_justify="left")
     variants, columns = _variants(cases), _COLUMNS.get(name, [])
     rates = [(heading, key, form) for heading, key, form in _RATES if any(key in c["seconds"][c["ours"]] for c in cases)]
-    for heading in ("case", "eager ms", "best peer", "ms", "ours ms", "x best [quartiles]",
+    for heading in ("case", "eager ms", "best peer", "ms", "ours ms", escape("x best [quartiles]"),
                     *(f"x best, {v.partition(', ')[2]}" for v in variants),
                     "x eager", *(r[0] for r in rates), *(c[0] for c in columns)):
         table.add_column(heading, justify="left" if heading in ("case", "best peer", "algorithm") else "right")
@@ -218,7 +219,7 @@ def _table(name: str, section: dict[str, Any]) -> Any:
             seconds = c["seconds"]
             style = "red" if c["wrong"] else None
             own = seconds[c["ours"]]
-            table.add_row(c["case"], _ms(seconds[c["eager"]]["median"]), c["best"], _ms(seconds[c["best"]]["median"]),
+            table.add_row(c["case"], _ms(seconds[c["eager"]]["median"]), escape(c["best"]), _ms(seconds[c["best"]]["median"]),
                           _ms(own["median"]), _spread(ratio(c, "best")),
                           *(_spread(ratio(c, "best", v)).partition(" ")[0] for v in variants),
                           _spread(ratio(c, "eager")).partition(" ")[0],
@@ -229,7 +230,7 @@ def _table(name: str, section: dict[str, Any]) -> Any:
         table.add_row(f"geometric mean, {group} ({len(members)})", "", "", "", "", f"{row[0]} (least {min(best[0]):.2f})", *row[1:],
                       f"{geometric_mean(figures(members, 'eager')):.2f}", style="bold", end_section=True)
     for case, reason in section.get("failed", {}).items():
-        table.add_row(f"{case}: not measured: {reason}", style="red")
+        table.add_row(escape(f"{case}: not measured: {reason}"), style="red")
     return table
 
 
