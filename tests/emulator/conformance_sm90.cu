@@ -10,7 +10,7 @@ namespace vtok::cuda {
 constexpr int kElements = 80 * 7 * 5, kBoxRows = 3 * 6;                       // of 2 bytes, innermost 80; boxes have 3 x 6 rows
 constexpr int kBox = kBoxRows * 128;                                            // bytes
 constexpr int kCluster = 2 * 2 * kBox / 4 + 2 * 128;                            // words: two boxes and 128 words from each block
-constexpr int kWords = kBoxRows * (128 + 64 + 32 + 32) / 4 + (64 + 64 + 128) * 64 + 256 + kCluster + kElements / 2;
+constexpr int kWords = kBoxRows * (128 + 64 + 32 + 32) / 4 + (64 + 64 + 128 + 192 + 8) * 64 + 256 + kCluster + kElements / 2;
 
 // A box at (40, -1, 2), as long as the swizzle: its first rows, the frames from the fourth on, and what lies beyond 80 are zeros.
 __global__ void boxes(const __grid_constant__ TensorMap map, uint32_t* out, int row_bytes) {
@@ -72,6 +72,35 @@ __global__ void products(uint32_t* out) {
   for (int i = 0; i < N / 2; ++i) ptx::st_global(out + 128 * i + t, static_cast<uint32_t>(int(d[i])));
 }
 
+// As causal_conv3d_wgrad_sm90.cu multiplies: 64 of k are 8 rows of 8 lines, every second of 17 rows; columns 64 j to 64 j + 63
+// begin at row j, so that they overlap. And the sums of the left operand's rows, by 8 columns of ones with k innermost.
+__global__ void taps(uint32_t* out) {
+  using T = __nv_bfloat16;
+  const uint32_t base = (ptx::smem_base() + 1023) / 1024 * 1024, lines = base + 8192, ones = lines + 17 * 1024;
+  const uint32_t t = threadIdx.x;
+  for (uint32_t i = t; i < 64 * 64; i += 128)
+    ptx::st_shared(ptx::swizzled<128>(base, i / 64, i % 64 * 2), ptx::from_float<T>(left(i % 64, i / 64)));
+  for (uint32_t i = t; i < 17 * 8 * 64; i += 128)
+    ptx::st_shared(ptx::swizzled<128>(lines, i / 64, i % 64 * 2), ptx::from_float<T>(right(i % 64, i / 64)));
+  for (uint32_t i = t; i < 512; i += 128) ptx::st_shared(ones + 2 * i, ptx::from_float<T>(1));
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float d[96], sums[4];
+  for (float& x : d) x = float(t);
+  for (float& x : sums) x = float(t);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t a = ptx::wgmma_descriptor_transposed<128>(base + 2048 * i, 0);
+    ptx::wgmma_m64k16<T, 192, true, true>(d, a, ptx::wgmma_descriptor_transposed<128>(lines + 4096 * i, 1024, 2048));
+    ptx::wgmma_m64k16<T, 8, true>(sums, a, ptx::wgmma_descriptor<128>(ones));
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  for (int i = 0; i < 96; ++i) ptx::st_global(out + 128 * i + t, static_cast<uint32_t>(int(d[i])));
+  for (int i = 0; i < 4; ++i) ptx::st_global(out + 128 * (96 + i) + t, static_cast<uint32_t>(int(sums[i])));
+}
+
 // Lane l gives the address of row l, which lies at place 5 l % 32; its registers hold its number, which register, and which half.
 __global__ void stored_matrices(uint32_t* out) {
   const uint32_t base = ptx::smem_base(), lane = threadIdx.x, row = base + 16 * (5 * lane % 32);
@@ -130,7 +159,8 @@ Status conformance_sm90(const Tensor& from, const Tensor& words) {
   VTOK_RETURN_IF_ERROR(VTOK_LAUNCH((products<From::descriptors, 64>), 1, 128, 2 * 8192 + 1024, nullptr, out));
   VTOK_RETURN_IF_ERROR(VTOK_LAUNCH((products<From::registers, 64>), 1, 128, 2 * 8192 + 1024, nullptr, out += 64 * 64));
   VTOK_RETURN_IF_ERROR(VTOK_LAUNCH((products<From::transposed, 128>), 1, 128, 3 * 8192 + 1024, nullptr, out += 64 * 64));
-  VTOK_RETURN_IF_ERROR(VTOK_LAUNCH(stored_matrices, 1, 32, 1024, nullptr, out += 128 * 64));
+  VTOK_RETURN_IF_ERROR(VTOK_LAUNCH(taps, 1, 128, 27 * 1024, nullptr, out += 128 * 64));
+  VTOK_RETURN_IF_ERROR(VTOK_LAUNCH(stored_matrices, 1, 32, 1024, nullptr, out += 200 * 64));
   TensorMap map, to;
   const TensorMapShape shape = {DType::f16, 3, {80, 7, 5}, {2, 160, 1120}, {64, 3, 6}, {1, 1, 1}, 128};
   VTOK_RETURN_IF_ERROR(encode(map, from.data, shape));

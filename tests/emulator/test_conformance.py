@@ -112,10 +112,23 @@ def warpgroup_products(columns=64):
     r = np.arange(64)[:, None]
     n = np.arange(columns)[:, None]
     k = np.arange(64)[None]
-    c = ((3 * r + 5 * k) % 7 - 3) @ ((2 * n + 11 * k) % 9 - 4).T
-    for i in range(columns // 2):
+    yield from registers(((3 * r + 5 * k) % 7 - 3) @ ((2 * n + 11 * k) % 9 - 4).T)
+
+
+def registers(c):
+    """Of a warpgroup that holds these sums and has begun with its threads' numbers."""
+    for i in range(c.shape[1] // 2):
         for t in range(128):
             yield int(c[t // 32 * 16 + t % 32 // 4 + i // 2 % 2 * 8, i // 4 * 8 + t % 4 * 2 + i % 2] + t) & 0xFFFFFFFF
+
+
+def taps():
+    r, k = np.arange(64)[:, None], np.arange(64)[None]
+    left = (3 * r + 5 * k) % 7 - 3
+    n = np.arange(192)[:, None]
+    line = (k // 8 * 2 + n // 64) * 8 + k % 8
+    yield from registers(left @ ((2 * (n % 64) + 11 * line) % 9 - 4).T)
+    yield from registers(left.sum(1, keepdims=True) * np.ones((1, 8), dtype=int))
 
 
 def stored_matrices():
@@ -141,8 +154,9 @@ def clusters():
 PARTS = {"matrices": matrices, "bf16 products": lambda: products(2, 16), "fp16 products": lambda: products(2, 16),
          "tf32 products": lambda: products(1, 8), "exchanges": exchanges, "copies": copies, "conversions": conversions}
 PARTS_SM90 = {"boxes": boxes, "products": warpgroup_products, "products from registers": warpgroup_products,
-              "transposed products": lambda: warpgroup_products(128), "stored matrices": stored_matrices, "clusters": clusters}
-WORDS_SM90 = 18 * 64 + (64 + 64 + 128) * 64 + 256 + 2 * (2 * 18 * 32 + 128) + 1400
+              "transposed products": lambda: warpgroup_products(128), "taps": taps, "stored matrices": stored_matrices,
+              "clusters": clusters}
+WORDS_SM90 = 18 * 64 + (64 + 64 + 128 + 192 + 8) * 64 + 256 + 2 * (2 * 18 * 32 + 128) + 1400
 
 
 def check(words, parts):
