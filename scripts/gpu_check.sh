@@ -51,8 +51,9 @@ bench() {
 }
 OPS="causal_conv3d norm_act fsq scope_attention token_packing vidtok"
 case ${BENCH:-short} in
-  no) ;;
+  no) exit $failed ;;
   full) step bench bench ;;
   *) step bench bench $OPS --no-compile --seconds 0.1 ;;
 esac
+step tune "$PYTHON" -m vtok_fast.cli tune vidtok/tiny --size 17x64x64 --quick --device cuda --output "$OUT/tuned.json"
 exit $failed
