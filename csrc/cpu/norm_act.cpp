@@ -76,11 +76,14 @@ Status check(const NormProblem& p) {
   auto frame_dense = [&](const Tensor& t) {  // rows of one frame and channel follow each other
     return (t.size[4] == 1 || t.stride[4] == 1) && (t.size[3] == 1 || t.stride[3] == t.size[4]);
   };
+  auto frame_constant = [](const Tensor& t) {
+    return (t.size[4] == 1 || t.stride[4] == 0) && (t.size[3] == 1 || t.stride[3] == 0);
+  };
   for (const Tensor* t : {&p.x, &p.out, &p.residual, &p.scale, &p.shift}) {
     if (!*t) continue;
     const bool modulation = t == &p.scale || t == &p.shift;
     const bool fits = p.channels_last ? channels == 1 || t->stride[1] == 1
-                                      : frame_dense(*t) || (modulation && t->stride[3] == 0 && t->stride[4] == 0);
+                                      : frame_dense(*t) || (modulation && frame_constant(*t));
     if (!fits) return Status::Unsupported("norm_act: these strides need a copy first");
   }
   return Status::Ok();

@@ -225,3 +225,11 @@ def test_bad_inputs_are_named():
         norm_act(torch.randn(1, 8, 1, 2, 2), residual=torch.randn(1, 8, 1, 2, 2).half())
     with pytest.raises(ValueError, match="groups: .*5"):
         NormAct(8, kind="group", groups=5)
+
+
+@pytest.mark.parametrize("plane", [(1, 2), (2, 1), (1, 1)])
+def test_modulation_of_frames_of_one_row(plane):
+    x = torch.randn(2, 3, 1, *plane)  # contiguous, and with frames of one row or column
+    scale = torch.randn(2, 3, 1, 1, 1).as_strided((2, 3, 1, 1, 1), (3, 1, 7, 7, 7))  # strides of sizes 1 say nothing
+    want = reference.norm_act(x.double(), scale=scale.double())
+    assert parity.close(vtok_fast.norm_act(x, scale=scale), want).ok
