@@ -38,7 +38,8 @@ def measured(op: str) -> str:
         for case in section["cases"]:
             groups.setdefault(case.get("group") or "all", []).append(case)
         state = f"torch {section['torch']}, {section['threads']} threads, commit {section['commit']}"
-        lines += [f"{_machine(results['machine'])}; {state}.", "", "| cases | | times the best PyTorch | least | times eager |", "|---|---|---|---|---|"]
+        lines += [f"{_machine(results['machine'])}; {state}.", "",
+                  "| cases | | times the best PyTorch | least | times eager |", "|---|---|---|---|---|"]
         for group, cases in groups.items():
             best, eager = report.figures(cases, "best"), report.figures(cases, "eager")
             if best and eager:
