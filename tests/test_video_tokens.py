@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("av")
 
 from vtok_fast import video_tokens  # noqa: E402
-from vtok_fast.models import VidTok  # noqa: E402
+from vtok_fast.models import InfoTok, VidTok  # noqa: E402
 from vtok_fast.tokens import Tokens  # noqa: E402
 from vtok_fast.video import VideoError, open_video, read_video, to_float, write_video  # noqa: E402
 
@@ -145,3 +145,26 @@ def test_refusals(clip, model, tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         video_tokens.detokenize(path, tmp_path / "back.mp4", model)
     assert not list(tmp_path.glob("back.mp4*"))
+
+
+def test_a_rate_keeps_that_share_and_the_file_shrinks(clip, tmp_path):
+    torch.manual_seed(0)
+    chooser = InfoTok("tiny").eval()
+    sizes = {}
+    for rate in (0.75, 0.25):
+        made = video_tokens.tokenize(clip, tmp_path / "a.tokens", chooser, rate=rate)
+        kept = (made.indices >= 0).float().mean()
+        assert abs(kept - rate) < 0.02
+        loaded = Tokens.load(tmp_path / "a.tokens")
+        assert torch.equal(loaded.indices, made.indices) and loaded.indices.dtype == torch.int32
+        sizes[rate] = (tmp_path / "a.tokens").stat().st_size
+    whole = made.indices.numel() * 4
+    assert sizes[0.25] < sizes[0.75] and sizes[0.75] - sizes[0.25] > 0.4 * made.indices.numel()  # 16 bits for half of the positions
+    assert sizes[0.25] < whole + 1024
+    video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", chooser)
+    assert read_video(tmp_path / "back.mp4").video.shape[1] == 40
+
+
+def test_a_rate_needs_a_model_that_chooses(clip, model, tmp_path):
+    with pytest.raises(ValueError, match="rate=0.5: vidtok models keep all"):
+        video_tokens.tokenize(clip, tmp_path / "a.tokens", model, rate=0.5)

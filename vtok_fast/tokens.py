@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = "vtok-fast tokens 1"
+DROPPED = -1  # the index of a token that was not kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Tokens:
         config: the configuration itself, JSON values only.
         video_shape: (T, H, W) of each video, in frames and pixels.
         dtype: of the video that was encoded, and of the one that `decode` returns.
-        indices: (B, t, h, w) int32, of a model with a codebook; else None.
+        indices: (B, t, h, w) int32, of a model with a codebook, -1 where a token was dropped; else None.
         latents: (B, C, t, h, w) floating point, of a model without one; else None.
         info: what else is known, JSON values only, such as the frames per second; goes into the file, and no model reads it.
     """
@@ -109,15 +110,20 @@ class Tokens:
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with a checksum. A file that is there is replaced only once the new one is complete.
 
+        Where tokens were dropped, what is stored is the packed stream (`vtok_fast.PackedTokens.to_bytes`): a bit for each position, and
+        for each kept token the bits of the highest index.
+
         Raises OSError if it cannot be written; then nothing is left behind.
         """
-        data = self.data.detach().cpu().contiguous()
+        data, kind = self.data.detach().cpu().contiguous(), "latents" if self.indices is None else "indices"
+        if kind == "indices" and bool((data == DROPPED).any()):
+            data, kind = _pack(data), "packed"
         header = {
             "model": self.model,
             "config": self.config,
             "video_shape": list(self.video_shape),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "kind": "latents" if self.indices is None else "indices",
+            "kind": kind,
             "info": self.info,
         }
         text = json.dumps(header, sort_keys=True)
@@ -152,8 +158,10 @@ class Tokens:
     @classmethod
     def _from_header(cls, header: dict[str, Any], data: Tensor) -> Tokens:
         kind, dtype, shape = header["kind"], getattr(torch, header["dtype"], None), tuple(header["video_shape"])
-        if kind not in ("indices", "latents"):
-            raise ValueError(f"kind: expected indices or latents, got {kind!r}")
+        if kind not in ("indices", "latents", "packed"):
+            raise ValueError(f"kind: expected indices, latents or packed, got {kind!r}")
+        if kind == "packed":
+            data, kind = _unpack(data), "indices"
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype: expected a torch.dtype's name, got {header['dtype']!r}")
         for name, value, expected in (("model", header["model"], str), ("config", header["config"], dict),
@@ -162,6 +170,21 @@ class Tokens:
                 raise TypeError(f"{name}: expected {expected.__name__}, got {value!r}")
         t, h, w = shape
         return cls(header["model"], header["config"], (t, h, w), dtype, info=header.get("info", {}), **{kind: data})
+
+
+def _pack(indices: Tensor) -> Tensor:
+    """Indices with dropped ones as bytes, (N) uint8."""
+    from vtok_fast.ops.token_packing import pack_tokens
+
+    packed = pack_tokens(indices, indices != DROPPED)
+    return torch.frombuffer(bytearray(packed.to_bytes(max(2, int(indices.max()) + 1))), dtype=torch.uint8)
+
+
+def _unpack(data: Tensor) -> Tensor:
+    """What `_pack` made. Raises ValueError for other bytes."""
+    from vtok_fast.ops.token_packing import PackedTokens, unpack_tokens
+
+    return unpack_tokens(PackedTokens.from_bytes(data.numpy().tobytes()), fill=DROPPED)
 
 
 def _same(parts: Sequence[Tokens], *names: str) -> Tokens:

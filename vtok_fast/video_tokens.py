@@ -52,27 +52,31 @@ def load_model(name: str, checkpoint: str | os.PathLike | None = None, config: d
 
 
 def tokenize(video: str | os.PathLike, output: str | os.PathLike, model: nn.Module, *, size: int | tuple[int, int] | None = None,
-             window: int | None = None, progress: Progress = lambda done, total: None) -> Tokens:
+             window: int | None = None, rate: float | None = None, progress: Progress = lambda done, total: None) -> Tokens:
     """Write the tokens of a video file to `output`, and return them: a batch of windows.
 
     Args:
         size: as for `read_video`; then the frame is cut to what the model divides evenly.
         window: frames per window, 1 + k * factor of a causal model, k * factor of another one.
+        rate: share of the tokens to keep, of a model that chooses them (InfoTok); None: as it is configured.
 
     Raises:
         FileNotFoundError, VideoError: the video. OSError: the output cannot be written.
-        ValueError: size or window does not suit the model.
+        ValueError: size, window or rate does not suit the model.
     """
     video, output = Path(video), Path(output)
     window = window or getattr(model, "window", 16 + model.config.causal)
     factor = model.config.time_downsample_factor
     if window < 1 or (window - model.config.causal) % factor:
         raise ValueError(f"window={window}: must be {'1 + ' if model.config.causal else ''}a multiple of {factor} frames")
+    if rate is not None and not hasattr(model.config, "rate"):
+        raise ValueError(f"rate={rate}: {model.system} models keep all tokens, only infotok's choose")
+    choice = {} if rate is None else {"rate": rate}
     parameter = next(model.parameters())
     with open_video(video) as source:
         height, width = _frame(source.height, source.width, size, model.config.spatial_factor)
         job = _Job(output, {"video": str(video.resolve()), "bytes": video.stat().st_size, "modified": video.stat().st_mtime,
-                            "window": window, "size": [height, width], "weights": fingerprint(model)})
+                            "window": window, "size": [height, width], "weights": fingerprint(model), **choice})
         total, frames = -(-source.count // window) if source.count else None, 0
         for index, (count, read) in enumerate(source.windows(window, size)):
             part = job.part(index, "safetensors")
@@ -80,7 +84,7 @@ def tokenize(video: str | os.PathLike, output: str | os.PathLike, model: nn.Modu
             if not part.is_file():
                 x = to_float(_centre(read(), height, width)).to(parameter.device, parameter.dtype)
                 x = torch.cat((x, x[:, -1:].expand(-1, window - x.shape[1], -1, -1)), 1)
-                encoded = model.encode(x[None])
+                encoded = model.encode(x[None], **choice)
                 job.start()
                 encoded.save(part)
             progress(index + 1, total)

@@ -29,9 +29,7 @@ from vtok_fast.models.vidtok import Reconstruction
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.models.windows import WindowStream
 from vtok_fast.ops.token_packing import PackedTokens, pack_tokens, router_scores, select_tokens, token_budget, unpack_tokens
-from vtok_fast.tokens import Tokens
-
-DROPPED = -1  # the index of a token that was not kept
+from vtok_fast.tokens import DROPPED, Tokens
 
 
 class InfoTok(CosmosBase):
