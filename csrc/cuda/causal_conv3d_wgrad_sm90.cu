@@ -217,11 +217,11 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_sm90_kernel(const __grid_co
   if (t < 128) {
     ptx::setmaxnreg_dec<40>();
     if (t < 32 && ptx::elect_sync()) produce<Tile>(maps, p, share, ring, full, empty, rank);
-    __syncwarp();
   } else {
     ptx::setmaxnreg_inc<232>();
     multiply<Tile>(p, share, ring, full, empty, ones, int(t) / 128 - 1);
   }
+  __syncwarp();
   if (p.cluster > 1) ptx::cluster_arrive(), ptx::cluster_wait();  // neither ends while the other signals its barriers
 }
 
