@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,6 +259,90 @@ def test_workloads_as_on_a_gpu(cuda, monkeypatch, one_thread, section, case):
     assert record["seconds"]["vtok_fast"]["peak_bytes"] == 1
     assert record["seconds"]["vtok_fast"]["roofline"] > 0
     json.dumps(record)
+
+
+class FakeCudnn:
+    """As much of the cudnn package as a convolution with bias asks for; ``execute`` computes what the graph says."""
+
+    data_type = type("data_type", (), {"BFLOAT16": "bf16", "HALF": "half", "FLOAT": "float"})
+    heur_mode = type("heur_mode", (), {"A": 0, "FALLBACK": 1})
+
+    def __init__(self, wrong=0.0):
+        self.wrong, self.stated = wrong, {}
+
+    def create_handle(self):
+        return "handle"
+
+    def set_stream(self, handle, stream):
+        self.stated["stream"] = stream
+
+    def pygraph(self, **options):
+        assert options["handle"] == "handle"
+        return self
+
+    def tensor_like(self, tensor):
+        return Node(dim=list(tensor.shape), stride=list(tensor.stride()))
+
+    def conv_fprop(self, **options):
+        self.conv = options
+        return Node()
+
+    def bias(self, name, input, bias):
+        self.out = Node()
+        return self.out
+
+    def __getattr__(self, name):
+        if name in ("validate", "build_operation_graph", "create_execution_plans", "check_support", "build_plans"):
+            return lambda *args: self.stated.__setitem__(name, True)
+        raise AttributeError(name)
+
+    def get_workspace_size(self):
+        return 0
+
+    def execute(self, pack, workspace, handle):
+        assert self.stated["build_plans"] and workspace.numel() and handle == "handle"
+        x, w, b, y = pack.values()
+        assert [n.dim for n in pack] == [list(t.shape) for t in (x, w, b, y)]
+        assert [n.stride for n in pack] == [list(t.stride()) for t in (x, w, b, y)]
+        pads = [p for before, behind in zip(self.conv["pre_padding"], self.conv["post_padding"]) for p in (before, behind)]
+        padded = torch.nn.functional.pad(x, (*pads[4:], *pads[2:4], *pads[:2]))
+        y.copy_(torch.nn.functional.conv3d(padded, w, b.flatten(), self.conv["stride"]) + self.wrong)
+
+
+class Node:
+    def __init__(self, dim=None, stride=None):
+        self.dim, self.stride = dim, stride
+
+    def set_output(self, value):
+        return self
+
+    def set_data_type(self, kind):
+        return self
+
+    def set_dim(self, dim):
+        self.dim = dim
+        return self
+
+    def set_stride(self, stride):
+        self.stride = stride
+        return self
+
+
+@pytest.mark.parametrize("layer", [layers.scaled(replace(x, cin=8, cout=8), 0.001) for x in layers.load()[::9]], ids=str)
+def test_cudnn_by_its_own_frontend(cuda, monkeypatch, layer):
+    monkeypatch.setitem(sys.modules, "cudnn", FakeCudnn())
+    trial = causal_conv3d.build(causal_conv3d.Case(layer), TINY)
+    found, = (c for c in trial.candidates if c.name == "cuDNN frontend")
+    torch.testing.assert_close(found.call(), trial.ours.call(), rtol=0.05, atol=0.05)
+    assert "cuDNN frontend" not in trial.missing
+    monkeypatch.setitem(sys.modules, "cudnn", FakeCudnn(wrong=0.5))
+    assert causal_conv3d.build(causal_conv3d.Case(layer), TINY).missing["cuDNN frontend"] == "another result than eager's"
+
+
+def test_a_missing_frontend_is_a_missing_peer(cuda, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    trial = causal_conv3d.build(causal_conv3d.Case(layers.scaled(layers.load()[0], 0.001)), TINY)
+    assert "cudnn" in trial.missing["cuDNN frontend"] and all(c.name != "cuDNN frontend" for c in trial.candidates)
 
 
 def test_the_roofline_is_the_longer_of_operations_and_bytes():

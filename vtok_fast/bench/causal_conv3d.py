@@ -2,7 +2,8 @@
 
 Peers: *eager*, the chain of copies and the call that the model ships (NCDHW); *folded*, PyTorch's best arrangement: the pads of
 height and width left to the convolution, only the time pad concatenated, in ``channels_last_3d`` and in NCDHW, and where there is
-no temporal tap also as a 2D convolution over frames; on some layers ``torch.compile`` of the first two. Their weights are in the
+no temporal tap also as a 2D convolution over frames; on some layers ``torch.compile`` of the first two; on a GPU also cuDNN through
+its own frontend, where that is installed (cudnn_frontend.py). Their weights are in the
 memory format of their input. The *best* peer is the fastest of them all on that shape.
 
 Ours takes ``channels_last_3d`` input and the weights as the model holds them. On a CPU it is measured with the cache of transformed
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_fast import native, parity
-from vtok_fast.bench import layers
+from vtok_fast.bench import cudnn_frontend, layers
 from vtok_fast.bench.harness import Candidate, Settings, Trial, backend_of, dtype_name, with_compiled
 from vtok_fast.bench.layers import Layer
 from vtok_fast.bench.own import Own
@@ -29,7 +30,8 @@ from vtok_fast.reference import causal_conv3d as reference
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 CL3D = torch.channels_last_3d
-PEERS = "eager; folded, channels last; folded, NCDHW; conv2d, channels last (no temporal tap); torch.compile of the first two"
+PEERS = ("eager; folded, channels last; folded, NCDHW; conv2d, channels last (no temporal tap); torch.compile of the first two; "
+         "on a GPU: cuDNN frontend")
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,11 @@ def build(case: Case, settings: Settings) -> Trial:
     facts = {"gflop": layer.gflop, "megabytes": layer.megabytes(x.element_size()), "dtype": dtype_name(dtype), "share": layer.share,
              "chunk": layer.chunk}
     if settings.on_gpu:
-        candidates.append(ours)
+        own_cudnn, why = cudnn_frontend.peer(x_last, w_last, b, cache_last, eager.call(), stride=layer.stride, front=layer.front,
+                                             pads=layer.spatial_pad, replicate=mode == "replicate")
+        if own_cudnn is None:
+            missing[cudnn_frontend.NAME] = why
+        candidates += [ours] if own_cudnn is None else [own_cudnn, ours]
         facts |= {"algorithm": backend_of(ours.call), "cached_bytes": 0}
     else:
         bound = 64 * w.numel() * w.element_size()  # more than any algorithm can want
