@@ -1,7 +1,7 @@
 """cuDNN through its own frontend, where that is installed: the best that cuDNN itself can do with a causal convolution.
 
-PyTorch's convolution pads both sides alike and adds the bias in another pass. cuDNN's takes a pad before and a pad behind each axis,
-and has the bias in its epilogue; its Python package is nvidia-cudnn-frontend. Only what computes the same as eager becomes a peer.
+PyTorch's convolution pads both sides alike and adds the bias in another pass. cuDNN's takes a pad before and a pad behind each
+axis, and has the bias in its epilogue (its package: nvidia-cudnn-frontend). Only what computes the same as eager becomes a peer.
 """
 
 from __future__ import annotations
