@@ -137,8 +137,8 @@ OUT_OF_MEMORY = textwrap.dedent("""
 
 @LINUX
 @needs_native
-@pytest.mark.parametrize("algorithm", ["winograd", "direct"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("algorithm,threads", [("winograd", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+    ("winograd", 1), ("direct", 1), ("direct", 2)))])
 def test_memory_that_runs_out_in_an_op_is_an_error_and_no_leak(algorithm, threads):
     result = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, algorithm, str(threads)], capture_output=True, text=True,
                             timeout=300)

@@ -119,7 +119,14 @@ def test_scope_attention(data):
     scope, size, batch = draw(scopes(queries, keys)), draw(st.sampled_from([1, 4, 8, 16, 20])), draw(st.integers(1, 2))
     tensors = {"q": draw(layouts((batch, heads * shared, queries, size), dtype)),
                "k": draw(layouts((batch, heads, keys, size), dtype)), "v": draw(layouts((batch, heads, keys, size), dtype))}
-    judge(vtok_fast.scope_attention, tensors, {"scope": scope})
+    if dtype == torch.float32:
+        return judge(vtok_fast.scope_attention, tensors, {"scope": scope})
+    # PyTorch's kernel rounds the probabilities to the dtype, then the result; here so do the results of up to three ranges and what
+    # they are merged to. Of a handful of numbers the contract's ratio would be a matter of luck, so here is the bound of each.
+    q, k, v = (t.double() for t in tensors.values())
+    error = (vtok_fast.scope_attention(**tensors, scope=scope) - vtok_fast.scope_attention(q, k, v, scope)).abs()
+    weighed = vtok_fast.scope_attention(q, k, v.abs(), scope)
+    assert (error <= (2 + 2 * 3) * torch.finfo(dtype).eps / 2 * weighed + 1e-7).all(), (error / weighed).max()
 
 
 @thousand
