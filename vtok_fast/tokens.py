@@ -110,8 +110,8 @@ class Tokens:
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with a checksum. A file that is there is replaced only once the new one is complete.
 
-        Where tokens were dropped, what is stored is the packed stream (`vtok_fast.PackedTokens.to_bytes`): a bit for each position, and
-        for each kept token the bits of the highest index.
+        Where tokens were dropped, what is stored is the packed stream (`vtok_fast.PackedTokens.to_bytes`): a bit for each position,
+        and for each kept token the bits of the highest index.
 
         Raises OSError if it cannot be written; then nothing is left behind.
         """
