@@ -28,7 +28,8 @@
 // room for the fragments (32).
 // Kernels of one tap in the plane (1x1x1; 3x1x1 with the frames of a tile in one patch) have nothing to share but the weights: 24
 // to 48 bytes a cycle from L2, which bounds them. A channel count that is no multiple of 64 loads zeros but multiplies only
-// ceil(C / 16) steps.
+// ceil(C / 16) steps. Strides and dilations make the patch larger, no more: a stride of 2 in the plane loads x once, like stride 1,
+// where element strides of the tensor map would load it for every tap.
 #pragma once
 #include "cuda/causal_conv3d_sm90.h"
 #include "cuda/ptx_sm90.cuh"
@@ -462,6 +463,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const HopperShared<M, N> shared(p);
   const int rank = p.cluster == 1 ? 0 : ptx::cluster_rank(), group = threadIdx.x / 128;
   if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&maps.x);
+    ptx::prefetch_tensor_map(&maps.weight);
+    ptx::prefetch_tensor_map(&maps.out);
     for (int i = 0; i < p.patch_stages; ++i) {
       ptx::mbarrier_init(shared.patch_full(i), 1);
       ptx::mbarrier_init(shared.patch_empty(i), 8);

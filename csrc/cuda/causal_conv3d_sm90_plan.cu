@@ -102,6 +102,7 @@ HopperVariants variants_for(DType dtype) { return dtype == DType::f16 ? hopper_v
 struct Plan {
   const HopperVariant* variant = nullptr;
   int tile[3], cluster, splits, patch_stages, weight_stages;
+  int clusters;   // that are there at once
   double cycles;  // predicted
 };
 
@@ -214,7 +215,7 @@ Plan search(HopperParams p, const ConvTask& task, ConvChoice wish, const Device&
 }
 
 // The search takes a while, and a program asks for the same few shapes again and again.
-Plan choose(const HopperParams& p, const ConvTask& task, ConvChoice wish, const Device& device) {
+Status choose(const HopperParams& p, const ConvTask& task, ConvChoice wish, const Device& device, Plan* plan) {
   static std::mutex mutex;
   static std::map<std::vector<int64_t>, Plan> known;
   const Source& s = p.source;
@@ -224,9 +225,16 @@ Plan choose(const HopperParams& p, const ConvTask& task, ConvChoice wish, const 
   for (int i = 0; i < 3; ++i) key.insert(key.end(), {s.out[i], s.length[i], s.kernel[i], s.stride[i], s.dilation[i]});
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
-  if (found != known.end()) return found->second;
+  if (found != known.end()) return *plan = found->second, Status::Ok();
+  *plan = search(p, task, wish, device);
+  if (!plan->variant) return Status::Unsupported("sm90: no tile whose patches of x fit in shared memory");
+  HopperParams shaped = p;
+  shape_patch(shaped, plan->tile);
+  const int shared = hopper_shared_bytes(*plan->variant, shaped.patch_bytes, plan->patch_stages, plan->weight_stages);
+  VTOK_RETURN_IF_ERROR(resident_clusters(plan->variant->kernel, plan->cluster, kHopperThreads, shared, &plan->clusters));
   if (known.size() >= 4096) known.clear();
-  return known[key] = search(p, task, wish, device);
+  known[key] = *plan;
+  return Status::Ok();
 }
 
 // ---- the tensor maps ----------------------------------------------------------------------------------------------------------
@@ -299,8 +307,8 @@ Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, vo
   HopperParams p = {};
   p.source = merged.source, p.epilogue = task.epilogue, p.outputs = w.outputs, p.bias = w.bias;
   p.slabs = (w.channels + 63) / 64, p.last_steps = ((w.channels - 1) % 64) / 16 + 1;
-  const Plan plan = choose(p, merged, choice, device);
-  if (!plan.variant) return Status::Unsupported("sm90: no tile whose patches of x fit in shared memory");
+  Plan plan;
+  VTOK_RETURN_IF_ERROR(choose(p, merged, choice, device, &plan));
   if (choice.report) report(plan, choice.report);
   shape_patch(p, plan.tile);
   const HopperVariant& variant = *plan.variant;
@@ -334,7 +342,7 @@ Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, vo
   if (v.residual.data) VTOK_RETURN_IF_ERROR(encode_view(maps.residual, v.residual, task.dtype, variant.piece, p.tile));
 
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-  const int clusters = std::min(p.units, std::max(device.multiprocessors / p.cluster, 1));
+  const int clusters = std::min(p.units, std::max(plan.clusters, 1));
   const int shared = hopper_shared_bytes(variant, p.patch_bytes, p.patch_stages, p.weight_stages);
   VTOK_RETURN_IF_ERROR(VTOK_LAUNCH_CLUSTER(dim3(unsigned(p.cluster)), variant.kernel, dim3(unsigned(clusters * p.cluster)),
                                            dim3(kHopperThreads), shared, stream, maps, p));

@@ -35,6 +35,22 @@ inline Status current_device(Device& device) {
   return Status::Ok();
 }
 
+// How many clusters of a kernel's blocks the current device holds at once: a persistent kernel starts no more.
+template <class... Parameters>
+Status resident_clusters(void (*kernel)(Parameters...), unsigned cluster, unsigned threads, size_t shared_bytes, int* count) {
+  const char* what = "resident clusters";
+  VTOK_RETURN_IF_ERROR(status_of(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), what));
+  cudaLaunchAttribute size = {};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = cluster, size.val.clusterDim.y = 1, size.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &size, config.numAttrs = 1;
+  return status_of(cudaOccupancyMaxActiveClusters(count, kernel, &config), what);
+}
+
 template <class... Parameters, class... Arguments>
 Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
               cudaStream_t stream, Arguments&&... arguments) {

@@ -23,6 +23,12 @@ inline Status current_device(Device& device) {
   return Status::Ok();
 }
 
+template <class... Parameters>
+Status resident_clusters(void (*)(Parameters...), unsigned cluster, unsigned, size_t, int* count) {
+  *count = emu::config.multiprocessors / int(cluster);
+  return Status::Ok();
+}
+
 template <class... Parameters, class... Arguments>
 Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
               cudaStream_t, Arguments&&... arguments) {
