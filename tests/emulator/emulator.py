@@ -26,7 +26,8 @@ smallest GPUs) and ``multiprocessors`` are what a launcher is told of the device
 as the source has it, kernel and arguments, and ``conv.bank_conflicts`` what ldmatrix would have lost in it.
 
 The environment variable VTOK_EMULATOR_FLAGS adds compiler flags. So AddressSanitizer watches kernels and emulator:
-``ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(g++ -print-file-name=libasan.so) VTOK_EMULATOR_FLAGS="-fsanitize=address -g" pytest ...``
+``LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
+VTOK_EMULATOR_FLAGS="-fsanitize=address -g" pytest ...``
 
 Compiled code is kept in tests/emulator/.cache for two weeks, by a hash of all sources and flags.
 """
