@@ -100,10 +100,10 @@ OUT_OF_MEMORY = textwrap.dedent("""
     from vtok_fast import native
 
     torch.set_num_threads(int(sys.argv[2]))
-    x, w = torch.randn(1, 256, 2, 48, 48).contiguous(memory_format=torch.channels_last_3d), torch.randn(256, 256, 3, 3, 3)
+    x, w = torch.randn(1, 256, 2, 12, 12).contiguous(memory_format=torch.channels_last_3d), torch.randn(256, 256, 3, 3, 3)
     small, smaller = torch.randn(1, 8, 2, 9, 9), torch.randn(8, 8, 3, 3, 3)
     before = vtok_fast.causal_conv3d(small, smaller), vtok_fast.norm_act(small)
-    out = torch.empty(1, 256, 2, 48, 48, memory_format=torch.channels_last_3d)
+    out = torch.empty(1, 256, 2, 12, 12, memory_format=torch.channels_last_3d)
 
     def field(name):
         with open("/proc/self/status") as status:
