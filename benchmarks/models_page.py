@@ -61,8 +61,8 @@ def measured(results: dict[str, Any]) -> str:
     return "\n".join([
         f"## Measured: {results['machine']['cpu']}, {state['threads']} threads, torch {state['torch']}, commit {state['commit']}",
         "",
-        "One encode and one decode in float32, against the model as shipped, at the class's own widths and random weights. Memory: the "
-        "peak beyond the loaded model as a share of the shipped model's, of 5 (VidTok: 8) frames of 256x256.", "",
+        "One encode and one decode in float32, against the model as shipped, at the class's own widths and random weights. Memory: "
+        "the peak beyond the loaded model as a share of the shipped model's, of 5 (VidTok: 8) frames of 256x256.", "",
         "| model and video | times faster | without weight cache | peak memory | without weight cache | difference |",
         "|---|---|---|---|---|---|", *rows, ""])
 

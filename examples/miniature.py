@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
 from train import reconstruction_error  # this and the next lie beside this file
 from training_data import Clips
 

@@ -184,7 +184,10 @@ def _unpack(data: Tensor) -> Tensor:
     """What `_pack` made. Raises ValueError for other bytes."""
     from vtok_fast.ops.token_packing import PackedTokens, unpack_tokens
 
-    return unpack_tokens(PackedTokens.from_bytes(data.numpy().tobytes()), fill=DROPPED)
+    indices = unpack_tokens(PackedTokens.from_bytes(data.numpy().tobytes()), fill=DROPPED)
+    if not isinstance(indices, Tensor):
+        raise ValueError("tokens: the packed clips are of several sizes")
+    return indices
 
 
 def _same(parts: Sequence[Tokens], *names: str) -> Tokens:

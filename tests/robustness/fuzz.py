@@ -221,6 +221,10 @@ def fuzz_tokens(r: random.Random) -> str:
         text = r.choice((json.dumps(header), json.dumps(header), json.dumps(other), "[" * 9999, json.dumps(header)[:-3], ""))
         shape = [r.randint(0, 3) for _ in range(r.randint(0, 5))]
         data = r.choice((indices, indices.float(), torch.zeros(shape, dtype=r.choice((*DTYPES, torch.bool)))))
+        if r.random() < 0.3:  # the packed stream inside, damaged under a right checksum
+            stream = damaged(r, vtok_fast.pack_tokens(indices, indices > 30).to_bytes(99))[:-4]
+            data = torch.frombuffer(bytearray(stream + struct.pack("<I", zlib.crc32(stream))), dtype=torch.uint8)
+            text = json.dumps(header | {"kind": "packed"})
         metadata = {"format": tokens.FORMAT, "tokens": text, "sha256": tokens._checksum(text, data)}
         save_file({r.choice(("tokens", "tokens", "tokens", "x")): data}, path, metadata)
     try:
