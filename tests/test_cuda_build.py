@@ -99,7 +99,7 @@ def test_sm80(source):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", [pytest.param(p, marks=pytest.mark.slow) if "_f16_" in p.name else p for p in ONLY_SM90], ids=name)
+@pytest.mark.parametrize("source", [pytest.param(s, marks=pytest.mark.slow if "_f16_" in s.name else ()) for s in ONLY_SM90], ids=name)
 def test_sm90a(source):
     check(source, "sm_90a")
 
