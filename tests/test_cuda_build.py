@@ -99,7 +99,8 @@ def test_sm80(source):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", [pytest.param(s, marks=pytest.mark.slow if "_f16_" in s.name else ()) for s in ONLY_SM90], ids=name)
+@pytest.mark.parametrize("source", [pytest.param(source, marks=pytest.mark.slow if "_f16_" in source.name else (), id=name(source))
+                                    for source in ONLY_SM90])
 def test_sm90a(source):
     check(source, "sm_90a")
 
