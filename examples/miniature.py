@@ -158,12 +158,10 @@ examples/claims_tivtok.py`). The loss is the mean absolute error, twice the mean
 pixels' differences, and the model's own loss. Longer trainings, with checkpoints and averaged weights, are what
 `examples/train.py --model ...` is for.
 
-TivTok and VTok would not learn at first: in 300 steps they came to the mean colour of a clip and stayed (TivTok 15.0 dB on the
-training crops; the mean colour alone has 15.3). Neither ten times the learning rate (14.8) helped, nor a learned query for every
-patch (14.8), nor weights by the size of their layer alone (15.1). Learned queries know nothing of places: attention is even,
-every token holds the mean of the clip, and the decoder spreads it evenly. Now tokens stand at the centres of cells of the frame,
-and queries and keys start with a bias that makes attention fall off with distance (`nearby` in their configurations): 17.8 dB
-after the same 300 steps on the same crops, at a learning rate of 1e-3.
+TivTok and VTok would not learn at first: they came to the mean colour of a clip and stayed. Learned queries know nothing of
+places: attention is even, every token holds the mean of the clip, and the decoder spreads it evenly. Now tokens stand at the
+centres of cells of the frame, and queries and keys start with a bias that makes attention fall off with distance (`nearby` in
+their configurations).
 """
 
 

@@ -3,8 +3,8 @@
     python scripts/fetch_clip.py data
     python examples/train.py --model vidtok --data data --hold-out bikes.mp4:0-137 --bf16 --threads 1 --minutes 70
 
-is how the weights of the package were made (15,711 steps in those minutes): 25.7 dB PSNR on the frames held out, which are other
-scenes of a clip whose second half was trained on.
+is how the weights of the package were made. The frames held out are other scenes of a clip whose second half was trained on; `make
+demo` shows some of them.
 
 AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average of the weights, which is what is saved.
 The loss is the mean absolute error, plus the mean squared error, plus the error of neighbouring pixels' differences (sharp edges
@@ -39,6 +39,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from training_data import Clips, parse_hold_out
 
+from vtok_fast import metrics
 from vtok_fast.tokens import write_atomically
 from vtok_fast.video import read_video
 from vtok_fast.video_tokens import systems
@@ -186,8 +187,7 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
 @torch.inference_mode()
 def psnr(model: torch.nn.Module, video: Tensor) -> float:
     """Of the reconstruction of video (B, 3, T, H, W), for values in [-1, 1], in dB."""
-    error = torch.stack([(model(clip[None]).clamp(-1, 1) - clip).square().mean() for clip in video]).mean()
-    return 10 * math.log10(4 / error.item())
+    return metrics.psnr(torch.cat([model(clip[None]) for clip in video]), video)
 
 
 def validation_clips(options: argparse.Namespace) -> Tensor | None:

@@ -11,13 +11,7 @@ from typer.testing import CliRunner
 from vtok_fast import check_models, cli
 from vtok_fast.models import VTok
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_every_model_keeps_its_contract(monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,23 @@ def measure(variant: str, shape: tuple[int, int, int], *, config: str | dict[str
         raise ValueError(f"variant={variant!r} is none of {', '.join(VARIANTS)}")
     task = {"variant": variant, "shape": list(shape), "config": config,
             "checkpoint": None if checkpoint is None else str(checkpoint), "threads": threads}
+    return in_process("vtok_fast.peak_memory", task, weight_cache=variant != "fast without weight cache")
+
+
+def in_process(module: str, task: dict[str, Any], *, weight_cache: bool) -> dict[str, float]:
+    """What ``python -m module TASK`` prints as its last line, with the allocator at its defaults and at will without weight cache.
+
+    Raises RuntimeError if the process failed; its last line is in the message.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment.pop("VTOK_FAST_WEIGHT_CACHE", None)
-    if variant == "fast without weight cache":
+    if not weight_cache:
         environment["VTOK_FAST_WEIGHT_CACHE"] = "0"
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")])
-    result = subprocess.run([sys.executable, "-m", "vtok_fast.peak_memory", json.dumps(task)], capture_output=True, text=True,
-                            env=environment)
+    result = subprocess.run([sys.executable, "-m", module, json.dumps(task)], capture_output=True, text=True, env=environment)
     if result.returncode:
         reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]
-        raise RuntimeError(f"measuring the memory of {variant}: {reason}")
+        raise RuntimeError(f"measuring the memory of {task['variant']}: {reason}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -56,11 +64,32 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def of_pass(model: Any, encode: Callable[[], Any], decode: Callable[[Any], Any]) -> dict[str, float]:
+    """Runs both, and returns what :func:`measure` does; the model is loaded and swapped, the video made."""
+    import torch
+
+    from vtok_fast import native
+
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what loading freed is not part of the model
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    loaded = _resident("VmRSS")
+    with torch.inference_mode():
+        start = time.perf_counter()
+        encoded = encode()
+        middle = time.perf_counter()
+        decode(encoded)
+        end = time.perf_counter()
+    return {"peak": _resident("VmHWM") - loaded, "loaded": loaded, "seconds": end - start, "encode_seconds": middle - start,
+            "weight_cache": native.lib().weight_cache_stats()["bytes"] if native.lib() else 0,
+            "model": sum(p.numel() * p.element_size() for p in model.parameters())}
+
+
 def _measure(task: dict[str, Any]) -> dict[str, float]:
     import torch
 
     import vtok_fast
-    from vtok_fast import native
     from vtok_fast.models import VidTok
 
     if task["threads"]:
@@ -71,20 +100,7 @@ def _measure(task: dict[str, Any]) -> dict[str, float]:
     if task["variant"] != "eager":
         vtok_fast.accelerate(model, check=False)  # a check would leave freed memory behind that the work then reuses
     video = torch.rand(1, model.config.in_channels, *task["shape"]) * 2 - 1
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what loading freed is not part of the model
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    loaded = _resident("VmRSS")
-    with torch.inference_mode():
-        start = time.perf_counter()
-        tokens = model.encode(video)
-        middle = time.perf_counter()
-        model.decode(tokens)
-        end = time.perf_counter()
-    return {"peak": _resident("VmHWM") - loaded, "loaded": loaded, "seconds": end - start, "encode_seconds": middle - start,
-            "weight_cache": native.lib().weight_cache_stats()["bytes"] if native.lib() else 0,
-            "model": sum(p.numel() * p.element_size() for p in model.parameters())}
+    return of_pass(model, lambda: model.encode(video), model.decode)
 
 
 if __name__ == "__main__":

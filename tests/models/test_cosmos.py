@@ -30,15 +30,7 @@ FSQ = {**SMALL, "levels": (8, 5, 5)}
 AE = {**SMALL, "formulation": "AE", "latent_channels": 3}
 VAE = {**AE, "formulation": "VAE", "z_factor": 2}
 KINDS = {"FSQ": FSQ, "AE": AE, "VAE": VAE, "FSQ predict1": {**FSQ, "layout": "predict1"}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they save on clips this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(kind: str = "FSQ", **fields) -> Cosmos:

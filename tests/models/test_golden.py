@@ -23,15 +23,7 @@ PREFIXES = ("vidtok_", "cosmos_", "infotok_")  # of the files' names, by system
 FILES = {path.name: path for folder in reversed(FOLDERS)
          for path in sorted(folder.glob("*.safetensors")) if path.name.startswith(PREFIXES)}
 CONV = "vidtok_causal_conv.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they save on clips this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", sorted(FILES) or [pytest.param("none", marks=pytest.mark.skip("no golden files found"))])

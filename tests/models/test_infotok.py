@@ -27,15 +27,7 @@ import tokenizer_face as face  # noqa: E402
 SMALL = {"channels": 8, "channels_mult": (1, 1, 2), "num_res_blocks": 1, "z_channels": 16, "hidden_size": 16,
          "intermediate_size": 24, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2,
          "levels": (8, 5, 5)}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they save on clips this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> InfoTok:

@@ -33,14 +33,7 @@ SMALL = {"ch": 4, "ch_mult": (1, 2, 1), "strides": ((2, 2, 2), (1, 2, 2)), "num_
          "z_channels": 3, "chunk_frames": 9, "overlap": 2}
 KINDS = [{}, {"growth": 1}, {"growth": 2, "key_embedding": "position"}, {"norm": "group"}, {"per_frame": True, "growth": 1},
          {"chunk_frames": None}]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> ProMAG:

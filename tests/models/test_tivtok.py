@@ -36,14 +36,7 @@ KINDS = [{}, FSQ, {"quantizer": "none"}, {"scope": "dense"}, {"patch_scope": "pa
          {"chunks_per_set": 1, "merge": "after", "normalize": False},
          {"rotary_split": (8, 2, 2), "tv_position": "none", "decoder_time": True},
          {"tiv_position": "cell", "tv_position": "cell", "decoder_time": True}]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> TivTok:

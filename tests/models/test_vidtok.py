@@ -20,15 +20,7 @@ PARAMETERS = {"288": 148.8, "444": 154.9, "888": 164.9, "488": 157.4, "41616": 1
 
 SMALL = {"ch": 8, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "z_channels": 4}
 FSQ = {**SMALL, "levels": (8, 8, 5, 5)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they save on clips this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> VidTok:

@@ -13,15 +13,7 @@ FSQ = {"ch": 8, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "z_channels": 4, "lev
 V1_1 = {"version": "1.1", "interpolation_mode": "trilinear"}
 TWICE = {"tempo_ds": (1,), "tempo_us": (2,), "time_downsample_factor": 2}
 KL = {"regularizer": "kl", "levels": None}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they save on clips this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> VidTok:

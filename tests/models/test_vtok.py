@@ -32,14 +32,7 @@ from tokenizer_face import (  # noqa: E402
 
 SMALL = {"dim": 16, "depth": 1, "heads": 2, "freeze_backbone": False, "key_grid": (2, 3), "token_dim": 10, "motion_hidden": 12,
          "patch": 4, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "mlp_ratio": 2.0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> VTok:

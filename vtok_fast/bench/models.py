@@ -6,21 +6,15 @@ memory of one pass, each variant in a process of its own (on a GPU the peak stan
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import os
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtok_fast import native, peak_memory
+from vtok_fast import peak_memory
 from vtok_fast.bench.harness import Missing, Settings, Trial
 from vtok_fast.bench.vidtok import best_arrangements, difference, moved, sides, wrong
 from vtok_fast.swap import accelerate
@@ -150,16 +144,7 @@ def _difference(model: nn.Module, fast: nn.Module, x: Tensor) -> float:
 def measure_memory(case: Case, variant: str) -> dict[str, float]:
     """What one encode and decode takes beyond the loaded model, as :func:`vtok_fast.peak_memory.measure` says for VidTok."""
     task = {"model": case.model, "size": case.size, "small": case.small, "variant": variant, "threads": torch.get_num_threads()}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "VTOK_FAST_WEIGHT_CACHE"}
-    if variant == VARIANTS[2]:
-        environment["VTOK_FAST_WEIGHT_CACHE"] = "0"
-    root = Path(__file__).resolve().parents[2]
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "vtok_fast.bench.models", json.dumps(task)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        raise RuntimeError(f"measuring the memory of {variant}: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return peak_memory.in_process("vtok_fast.bench.models", task, weight_cache=variant != VARIANTS[2])
 
 
 def _measure(task: dict[str, Any]) -> dict[str, float]:
@@ -168,20 +153,7 @@ def _measure(task: dict[str, Any]) -> dict[str, float]:
     if task["variant"] != "eager":
         accelerate(model, check=False)  # a check would leave freed memory behind that the work then reuses
     x = sample(model, tuple(task["size"]))
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what loading freed is not part of the model
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    loaded = peak_memory._resident("VmRSS")
-    with torch.inference_mode():
-        start = time.perf_counter()
-        z = latent(model, x)
-        middle = time.perf_counter()
-        decode(model, z)
-        end = time.perf_counter()
-    return {"peak": peak_memory._resident("VmHWM") - loaded, "loaded": loaded, "seconds": end - start,
-            "encode_seconds": middle - start, "weight_cache": native.lib().weight_cache_stats()["bytes"] if native.lib() else 0,
-            "model": sum(p.numel() * p.element_size() for p in model.parameters())}
+    return peak_memory.of_pass(model, lambda: latent(model, x), lambda z: decode(model, z))
 
 
 def memory(case: Case) -> dict[str, Any]:

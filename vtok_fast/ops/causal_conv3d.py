@@ -334,9 +334,8 @@ def _sm90_can_run(call: ConvCall) -> str | None:
 
 
 def _sm90_run(call: ConvCall) -> Tensor:
-    choice = _choice_of(call, "sm90")
-    return sm90.forward(call, _native_geometry(call), _empty_output(call, call.depth_to_space),
-                        choice=None if choice is None else tuple(choice))
+    choice = tuple(_choice_of(call, "sm90") or sm90.ANY)
+    return sm90.forward(call, _native_geometry(call), _empty_output(call, call.depth_to_space), choice=choice)
 
 
 def _sm90_worthwhile(call: ConvCall) -> str | None:

@@ -1,15 +1,12 @@
 """The Hopper kernel of ``causal_conv3d``: which calls it takes, which tile, and how a call becomes a launch.
 
-A plan is a tile of the output (rows x columns of the product), K splits, blocks per cluster and stages. For the layer classes of
-``causal_conv3d_sm90.json`` it is written there; for other shapes the native module's model of the cost chooses.
+A plan is a tile of the output (rows x columns of the product), K splits, blocks per cluster and stages. The native module's model
+of the cost chooses it, unless the caller does: what ``vtok-fast tune`` measured is in the machine's tuning table.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +15,6 @@ from torch import Tensor
 from vtok_fast import native
 from vtok_fast.ops import causal_conv3d_cuda as cuda
 
-TABLE = Path(__file__).with_name("causal_conv3d_sm90.json")
 Choice = tuple[int, int, int, int, int]  # rows and columns of the tile, K splits, cluster, stages of weights; 0: the plan's
 ANY: Choice = (0, 0, 0, 0, 0)
 
@@ -43,22 +39,51 @@ class Plan(NamedTuple):
         return self.tile_m, self.tile_n, self.splits, self.cluster, self.weight_stages
 
 
-def layer_class(kernel: tuple[int, ...], stride: tuple[int, ...], channels: int, outputs: int, positions: int) -> str:
-    """The key of the table: kernel, stride, channels, and output positions down to a power of two."""
-    return f"{'x'.join(map(str, kernel))} /{''.join(map(str, stride))} {channels}->{outputs} 2^{int(math.log2(max(positions, 1)))}"
+# ---- plans, without a launch: of this kernel and of the weight gradient's ------------------------------------------------
 
 
-@functools.cache
-def table() -> dict[str, dict[str, Any]]:
-    """Per layer class a ``choice``, and what it was chosen by: ``predicted_us``, and ``measured_us`` where a GPU has run it."""
-    return json.loads(TABLE.read_text())["classes"]
+def ask(launcher: Any, args: tuple, choice: tuple[int, ...], numbers: int) -> list[int]:
+    """What a launcher would do with these arguments: so many numbers. No tensor is read.
+
+    Raises:
+        NotImplementedError: the kernel cannot run them; the message says why.
+    """
+    need = torch.zeros(numbers, dtype=torch.int64)
+    launcher(*_without_addresses(args), choice, None, native.arg(need), 0)
+    return need.tolist()
 
 
-def chosen(call: Any, out: Tensor) -> Choice:
-    """What the table says of a call's class."""
-    entry = table().get(layer_class(tuple(call.weight.shape[2:]), call.stride, call.x.shape[1], call.weight.shape[0],
-                                    out.numel() // max(out.shape[1], 1)))
-    return ANY if entry is None else tuple(entry["choice"])
+def why_refused(x: Tensor, launcher: str, args: tuple, choice: tuple[int, ...], numbers: int) -> str | None:
+    """The reason why a Hopper launcher of the native module cannot run these arguments on the device of x, or None; remembered."""
+    if (reason := why_not_machine(x)) is not None:
+        return reason
+    with torch.cuda.device(x.device):
+        return _why_refused(x.device.index, launcher, _without_addresses(args), choice, numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _why_refused(device: int | None, launcher: str, args: tuple, choice: tuple[int, ...], numbers: int) -> str | None:
+    try:
+        ask(getattr(native.lib(), launcher), args, choice, numbers)
+    except NotImplementedError as error:
+        return str(error).removeprefix("sm90: ")
+    return None
+
+
+def _without_addresses(args: tuple) -> tuple:
+    """Tensors with their alignment in place of their address, which is not read where only a plan is asked for; no lists."""
+    return tuple((4096 + a[0] % 16, *a[1:]) if isinstance(a, tuple) and len(a) == 4 and isinstance(a[2], torch.Size) else
+                 tuple(a) if isinstance(a, list) else a for a in args)
+
+
+def why_not_machine(x: Tensor) -> str | None:
+    """The reason why the Hopper kernels cannot run on this tensor's device, or None."""
+    if (reason := native.why_no_cuda(x)) is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability != (9, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and these kernels need 9.0"
+    return None if "90a" in native.lib().cuda_archs else "the native module was built without sm_90a kernels"
 
 
 # ---- forward -------------------------------------------------------------------------------------------------------------
@@ -75,59 +100,25 @@ def _forward_args(call: Any, geometry: tuple, out: Tensor) -> tuple[tuple, list[
     return args, [x, cache, bias, residual]
 
 
-def plan(call: Any, geometry: tuple, out: Tensor, *, lib: Any = None, choice: Choice | None = None) -> Plan:
+def plan(call: Any, geometry: tuple, out: Tensor, *, lib: Any = None, choice: Choice = ANY) -> Plan:
     """The plan for a checked call. Tensors are not read: ``out`` may be on the meta device.
 
     Raises:
         NotImplementedError: the kernel cannot run it; the message says why.
     """
     args, _ = _forward_args(call, geometry, out)
-    return _plan((lib or native.lib()).causal_conv3d_sm90, args, chosen(call, out) if choice is None else choice)
-
-
-def _plan(launcher: Any, args: tuple, choice: Choice) -> Plan:
-    need = torch.zeros(len(Plan._fields), dtype=torch.int64)
-    launcher(*_without_addresses(args), choice, None, native.arg(need), 0)
-    return Plan(*need.tolist())
-
-
-@functools.lru_cache(maxsize=4096)
-def _why_no_plan(device: int | None, args: tuple) -> str | None:
-    try:
-        _plan(native.lib().causal_conv3d_sm90, args, ANY)
-    except NotImplementedError as error:
-        return str(error).removeprefix("sm90: ")
-    return None
-
-
-def _without_addresses(args: tuple) -> tuple:
-    """Tensors with their alignment in place of their address, which is not read where only a plan is asked for; no lists."""
-    return tuple((4096 + a[0] % 16, *a[1:]) if isinstance(a, tuple) and len(a) == 4 and isinstance(a[2], torch.Size) else
-                 tuple(a) if isinstance(a, list) else a for a in args)
-
-
-def why_not_machine(x: Tensor) -> str | None:
-    """The reason why the kernel cannot run on this tensor's device, or None."""
-    if (reason := native.why_no_cuda(x)) is not None:
-        return reason
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability != (9, 0):
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and these kernels need 9.0"
-    return None if "90a" in native.lib().cuda_archs else "the native module was built without sm_90a kernels"
+    return Plan(*ask((lib or native.lib()).causal_conv3d_sm90, args, choice, len(Plan._fields)))
 
 
 def why_not(call: Any, geometry: tuple, out: Tensor) -> str | None:
     """The reason why the kernel cannot run a checked call, or None. ``out``: what it would write, on any device."""
-    if (reason := why_not_machine(call.x)) is not None:
-        return reason
-    with torch.cuda.device(call.x.device):
-        return _why_no_plan(call.x.device.index, _without_addresses(_forward_args(call, geometry, out)[0]))
+    return why_refused(call.x, "causal_conv3d_sm90", _forward_args(call, geometry, out)[0], ANY, len(Plan._fields))
 
 
-def forward(call: Any, geometry: tuple, out: Tensor, *, lib: Any = None, choice: Choice | None = None) -> Tensor:
+def forward(call: Any, geometry: tuple, out: Tensor, *, lib: Any = None, choice: Choice = ANY) -> Tensor:
     """Runs a checked call into ``out``: the final shape, channels_last_3d. ``geometry``: see :func:`causal_conv3d_cuda.forward`."""
     args, _alive = _forward_args(call, geometry, out)
-    cuda._launch((lib or native.lib()).causal_conv3d_sm90, call.x, *args, chosen(call, out) if choice is None else choice)
+    cuda._launch((lib or native.lib()).causal_conv3d_sm90, call.x, *args, choice)
     return out
 
 
@@ -142,20 +133,8 @@ def _dgrad_args(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, g
 
 def why_not_dgrad(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geometry: tuple) -> str | None:
     """The reason why the kernel cannot compute the input's gradient, or None. All tensors are channels-last already."""
-    if (reason := why_not_machine(x)) is not None:
-        return reason
     args = _dgrad_args(grad, x, weight, cache, geometry, x, cache)
-    with torch.cuda.device(x.device):
-        return _why_no_dgrad(x.device.index, _without_addresses(args))
-
-
-@functools.lru_cache(maxsize=4096)
-def _why_no_dgrad(device: int | None, args: tuple) -> str | None:
-    try:
-        _plan(native.lib().causal_conv3d_sm90_dgrad, args, ANY)
-    except NotImplementedError as error:
-        return str(error).removeprefix("sm90: ")
-    return None
+    return why_refused(x, "causal_conv3d_sm90_dgrad", args, ANY, len(Plan._fields))
 
 
 def dgrad(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geometry: tuple, grad_x: Tensor | None,
