@@ -57,19 +57,14 @@ def load(name: str, settings: Settings) -> tuple[torch.nn.Module, Callable[[torc
 def calls_of(run: Callable[[], Any]) -> dict[str, op.ConvCall]:
     """One call of each class of convolutions within ``run()``, its tensors on the meta device."""
     found: dict[str, op.ConvCall] = {}
-    select = backends.select
 
-    def note(name: str, call: Any, explicit: str | None = None) -> backends.Backend:
+    def note(name: str, call: Any, _: backends.Backend) -> None:
         plain = name == "causal_conv3d" and call.groups == 1 and call.dilation == (1, 1, 1) and call.upsample == (1, 1, 1)
         if plain and (key := op.tuning_class(call)) not in found:
             found[key] = call._replace(**{n: _empty(t, "meta") for n, t in call._asdict().items() if isinstance(t, Tensor)})
-        return select(name, call, explicit)
 
-    backends.select = note
-    try:
+    with harness.selections(note):
         run()
-    finally:
-        backends.select = select
     return found
 
 

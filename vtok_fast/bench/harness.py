@@ -12,7 +12,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -233,18 +234,26 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def backend_of(call: Callable[[], Any]) -> str:
-    """Runs a call and names the backends that its ops chose."""
-    chosen, select = {}, backends.select
+@contextmanager
+def selections(note: Callable[[str, Any, backends.Backend], None]) -> Iterator[None]:
+    """Within it, ``note(op, call, backend)`` learns of every choice of a backend."""
+    select = backends.select
 
-    def note(*args: Any, **options: Any) -> backends.Backend:
-        backend = select(*args, **options)
-        chosen[backend.name] = None
+    def noted(op: str, call: Any, explicit: str | None = None) -> backends.Backend:
+        backend = select(op, call, explicit)
+        note(op, call, backend)
         return backend
 
-    backends.select = note
+    backends.select = noted
     try:
-        call()
+        yield
     finally:
         backends.select = select
+
+
+def backend_of(call: Callable[[], Any]) -> str:
+    """Runs a call and names the backends that its ops chose."""
+    chosen: dict[str, None] = {}
+    with selections(lambda op, call, backend: chosen.update({backend.name: None})):
+        call()
     return ", ".join(chosen)
