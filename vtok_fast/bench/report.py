@@ -302,4 +302,3 @@ def markdown(results: dict[str, Any]) -> str:
             lines += [f"| {case}, {name} | {v['peak'] / 2**30:.2f} | {shares.get(name, 1.0):.2f} | "
                       f"{v['weight_cache'] / 2**30:.2f} | {v['seconds']:.1f} |" for name, v in record["variants"].items()]
     return "\n".join(lines) + "\n"
-
