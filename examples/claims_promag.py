@@ -30,18 +30,18 @@ def every_second(model: ProMAG, video: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> int:
     options = arguments(__doc__, argv)
     clips, videos = training_clips(options), held_out(options, 17, 64)
-    first, second = steps(options, 240), steps(options, 160)
+    first, second = steps(options, 1500), steps(options, 1000)
     loss, lr = plain_loss(aux=1e-6), 2e-3
 
     torch.manual_seed(0)
     base = ProMAG(BASE)
-    curve = train(base, clips, first, SHAPE, lr=lr, loss=loss, label="4x")
+    curve = train(base, clips, first, SHAPE, lr=lr, loss=loss, bf16=True, label="4x")
     grown = base.grow()
     before = psnr(grown, videos)
-    grown_curve = train(grown, clips, second, SHAPE, lr=lr / 2, loss=loss, seed=1, label="grown 8x")
+    grown_curve = train(grown, clips, second, SHAPE, lr=lr / 2, loss=loss, seed=1, bf16=True, label="grown 8x")
     torch.manual_seed(0)
     direct = ProMAG(DIRECT)
-    direct_curve = train(direct, clips, first + second, SHAPE, lr=lr, loss=loss, label="direct 8x")
+    direct_curve = train(direct, clips, first + second, SHAPE, lr=lr, loss=loss, bf16=True, label="direct 8x")
 
     def row(name: str, model: ProMAG, count: int, score: float | None = None, frames: int = 17) -> tuple:
         positions, parameters = model.num_tokens(frames, *videos.shape[3:]), sum(p.numel() for p in model.parameters())

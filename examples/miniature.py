@@ -69,8 +69,11 @@ def plain_loss(aux: float = 0.0) -> Loss:
 
 
 def train(model: nn.Module, clips: Clips, count: int, shape: tuple[int, int, int, int], *, lr: float, loss: Loss, seed: int = 0,
-          label: str = "") -> list[float]:
-    """Train what in the model requires a gradient, with AdamW, warm-up and cosine; the losses. It is left in evaluation mode."""
+          bf16: bool = False, label: str = "") -> list[float]:
+    """Train what in the model requires a gradient, with AdamW, warm-up and cosine; the losses. It is left in evaluation mode.
+
+    With bf16, layers compute in bfloat16 (autocast), which convolutions gain by where the processor has the instructions.
+    """
     torch.manual_seed(seed)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -80,7 +83,8 @@ def train(model: nn.Module, clips: Clips, count: int, shape: tuple[int, int, int
     model.train()
     losses = []
     for step in range(count):
-        value = loss(model, clips.sample(random.Random(f"{seed} {step}"), shape), step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss(model, clips.sample(random.Random(f"{seed} {step}"), shape), step)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -133,6 +137,13 @@ def _section(docs: Path, page_name: str, head: str, name: str, title: str, body:
     text = pattern.sub(lambda _: section, text) if pattern.search(text) else f"{text.rstrip()}\n\n{section}\n"
     write_atomically(page, lambda temporary: Path(temporary).write_text(text))
     print(section)
+
+
+def bars(ax, names: Sequence[str], values: Sequence[float], label: str) -> None:
+    """Bars from zero, each with its value."""
+    ax.bar_label(ax.bar(names, values, color="#4063d8"), fmt="%.4g", fontsize="small")
+    ax.margins(y=0.1)
+    ax.set_ylabel(label)
 
 
 def new_figure(columns: int = 1):

@@ -161,6 +161,15 @@ def test_the_latent_router_needs_no_decode():
     assert model.scores(face.clip(1, 3, 1, 16, 16)).shape == (1, 1, 2, 2)
 
 
+@pytest.mark.parametrize("selection", ["order", "order_strided"])
+def test_the_even_router_does_not_look(selection):
+    model = make(router="even", selection=selection)
+    videos = torch.cat((face.clip(1, 3, 9, 32, 32), 0.1 * face.clip(1, 3, 9, 32, 32, seed=2)))
+    keep = model.encode(videos, rate=0.5).indices != DROPPED
+    assert torch.equal(keep, keep[:1, :1].expand_as(keep))  # whatever the clip and the frame
+    assert (model.scores(videos) == 1).all()
+
+
 def test_strategies():
     model, videos = make(), torch.cat((face.clip(1, 3, 5, 32, 32), 0.1 * face.clip(1, 3, 5, 32, 32, seed=2)))
     scores = model.scores(videos)

@@ -157,7 +157,7 @@ class InfoTok(CosmosBase):
 
         "decode": the mean absolute error of its pixels after a decode of all tokens. "latent": the mean absolute difference of its
         latent before the quantiser from the one a frame before; in the first frame the clip's largest (inferred: that frame comes
-        first).
+        first). "even": one, for every token.
         """
         self.check_video(video)
         x = self.fill_up(video)
@@ -181,6 +181,8 @@ class InfoTok(CosmosBase):
                 reconstruction = self._decode(codes.detach()).to(x.dtype)  # autocast may have narrowed it
                 return router_scores(x, reconstruction, (self.config.time_downsample_factor, s, s))
             z = z.detach() if z.dtype == torch.float64 else z.detach().float()
+            if router == "even":
+                return torch.ones_like(z[:, 0])
             change = z.diff(dim=2).abs().mean(1)
             first = change.flatten(1).amax(1) if z.shape[2] > 1 else z.new_zeros(len(z))
             return torch.cat((first[:, None, None, None].expand(-1, 1, *z.shape[3:]), change), dim=1)

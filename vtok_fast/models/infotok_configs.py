@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from vtok_fast.models.cosmos_configs import FSQ_LEVELS, CosmosConfig
 from vtok_fast.reference.token_packing import METHODS, STRATEGIES
 
-ROUTERS = ("decode", "latent")
+ROUTERS = ("decode", "latent", "even")
 
 
 def _choice(default):
@@ -34,8 +34,8 @@ class InfoTokConfig(CosmosConfig):
         rate_bins: the shares of which one is drawn for each clip in training (InfoTok-Flex).
         rate_strategy: "elbo" (that share of every clip), "global_elbo" (more of clips with a larger error than `elbo_mean`), "bin"
             (that, in quarters), "elbo_ema" (global_elbo with a running mean over training).
-        router: what scores the tokens: "decode" (the error of a full decode) or "latent" (how much a latent differs from the one a
-            frame before; no decode).
+        router: what scores the tokens: "decode" (the error of a full decode), "latent" (how much a latent differs from the one a
+            frame before; no decode) or "even" (all alike, for "order" and "order_strided": the baseline that does not look).
         selection: "threshold" (as released: ties and, at rate 1, one token are dropped), "topk" (exact counts), "order" or
             "order_strided" (the first tokens of every frame).
         decay: of the running mean: 0.99 in the paper, 0.95 in the released code.
