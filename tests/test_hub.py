@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from vtok_fast import native
+from vtok_fast import native, tuning
 from vtok_fast import nn as our_nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +112,16 @@ def test_another_version_has_another_name(tmp_path, monkeypatch):
     assert hub.write(tmp_path / "b", ["torch-cpu"], []) == first
     monkeypatch.setattr(hub, "ENTRY", hub.ENTRY + "# changed\n")
     assert hub.write(tmp_path / "b", ["torch-cpu"], []) != first
+
+
+def test_tuned_tables_come_along_where_the_dispatcher_looks(tmp_path, monkeypatch):
+    plain = hub.write(tmp_path / "a", ["torch-cpu"], [])
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "some_gpu.json").write_text("{}")
+    monkeypatch.setattr(hub, "TABLES", tmp_path / "tables")
+    assert hub.write(tmp_path / "a", ["torch-cpu"], []) != plain
+    folder = tmp_path / "a" / "build" / "torch-cpu"
+    assert (folder / "tuning.py").is_file() and (folder / tuning.SHIPPED.name / "some_gpu.json").is_file()
 
 
 def test_kernels_loads_it(repository, tmp_path):
