@@ -16,7 +16,7 @@ generator=$(command -v ninja >/dev/null && echo Ninja || echo "Unix Makefiles")
 cmake -S . -B "$build" -G "$generator" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
   -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
   -DVTOK_FAST_CUDA_ARCHS=none -Dpybind11_DIR="$pybind11" -DPython_EXECUTABLE="$python" >"$build.log"
-cmake --build "$build" --parallel "$(nproc)" >>"$build.log" || { tail -30 "$build.log"; exit 1; }
+cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}" >>"$build.log" || { tail -30 "$build.log"; exit 1; }
 
 # Python itself is not built so: the runtimes come first. It leaks on purpose at its end, so leaks are not looked for.
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
