@@ -13,7 +13,7 @@ import random
 import sys
 
 import torch
-from miniature import HOLD_OUT, arguments, held_out, new_figure, plain_loss, psnr, publish, steps, table, training_clips
+from miniature import HOLD_OUT, arguments, bars, held_out, new_figure, plain_loss, psnr, publish, steps, table, training_clips
 from miniature import train as train_model
 from torch import Tensor
 from train import reconstruction_error
@@ -22,7 +22,7 @@ from vtok_llm import DIRECTIONS, moving, probe, tiny_lm
 from vtok_fast.models import VTok, VTokConfig
 from vtok_fast.video import read_video
 
-SHAPE, SIZE = (2, 8, 48, 48), 48
+SHAPE, SIZE = (2, 16, 48, 48), 48
 FRAMES = (4, 8, 16)
 FIELDS = VTokConfig.presets["tiny"]
 
@@ -49,7 +49,7 @@ def interval(frames: int, tokens: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(__doc__, argv)
-    clips, count, questions = training_clips(options), steps(options, 400), steps(options, 200)
+    clips, count, questions = training_clips(options), steps(options, 2500), steps(options, 1500)
     models = {}
     for name, loss in (("clips", plain_loss()), ("frames", framewise_loss)):
         torch.manual_seed(0)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             curves[name].append(score)
 
     sets = [moving(pictures(options, part), random.Random(part), number, FRAMES[-1], SIZE)
-            for part, number in (("training", 512), ("test", 256))]
+            for part, number in (("training", 2048), ("test", 512))]
     every = interval(FRAMES[-1], key)
     encoders = {"T + S": lambda v: models["clips"].sequence(models["clips"].encode(v)),
                 f"{FRAMES[-1] // every} frames sampled": lambda v: keys(models["frames"], v[:, :, ::every]),
@@ -76,29 +76,25 @@ def main(argv: list[str] | None = None) -> int:
 
     _, few, many, _, short, full, sampled = rows[-1]
     error = (1 / len(DIRECTIONS) * (1 - 1 / len(DIRECTIONS)) / len(sets[1][1])) ** 0.5
-    body = (f"`python examples/claims_vtok.py`: S = {key}, {count} steps each on crops of {'x'.join(map(str, SHAPE[1:]))}, "
-            f"held out: 6 clips "
-            f"of each length at {SIZE}x{SIZE}; PSNR in dB.\n\n"
+    crop = "x".join(map(str, SHAPE[1:]))
+    body = (f"`python examples/claims_vtok.py`: S = {key}, {count} steps each on crops of {crop}, held out: 6 clips of each length "
+            f"at {SIZE}x{SIZE}; PSNR in dB.\n\n"
             + table(("frames", "tokens, T + S", "tokens, T * S", "tokens, sampled", *curves), rows)
-            + f"\n\nAt {FRAMES[-1]} frames T + S has {few / many:.0%} of the tokens of T * S and loses {full - short:.2f} dB "
-              f"to it; against "
-            f"frames sampled at the same cost it {'gains' if short > sampled else 'loses'} {abs(short - sampled):.2f} "
-            f"dB.\n\n### Which way "
-            f"does it move?\n\nA Llama of two layers with random weights learns the answer from the tokens of "
-            f"{len(sets[0][1])} sliding windows "
-            f"over frames of the training clips ({questions} steps); {len(sets[1][1])} windows over held-out frames test it. "
-            f"Chance is "
-            f"{1 / len(DIRECTIONS):.0%}, with a standard error of {error:.1%}: what lies within two of them says nothing.\n\n"
-            + table(("tokens", "number", "right answers"), answers))
+            + f"\n\nAt {FRAMES[-1]} frames T + S has {few / many:.0%} of the tokens of T * S and loses {full - short:.2f} dB to "
+              f"it; against frames sampled at the same cost it {'gains' if short > sampled else 'loses'} "
+              f"{abs(short - sampled):.2f} dB.\n\n### Which way does it move?\n\n"
+              f"A Llama of two layers with random weights learns the answer from the tokens of {len(sets[0][1]):,} sliding windows "
+              f"over frames of the training clips ({questions} steps); {len(sets[1][1])} windows over held-out frames test it. "
+              f"Chance is {1 / len(DIRECTIONS):.0%}, with a standard error of {error:.1%}: what lies within two of them says "
+              "nothing.\n\n" + table(("tokens", "number", "right answers"), answers))
     figure, axes = new_figure(2)
     for name, values in curves.items():
         axes[0].plot(FRAMES, values, marker="o", label=name)
     axes[0].set(xlabel="frames", ylabel="PSNR of held-out frames, dB")
     axes[0].legend()
     shares = [float(share.rstrip("%")) for *_, share in answers]
-    axes[1].bar([name.replace(" ", "\n", 1) for name, *_ in answers], shares, color="#4063d8")
+    bars(axes[1], [name.replace(" ", "\n", 1) for name, *_ in answers], shares, "right directions, %")
     axes[1].axhline(100 / len(DIRECTIONS), color="grey", linestyle=":")
-    axes[1].set_ylabel("right directions, %")
     publish(options, "vtok", "VTok: T + S tokens against T * S", body, figure)
     return 0
 
