@@ -8,8 +8,8 @@ demo` shows some of them.
 
 AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average of the weights, which is what is saved.
 The loss is the mean absolute error, plus the mean squared error, plus the error of neighbouring pixels' differences (sharp edges
-cost more than flat ones), plus --aux times the model's own loss (of its quantiser, or of its Gaussian). VidTok's and Cosmos's
-papers add a perceptual network and a discriminator; there is neither here.
+cost more than flat ones), plus --aux times the model's own loss (of its quantiser, or of its Gaussian). The papers add a perceptual
+network and a discriminator: --lpips 1 (with torchvision and its weights of VGG-16), and --gan 0.2 --gan-start 20001.
 
 `--output FOLDER` gets `state.pt` (everything that --resume needs), `model.safetensors` (the averaged weights) and `loss.png`.
 Batches depend on the seed and the number of the step alone, so a resumed run sees what an uninterrupted one would have seen.
@@ -28,12 +28,14 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from initialise import initialise  # this and the next lie beside this file
+from adversary import Adversary, perceptual_distance  # this, initialise and training_data lie beside this file
+from initialise import initialise
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -43,6 +45,8 @@ from vtok_fast import metrics
 from vtok_fast.tokens import write_atomically
 from vtok_fast.video import read_video
 from vtok_fast.video_tokens import systems
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mse", type=float, default=2.0, help="weight of the squared error")
     parser.add_argument("--edges", type=float, default=0.2, help="weight of the error of neighbouring pixels' differences")
     parser.add_argument("--aux", type=float, help="weight of the model's own loss; default: as suits the model")
+    parser.add_argument("--lpips", type=float, default=0.0, help="weight of the perceptual distance; needs torchvision and weights")
+    parser.add_argument("--gan", type=float, default=0.0, help="weight of the adversarial term, a share of the reconstruction's "
+                        "gradient")
+    parser.add_argument("--gan-start", type=int, default=0, metavar="STEP", help="the first step with a discriminator")
+    parser.add_argument("--lecam", type=float, default=0.005, help="weight of the discriminator's LeCam term")
     parser.add_argument("--saturation", type=float, default=0.1, help="vidtok: weight of the penalty on latents where tanh is flat")
     parser.add_argument("--start", type=Path, metavar="FILE", help="begin with these weights")
     parser.add_argument("--train", choices=("all", "decoder"), default="all", help="what learns")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; fast where the CPU has the instructions")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="bfloat16 autocast; on a CPU fast where it has the instructions")
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--every", type=int, default=500, help="validate and save every so many steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -121,22 +132,29 @@ class State:
     model: torch.nn.Module
     average: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    adversary: Adversary | None = None
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     validations: list[list[float]] = field(default_factory=list)  # [step, PSNR in dB]
 
     def save(self, folder: Path) -> None:
-        state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
+        state = {**{name: part.state_dict() for name, part in self.parts().items()},
                  **{key: getattr(self, key) for key in ("step", "seconds", "losses", "validations")}}
         write_atomically(folder / "state.pt", lambda temporary: torch.save(state, temporary))
         self.average.save(folder / "model.safetensors")
         plot(self, folder / "loss.png")
 
+    def parts(self) -> dict:
+        names = ("model", "average", "optimizer", "adversary")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
+
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "state.pt", weights_only=True)
-        for name in ("model", "average", "optimizer"):
-            getattr(self, name).load_state_dict(state.pop(name))
+        if ("adversary" in state) != (self.adversary is not None):
+            raise ValueError(f"gan: the run in {folder} was {'made' if 'adversary' in state else 'not made'} with a discriminator")
+        for name, part in self.parts().items():
+            part.load_state_dict(state.pop(name))
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -154,7 +172,9 @@ def progress(options: argparse.Namespace, state: State) -> float:
     return max(by_steps, by_time)
 
 
-def loss_of(model: torch.nn.Module, x: Tensor, options: argparse.Namespace, step: int) -> Tensor:
+def loss_of(model: torch.nn.Module, x: Tensor, options: argparse.Namespace, step: int,
+            perceptual: Perceptual | None = None, adversary: Adversary | None = None) -> tuple[Tensor, Tensor]:
+    """The loss of a batch x, and its reconstruction."""
     latents: list[Tensor] = []
     if options.model == "vidtok" and options.saturation:
         handle = model.encoder.register_forward_hook(lambda module, args, z: latents.append(z.float()))
@@ -168,7 +188,12 @@ def loss_of(model: torch.nn.Module, x: Tensor, options: argparse.Namespace, step
         handle.remove()
         # Beyond 1.5 the bound of the quantiser is flat: no gradient leads back, and 8 levels become 2.
         aux = aux + options.saturation * F.relu(latents[-1].abs() - 1.5).square().mean()
-    return reconstruction_error(y, x, options.mse, options.edges) + aux
+    loss = reconstruction_error(y, x, options.mse, options.edges)
+    if perceptual is not None:
+        loss = loss + options.lpips * perceptual(y, x)
+    if adversary is not None and step >= options.gan_start:
+        loss = loss + adversary.term(y, loss)
+    return loss + aux, y
 
 
 def reconstruction_error(y: Tensor, x: Tensor, mse: float = 2.0, edges: float = 0.2) -> Tensor:
@@ -227,18 +252,21 @@ def train(options: argparse.Namespace, console: Console) -> State:
     options.output.mkdir(parents=True, exist_ok=True)
     kind = systems()[options.model]
     model = (kind(options.config) if options.start is None else kind.from_checkpoint(options.start, options.config)).train()
-    clips, validation = Clips(options.data, options.hold_out), validation_clips(options)
+    clips, validation, device = Clips(options.data, options.hold_out), validation_clips(options), torch.device(options.device)
     if options.model == "vidtok" and options.start is None:
         initialise(model, clips.sample(random.Random(options.seed), (8, *options.crop[0][1:])))
+    model.to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and (options.train == "all" or "decoder" in name))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay)
-    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
+    adversary = Adversary(weight=options.gan, lecam=options.lecam, lr=options.lr, device=device) if options.gan else None
+    perceptual = perceptual_distance() if options.lpips else None
+    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer, adversary)
     if options.resume:
         state.load(options.output)
     console.print(f"{options.model} {options.config}: {sum(p.numel() for p in learning):,} parameters learn, "
-                  f"{torch.get_num_threads()} threads, from step {state.step}")
+                  f"on {device} ({torch.get_num_threads()} threads), from step {state.step}")
     columns = (TextColumn("step {task.fields[step]:>6}  loss {task.fields[loss]:.4f}  held out {task.fields[psnr]} dB"),
                BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
@@ -246,7 +274,8 @@ def train(options: argparse.Namespace, console: Console) -> State:
         while progress(options, state) < 1.0 and state.step != options.stop:
             began = time.perf_counter()
             dice = random.Random(f"{options.seed} {state.step}")
-            loss = loss_of(model, clips.sample(dice, dice.choice(options.crop)), options, state.step)
+            x = clips.sample(dice, dice.choice(options.crop)).to(device, non_blocking=True)
+            loss, y = loss_of(model, x, options, state.step, perceptual, adversary)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(options, state)
             optimizer.zero_grad(set_to_none=True)
@@ -254,6 +283,8 @@ def train(options: argparse.Namespace, console: Console) -> State:
             norm = torch.nn.utils.clip_grad_norm_(learning, options.clip)
             if torch.isfinite(norm):  # one bad batch must not end a run
                 optimizer.step()
+                if adversary is not None and state.step >= options.gan_start:
+                    adversary.learn(y, x)
             state.step += 1
             update_average(state.average, model, options.ema, state.step)
             state.losses.append(loss.item())
@@ -261,7 +292,7 @@ def train(options: argparse.Namespace, console: Console) -> State:
             last = progress(options, state) >= 1.0 or state.step == options.stop
             if last or state.step % options.every == 0:
                 if validation is not None:
-                    state.validations.append([state.step, psnr(state.average, validation)])
+                    state.validations.append([state.step, psnr(state.average, validation.to(device))])
                     bar.update(task, psnr=f"{state.validations[-1][1]:.2f}")
                 state.save(options.output)
                 recent = state.losses[-options.every :]

@@ -102,7 +102,21 @@ def test_it_learns(data, tmp_path):
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
 
 
+def test_a_discriminator_learns_beside_it_and_is_resumed(data, tmp_path):
+    gan = ("--gan", 0.2, "--gan-start", 1, "--steps", 4, "--every", 2, "--data", data, *SMALL)
+    for folder, *more in (("whole",), ("parts", "--stop", 2), ("parts", "--resume")):
+        result = train("--output", tmp_path / folder, *more, *gan)
+        assert result.returncode == 0, result.stderr
+    whole, parts = (torch.load(tmp_path / folder / "state.pt", weights_only=True) for folder in ("whole", "parts"))
+    assert whole["losses"] == parts["losses"]
+    for key, value in whole["adversary"]["discriminator"].items():
+        assert torch.equal(value, parts["adversary"]["discriminator"][key])
+    result = train("--output", tmp_path / "parts", "--resume", "--steps", 6, "--data", data, *SMALL)
+    assert result.returncode == 1 and "with a discriminator" in result.stderr
+
+
 @pytest.mark.parametrize(("options", "message"), [
+    (("--lpips", 1), "lpips: "),
     (("--data", "nowhere"), "no video"),
     (("--hold-out", "other.mp4:0-17"), "hold_out='other.mp4'"),
     (("--hold-out", "two.mp4:0-9"), "fewer than"),
