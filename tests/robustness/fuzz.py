@@ -60,27 +60,35 @@ def native_calls(r: random.Random) -> Iterator[tuple[Callable[..., Any], list[An
     dtype = r.choice(DTYPES[:3])
     x = _video(r, (b, c, t, h, w), dtype)
     kernel = r.choice(((1, 1, 1), (1, 3, 3), (3, 3, 3), (2, 1, 3)))
-    o, pad = r.choice((1, 4, 16)), [kernel[0] - 1, 0, kernel[1] // 2, kernel[1] // 2, kernel[2] // 2, kernel[2] // 2]
-    size = [n + pad[2 * i] + pad[2 * i + 1] - kernel[i] + 1 for i, n in enumerate((t, h, w))]
+    stride, dilation = r.choice(((1, 1, 1), (1, 1, 1), (1, 2, 2), (2, 1, 3))), r.choice(((1, 1, 1), (1, 1, 1), (2, 1, 2)))
+    upsample, once = r.choice(((1, 1, 1), (1, 1, 1), (1, 2, 2), (2, 2, 1))), r.random() < 0.3
+    groups = c if c < 9 and r.random() < 0.2 else 1
+    o, pad = groups * r.choice((1, 4, 16)), [kernel[0] - 1, 0, kernel[1] // 2, kernel[1] // 2, kernel[2] // 2, kernel[2] // 2]
+    size = [(n * up - (once and i == 0) * (up - 1) + pad[2 * i] + pad[2 * i + 1] - d * (k - 1) - 1) // step + 1
+            for i, (n, up, d, k, step) in enumerate(zip((t, h, w), upsample, dilation, kernel, stride))]
     if min(size) > 0:
-        weight, bias = torch.randn(o, c, *kernel).to(dtype), torch.randn(o).to(dtype)
+        weight, bias = torch.randn(o, c // groups, *kernel).to(dtype), torch.randn(o).to(dtype)
         out = torch.empty(b, o, *size, dtype=dtype, memory_format=torch.channels_last_3d)
-        cache = r.choice((None, _video(r, (b, c, r.randint(1, 2), h, w), dtype)))
-        residual = r.choice((None, _video(r, tuple(out.shape), dtype)))
-        geometry = [(1, 1, 1), (1, 1, 1), 1, pad, r.randint(0, 2), r.randint(0, 2), (1, 1, 1), False]
+        cache = None if once else r.choice((None, _video(r, (b, c, r.randint(1, 2), h, w), dtype)))
+        residual = r.choice((None, torch.randn_like(out)))
+        geometry = [stride, dilation, groups, pad, r.randint(0, 2), r.randint(0, 2), upsample, once]
         yield lib.causal_conv3d, [x, weight, r.choice((None, bias)), cache, residual, out, *geometry, r.choice((None, 0.5)),
                                   r.randint(0, 1), r.choice((0, 1, 2, 4)), threads]
         yield lib.causal_conv3d_choice, [x, weight, out, *geometry, threads]
-    flags = [r.random() < 0.5 for _ in range(4)]
-    per_channel = torch.randn(c, dtype=torch.float32)
-    yield lib.norm_act, [x, per_channel, per_channel, None, None, r.choice((None, x)), torch.empty_like(x), *flags, 1, 1e-6, True,
-                         threads]
+    yield lib.set_weight_cache, [r.choice((0, 1, 2**20, 2**40))]
+    last, centred, over_positions, per_frame = (r.random() < 0.5 for _ in range(4))
+    x = x.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+    more = [r.choice((None, torch.randn(c))) for _ in range(2)] + [r.choice((None, torch.randn_like(x))) for _ in range(3)]
+    yield lib.norm_act, [x, *more, torch.empty_like(x), last, centred, over_positions, per_frame, r.choice((1, c)), 1e-6,
+                         r.random() < 0.5, threads]
     levels = [r.choice((2, 3, 5, 8, 64)) for _ in range(r.randint(1, 6))]
-    z = _video(r, (b, len(levels), t, h, w), r.choice(DTYPES[:4]))
+    z = _video(r, (b, len(levels), t, h, w), dtype)
     table = torch.linspace(-1, 1, max(levels) - 1).repeat(len(levels), 1)
     yield lib.fsq_quantize, [z, torch.empty_like(z), torch.empty(b, t, h, w, dtype=torch.int32), table, levels, 1, threads]
-    video = torch.randn(b, 3, 4, 8, 8)
-    yield lib.router_scores, [video, video + 1, torch.empty(b, 2, 2, 2), 2, 4, 4, threads]
+    grid, tokens_of = [r.randint(1, 3) for _ in range(3)], [r.randint(1, 4) for _ in range(3)]  # a token's sizes, and how many
+    sizes = [n * m for n, m in zip(grid, tokens_of)]
+    video = _video(r, (b, c, sizes[0] - grid[0] + 1, *sizes[1:]), dtype)
+    yield lib.router_scores, [video, torch.randn_like(video), torch.empty(b, *tokens_of), *grid, threads]
     n = r.choice((0, 1, 5, 300))
     scores, keep = torch.randn(b, n), torch.rand(b, n) < 0.5
     yield lib.select_tokens, [scores, torch.full((b,), n // 2, dtype=torch.int64), keep.view(torch.uint8), False, threads]
@@ -145,6 +153,7 @@ def _text(value: Any) -> str:
 
 
 def fuzz_native(r: random.Random) -> str:
+    native.lib().set_isa(r.choice(native.lib().supported_isas()))
     call, arguments = r.choice(list(native_calls(r)))
     arguments = mutated(r, arguments)
     LAST.write_text(" ".join([call.__name__, *map(_text, arguments)]) + "\n")  # should the process end here

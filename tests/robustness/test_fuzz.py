@@ -1,0 +1,72 @@
+"""The fuzzer itself: what it spoils was sound before, it finds what is planted, and a short run of each target holds."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtok_fast import native
+
+spec = importlib.util.spec_from_file_location("fuzz", Path(__file__).with_name("fuzz.py"))
+fuzz = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fuzz)
+needs_native = pytest.mark.skipif(native.lib() is None, reason="no native module")
+
+
+@pytest.fixture(autouse=True)
+def as_before(tmp_path, monkeypatch):
+    """A run changes settings of the native module, and notes its last case for whoever finds the process dead."""
+    monkeypatch.setattr(fuzz, "SEED", tmp_path / "seed")
+    monkeypatch.setattr(fuzz, "LAST", tmp_path / "call")
+    isa, bound = (native.lib().isa(), native.lib().weight_cache_stats()["bound"]) if native.lib() else (None, None)
+    yield
+    if native.lib():
+        native.lib().set_isa(isa)
+        native.lib().set_weight_cache(bound)
+
+
+@needs_native
+def test_calls_are_sound_before_they_are_spoilt():
+    """Of every entry point that takes tensors; but for pads too wide for `reflect`, which are refused."""
+    ran, refused = collections.Counter(), collections.Counter()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        for call, arguments in fuzz.native_calls(random.Random(seed)):
+            try:
+                call(*[native.arg(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+                ran[call.__name__] += 1
+            except ValueError as error:
+                assert "reflect" in str(error), f"{call.__name__}, seed {seed}: {error}"
+                refused[call.__name__] += 1
+    tensor = "tuple[int, int, tuple[int, ...], tuple[int, ...]]"  # how the module's signatures write one
+    taking = {name for name in dir(native.lib()) if tensor in str(getattr(native.lib(), name).__doc__)}
+    taking = {name for name in taking if "cuda" not in name and "sm90" not in name}
+    assert len(taking) > 8 and taking <= set(ran) and sum(refused.values()) < 10, (taking - set(ran), refused)
+
+
+@pytest.mark.parametrize("target", [pytest.param("native", marks=needs_native), "packed", "tokens", "results"])
+def test_a_short_run(target, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", target, "--cases", "150", "--seed", "11"])
+    assert fuzz.main() == 0
+    assert f"{target}: 150 cases from seed 11" in capsys.readouterr().out
+
+
+def test_what_a_reader_should_not_raise_ends_the_run_with_its_seed(monkeypatch, capsys):
+    """A reader that lets one damaged byte through as another kind of error."""
+    def fragile(r: random.Random) -> str:
+        if r.random() < 0.1:
+            raise IndexError("planted")
+        return "refused"
+
+    monkeypatch.setitem(fuzz.TARGETS, "packed", fragile)
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "packed", "--cases", "500", "--seed", "3"])
+    assert fuzz.main() == 1
+    seed = capsys.readouterr().out.split("--seed ")[1].split()[0]
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "packed", "--cases", "1", "--seed", seed])
+    assert fuzz.main() == 1
