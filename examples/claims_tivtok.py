@@ -22,7 +22,7 @@ SHAPE, FRAMES = (2, 16, 48, 48), (8, 16, 32, 64)
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(__doc__, argv)
-    clips, count = training_clips(options), steps(options, 450)
+    clips, count = training_clips(options), steps(options, 2500)
     videos = {frames: held_out(options, frames, 48, clips=4) for frames in FRAMES}
     scores, tokens = {}, {}
     for scope in ("sif", "dense"):

@@ -167,7 +167,16 @@ The loss of every training behind [the miniatures](results.md): tiny configurati
 core, written by `python examples/miniature.py`, which runs the scripts of all claims (one of them: `python
 examples/claims_tivtok.py`). The loss is the mean absolute error, twice the mean squared one, a fifth of that of neighbouring
 pixels' differences, and the model's own loss. Longer trainings, with checkpoints and averaged weights, are what
-`examples/train.py --model ...` is for.
+`examples/train.py` is for:
+
+```sh
+python examples/train.py --model tivtok --data clips --minutes 60                    # any of the systems, on a folder of clips
+python examples/train.py --model vidtok --data clips --steps 50000 --lpips 1 --gan 0.2 --gan-start 20001
+python examples/train.py --model vidtok --data clips --steps 30000 --stage 2 --start data/run/model.safetensors --output data/run2
+```
+
+The second adds the papers' perceptual network (torchvision's VGG-16, whose weights must be there: nothing is downloaded) and
+discriminator. The third is VidTok's second stage: the decoder alone, on crops of twice the height and width.
 
 TivTok and VTok would not learn at first: they came to the mean colour of a clip and stayed. Learned queries know nothing of
 places: attention is even, every token holds the mean of the clip, and the decoder spreads it evenly. Now tokens stand at the

@@ -14,9 +14,9 @@ network and a discriminator: --lpips 1 (with torchvision and its weights of VGG-
 `--output FOLDER` gets `state.pt` (everything that --resume needs), `model.safetensors` (the averaged weights) and `loss.png`.
 Batches depend on the seed and the number of the step alone, so a resumed run sees what an uninterrupted one would have seen.
 
-VidTok's two stages: train a model, then its decoder alone, on larger crops:
+VidTok's two stages: train a model, then its decoder alone, on crops of twice the height and width:
 
-    python examples/train.py --model vidtok --start data/run/model.safetensors --train decoder --crop 1x9x96x96 --output ...
+    python examples/train.py --model vidtok --stage 2 --start data/run/model.safetensors --output ...
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lecam", type=float, default=0.005, help="weight of the discriminator's LeCam term")
     parser.add_argument("--saturation", type=float, default=0.1, help="vidtok: weight of the penalty on latents where tanh is flat")
     parser.add_argument("--start", type=Path, metavar="FILE", help="begin with these weights")
-    parser.add_argument("--train", choices=("all", "decoder"), default="all", help="what learns")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="2: from --start, the decoder alone, on crops "
+                        "of twice the height and width")
+    parser.add_argument("--train", choices=("all", "decoder"), help="what learns; default: as the stage says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                         help="bfloat16 autocast; on a CPU fast where it has the instructions")
@@ -111,8 +113,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.steps is None and options.minutes is None:
         parser.error("give --steps or --minutes")
+    if options.stage == 2 and options.start is None:
+        parser.error("--stage 2 needs the weights of stage 1: --start FILE")
     recipe = RECIPES[options.model]
-    options.crop = options.crop or recipe.crops
+    options.train = options.train or ("all", "decoder")[options.stage - 1]
+    options.crop = options.crop or [(b, t, options.stage * h, options.stage * w) for b, t, h, w in recipe.crops]
     options.aux = recipe.aux if options.aux is None else options.aux
     options.lr = recipe.lr if options.lr is None else options.lr
     return options

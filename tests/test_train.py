@@ -86,13 +86,18 @@ def test_every_model_trains(data, tmp_path, model):
     assert saved.config.name == "tiny" and len(fresh["losses"]) == 2 and all(0 < loss < 100 for loss in fresh["losses"])
 
 
-def test_the_second_stage_trains_the_decoder_alone(run, data, tmp_path):
+def test_the_second_stage_trains_the_decoder_alone(run, data, tmp_path, monkeypatch):
     start = run[0] / "model.safetensors"
-    result = train("--data", data, "--output", tmp_path, "--steps", 2, "--start", start, "--train", "decoder", *SMALL)
+    result = train("--data", data, "--output", tmp_path, "--steps", 2, "--start", start, "--stage", 2, *SMALL)
     assert result.returncode == 0, result.stderr
     before, after = (VidTok.from_checkpoint(file).state_dict() for file in (start, tmp_path / "model.safetensors"))
     changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
     assert changed == {"decoder"}
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    arguments = importlib.import_module("train").arguments
+    second, first = (arguments([*words, "--steps", "1"]).crop for words in (["--stage", "2", "--start", "x"], []))
+    assert [(b, t, h // 2, w // 2) for b, t, h, w in second] == [*first]
+    assert "--start" in train("--stage", 2, "--steps", 1).stderr
 
 
 def test_it_learns(data, tmp_path):
