@@ -114,6 +114,13 @@ def test_another_version_has_another_name(tmp_path, monkeypatch):
     assert hub.write(tmp_path / "b", ["torch-cpu"], []) != first
 
 
+def test_the_command_writes_every_variant(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hub.py", str(tmp_path / "out")])
+    hub.main()
+    said, variants = capsys.readouterr().out, {path.name for path in (tmp_path / "out" / "build").iterdir()}
+    assert variants == {"torch-cpu", "torch-cuda", hub.variant_here()} and all(name in said for name in variants)
+
+
 def test_tuned_tables_come_along_where_the_dispatcher_looks(tmp_path, monkeypatch):
     plain = hub.write(tmp_path / "a", ["torch-cpu"], [])
     (tmp_path / "tables").mkdir()
