@@ -91,7 +91,7 @@ def perceptual_distance() -> Callable[[Tensor, Tensor], Tensor]:
     try:
         import torchvision  # noqa: F401
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # a torchvision made for another torch says the second
         raise ValueError(f"lpips: {error}; needs torchvision and torchmetrics") from error
     folder = Path(torch.hub.get_dir(), "checkpoints")
     if not list(folder.glob("vgg16-*.pth")):
