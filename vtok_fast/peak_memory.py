@@ -64,24 +64,34 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def settled() -> int:
+    """Returns what is resident, in bytes, after what is free has been given back; from here :func:`highest` starts again."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def highest() -> int:
+    """The most that was resident at a time since :func:`settled`, in bytes."""
+    return _resident("VmHWM")
+
+
 def of_pass(model: Any, encode: Callable[[], Any], decode: Callable[[Any], Any]) -> dict[str, float]:
     """Runs both, and returns what :func:`measure` does; the model is loaded and swapped, the video made."""
     import torch
 
     from vtok_fast import native
 
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what loading freed is not part of the model
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    loaded = _resident("VmRSS")
+    loaded = settled()  # what loading freed is not part of the model
     with torch.inference_mode():
         start = time.perf_counter()
         encoded = encode()
         middle = time.perf_counter()
         decode(encoded)
         end = time.perf_counter()
-    return {"peak": _resident("VmHWM") - loaded, "loaded": loaded, "seconds": end - start, "encode_seconds": middle - start,
+    return {"peak": highest() - loaded, "loaded": loaded, "seconds": end - start, "encode_seconds": middle - start,
             "weight_cache": native.lib().weight_cache_stats()["bytes"] if native.lib() else 0,
             "model": sum(p.numel() * p.element_size() for p in model.parameters())}
 

@@ -1,5 +1,6 @@
 """Measuring on a GPU, in place of which a clock stands; cuDNN by its own frontend; the roofline."""
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -27,7 +28,7 @@ TINY = Settings(quick=True, min_rounds=3, min_seconds=0.0, max_seconds=1.0)
 
 class FakeCuda:
     """What DeviceTimer asks of torch.cuda. ``milliseconds`` passes while calls work; reading an event before the device has been
-    waited for is an error, as it is on a GPU."""
+    waited for is an error, as it is on a GPU. Nothing works while a graph is captured; its replay does what was captured."""
 
     def __init__(self, cache=1 << 12):
         self.milliseconds, self.waited, self.cache, self.now, self.most = 0.0, 0, cache, 100, 0
@@ -44,7 +45,21 @@ class FakeCuda:
                 assert fake.waited > end.order, "not waited for"
                 return end.at - self.at
 
-        self.Event = Event
+        class CUDAGraph:
+            def replay(self):
+                fake.milliseconds += self.work
+
+        self.Event, self.CUDAGraph, self.Stream = Event, CUDAGraph, lambda: self
+        self.current_stream, self.stream = lambda: self, contextlib.nullcontext
+
+    def wait_stream(self, other):
+        pass
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        before = self.milliseconds
+        yield
+        graph.work, self.milliseconds = self.milliseconds - before, before
 
     def get_device_properties(self, device):
         return type("Properties", (), {"L2_cache_size": self.cache})
@@ -88,6 +103,38 @@ def test_events_measure_what_lies_between_them(cuda):
     assert set(seen) - {x.data_ptr()} and len(set(seen)) <= 8
 
 
+def test_a_graph_is_timed_where_it_is_asked_for_and_can_be_captured(cuda):
+    calls = []
+
+    def work(x):
+        calls.append(x)
+        cuda.milliseconds += 3.0
+
+    def waits(x):
+        cuda.milliseconds += 2.0
+        if len(calls) > 0 and calls[-1] == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    x = torch.randn(8)
+    assert "graph_seconds" not in harness.interleave([Candidate("a", work, inputs=(x,))], TINY)[1]["a"]
+    wish = replace(TINY, graphs=True)
+    before = len(calls)
+    seconds, extras = harness.interleave([Candidate("a", work, inputs=(x,))], wish)
+    assert extras["a"]["graph_seconds"] == pytest.approx(3e-3) and extras["a"]["host_seconds"] > 0
+    assert before < len(calls) < before + 100  # a replay does not call
+    inside = cuda.graph
+
+    @contextlib.contextmanager
+    def capture(graph):
+        calls.append("capture")
+        with inside(graph):
+            yield
+
+    cuda.graph = capture
+    extras = harness.interleave([Candidate("b", waits, inputs=(x,))], wish)[1]["b"]
+    assert extras["no_graph"] == "operation not permitted when stream is capturing" and "graph_seconds" not in extras
+
+
 def test_inputs_rotate_until_they_fill_the_cache(cuda):
     timer = timers.DeviceTimer("cpu")
     big, small, tiny = torch.randn(1 << 12), torch.randn(64, 8), torch.randn(4)
@@ -98,9 +145,9 @@ def test_inputs_rotate_until_they_fill_the_cache(cuda):
 
 
 def test_a_twin_has_the_same_strides():
-    part = torch.randn(2, 6, 4)[:, ::2].transpose(1, 2)
-    other = timers.twin(part)
-    assert other.stride() == part.stride() and torch.equal(other, part) and other.data_ptr() != part.data_ptr()
+    for part in (torch.randn(2, 6, 4)[:, ::2].transpose(1, 2), torch.randn(2, 1, 4).expand(2, 3, 4), torch.randn(())):
+        other = timers.twin(part)
+        assert other.stride() == part.stride() and torch.equal(other, part) and other.data_ptr() != part.data_ptr()
 
 
 def test_what_a_gpu_run_records(cuda, monkeypatch):

@@ -50,6 +50,10 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="Few, small cases and few rounds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Also what takes minutes.")] = False,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Without torch.compile and FlexAttention.")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="On a GPU also the replay of each call as a CUDA graph, without the "
+                                                          "host's launches.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="On a CPU also the peak memory of each call, in a process of its own "
+                                                          "(on a GPU it always stands there).")] = False,
     seconds: Annotated[float | None, typer.Option(help="Measure each case for at least so long.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
@@ -69,7 +73,7 @@ def run(
     if torch.device(device).type == "cuda" and not dry_run and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch sees no GPU")
     settings = harness.Settings.of(quick=quick, full=full, seconds=seconds, device=device, dtype=dtype_of(dtype),
-                                   compile=not no_compile)
+                                   compile=not no_compile, graphs=graphs, memory=memory)
     wish = None
     given = (shape, kernel, stride, channels, time_mode, kind, groups, levels, numbers)
     if any(value is not None for value in given) or compiled:

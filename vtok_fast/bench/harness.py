@@ -34,7 +34,8 @@ MOST_REPEATS = 1 << 14
 class Settings:
     """What to measure on, and how long. A trial ends after ``min_rounds`` and ``min_seconds``, or past ``max_seconds``, but never
     before three rounds. ``dtype`` None: each case's own, which is float32 on a CPU and bfloat16 on a GPU. ``compile``: whether
-    ``torch.compile`` and FlexAttention, which take long to start, are among the peers."""
+    ``torch.compile`` and FlexAttention, which take long to start, are among the peers. ``graphs``: on a GPU also the time of a
+    replay as a CUDA graph. ``memory``: on a CPU also the peak memory, in a process of its own (a GPU tells it anyway)."""
 
     quick: bool = False
     full: bool = False
@@ -44,16 +45,18 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     compile: bool = True
+    graphs: bool = False
+    memory: bool = False
 
     @classmethod
     def of(cls, *, quick: bool = False, full: bool = False, seconds: float | None = None, device: str = "cpu",
-           dtype: torch.dtype | None = None, compile: bool = True) -> Settings:
+           dtype: torch.dtype | None = None, compile: bool = True, graphs: bool = False, memory: bool = False) -> Settings:
         if torch.device(device).type == "cuda":  # a GPU does not share its time: fewer seconds do
             rounds, least, most = (5, 0.02, 5.0) if quick else (15, 0.3, 20.0)
         else:
             rounds, least, most = (3, 0.1, 10.0) if quick else (9, 2.0, 60.0)
         least = least if seconds is None else seconds
-        return cls(quick, full, rounds, least, max(most, least), device, dtype, compile)
+        return cls(quick, full, rounds, least, max(most, least), device, dtype, compile, graphs, memory)
 
     @property
     def on_gpu(self) -> bool:
@@ -115,8 +118,8 @@ def pin_allocator() -> None:
 
 def interleave(candidates: Sequence[Candidate], settings: Settings) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
     """Seconds per call of each candidate in each round; and what else its timer tells: page faults per call on a CPU, peak memory
-    in bytes and the host's seconds per call on a GPU."""
-    timer = timers.DeviceTimer(settings.device) if settings.on_gpu else timers.HostTimer()
+    in bytes, the host's seconds per call and those of a replay as a CUDA graph on a GPU."""
+    timer = timers.DeviceTimer(settings.device, graphs=settings.graphs) if settings.on_gpu else timers.HostTimer()
     calls, repeats = {}, {}
     for c in candidates:  # warm-up: two calls each, the second one tells how often to repeat
         if c.prepare:

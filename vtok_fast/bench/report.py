@@ -182,7 +182,8 @@ def _spread(r: dict[str, float] | None) -> str:
 # What was measured of ours beside its time: heading, key, and how to print it.
 _RATES: list[tuple[str, str, Callable[[float], str]]] = [
     ("GB/s", "gb_s", "{:.3g}".format), ("TFLOP/s", "tflop_s", "{:.3g}".format), ("of roofline", "roofline", "{:.0%}".format),
-    ("peak MB", "peak_bytes", lambda n: f"{n / 1e6:.0f}"), ("host ms", "host_seconds", lambda s: f"{s * 1e3:.2g}")]
+    ("graph ms", "graph_seconds", _ms), ("peak MB", "peak_bytes", lambda n: f"{n / 1e6:.0f}"),
+    ("host ms", "host_seconds", lambda s: f"{s * 1e3:.2g}")]
 
 # Facts of a case that get a column of their own: heading, and how to print the record.
 _COLUMNS: dict[str, list[tuple[str, Callable[[dict], str]]]] = {

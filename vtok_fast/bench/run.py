@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vtok_fast.bench import ceilings, harness, machine, report
+from vtok_fast.bench import ceilings, harness, machine, memory, report
 from vtok_fast.bench.harness import Settings
 from vtok_fast.bench.own import Own
 
@@ -81,11 +81,11 @@ def run(chosen: Chosen, settings: Settings, *, file: str | os.PathLike | None = 
     limits = ceilings.measure(settings)
     say(ceilings.line(limits))
     for name, case in chosen:
-        memory = getattr(case, "memory", False)
-        kept = sections.setdefault("memory" if memory else name, new_section(settings, limits))
+        of_memory = getattr(case, "memory", False)
+        kept = sections.setdefault("memory" if of_memory else name, new_section(settings, limits))
         try:
-            record = {"case": str(case), "variants": section(name).memory(case)} if memory else measure(name, case, settings,
-                                                                                                        limits)
+            record = {"case": str(case), "variants": section(name).memory(case)} if of_memory else measure(name, case, settings,
+                                                                                                           limits)
         except (harness.Missing, RuntimeError, MemoryError) as error:  # out of memory, most of the time
             kept["failed"][str(case)] = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             say(f"{name}: {case}: not measured: {kept['failed'][str(case)]}")
@@ -114,4 +114,7 @@ def new_section(settings: Settings, limits: dict[str, Any] | None) -> dict[str, 
 def measure(name: str, case: Any, settings: Settings, limits: dict[str, Any] | None) -> dict[str, Any]:
     """The record of one case. Raises Missing where it cannot run here."""
     record = harness.measure(section(name).build(case, settings), settings, limits)
+    if settings.memory and not settings.on_gpu:  # on a GPU it stands there already
+        for candidate, peak in memory.of_case(name, case, settings).items():
+            record["seconds"][candidate]["peak_bytes"] = peak
     return record | ({"clocks": machine.clocks(settings.device)} if settings.on_gpu else {})

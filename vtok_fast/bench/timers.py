@@ -3,7 +3,7 @@
 On a GPU every timed call finds the L2 cache filled with other data and, where they are small, other copies of its inputs than the
 call before: a kernel in a model seldom finds its inputs in the cache. The pass that fills the cache also gives the host the time
 to queue the call's launches, so that their cost is not measured unless they take longer than it; ``host_seconds`` says how long
-the host needs.
+the host needs. A replay of the call as a CUDA graph (``graph_seconds``, where it is asked for) has no launches of the host at all.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class HostTimer:
         self._faults[name].append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / repeats)
         return seconds
 
-    def extras(self, name: str, call: Call) -> dict[str, float]:
+    def extras(self, name: str, call: Call) -> dict[str, Any]:
         return {"page_faults": statistics.fmean(self._faults[name])}
 
 
@@ -54,9 +54,10 @@ class DeviceTimer:
     MOST_SETS = 8
     LEAST_FLUSH = 256 << 20  # bytes
     MOST_REPEATS = 50
+    REPLAYS = 25
 
-    def __init__(self, device: str, cuda: Any = torch.cuda) -> None:
-        self._cuda, self._next = cuda, 0
+    def __init__(self, device: str, cuda: Any = torch.cuda, *, graphs: bool = False) -> None:
+        self._cuda, self._next, self._graphs = cuda, 0, graphs
         self._cache = int(getattr(cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
         self._flush = torch.zeros(max(2 * self._cache, self.LEAST_FLUSH) // 4, dtype=torch.float32, device=device)
         self._host: dict[str, list[float]] = defaultdict(list)
@@ -88,16 +89,39 @@ class DeviceTimer:
         self._host[name].append(statistics.median(host))
         return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1e-3
 
-    def extras(self, name: str, call: Call) -> dict[str, float]:
-        """What one call takes of torch's allocator at its peak, its result included; and the host's time per call."""
+    def extras(self, name: str, call: Call) -> dict[str, Any]:
+        """What one call takes of torch's allocator at its peak, its result included; the host's time per call; and the seconds of
+        a replay, or why there is no graph."""
         self._cuda.synchronize()
         self._cuda.reset_peak_memory_stats()
         before = self._cuda.memory_allocated()
         call()
         self._cuda.synchronize()
-        return {"peak_bytes": self._cuda.max_memory_allocated() - before, "host_seconds": statistics.median(self._host[name])}
+        found = {"peak_bytes": self._cuda.max_memory_allocated() - before, "host_seconds": statistics.median(self._host[name])}
+        return found | (self._replayed(call) if self._graphs else {})
+
+    def _replayed(self, call: Call) -> dict[str, Any]:
+        """A call that waits for the device, or allocates outside of torch's allocator, cannot be captured."""
+        graph, side = self._cuda.CUDAGraph(), self._cuda.Stream()
+        try:
+            side.wait_stream(self._cuda.current_stream())
+            with self._cuda.stream(side):  # as capture wants it: what is made at a first call is made on another stream
+                call()
+            self._cuda.current_stream().wait_stream(side)
+            with self._cuda.graph(graph):
+                held = call()  # the graph's memory lives as long as what is in it
+        except Exception as error:  # whatever the driver and the libraries of peers may say
+            self._cuda.synchronize()
+            return {"no_graph": (str(error).strip().splitlines() or [type(error).__name__])[0][:200]}
+        host, self._host = self._host, defaultdict(list)
+        seconds = self.sample([graph.replay], self.REPLAYS)
+        self._host = host
+        del held
+        return {"graph_seconds": seconds}
 
 
 def twin(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, also where the tensor is part of a larger one."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    """A copy with the same strides, also where the tensor is part of a larger one, or an expanded one."""
+    once = tensor[tuple(slice(1 if step == 0 else None) for step in tensor.stride())]
+    copy = torch.empty_strided(once.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(once)
+    return copy.expand(tensor.shape)
