@@ -42,6 +42,52 @@ def test_lpips_is_none_without_weights(monkeypatch, tmp_path):
     assert metrics.lpips(*videos(0.1)) is None
 
 
+# ---- Frechet distances ---------------------------------------------------------------------------------------------------------
+
+
+def gaussian(n: int, mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Samples whose mean and covariance are these, not only in expectation."""
+    x = torch.randn(n, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    x = x - x.mean(0)
+    white = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+    return white @ torch.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    a, b = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([1.5, 2.0, 1.0]).double()
+    variances = torch.tensor([1.0, 4.0, 0.25]).double(), torch.tensor([9.0, 4.0, 1.0]).double()
+    found = metrics.frechet_distance(gaussian(50, a, variances[0].diag()), gaussian(80, b, variances[1].diag()))
+    want = (a - b).square().sum() + (variances[0].sqrt() - variances[1].sqrt()).square().sum()  # they commute
+    assert found == pytest.approx(want.item(), rel=1e-9)
+    one, other = (m @ m.T + torch.eye(3) for m in torch.randn(2, 3, 3, dtype=torch.float64))
+    root = torch.linalg.eigvals(one @ other).sqrt().real.sum()  # they do not
+    found = metrics.frechet_distance(gaussian(50, a, one).float(), gaussian(80, a, other).float())
+    assert found == pytest.approx((one.trace() + other.trace() - 2 * root).item(), rel=1e-4)
+    x = gaussian(50, a, one)
+    assert metrics.frechet_distance(x, x) == pytest.approx(0.0, abs=1e-9)
+    assert metrics.frechet_distance(x[:, :1], x[:, :1] + 2) == pytest.approx(4.0)
+
+
+def test_fvd_is_that_of_the_features():
+    clips = torch.randn(40, 3, 4, 8, 8)
+    features = lambda x: x.mean((2, 3, 4))
+    found = metrics.fvd(clips.split(16), [clips * 2 + 1], features)
+    assert found == pytest.approx(metrics.frechet_distance(features(clips), features(clips * 2 + 1)), rel=1e-5)
+
+
+def test_frechet_distances_refuse_what_they_cannot_be_of():
+    x = torch.randn(20, 3)
+    for bad in (x[:1], x[:, :2], x[0], torch.full((20, 3), math.nan)):
+        with pytest.raises(ValueError, match="generated: features"):
+            metrics.frechet_distance(x, bad)
+    with pytest.warns(RuntimeWarning, match="of 3 samples in 3 dimensions"):
+        metrics.frechet_distance(x[:3], x)
+    with pytest.raises(ValueError, match="real: no clips"):
+        metrics.fvd([], [x], lambda x: x)
+    with pytest.raises(ValueError, match=r"features: of shape \(20,\) for 20 clips"):
+        metrics.fvd([x], [x], lambda x: x[:, 0])
+
+
 def tokens(indices: torch.Tensor) -> Tokens:
     return Tokens("a/b", {}, (4, 16, 16), torch.float32, indices=indices.to(torch.int32))
 

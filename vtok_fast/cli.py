@@ -1,4 +1,4 @@
-"""The command `vtok-fast`: info, doctor, demo, check, bench (in bench/cli.py), tune, tokenize, detokenize.
+"""The command `vtok-fast`: info, doctor, demo, check, bench (in bench/cli.py), tune, tokenize, detokenize, score.
 
 Whatever needs torch is imported inside the commands, so that `doctor` and `--help` work without it.
 """
@@ -157,6 +157,40 @@ def detokenize(
         print(f"{output}: {facts['frames']} frames of {'x'.join(map(str, facts['size']))}")
 
 
+@app.command()
+def score(
+    original: Annotated[Path, typer.Argument(help="The video that was tokenised.")],
+    reconstruction: Annotated[Path, typer.Argument(help="What detokenize made of it.")],
+    tokens: Annotated[Path | None, typer.Option(help="The tokens between: bits per pixel and use of the codebook too.")] = None,
+    size: Annotated[str | None, typer.Option(help="The --size that it was tokenised with. Default: by the reconstruction.")] = None,
+    fvd_network: Annotated[Path | None,
+                           typer.Option(help="A TorchScript network (I3D) of yours: FVD of the clips of 16 frames too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a reconstructed video with its original: PSNR, SSIM, LPIPS where its weights are, and what the tokens cost."""
+    from vtok_fast.score import score as measure
+
+    with _progress(as_json, "frames") as progress:
+        found = measure(original, reconstruction, tokens=tokens, size=None if size is None else _pixels(size),
+                        fvd_network=fvd_network, progress=progress)
+    if as_json:
+        _print_json(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    forms: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "psnr": ("PSNR, dB", "{:.2f}".format), "ssim": ("SSIM", "{:.4f}".format), "lpips": ("LPIPS", "{:.4f}".format),
+        "no_lpips": ("LPIPS", "not measured: {}".format), "fvd": ("FVD", "{:.1f}".format), "clips": ("clips of FVD", str),
+        "tokens": ("tokens", "{:,}".format), "bits_per_pixel": ("bits per pixel", "{:.4f}".format),
+        "codebook_used": ("codebook used", "{:.1%}".format), "perplexity": ("codebook perplexity", "{:.1f}".format)}
+    table = Table("measure", "value", title=f"{found['frames']} frames of {'x'.join(map(str, found['size']))}")
+    for key, (name, form) in forms.items():
+        if key in found:
+            table.add_row(name, form(found[key]))
+    Console().print(table)
+
+
 def _pixels(text: str) -> int | tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
@@ -222,16 +256,17 @@ def check(
 
 @app.command()
 def tune(
-    model: Annotated[str, typer.Argument(help="vidtok/CONFIG, or a model of another library, as 'Wan 2.1'.")] = "vidtok/tiny",
+    model: Annotated[str, typer.Argument(help="vidtok/CONFIG, a model of another library, as 'Wan 2.1', or an op for its "
+                                              "workloads, as scope_attention.")] = "vidtok/tiny",
     size: Annotated[str | None, typer.Option(help="The video, TxHxW.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16. Default: fp32 on a CPU, bf16 on a GPU.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: a GPU where there is one.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds, a small video.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: the user's cache, where it is found.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the classes of convolutions.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the classes.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the ways to run a model's convolutions on this machine, and remember the fastest for the dispatcher."""
+    """Measure the ways to run a model's layers on this machine, and remember the fastest for the dispatcher."""
     from vtok_fast import tune as tuner
     from vtok_fast.bench.cli import dtype_of, stdout_for_json
     from vtok_fast.bench.harness import Settings
@@ -247,9 +282,10 @@ def tune(
     if as_json:
         _print_json(result)
     elif dry_run:
-        print("\n".join(result["classes"]))
+        print("\n".join(f"{op}: {key}" for op, keys in result["classes"].items() for key in keys))
     else:
-        print(f"{len(result['entries'])} of {len(result['classes'])} classes are faster tuned; in {result['file']}")
+        faster, classes = (sum(map(len, result[name].values())) for name in ("entries", "classes"))
+        print(f"{faster} of {classes} classes are faster tuned; in {result['file']}")
 
 
 if __name__ == "__main__":

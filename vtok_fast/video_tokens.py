@@ -82,7 +82,7 @@ def tokenize(video: str | os.PathLike, output: str | os.PathLike, model: nn.Modu
             part = job.part(index, "safetensors")
             frames += count
             if not part.is_file():
-                x = to_float(_centre(read(), height, width)).to(parameter.device, parameter.dtype)
+                x = to_float(centre(read(), height, width)).to(parameter.device, parameter.dtype)
                 x = torch.cat((x, x[:, -1:].expand(-1, window - x.shape[1], -1, -1)), 1)
                 encoded = model.encode(x[None], **choice)
                 job.start()
@@ -179,6 +179,7 @@ def _frame(height: int, width: int, size: int | tuple[int, int] | None, factor: 
     return cut
 
 
-def _centre(video: Tensor, height: int, width: int) -> Tensor:
+def centre(video: Tensor, height: int, width: int) -> Tensor:
+    """The middle of the frames of a video (C, T, H, W)."""
     top, left = (video.shape[2] - height) // 2, (video.shape[3] - width) // 2
     return video[:, :, top : top + height, left : left + width]

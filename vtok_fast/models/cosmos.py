@@ -21,7 +21,7 @@ from vtok_fast.models.cosmos_checkpoint import fit_constants, read_cosmos
 from vtok_fast.models.cosmos_configs import CosmosConfig
 from vtok_fast.models.cosmos_networks import Decoder, Encoder
 from vtok_fast.models.cosmos_quantizers import FSQuantizer, Identity
-from vtok_fast.models.tokenizer import METADATA_KEY, Tokenizer
+from vtok_fast.models.tokenizer import Tokenizer
 from vtok_fast.models.vidtok import Reconstruction
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.models.vidtok_regularizers import KLRegularizer
@@ -51,7 +51,7 @@ class CosmosBase(Tokenizer):
 
     @classmethod
     def read_checkpoint(cls, path: Path):
-        return read_cosmos(path, METADATA_KEY)
+        return read_cosmos(path)
 
     def fit_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return fit_constants(weights, self.state_dict())

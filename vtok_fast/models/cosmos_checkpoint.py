@@ -16,9 +16,9 @@ CONSTANTS = ("wavelets", "_arange", "patch_size_buffer", "_levels", "_basis", "i
 NETWORK = "network."
 
 
-def read_cosmos(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_cosmos(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of a state dict, of a released TorchScript file (.jit: the model, or its encoder or decoder alone), or of a
-    folder with encoder.jit and decoder.jit; and the JSON under `key` that a file of our own holds.
+    folder with encoder.jit and decoder.jit; and `system` and `config` of a file of our own.
 
     Where keys start with "network.", as those of predict1 and InfoTok do, these are the ones that are read, and not the "ema."
     beside them.
@@ -30,7 +30,7 @@ def read_cosmos(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]
         return parts[0] | parts[1], None
     if path.suffix == ".jit":
         return _read_jit(path), None
-    weights, stored = read_weights(path, key)
+    weights, stored = read_weights(path)
     network = {name.removeprefix(NETWORK): value for name, value in weights.items() if name.startswith(NETWORK)}
     return network or weights, stored
 

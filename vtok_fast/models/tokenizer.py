@@ -13,11 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vtok_fast.models.vidtok_checkpoint import check_weights, read_weights
+from vtok_fast.models.vidtok_checkpoint import METADATA_KEY, check_weights, read_weights
 from vtok_fast.models.vidtok_checks import check_finite, check_video
 from vtok_fast.tokens import Tokens, write_atomically
-
-METADATA_KEY = "vtok_fast_model"  # of the .safetensors files: system and configuration, as JSON
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class Tokenizer(nn.Module):
     @classmethod
     def read_checkpoint(cls, path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """The tensors of a file, and what `save` stored beside them; a system with file formats of its own overrides it."""
-        return read_weights(path, METADATA_KEY)
+        return read_weights(path)
 
     def fit_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file under this model's keys; a system whose releases differ in their keys overrides it."""

@@ -14,23 +14,17 @@ How many frames come back. A factor-4 model makes one latent frame of 4 frames:
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vtok_fast.models.vidtok_checkpoint import METADATA_KEY, check_weights, read_weights
-from vtok_fast.models.vidtok_checks import check_finite, check_video
-from vtok_fast.models.vidtok_configs import VidTokConfig, get_config
+from vtok_fast.models.tokenizer import Tokenizer
+from vtok_fast.models.vidtok_checks import check_finite
+from vtok_fast.models.vidtok_configs import VidTokConfig
 from vtok_fast.models.vidtok_networks import Decoder, Encoder
 from vtok_fast.models.vidtok_regularizers import FSQRegularizer, KLRegularizer
-from vtok_fast.tokens import Tokens, write_atomically
-
-SYSTEM = "vidtok"
+from vtok_fast.tokens import Tokens
 
 
 class Reconstruction(NamedTuple):
@@ -43,7 +37,7 @@ class Reconstruction(NamedTuple):
     loss: Tensor
 
 
-class VidTok(nn.Module):
+class VidTok(Tokenizer):
     """A VidTok. State-dict keys are those of the official checkpoints.
 
     Args:
@@ -53,22 +47,23 @@ class VidTok(nn.Module):
     Raises ValueError for an unknown name or an impossible structure.
     """
 
-    system = SYSTEM
+    system, Config = "vidtok", VidTokConfig
 
     def __init__(self, config: str | VidTokConfig | dict[str, Any] | None = None, **fields: Any):
-        super().__init__()
-        if config is not None and fields:
-            raise ValueError(f"config={config!r}: give a configuration or its fields ({', '.join(fields)}), not both")
-        self.config = get_config(fields if config is None else config)
+        super().__init__(config, **fields)
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
         self.regularization = _make_regularizer(self.config)
+        if self.config.regularizer == "fsq":
+            self.codebook_size = self.regularization.codebook_size
+        else:
+            self.latent_channels = self.config.z_channels
 
     # Whole videos
 
     def forward(self, video: Tensor) -> Tensor:
         """Reconstruct video (B, C, T, H, W); differentiable. For a Gaussian latent the mean is used. See `encode` for errors."""
-        self._check_video(video)
+        self.check_video(video)
         codes = self.regularization(self.encoder(video)).codes
         return self._decode_codes(codes, video.shape[2])
 
@@ -77,7 +72,7 @@ class VidTok(nn.Module):
 
         In training mode a Gaussian latent is sampled, otherwise the mean is used.
         """
-        self._check_video(video)
+        self.check_video(video)
         z = self.encoder(video)
         options = {"sample": self.training} if self.config.regularizer == "kl" else {}
         codes, indices, loss = self.regularization(z, step=step, **options)
@@ -89,9 +84,9 @@ class VidTok(nn.Module):
 
         Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, an empty batch, NaN or infinity.
         """
-        self._check_video(video)
+        self.check_video(video)
         check_finite("video", video)
-        return self._tokens(self.encoder(video), video)
+        return self.tokens_of(self.encoder(video), video)
 
     @torch.no_grad()
     def decode(self, tokens: Tokens) -> Tensor:
@@ -99,7 +94,7 @@ class VidTok(nn.Module):
 
         Raises TypeError if tokens are none, ValueError if they come from another kind of model or do not fit their own description.
         """
-        return self._decode_codes(self._codes(tokens), tokens.video_shape[0]).to(tokens.dtype)
+        return self._decode_codes(self.codes_of(tokens), tokens.video_shape[0]).to(tokens.dtype)
 
     def stream(self):
         """Encode and decode a video chunk by chunk; see `VidTokStream`. Raises ValueError for a non-causal model."""
@@ -108,96 +103,29 @@ class VidTok(nn.Module):
         return VidTokStream(self)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(t, h, w) of a video of that size."""
+        """(t, h, w) of a video of that size: one token each (a latent position, for a Gaussian latent)."""
         factor = self.config.time_downsample_factor
         if self.config.causal and frames % factor:
             frames += factor - 1  # version 1.1 adds fewer; the quotient is the same
         return frames // factor, height // self.config.spatial_factor, width // self.config.spatial_factor
 
-    def num_tokens(self, frames: int, height: int, width: int) -> int:
-        """Tokens of one video of that size (latent positions, for a Gaussian latent)."""
-        t, h, w = self.latent_shape(frames, height, width)
-        return t * h * w
-
-    # Files
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | os.PathLike,
-        config: str | VidTokConfig | dict[str, Any] | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> VidTok:
-        """Load an official checkpoint (.ckpt; its `loss.*` entries are ignored), a plain state dict, or a .safetensors file.
-
-        Args:
-            config: as for `VidTok`; may be left out for a file that `save` wrote.
-            dtype: of the parameters.
-
-        Raises FileNotFoundError; ValueError for a file that is truncated, needs a config, or does not fit it (the keys are named).
-        """
-        path = Path(path)
-        weights, stored = read_weights(path)
-        if config is None and stored is None:
-            raise ValueError(f"config: {path} does not say what model it holds, name one")
-        config = get_config(stored if config is None else config)
-        with torch.device("meta"):
-            model = cls(config)
-        model.regularization = _make_regularizer(config)  # its constants are in no checkpoint
-        check_weights(path, config.name, weights, model.state_dict())
-        model.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
-        return model
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the parameters and the configuration as safetensors; the file appears under its name once it is complete.
-
-        Raises OSError if it cannot be written.
-        """
-        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        metadata = {METADATA_KEY: json.dumps(self.config.to_dict())}
-        write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
+    token_grid = latent_shape
 
     # What the above is made of
 
-    def _tokens(self, z: Tensor, video: Tensor) -> Tokens:
+    def tokens_of(self, z: Tensor, video: Tensor) -> Tokens:
+        """The tokens of what the encoder made of a video."""
         codes, indices, _ = self.regularization(z)
-        return Tokens(
-            model=f"{SYSTEM}/{self.config.name}",
-            config=self.config.to_dict(),
-            video_shape=(video.shape[2], video.shape[3], video.shape[4]),
-            dtype=video.dtype,
-            indices=indices,
-            latents=codes if indices is None else None,
-        )
+        return self.make_tokens(video, indices=indices, latents=codes if indices is None else None)
 
-    def _codes(self, tokens: Tokens) -> Tensor:
-        """Check tokens, and give the latent that the decoder takes."""
-        if not isinstance(tokens, Tokens):
-            raise TypeError(f"tokens must be Tokens, not {type(tokens).__name__}")
-        if not tokens.model.startswith(f"{SYSTEM}/") or VidTokConfig.from_dict(tokens.config) != self.config:
-            raise ValueError(f"tokens come from a {tokens.model!r} model, this one is '{SYSTEM}/{self.config.name}'")
-        expected = self.latent_shape(*tokens.video_shape)
-        if tokens.grid != expected:
-            raise ValueError(f"tokens have {tokens.grid} positions, a video of {tokens.video_shape} has {expected}")
-        parameter = next(self.parameters())
-        if tokens.indices is None:
-            if tokens.latents.shape[1] != self.config.z_channels:
-                raise ValueError(f"tokens.latents have {tokens.latents.shape[1]} channels, the model has {self.config.z_channels}")
-            check_finite("tokens.latents", tokens.latents)
-            return tokens.latents.to(parameter.device, parameter.dtype)
-        size = self.regularization.codebook_size
-        if tokens.indices.numel() and not 0 <= tokens.indices.min() <= tokens.indices.max() < size:
-            raise ValueError(f"tokens.indices lie in [{tokens.indices.min()}, {tokens.indices.max()}], the codebook has {size} "
-                             "entries")
-        return self.regularization.decode(tokens.indices.to(parameter.device), parameter.dtype)
+    def codes_of(self, tokens: Tokens) -> Tensor:
+        """The latent that the decoder takes, of checked tokens."""
+        data = self.check_tokens(tokens)
+        return data if tokens.indices is None else self.regularization.decode(data, self.parameter.dtype)
 
     def _decode_codes(self, codes: Tensor, frames: int) -> Tensor:
         video = self.decoder(codes)
         return video[:, :, -frames:] if video.shape[2] > frames else video
-
-    def _check_video(self, video: Tensor) -> None:
-        check_video(video, self.config, next(self.parameters()))
 
 
 def _make_regularizer(config: VidTokConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Reading and checking the weights of a VidTok from the file formats they come in."""
+"""Reading and checking the weights of a tokenizer from the file formats they come in."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-METADATA_KEY = "vidtok_config"  # of our own .safetensors files: the configuration, as JSON
+METADATA_KEY = "vtok_fast_model"  # of our own .safetensors files: system and configuration, as JSON
+VIDTOK_KEY = "vidtok_config"  # of older ones of VidTok: the configuration alone
 
 
-def read_weights(path: Path, key: str = METADATA_KEY) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors of a file of any of the formats, without `loss.*`, and the JSON under `key` in its metadata if it is there."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of a file of any of the formats, without `loss.*`; and `system` and `config` of a file of our own."""
     if not path.is_file():
         raise FileNotFoundError(f"path: no checkpoint at {path}")
     stored = None
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                text = (file.metadata() or {}).get(key)
-            stored = None if text is None else json.loads(text)
+                metadata = file.metadata() or {}
+            if METADATA_KEY in metadata:
+                stored = json.loads(metadata[METADATA_KEY])
+            elif VIDTOK_KEY in metadata:
+                stored = {"system": "vidtok", "config": json.loads(metadata[VIDTOK_KEY])}
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)

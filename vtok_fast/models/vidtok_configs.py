@@ -104,6 +104,20 @@ class VidTokConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
+    def get(cls, config: str | VidTokConfig | dict[str, Any]) -> VidTokConfig:
+        """A configuration from its name in `CONFIGS`, from a dict of its fields, or as it is.
+
+        Raises ValueError for an unknown name or an impossible structure.
+        """
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, dict):
+            return cls.from_dict(config)
+        if config not in CONFIGS:
+            raise ValueError(f"config={config!r} is none of the VidTok configurations: {', '.join(CONFIGS)}")
+        return cls(name=config, **CONFIGS[config])
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VidTokConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
@@ -166,17 +180,3 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # pixels.
     "tiny": _fsq(6, {"ch": 16, "ch_mult": (1, 2, 3), "num_res_blocks": 1}),
 }
-
-
-def get_config(config: str | VidTokConfig | dict[str, Any]) -> VidTokConfig:
-    """A configuration from its name in `CONFIGS`, from a dict of its fields, or as it is.
-
-    Raises ValueError for an unknown name or an impossible structure.
-    """
-    if isinstance(config, VidTokConfig):
-        return config
-    if isinstance(config, dict):
-        return VidTokConfig.from_dict(config)
-    if config not in CONFIGS:
-        raise ValueError(f"config={config!r} is none of the VidTok configurations: {', '.join(CONFIGS)}")
-    return VidTokConfig(name=config, **CONFIGS[config])

@@ -55,14 +55,14 @@ class VidTokStream:
         """Tokens of the next frames, (B, C, T, H, W). Errors as for `VidTok.encode`; ValueError also for a batch or frame size that
         differs from the chunk before, and in version 1.0 for a T that breaks the rule above."""
         model = self.model
-        model._check_video(video)
+        model.check_video(video)
         check_finite("video", video)
         first, frames = self._encoded is None, video.shape[2]
         if model.config.version == "1.0" and frames % self.factor != (1 if first else 0) % self.factor:
             rule = f"1 + k * {self.factor}" if first else f"a multiple of {self.factor}"
             raise ValueError(f"video: a chunk has {frames} frames; the {'first' if first else 'next'} one needs {rule}")
         caches = self._next(self._encoded, "video", (video.shape[0], *video.shape[3:]))
-        tokens = model._tokens(model.encoder(video, caches), video)
+        tokens = model.tokens_of(model.encoder(video, caches), video)
         self._encoded = caches
         return tokens
 
@@ -76,10 +76,10 @@ class VidTokStream:
         Errors as for `VidTok.decode`; ValueError also for a batch or frame size that differs from the chunk before.
         """
         model = self.model
-        codes = model._codes(tokens)
+        codes = model.codes_of(tokens)
         ahead = {}
         if lookahead is not None:
-            codes = torch.cat((codes, model._codes(_first_frame(lookahead))), dim=2)
+            codes = torch.cat((codes, model.codes_of(_first_frame(lookahead))), dim=2)
             ahead = model.decoder.lookahead()
         caches = self._next(self._decoded, "tokens", (tokens.batch, *tokens.video_shape[1:]), ahead)
         video = model.decoder(codes, caches)
