@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtok_fast.kernels import on_device_of
+from vtok_fast.kernels import on_device_of, tuned_tile
+from vtok_fast.tuning import power_of_two
 
 SUMS = 4096  # values of a tile whose sums stay in registers
 MAX_CHANNELS = 8192  # of a group of kind layer or rms: one tile holds them
@@ -263,6 +264,12 @@ def tile(width: int, positions: int, planar: bool, values: int = 8192) -> tuple[
     return block, 4 if block * width <= values // 2 else 8
 
 
+def tuned(kernel: str, x: Tensor, width: int, positions: int, planar: bool, values: int = 8192) -> tuple[int, int]:
+    """:func:`tile`, unless the tuning table has another one for this class of launches."""
+    return tuned_tile("norm_act", x, tile(width, positions, planar, values), kernel, x.dtype, f"width {width}",
+                      "planar" if planar else "channels last", power_of_two(positions))
+
+
 def chain_types(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
                 rounding: str) -> list:
     """The types that the library's intermediate results have, as PyTorch promotes them."""
@@ -284,7 +291,7 @@ def statistics(vx: View, vr: View, shape: torch.Size, centre: bool, groups: int,
     positions, instances = span * plane, b * (frames // span)
     planar = vx.strides[1] != 1
     block_c = min(triton.next_power_of_2(channels), 16 if planar else 128)
-    block, warps = tile(block_c, positions, planar, SUMS)
+    block, warps = tuned("sums", vx.tensor, block_c, positions, planar, SUMS)
     blocks = triton.cdiv(positions, block)
     # Enough programs to fill a GPU, each with some blocks to read.
     wanted = max(1, 1024 // max(1, instances * triton.cdiv(channels, block_c)))
@@ -324,7 +331,7 @@ def norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tenso
     with on_device_of(x):
         if kind in ("layer", "rms"):
             block_c = triton.next_power_of_2(channels // groups)
-            block, warps = tile(block_c, frames * plane, planar)
+            block, warps = tuned("position", x, block_c, frames * plane, planar)
             chain = CHAINS[rounding]
             types = chain_types(x, weight, bias, scale, shift, rounding) if chain else [None] * 5
             position_kernel[(b * triton.cdiv(frames * plane, block), groups)](
@@ -334,7 +341,7 @@ def norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tenso
         found = statistics(vx, vr, x.shape, centre, groups, per_frame, eps, flat)
         span = 1 if per_frame else frames
         block_c = min(triton.next_power_of_2(channels), 16 if planar else 128)
-        block, warps = tile(block_c, span * plane, planar)
+        block, warps = tuned("group", x, block_c, span * plane, planar)
         group_kernel[(b * frames // span * triton.cdiv(span * plane, block), triton.cdiv(channels, block_c))](
             vx.tensor, vr.tensor, weight, bias, vs.tensor, vh.tensor, *found, vy.tensor, vt.tensor, frames, span, plane,
             channels, groups, tail_first, *strides, silu, flat, block, block_c, num_warps=warps)

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtok_fast.kernels import on_device_of
+from vtok_fast.kernels import on_device_of, tuned_tile
+from vtok_fast.tuning import power_of_two
 
 BUDGET, CAPACITY, ROWS = 1, 2, 4  # bits of the error flag
 STRATEGIES = {"elbo": 0, "global_elbo": 1, "bin": 2, "elbo_ema": 1}
@@ -256,10 +257,12 @@ def router_scores(video: Tensor, reconstruction: Tensor, grid: tuple[int, int, i
     block_columns = min(triton.next_power_of_2(columns), 128)
     block_rows = min(triton.next_power_of_2(grid[1]), 8)
     cells = max(1, min(triton.next_power_of_2(w), 2048 // block_columns // block_rows))
+    cells, warps = tuned_tile("token_packing", video, (cells, 4), "scores", video.dtype, f"cells {block_rows}x{block_columns}",
+                              power_of_two(video.numel()))
     with on_device_of(video):
         scores_kernel[(b * t * h * triton.cdiv(w, cells),)](
             video, reconstruction, scores, *strides[0], *strides[1], channels, grid[0], t, h, w, grid[1], columns,
-            block_rows, cells, block_columns)
+            block_rows, cells, block_columns, num_warps=warps)
     return scores
 
 
@@ -278,9 +281,11 @@ def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) 
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     if keep.numel():
         block = min(triton.next_power_of_2(scores.shape[1]), SELECT_BLOCK)
+        block, warps = tuned_tile("token_packing", scores, (block, 8 if block >= 2048 else 4), "select", scores.dtype,
+                                  power_of_two(scores.shape[1]))
         with on_device_of(scores):
             select_kernel[(scores.shape[0],)](scores, budget, keep.view(torch.uint8), flag, scores.shape[1], strictly, block,
-                                              num_warps=8 if block >= 2048 else 4)
+                                              num_warps=warps)
     return keep
 
 
@@ -288,6 +293,11 @@ def tiles(channels: int, planar: bool) -> tuple[int, int]:
     """Positions and channels of one program. Planar tokens are read along positions and need longer runs of them."""
     block_c = min(triton.next_power_of_2(max(channels, 1)), 128 if planar else 256)
     return max(32, min(8192 // block_c, 1024)), block_c
+
+
+def _tuned(kernel: str, x: Tensor, block: int, block_c: int, planar: bool, n: int) -> tuple[int, int]:
+    return tuned_tile("token_packing", x, (block, 4 if block * block_c < 8192 else 8), kernel, x.dtype, f"channels {block_c}",
+                      "planar" if planar else "channels last", power_of_two(n))
 
 
 def _count(keep: Tensor, block: int) -> tuple[Tensor, Tensor, int]:
@@ -312,6 +322,7 @@ def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None, flag: Tensor
     block, block_c = tiles(channels, planar)
     if fsq:
         block_c = triton.next_power_of_2(channels)
+    block, warps = _tuned("pack fsq" if fsq else "pack", tokens, block, block_c, planar, n)
     cu_seqlens = torch.zeros(clips + 1, dtype=torch.int32, device=device) if keep.numel() == 0 else \
         torch.empty(clips + 1, dtype=torch.int32, device=device)
     with on_device_of(tokens):
@@ -328,7 +339,7 @@ def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None, flag: Tensor
             pack_kernel[(programs, max(1, triton.cdiv(channels, block_c)))](
                 tokens, keep, before, totals, values, indices, cu_seqlens, flag, thresholds if fsq else values,
                 basis if fsq else values, *tokens.stride(), n, blocks, clips, channels, rows,
-                thresholds.shape[1] if fsq else 0, fsq, planar, block, block_c, CLIPS, num_warps=4 if block * block_c < 8192 else 8)
+                thresholds.shape[1] if fsq else 0, fsq, planar, block, block_c, CLIPS, num_warps=warps)
     return values, indices, cu_seqlens
 
 
@@ -339,8 +350,9 @@ def unpack_tokens(values: Tensor, mask: Tensor, fill: int, dense: Tensor, flag: 
         return
     clips, channels, n = dense.shape
     block, block_c = tiles(channels, planar=False)
+    block, warps = _tuned("unpack", values, block, block_c, False, n)
     with on_device_of(values):
         before, totals, blocks = _count(mask, block)
         unpack_kernel[(clips * blocks, triton.cdiv(channels, block_c))](
             values, mask, before, totals, dense, flag, fill, n, blocks, clips, channels,
-            len(values), block, block_c, CLIPS, num_warps=4 if block * block_c < 8192 else 8)
+            len(values), block, block_c, CLIPS, num_warps=warps)

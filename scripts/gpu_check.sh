@@ -56,4 +56,6 @@ case ${BENCH:-short} in
   *) step bench bench $OPS --no-compile --seconds 0.1 ;;
 esac
 step tune "$PYTHON" -m vtok_fast.cli tune vidtok/tiny --size 17x64x64 --quick --device cuda --output "$OUT/tuned.json"
+step tune-triton bash -c "for op in scope_attention norm_act token_packing; do
+  $PYTHON -m vtok_fast.cli tune \$op --quick --device cuda --output $OUT/tuned.json || exit 1; done"
 exit $failed

@@ -127,6 +127,39 @@ def test_what_lost_its_measurement_is_not_chosen(cache):
     assert op._tuned(call._replace(dilation=(1, 2, 2))) is None and op._tuned(call._replace(groups=2)) is None
 
 
+@pytest.mark.parametrize("entry", [
+    {}, {"backend": "cpu"}, {"backend": "cpu", "choice": "winograd9"}, {"backend": "cpu", "choice": ["direct"]},
+    {"backend": "sm80", "choice": [128, 64]}, {"backend": "sm90", "choice": [1, 2, 3, 4, "5"]}, {"backend": ["cpu"], "choice": 1},
+    {"backend": "tpu", "choice": None}, "winograd4", None, 7])
+def test_an_entry_that_makes_no_sense_counts_as_none(cache, entry):
+    call = a_call()
+    want = causal_conv3d(call.x, call.weight)
+    path = tuning.folder() / f"{tuning.machine(CPU)}.json"
+    path.parent.mkdir()
+    for known in ({op.tuning_class(call): entry}, entry):
+        path.write_text(json.dumps({"version": tuning.VERSION, "machine": "m", "run": {}, "ops": {"causal_conv3d": known}}))
+        tuning.forget()
+        assert op._tuned(call) is None
+        assert torch.equal(causal_conv3d(call.x, call.weight), want)
+
+
+def test_a_tile_that_the_gpu_kernels_have_no_more_gives_way_to_their_own_choice(cache, monkeypatch):
+    call, got = a_call(), []
+
+    def forward(call, geometry, out, *, choice):
+        got.append(choice)
+        if choice[0] == 512:
+            raise NotImplementedError("no such tile")
+
+    monkeypatch.setattr(cuda, "forward", forward)
+    monkeypatch.setattr(sm90, "forward", forward)
+    write({"backend": "sm80", "choice": [512, 64, 2]}, call)
+    op._sm80_run(call)
+    write({"backend": "sm90", "choice": [512, 64, 2, 1, 0]}, call)
+    op._sm90_run(call)
+    assert got == [(512, 64, 2), (0, 0, 0), (512, 64, 2, 1, 0), sm90.ANY]
+
+
 def test_tiles_of_the_table_reach_the_gpu_kernels(cache, monkeypatch):
     call, got = a_call(), {}
     monkeypatch.setattr(cuda, "forward", lambda call, geometry, out, **options: got.update(sm80=options["choice"]))
@@ -213,17 +246,48 @@ def test_tune_writes_what_the_dispatcher_reads(cache, monkeypatch):
     timed(monkeypatch, {"untuned": 10, "cpu direct": 5})
     said = []
     result = tune.run("vidtok/tiny", QUICK, size=(1, 16, 16), say=said.append)
-    assert result["entries"] and len(said) == len(result["classes"]) and "as good as any" not in said[0]
-    assert set(tuning.entries("causal_conv3d", CPU)) == set(result["entries"])
+    classes, entries = result["classes"]["causal_conv3d"], result["entries"]["causal_conv3d"]
+    assert entries and len(said) == len(classes) and "as good as any" not in said[0]
+    assert set(tuning.entries("causal_conv3d", CPU)) == set(entries)
     table = json.loads(Path(result["file"]).read_text())
     assert table["run"]["model"] == "vidtok/tiny" and table["run"]["torch"] == torch.__version__
     with pytest.raises(ValueError, match="model='sora': expected one of vidtok/"):
         tune.run("sora", QUICK)
 
 
+def test_an_op_is_tuned_by_its_workloads(cache, monkeypatch):
+    """On a GPU the classes of Triton launches are measured beside those of convolutions, each once."""
+    launch = tune.tune_triton.Launch(None, None, ((1,), (2,)))
+    monkeypatch.setattr(tune, "workloads", lambda op, settings: iter([lambda: None] * 2))
+    monkeypatch.setattr(Settings, "on_gpu", property(lambda self: True))
+    monkeypatch.setattr(tune.tune_triton, "launches_of", lambda run: {("norm_act", "a"): launch, ("norm_act", "b"): launch})
+    facts = {"best": "untuned", "microseconds": {"untuned": 1.0}, "gain": 1.0}
+    measured = []
+    monkeypatch.setattr(tune, "measure_launch", lambda of, launch, settings: (
+        measured.append(of) or ({"choice": [2]} if of[1] == "a" else None), facts))
+    monkeypatch.setattr(tune.machine, "clocks", lambda device: {})
+    result = tune.run("norm_act", QUICK, say=lambda line: None)
+    assert measured == [("norm_act", "a"), ("norm_act", "b")]
+    assert result["classes"] == {"norm_act": ["a", "b"]} and result["entries"] == {"norm_act": {"a": {"choice": [2]}}}
+    chosen = [tuning.chosen("norm_act", CPU, (1,), lambda tile: [tile, (2,)], key) for key in "ab"]
+    assert chosen == [(2,), (1,)]
+    assert tune.run("norm_act", QUICK, dry_run=True)["classes"] == result["classes"] and len(measured) == 2
+
+
+def test_workloads_are_those_of_the_bench(monkeypatch):
+    runs = list(tune.workloads("token_packing", QUICK))
+    bench = tune.section("token_packing")
+    assert len(runs) == len(bench.cases(QUICK)) > 2
+    seen = []
+    with tune.harness.selections(lambda op, call, backend: seen.append(op)):
+        for run in runs:
+            run()
+    assert {"pack_tokens", "unpack_tokens", "router_scores", "select_tokens"} <= set(seen)
+
+
 def test_the_command(tmp_path):
     command = [sys.executable, "-m", "vtok_fast.cli", "tune", "--dry-run", "--size", "1x16x16", "--device", "cpu"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
-    assert result.returncode == 0 and "3x3x3 /111 3->16 2^10 float32" in result.stdout
+    assert result.returncode == 0 and "causal_conv3d: 3x3x3 /111 3->16 2^10 float32" in result.stdout
     result = subprocess.run([*command, "--size", "16x16"], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
     assert result.returncode == 1 and result.stderr.strip() == "vtok-fast: size='16x16': expected TxHxW, such as 17x256x256"

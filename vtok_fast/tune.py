@@ -1,23 +1,27 @@
-"""``vtok-fast tune``: measures the ways to run a model's convolutions on this machine and writes those that win into its table.
+"""``vtok-fast tune``: measures the ways to run a model's layers, or an op's workloads, on this machine and writes those that win
+into its table.
 
-The model runs once, and every class of its ``causal_conv3d`` calls is then measured on random data, the candidates taking turns:
-on a CPU each algorithm and PyTorch; on a GPU the tiles of the sm80 kernel, those of the Hopper kernel that its model predicts to be
-within twice its best, and PyTorch. A candidate must compute what the reference does, and beat what the dispatcher would do untuned
-by 3 % in the quartiles of the rounds; else the class is left out of the table.
+The model runs once, and every class of its calls is then measured, the candidates taking turns. Convolutions, on random data: on a
+CPU each algorithm and PyTorch; on a GPU the tiles of the sm80 kernel, those of the Hopper kernel that its model predicts to be
+within twice its best, and PyTorch. Triton kernels (attention, norms, packing), on a GPU alone: their tiles, by tune_triton.py. A
+candidate must compute what the reference does, or the built-in tile, and beat what the dispatcher would do untuned by 3 % in the
+quartiles of the rounds; else the class is left out of the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtok_fast import backends, parity, tuning
+from vtok_fast import backends, parity, tune_triton, tuning
 from vtok_fast.bench import harness, machine, models, vidtok
 from vtok_fast.bench.harness import Candidate, Settings
+from vtok_fast.bench.run import OPS, section
 from vtok_fast.ops import causal_conv3d as op
 from vtok_fast.ops import causal_conv3d_cuda as cuda
 from vtok_fast.ops import causal_conv3d_sm90 as sm90
@@ -26,6 +30,7 @@ LEAST_GAIN = 1.03
 SM80_TILES = ((256, 128), (256, 96), (128, 128), (128, 64), (128, 32))
 SM90_TILES = ((256, 160), (256, 128), (256, 96), (128, 144), (128, 128), (128, 112), (128, 96), (128, 64))
 Way = tuple[str, Any]  # a backend, and the choice that it is told
+Entries = dict[str, dict[str, tuning.Entry | None]]  # by op and class; None: as good untuned
 
 
 # ---- the calls of a model --------------------------------------------------------------------------------------------------
@@ -46,11 +51,21 @@ def load(name: str, settings: Settings) -> tuple[torch.nn.Module, Callable[[torc
         listed = models.MODELS[name]
         model, run, size = listed.make(), models.round_trip, [listed.frames, listed.smallest, listed.smallest]
     else:
-        known = [*(f"vidtok/{config}" for config in CONFIGS), *models.MODELS]
+        known = [*(f"vidtok/{config}" for config in CONFIGS), *models.MODELS, *OPS]
         raise ValueError(f"model={name!r}: expected one of {', '.join(known)}")
     model = vidtok.moved(model, settings)
     accelerate(model, check=False)
     return model, run, size
+
+
+def workloads(op: str, settings: Settings) -> Iterator[Callable[[], Any]]:
+    """The calls of an op that ``vtok-fast bench`` times, those of other models than there are libraries left out."""
+    bench = section(op)
+    for case in bench.cases(settings):
+        try:
+            yield bench.build(case, replace(settings, compile=False)).ours.call
+        except harness.Missing:
+            continue
 
 
 @torch.no_grad()
@@ -122,9 +137,27 @@ def execute(call: op.ConvCall, way: Way | None, *tensors: Tensor | None) -> Tens
 # ---- measuring -------------------------------------------------------------------------------------------------------------
 
 
+def race(candidates: Sequence[Candidate], left_out: dict[str, str], settings: Settings) -> tuple[Candidate | None, dict[str, Any]]:
+    """Which of them beats the first one, "untuned", and by enough; and what was measured."""
+    seconds, _ = harness.interleave(candidates, settings)
+    medians = {name: harness.spread(s)["median"] for name, s in seconds.items()}
+    gains = {c.name: harness.ratios(seconds, c.name)["untuned"] for c in candidates[1:]}
+    best = min(candidates[1:], key=lambda c: medians[c.name], default=None)
+    if best is not None and gains[best.name]["q1"] < LEAST_GAIN:
+        best = None
+    facts = {"best": best.name if best else "untuned", "microseconds": {n: round(s * 1e6, 2) for n, s in medians.items()},
+             "left_out": left_out, "gain": round(gains[best.name]["median"], 3) if best else 1.0}
+    return best, facts
+
+
+def _entry(facts: dict[str, Any], **choice: Any) -> tuning.Entry:
+    times = facts["microseconds"]
+    return choice | {"measured_us": times[facts["best"]], "untuned_us": times["untuned"], "gain": facts["gain"]}
+
+
 @torch.no_grad()
 def measure(call: op.ConvCall, settings: Settings) -> tuple[tuning.Entry | None, dict[str, Any]]:
-    """The entry of the table for a call's class, None where untuned is as good; and what was measured."""
+    """The entry of the table for a convolution's class, None where untuned is as good; and what was measured."""
     torch.manual_seed(0)
     tensors = tuple(None if t is None else _empty(t, settings.device).normal_() for t in call[:5])
     tensors = (tensors[0], tensors[1] / call.weight[0].numel() ** 0.5, *tensors[2:])
@@ -144,47 +177,66 @@ def measure(call: op.ConvCall, settings: Settings) -> tuple[tuning.Entry | None,
                 left_out[name] = "another result than the reference's"
             else:
                 candidates.append(Candidate(name, partial(execute, call, way), "variant", inputs=tensors))
-        seconds, _ = harness.interleave(candidates, settings)
+        best, facts = race(candidates, left_out, settings)
     finally:
         tuning._enabled = enabled
-    medians = {name: harness.spread(s)["median"] for name, s in seconds.items()}
-    gains = {c.name: harness.ratios(seconds, c.name)["untuned"] for c in candidates[1:]}
-    best = min(gains, key=medians.__getitem__, default="untuned")
-    facts = {"best": best, "microseconds": {n: round(s * 1e6, 2) for n, s in medians.items()}, "left_out": left_out}
-    if best == "untuned" or gains[best]["q1"] < LEAST_GAIN:
-        return None, facts | {"best": "untuned"}
-    backend, choice = next(c.function.args[1] for c in candidates[1:] if c.name == best)
-    return {"backend": backend, "choice": choice, "measured_us": facts["microseconds"][best],
-            "untuned_us": facts["microseconds"]["untuned"], "gain": round(gains[best]["median"], 3)}, facts
+    if best is None:
+        return None, facts
+    backend, choice = best.function.args[1]
+    return _entry(facts, backend=backend, choice=choice), facts
 
 
-def tune(found: dict[str, op.ConvCall], settings: Settings, say: Callable[[str], None] = print) -> dict[str, tuning.Entry | None]:
-    """The entries of these classes; None for those that are as good untuned, which :func:`vtok_fast.tuning.save` takes out."""
-    entries: dict[str, tuning.Entry | None] = {}
-    for key, call in found.items():
-        entry, facts = measure(call, settings)
-        entries[key] = entry
-        times = facts["microseconds"]
-        gain = f"; {facts['best']} {entry['measured_us']:.1f} us, {entry['gain']:.2f} times faster" if entry else ", as good as any"
-        say(f"{key}: untuned {times['untuned']:.1f} us{gain}")
-    return entries
+@torch.no_grad()
+def measure_launch(of: tune_triton.Class, launch: tune_triton.Launch,
+                   settings: Settings) -> tuple[tuning.Entry | None, dict[str, Any]]:
+    """The same for a class of Triton launches."""
+    best, facts = race(*tune_triton.candidates(of, launch), settings)
+    return None if best is None else _entry(facts, choice=list(best.function.args[2])), facts
+
+
+def _line(key: str, facts: dict[str, Any]) -> str:
+    best, times = facts["best"], facts["microseconds"]
+    found = ", as good as any" if best == "untuned" else f"; {best} {times[best]:.1f} us, {facts['gain']:.2f} times faster"
+    return f"{key}: untuned {times['untuned']:.1f} us{found}"
+
+
+def tune(run: Callable[[], Any], entries: Entries, settings: Settings, dry_run: bool, say: Callable[[str], None]) -> None:
+    """Adds the entries of the classes that occur within ``run()`` and are not there yet; None for those that are as good untuned,
+    which :func:`vtok_fast.tuning.save` takes out."""
+    found: list[tuple[str, str, Callable[[], Any]]] = []
+    for key, call in calls_of(run).items():
+        found.append(("causal_conv3d", key, partial(measure, call, settings)))
+    for (name, key), launch in (tune_triton.launches_of(run) if settings.on_gpu else {}).items():
+        found.append((name, key, partial(measure_launch, (name, key), launch, settings)))
+    for name, key, measured in found:
+        if key not in entries.setdefault(name, {}):
+            entries[name][key], facts = (None, None) if dry_run else measured()
+            if facts:
+                say(_line(key, facts))
 
 
 def run(name: str, settings: Settings, *, size: tuple[int, int, int] | None = None, output: Any = None, dry_run: bool = False,
         say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Tunes a model's convolutions for videos of (T, H, W) and saves the table; ``dry_run`` only finds their classes."""
+    """Tunes a model's layers for videos of (T, H, W), or an op for its workloads, and saves the table; ``dry_run`` only finds the
+    classes."""
     device = torch.device(settings.device)
-    model, forward, smallest = load(name, settings)
-    size = size or (tuple(smallest) if settings.quick or not settings.on_gpu else (smallest[0], 256, 256))
-    video = (torch.rand(1, 3, *size, device=device) * 2 - 1).to(settings.working_dtype)
-    found = calls_of(partial(forward, model, video))
-    del model
+    if name in OPS:
+        runs, size = workloads(name, settings), None
+    else:
+        model, forward, smallest = load(name, settings)
+        size = size or (tuple(smallest) if settings.quick or not settings.on_gpu else (smallest[0], 256, 256))
+        video = (torch.rand(1, 3, *size, device=device) * 2 - 1).to(settings.working_dtype)
+        runs = iter([partial(forward, model, video)])
+    entries: Entries = {}
+    for each in runs:
+        tune(each, entries, settings, dry_run, say)
     path = output or tuning.folder() / f"{tuning.machine(device)}.json"
-    result = {"model": name, "size": list(size), "file": str(path), "classes": list(found)}
+    result = {"model": name, "size": None if size is None else list(size), "file": str(path),
+              "classes": {op: list(found) for op, found in entries.items()}}
     if dry_run:
         return result
-    entries = tune(found, settings, say)
-    state = machine.state(settings.device) | {"model": name, "size": list(size)} | (machine.clocks(settings.device)
-                                                                                    if settings.on_gpu else {})
-    tuning.save(path, tuning.machine(device), state, {"causal_conv3d": entries})
-    return result | {"entries": {key: entry for key, entry in entries.items() if entry is not None}}
+    state = machine.state(settings.device) | {"model": name, "size": result["size"]} | (machine.clocks(settings.device)
+                                                                                        if settings.on_gpu else {})
+    tuning.save(path, tuning.machine(device), state, entries)
+    return result | {"entries": {op: {key: entry for key, entry in found.items() if entry is not None}
+                                 for op, found in entries.items()}}

@@ -36,9 +36,9 @@ def test_results_of_large_heads_under_the_interpreter():
     assert "passed" in run_interpreted(INTERPRETED, "-m", "slow")
 
 
-def compile_kernel(kernel, dim, element, cc, short=False):
+def compile_kernel(kernel, dim, element, cc, short=False, c=None):
     function = kernels.KERNELS[kernel]
-    c = kernels.config(kernel, dim, ELEMENTS[element], cc, short)
+    c = c or kernels.config(kernel, dim, ELEMENTS[element], cc, short)
     constants = {"D": dim, "BLOCK_D": c.block_d, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "CHUNK": c.chunk}
     signature = {name: f"*{element}" if name in TENSORS else TYPES.get(name, "i32") for name in function.arg_names}
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
@@ -68,6 +68,26 @@ def test_every_kernel_fits(kernel, dim, element, cc):
     judge(compile_kernel(kernel, dim, element, cc), dim, cc, element)
     if element != "fp32":  # which has no other blocks for short segments
         judge(compile_kernel(kernel, dim, element, cc, short=True), dim, cc, element, short=True)
+
+
+def variants_fit(kernel, dim, element, cc):
+    for short in (False, True) if element != "fp32" else (False,):
+        for c in kernels.variants(kernel, kernels.config(kernel, dim, ELEMENTS[element], cc, short))[1:]:
+            assert_fits(compile_kernel(kernel, dim, element, cc, c=c), cc)
+
+
+@pytest.mark.parametrize("cc", (80, 90))
+def test_what_a_table_may_choose_fits(cc):
+    variants_fit("forward", 64, "bf16", cc)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cc", (80, 90))
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("element", ("bf16", "fp32"))
+@pytest.mark.parametrize("dim", (16, 32, 64, 128, 512))
+def test_everything_that_a_table_may_choose_fits(kernel, dim, element, cc):
+    variants_fit(kernel, dim, element, cc)
 
 
 @pytest.mark.slow

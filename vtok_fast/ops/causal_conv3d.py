@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +147,8 @@ def _triple(name: str, value: int | Sequence[int], least: int) -> Triple:
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, the tensors in its dtype, as PyTorch's own convolutions take them; float64 is left alone."""
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    devices = [t.device.type for t in tensors if isinstance(t, Tensor)]
+    device = devices[0] if devices else "cpu"
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -294,11 +295,19 @@ def _tuning_class(x: torch.Size, weight: torch.Size, stride: Triple, dilation: T
 
 
 def _tuned(call: ConvCall) -> tuning.Entry | None:
-    """What was measured to be fastest for this class of calls on this machine."""
+    """What was measured to be fastest for this class of calls on this machine; None too for an entry that makes no sense."""
     entries = tuning.entries("causal_conv3d", call.x.device)
     if not entries or call.groups > 1 or call.dilation != (1, 1, 1) or call.upsample != (1, 1, 1):
         return None
-    return entries.get(tuning_class(call))
+    entry = entries.get(tuning_class(call))
+    return entry if entry is not None and _makes_sense(entry.get("backend"), entry.get("choice")) else None
+
+
+def _makes_sense(backend: Any, choice: Any) -> bool:
+    if backend in ("sm80", "sm90"):
+        length = 3 if backend == "sm80" else len(sm90.ANY)
+        return isinstance(choice, list) and len(choice) == length and all(isinstance(n, int) for n in choice)
+    return backend == "reference" or backend == "cpu" and choice in backends.ALGORITHMS
 
 
 def _choice_of(call: ConvCall, backend: str) -> Any:
@@ -318,8 +327,18 @@ def _sm80_can_run(call: ConvCall) -> str | None:
 
 
 def _sm80_run(call: ConvCall) -> Tensor:
-    choice = tuple(_choice_of(call, "sm80") or (0, 0, 0))
-    return cuda.forward(call, _native_geometry(call), _empty_output(call, call.depth_to_space), choice=choice)
+    return _with_choice(cuda.forward, call, _choice_of(call, "sm80"), (0, 0, 0))
+
+
+def _with_choice(forward: Callable[..., Tensor], call: ConvCall, choice: list[int] | None, default: tuple[int, ...]) -> Tensor:
+    """Launches with the table's choice; with the default where that is a tile which these kernels have no more."""
+    geometry, out = _native_geometry(call), _empty_output(call, call.depth_to_space)
+    if choice is not None:
+        try:
+            return forward(call, geometry, out, choice=tuple(choice))
+        except (NotImplementedError, ValueError):
+            pass
+    return forward(call, geometry, out, choice=default)
 
 
 def _sm80_worthwhile(call: ConvCall) -> str | None:
@@ -334,8 +353,7 @@ def _sm90_can_run(call: ConvCall) -> str | None:
 
 
 def _sm90_run(call: ConvCall) -> Tensor:
-    choice = tuple(_choice_of(call, "sm90") or sm90.ANY)
-    return sm90.forward(call, _native_geometry(call), _empty_output(call, call.depth_to_space), choice=choice)
+    return _with_choice(sm90.forward, call, _choice_of(call, "sm90"), sm90.ANY)
 
 
 def _sm90_worthwhile(call: ConvCall) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtok_fast import backends, native
+from vtok_fast import backends, native, tuning
 from vtok_fast.reference import norm_act as reference
 
 KINDS = reference.KINDS
@@ -211,6 +211,7 @@ def _triton_can_run(call: NormCall) -> str | None:
     return None
 
 
+@tuning.guarded("norm_act")
 def _triton_run(call: NormCall, tail_frames: int = 0) -> Tensor | tuple[Tensor, Tensor]:
     from vtok_fast.kernels import norm_act as kernels
 
@@ -220,6 +221,15 @@ def _triton_run(call: NormCall, tail_frames: int = 0) -> Tensor | tuple[Tensor, 
     kernels.norm_act(*call[:6], y, kind=call.kind, groups=call.groups, per_frame=call.per_frame, eps=call.eps,
                      silu=call.activation == "silu", rounding=call.rounding, tail=tail)
     return (y, tail) if tail_frames else y
+
+
+@tuning.guarded("norm_act")
+def _triton_backward(call: NormCall, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    from vtok_fast.kernels import norm_act_backward as kernels
+
+    return kernels.norm_act_backward(grad, *call[:6], kind=call.kind, groups=call.groups, per_frame=call.per_frame, eps=call.eps,
+                                     activation=call.activation, rounding=call.rounding, layout=output_format(call.x),
+                                     wanted=wanted)
 
 
 _triton = backends.Backend("triton", _triton_can_run, _triton_run)
@@ -254,11 +264,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor) -> Any:
     saved = ctx.saved_tensors  # once: activation checkpointing computes them when they are asked for
     options = ctx.options
-    if native.is_plain(grad, *saved) and _triton_can_run(NormCall(*saved, **options)) is None:
-        from vtok_fast.kernels import norm_act_backward as kernels
-
-        grads = kernels.norm_act_backward(grad, *saved, layout=output_format(saved[0]),
-                                          wanted=ctx.needs_input_grad[:6], **options)
+    call = NormCall(*saved, **options)
+    if native.is_plain(grad, *saved) and _triton_can_run(call) is None:
+        grads = _triton_backward(call, grad, ctx.needs_input_grad[:6])
     else:
         grads = reference.norm_act_backward(grad, *saved, **options)
     return *[g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)], *[None] * 7

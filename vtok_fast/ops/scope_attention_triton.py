@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok_fast import backends
+from vtok_fast import backends, tuning
 from vtok_fast.ops.packed_tokens import SCOPE, note_error
 from vtok_fast.scope import CSR, Scope
 
@@ -66,6 +67,7 @@ def can_run(call: Any) -> str | None:
     return kernels.why_not_head(call.q.shape[3])
 
 
+@tuning.guarded("scope_attention")
 def run(call: Any, capability: int | None = None) -> tuple[Tensor, ...]:
     """(out, lse), or (dq, dk, dv) where the call has a gradient."""
     from vtok_fast.kernels import scope_attention as kernels
@@ -76,7 +78,10 @@ def run(call: Any, capability: int | None = None) -> tuple[Tensor, ...]:
         capability = 10 * major + minor
 
     def config(kernel: str, of: Scope) -> Any:
-        return kernels.config(kernel, q.shape[3], q.element_size(), capability, is_short(of))
+        built_in = kernels.config(kernel, q.shape[3], q.element_size(), capability, is_short(of))
+        rows, segment = q.shape[0] * q.shape[1] * of.q_len, of.q_len // max(of.segments, 1)
+        return tuning.chosen("scope_attention", q.device, built_in, partial(kernels.variants, kernel), kernel, q.dtype,
+                             f"head {q.shape[3]}", tuning.power_of_two(rows), f"segments {tuning.power_of_two(segment)}")
 
     qa, ka, va = map(kernels.aligned, (q, k, v))
     if call.grad is None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtok_fast import backends, native
+from vtok_fast import backends, native, tuning
 from vtok_fast.ops.fsq import VARIANTS, check_levels, fsq_quantize, threshold_table
 from vtok_fast.ops.packed_tokens import CAPACITY, POSITION, ROWS, PackedTokens, error_flag, note_error, raise_device_errors
 from vtok_fast.ops.token_selection import router_scores, select_tokens, token_budget
@@ -271,6 +271,7 @@ def _triton_pack_can_run(call: PackCall) -> str | None:
     return _triton_can_run(call.tokens)
 
 
+@tuning.guarded("token_packing")
 def _triton_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     from vtok_fast.kernels import token_packing as kernels
 
@@ -295,6 +296,7 @@ def _fsq_tables(levels: tuple[int, ...], variant: str, device: torch.device) -> 
     return threshold_table(levels, variant).to(device), torch.tensor(basis, dtype=torch.int32, device=device)
 
 
+@tuning.guarded("token_packing")
 def _triton_unpack(call: UnpackCall) -> Tensor:
     from vtok_fast.kernels import token_packing as kernels
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtok_fast import backends, native
+from vtok_fast import backends, native, tuning
 from vtok_fast.ops.packed_tokens import BUDGET, error_flag, note_error
 from vtok_fast.reference import token_packing as reference
 
@@ -272,6 +272,7 @@ def _scores_triton_can_run(call: ScoresCall) -> str | None:
     return backends.why_not_triton_on(call.video)
 
 
+@tuning.guarded("token_packing")
 def _scores_triton_run(call: ScoresCall) -> Tensor:
     from vtok_fast.kernels import token_packing as kernels
 
@@ -288,6 +289,7 @@ def _select_triton_can_run(call: SelectCall) -> str | None:
     return backends.why_not_triton_on(call.scores)
 
 
+@tuning.guarded("token_packing")
 def _select_triton_run(call: SelectCall) -> Tensor:
     from vtok_fast.kernels import token_packing as kernels
 
