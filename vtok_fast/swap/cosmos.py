@@ -50,7 +50,7 @@ def norm(layer: blocks.Norm, x: Tensor, activation: str | None = "silu") -> Tens
 def conv(layer: blocks.CausalConv3d, x: Tensor, **options) -> Tensor:
     """A causal convolution layer; ``options`` go to ``causal_conv3d``."""
     inner, pad = layer.conv3d, (layer.padding, layer.padding)
-    options = {"time_pad": (layer.time_pad, 0), "spatial_pad": (pad, pad), "weight": inner.weight} | options
+    options = {"time_pad": (layer.time_pad, 0), "spatial_pad": (pad, pad), "weight": inner.weight, **options}
     return causal_conv3d(x, options.pop("weight"), inner.bias, stride=inner.stride, dilation=inner.dilation, time_mode="replicate",
                          **options)
 

@@ -53,7 +53,7 @@ def conv(layer: nn.Module, x: Tensor, **options) -> Tensor:
     inner, pad = layer.conv, layer.time_pad
     left, right, top, bottom, *_ = getattr(layer, "spatial_padding", (0,) * 6)
     before = None if layer.is_first_chunk or pad == 0 else _as_video(layer, layer.causal_cache[:, :, -pad:], x)
-    options = {"weight": _weight(inner), "bias": inner.bias} | options
+    options = {"weight": _weight(inner), "bias": inner.bias, **options}
     y = causal_conv3d(x, options.pop("weight"), options.pop("bias"), stride=_triple(inner.stride), dilation=_triple(inner.dilation),
                       time_pad=(pad, 0), time_mode="replicate", spatial_pad=((top, bottom), (left, right)),
                       spatial_mode=MODES[getattr(layer, "pad_mode", "constant")], cache=before, **options)

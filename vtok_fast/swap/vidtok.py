@@ -73,7 +73,7 @@ def conv(layer: nn.Module, x: Tensor, caches: Caches | None = None, **options) -
         front = {"time_mode": "zeros" if layer.version == "1.0" else "replicate"}
         if caches is not None:
             front["cache"] = earlier_frames(layer, x, caches)
-    options = {"weight": inner.weight, "bias": inner.bias} | front | options
+    options = {"weight": inner.weight, "bias": inner.bias, **front, **options}  # torch.compile of torch 2.6 knows no | of dicts
     weight = options.pop("weight")
     if weight.dim() == 3:  # over time alone
         weight = weight[..., None, None]
