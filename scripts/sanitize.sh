@@ -40,9 +40,8 @@ case $what in
     seconds=${1:-600}
     seed=${2:-$RANDOM}
     export ASAN_OPTIONS=$ASAN_OPTIONS:max_allocation_size_mb=4096
-    LD_PRELOAD=$preload "$python" tests/robustness/fuzz.py native --seconds "$seconds" --seed "$seed"
-    for target in packed tokens results; do
-      "$python" tests/robustness/fuzz.py "$target" --seconds "$seconds" --seed "$seed"
+    for target in native packed tokens results; do
+      LD_PRELOAD=$preload "$python" tests/robustness/fuzz.py "$target" --seconds "$seconds" --seed "$seed"
     done ;;
   *) sed -n 2,5p "$0"; exit 2 ;;
 esac
