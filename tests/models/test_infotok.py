@@ -167,7 +167,14 @@ def test_the_even_router_does_not_look(selection):
     videos = torch.cat((face.clip(1, 3, 9, 32, 32), 0.1 * face.clip(1, 3, 9, 32, 32, seed=2)))
     keep = model.encode(videos, rate=0.5).indices != DROPPED
     assert torch.equal(keep, keep[:1, :1].expand_as(keep))  # whatever the clip and the frame
+    uneven = model.encode(videos, rate=0.55).indices[0] != DROPPED
+    assert uneven.sum() == round(0.55 * uneven.numel()) and uneven.flatten(1).sum(1).tolist() == [9, 9, 8]
     assert (model.scores(videos) == 1).all()
+
+
+def test_a_running_mean_that_never_ran():
+    with pytest.raises(ValueError, match="no running mean"):
+        make(rate_strategy="elbo_ema").encode(face.clip(1, 3, 5, 16, 16))
 
 
 def test_strategies():

@@ -188,9 +188,10 @@ class InfoTok(CosmosBase):
             return torch.cat((first[:, None, None, None].expand(-1, 1, *z.shape[3:]), change), dim=1)
 
     def keep(self, scores: Tensor, *, rate: float | Tensor | None = None, rate_strategy: str | None = None,
-             selection: str | None = None, elbo_mean: float | Tensor | None = None) -> Tensor:  # fmt: skip
+             selection: str | None = None, router: str | None = None,
+             elbo_mean: float | Tensor | None = None) -> Tensor:  # fmt: skip
         """Which tokens are kept: bool, like scores (B, t, h, w). Errors as for `vtok_fast.token_budget` and
-        `vtok_fast.select_tokens`."""
+        `vtok_fast.select_tokens`; ValueError for "elbo_ema" in evaluation before any training moved its mean."""
         config = self.config
         rate = config.rate if rate is None else rate
         strategy = config.rate_strategy if rate_strategy is None else rate_strategy
@@ -198,20 +199,24 @@ class InfoTok(CosmosBase):
         if strategy == "elbo_ema":
             if self.training:
                 self.ema_loss.masked_fill_(self.ema_loss <= 0, torch.nan)  # the state dict starts at zero, token_budget at NaN
-            else:
+            elif self.ema_loss.item() > 0:
                 strategy = "global_elbo"
+            else:
+                raise ValueError("rate_strategy='elbo_ema': the model has no running mean of scores, it was not trained so; "
+                                 "'global_elbo' takes elbo_mean")
             elbo_mean = self.ema_loss
         released = selection == "threshold"
         budget = token_budget(scores, rate, strategy=strategy, elbo_mean=elbo_mean, decay=config.decay, released=released)
         if selection.startswith("order"):
-            budget = frame_budgets(scores, budget)
+            even = (self.config.router if router is None else router) == "even"
+            budget = (even_budgets if even else frame_budgets)(scores, budget)
         return select_tokens(scores, budget, method=selection)
 
     # What the above is made of
 
     def _bottleneck(self, video: Tensor, choice: dict) -> tuple[Tensor, Tensor]:
         """Codes, zero where dropped, and indices, -1 where dropped."""
-        router = choice.pop("router", None)
+        router = choice.get("router")
         x = self.fill_up(video)
         z = self._encode(x)
         codes, indices, _ = self.quantizer(z)
@@ -275,3 +280,10 @@ def frame_budgets(scores: Tensor, budget: Tensor) -> Tensor:
     share = frame_rates(scores, budget.double() / (n * scores.shape[1]))
     # A whole number may come out a rounding error below itself.
     return (share * n + 1e-9).floor().add(1).clamp_max(n).to(torch.int64)
+
+
+def even_budgets(scores: Tensor, budget: Tensor) -> Tensor:
+    """Tokens to keep of each latent frame, (B, t): alike, and the first frames one more where the budget (B,) does not divide."""
+    t = scores.shape[1]
+    budget = budget.clamp(0, scores[0].numel())[:, None]
+    return budget // t + (torch.arange(t, device=budget.device) < budget % t)
