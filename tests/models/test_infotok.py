@@ -297,6 +297,16 @@ def test_files(tmp_path):
     face.check_files(make(), face.clip(1, 3, 5, 16, 8), tmp_path)
 
 
+def test_a_files_way_of_choosing_holds_unless_another_is_given(tmp_path):
+    config = replace(InfoTokConfig.get("tiny"), rate=0.3, router="latent")
+    InfoTok(config).save(tmp_path / "a.safetensors")
+    loaded = InfoTok.from_checkpoint(tmp_path / "a.safetensors", "tiny").config
+    assert (loaded.name, loaded.rate, loaded.router) == ("tiny", 0.3, "latent")
+    loaded = InfoTok.from_checkpoint(tmp_path / "a.safetensors", {**config.to_dict(), "rate": 0.5}).config
+    assert (loaded.rate, loaded.router) == (0.5, "latent")
+    assert InfoTok.from_checkpoint(tmp_path / "a.safetensors", InfoTokConfig.get("tiny")).config.router == "decode"
+
+
 def test_released_checkpoint_format(tmp_path):
     """The state dict under "model", its keys behind "network.", with an exponential mean of it that is not read."""
     model, video = make(), face.clip(1, 3, 5, 16, 8)

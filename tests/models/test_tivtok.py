@@ -266,7 +266,8 @@ def test_half_precision():
 
 def test_stream():
     model = make()
-    check_stream(model, clip(1, 3, 21, 8, 8), model.stream())
+    check_stream(model, clip(1, 3, 21, 8, 8), model.stream(model.config.frames))
+    assert model.stream().size == 8 * model.config.frames  # whose chunks share their invariant tokens
 
 
 @pytest.mark.slow

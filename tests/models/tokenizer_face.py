@@ -56,6 +56,9 @@ def check_files(model, video: torch.Tensor, folder, **parts) -> None:
     torch.save({"state_dict": model.own_state()}, folder / "plain.ckpt")
     loaded = kind.from_checkpoint(folder / "plain.ckpt", model.config, **parts)
     assert torch.equal(loaded.encode(video).data, expected) and not any(p.is_meta for p in loaded.parameters())
+    other = replace(model.config, in_channels=model.config.in_channels + 1)
+    with pytest.raises(ValueError, match="holds .* with in_channels=.*, which was asked for, has in_channels="):
+        kind.from_checkpoint(path, other, **parts)
     assert kind.from_checkpoint(path, dtype=torch.float64, **parts).parameter.dtype == torch.float64
     with pytest.raises(ValueError, match="does not say what model"):
         kind.from_checkpoint(folder / "plain.ckpt", **parts)

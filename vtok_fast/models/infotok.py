@@ -121,6 +121,11 @@ class InfoTok(CosmosBase):
         program."""
         return WindowStream(self, size, overlap)
 
+    @property
+    def window(self) -> tuple[int, int]:
+        longest = 1 + (self.config.max_num_video_frames - 1) * self.config.time_downsample_factor
+        return min(81, longest), min(3, longest - 1)
+
     # The packed stream
 
     def pack(self, tokens: Tokens) -> PackedTokens:

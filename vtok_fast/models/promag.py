@@ -133,6 +133,11 @@ class ProMAG(Tokenizer):
             raise ValueError("chunk_frames=None: this model takes a video as a whole")
         return WindowStream(self, self.config.chunk_frames, self.config.overlap)
 
+    @property
+    def window(self) -> tuple[int, int]:
+        c = self.config
+        return super().window if c.chunk_frames is None else (c.chunk_frames, c.overlap)
+
     def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(t, h, w) of a video of that size; t counts the latent frames of all chunks."""
         factor = self.config.spatial_factor

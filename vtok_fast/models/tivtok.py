@@ -114,8 +114,12 @@ class TivTok(Tokenizer):
         return self._decode(codes, tokens.video_shape).to(tokens.dtype)
 
     def stream(self, frames: int | None = None) -> WindowStream:
-        """Encode and decode a video in windows of `frames` (default: a chunk's), each with invariant tokens of its own."""
-        return WindowStream(self, frames or self.config.frames)
+        """Encode and decode a video in windows of `frames` (default: eight chunks), each with invariant tokens of its own."""
+        return WindowStream(self, frames or self.window[0])
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return CHUNKS_AT_ONCE * self.config.frames, 0  # more would share more, in more memory
 
     def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(1, 1, N): the tokens lie in a row, and their number does not depend on the frame size."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,6 +95,11 @@ class Tokenizer(nn.Module):
         """Tokens of one video of that size."""
         return math.prod(self.token_grid(frames, height, width))
 
+    @property
+    def window(self) -> tuple[int, int]:
+        """(frames, shared frames) of the windows in which a video file of any length is tokenised."""
+        return 16 + self.config.causal, 0
+
     # Files
 
     def own_state(self) -> dict[str, Tensor]:
@@ -125,11 +130,14 @@ class Tokenizer(nn.Module):
         """Load a file that `save` wrote, or a state dict (.pt, .ckpt, .safetensors) of the same keys.
 
         Args:
-            config: a name, a configuration or a dict of its fields; may be left out for a file that `save` wrote.
+            config: a name, a configuration or a dict of its fields; may be left out for a file that `save` wrote. Beside such a
+                file it must be the same model; how that one works where a call says nothing else (InfoTok's rate and router) comes
+                from the file, unless a configuration or a dict says it.
             dtype: of the parameters.
             parts: modules that the constructor takes.
 
-        Raises FileNotFoundError; ValueError for a file that is truncated, of another system, needs a config, or does not fit it.
+        Raises FileNotFoundError; ValueError for a file that is truncated, of another system or configuration, needs a config, or
+        does not fit it.
         """
         path = Path(path)
         weights, stored = cls.read_checkpoint(path)
@@ -137,7 +145,7 @@ class Tokenizer(nn.Module):
             raise ValueError(f"path: {path} holds a {stored['system']!r} model, not {cls.system!r}")
         if config is None and stored is None:
             raise ValueError(f"config: {path} does not say what model it holds, name one")
-        config = cls.Config.get(stored["config"] if config is None else config)
+        config = cls.Config.get(config) if stored is None else cls._agreed(path, cls.Config.get(stored["config"]), config)
         with torch.device("meta"):
             model = cls(config, **parts)
         for module in model.modules():
@@ -148,6 +156,23 @@ class Tokenizer(nn.Module):
         model.load_state_dict({key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()},
                               strict=False, assign=True)
         return model
+
+    @classmethod
+    def _agreed(cls, path: Path, stored: Any, given: str | Config | dict[str, Any] | None) -> Any:
+        """The configuration of a file that holds one, where the caller names one too."""
+        if given is None:
+            return stored
+        config = cls.Config.get(given)
+        if config != stored:
+            keys = [f.name for f in fields(config) if f.compare and getattr(config, f.name) != getattr(stored, f.name)]
+            one, other = (", ".join(f"{key}={getattr(c, key)!r}" for key in keys) for c in (stored, config))
+            raise ValueError(f"config: {path} holds {cls.system}/{stored.name} with {one}; {cls.system}/{config.name}, which was "
+                             f"asked for, has {other}")
+        if isinstance(given, cls.Config):
+            return config
+        said = {"name", *(given if isinstance(given, dict) else ())}
+        free = [f.name for f in fields(config) if not f.compare and f.name not in said]
+        return replace(config, **{key: getattr(stored, key) for key in free})
 
     # Checks
 

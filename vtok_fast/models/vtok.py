@@ -54,7 +54,10 @@ class VTok(Tokenizer):
             fields = {"backbone": "external", **fields}
         super().__init__(config, **fields)
         c = self.config
-        if (c.backbone == "external") != (backbone is not None):
+        if c.backbone == "external" and backbone is None:
+            raise ValueError(f"backbone: the configuration {c.name!r} wants a module of yours, which the command line cannot take; in "
+                             "Python: VTok.from_checkpoint(file, config, backbone=module), then vtok_fast.video_tokens.tokenize")
+        if c.backbone != "external" and backbone is not None:
             raise ValueError(f"backbone={type(backbone).__name__}: the configuration {c.name!r} wants {c.backbone!r}")
         self.latent_channels = c.token_dim
         widths = [c.feature_dim, *[c.motion_hidden] * (c.motion_layers - 1), c.token_dim]

@@ -28,9 +28,9 @@ class WindowStream:
     """
 
     def __init__(self, model, size: int, overlap: int = 0):
-        factor = model.config.time_downsample_factor
-        if size < 1 or (size - 1) % factor:
-            raise ValueError(f"size={size}: a window has 1 + k * {factor} frames")
+        factor, causal = model.config.time_downsample_factor, model.config.causal
+        if size < 1 or (size - causal) % factor:
+            raise ValueError(f"size={size}: a window has {'1 + ' if causal else ''}k * {factor} frames")
         if not 0 <= overlap < size:
             raise ValueError(f"overlap={overlap} must be at least 0 and less than size={size}")
         self.model, self.size, self.overlap = model, size, overlap
