@@ -107,6 +107,12 @@ def test_cpu_is_close(name, dtype, masks):
             assert measured.ok, str(measured)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_fewer_heads_of_keys_on_a_torch_that_has_no_such_kernel(dtype, masks, monkeypatch):
+    monkeypatch.setattr(cpu, "_shares_heads", lambda: False)
+    test_cpu_is_close("time invariant", dtype, masks)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ("time invariant", "many short ranges", "packed"))
 def test_large_scores_merge_without_overflow(backend, name):

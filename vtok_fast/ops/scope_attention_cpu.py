@@ -39,8 +39,8 @@ class Rectangles(NamedTuple):
     k_start: int
     keys: int
     k_step: int
-    count: int
-    index: Tensor | None = None
+    count: int  # type: ignore[assignment]  # tuples have methods of these names, which nobody calls here
+    index: Tensor | None = None  # type: ignore[assignment]
 
 
 class Plan(NamedTuple):
@@ -175,13 +175,17 @@ def run(call: Any) -> tuple[Tensor, ...]:
     """(out, lse), or (dq, dk, dv) where the call has a gradient."""
     # PyTorch's kernels take the last dimension to be contiguous, and do not check it.
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in call[:3])
-    if q.shape[1] != k.shape[1] and not _shares_heads():
-        raise RuntimeError(f"torch {torch.__version__} has no attention with fewer heads of keys; use backend='reference'")
+    shared = 1 if q.shape[1] == k.shape[1] or _shares_heads() else q.shape[1] // k.shape[1]  # by torch 2.6 only as copies
+    if shared > 1:
+        k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
     if call.grad is None:
         out, lse = _forward(q, k, v, call.scope, call.scale)
         return like(call.q, out), lse
     grad, out = (t if t.stride(3) == 1 else t.contiguous() for t in (call.grad, call.out))
-    return tuple(map(like, call[:3], _backward(grad, q, k, v, out, call.lse, call.scope, call.scale)))
+    dq, dk, dv = _backward(grad, q, k, v, out, call.lse, call.scope, call.scale)
+    if shared > 1:
+        dk, dv = (t.unflatten(1, (-1, shared)).sum(2) for t in (dk, dv))
+    return tuple(map(like, call[:3], (dq, dk, dv)))
 
 
 def _dense_mask(q: Tensor, scope: Scope, steps: Plan) -> Tensor | None:

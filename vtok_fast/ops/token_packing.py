@@ -65,6 +65,8 @@ def pack_tokens(tokens: Tensor | Sequence[Tensor], keep: Tensor | Sequence[Tenso
             raise ValueError(f"keep: expected {len(tokens)} masks for as many batches of tokens, and no capacity")
         return PackedTokens.cat([pack_tokens(t, k, levels=levels, variant=variant, validate=validate, backend=backend)
                                  for t, k in zip(tokens, keep)])
+    if not isinstance(keep, Tensor):
+        raise TypeError(f"keep: expected a tensor, as tokens is one, got {type(keep).__name__}")
     if keep.dtype != torch.bool:
         keep = _mask_of_positions(keep, tokens)
     grid = tokens.shape[tokens.dim() - keep.dim() + 1:]
@@ -81,7 +83,7 @@ def pack_tokens(tokens: Tensor | Sequence[Tensor], keep: Tensor | Sequence[Tenso
         levels = _check_levels(levels, variant, tokens, keep)
         tokens = tokens.detach()
     call = PackCall(tokens, keep, capacity, levels, variant)
-    if native.is_plain(*call[:2]):
+    if native.is_plain(call.tokens, call.keep):
         packed = run_pack(call, backend)
     else:
         packed = torch.ops.vtok_fast.pack_tokens(*call, backend)
@@ -154,7 +156,7 @@ def unpack_tokens(packed: PackedTokens, *, shape: Sequence[int] | None = None, f
         if tuple(map(operator.index, shape)) != want:
             raise ValueError(f"shape: expected {want}, got {tuple(shape)}")
     call = UnpackCall(values, mask if packed.grids is None else mask.unsqueeze(0), float(fill))
-    if native.is_plain(*call[:2]):
+    if native.is_plain(call.values, call.mask):
         dense = run_unpack(call, backend)
     else:
         dense = torch.ops.vtok_fast.unpack_tokens(*call, backend)

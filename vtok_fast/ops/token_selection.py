@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def router_scores(video: Tensor, reconstruction: Tensor, grid: Sequence[int] = (
     if video.shape[1] * math.prod(grid) > reference.MAX_COUNT:
         raise ValueError(f"grid: at most {reference.MAX_COUNT} values per token, got {grid} of {video.shape[1]} channels")
     call = ScoresCall(video.detach(), reconstruction.detach(), grid)
-    if native.is_plain(*call[:2]):
+    if native.is_plain(call.video, call.reconstruction):
         return backends.select("router_scores", call, backend).run(call)
     return torch.ops.vtok_fast.router_scores(*call, backend)
 
@@ -128,19 +128,20 @@ def token_budget(scores: Tensor, rate: float | Tensor, *, strategy: str = "elbo"
         return torch.full((scores.shape[0],), count, dtype=torch.int64, device=scores.device)
     else:
         rate = torch.full((1,), rate, dtype=torch.float64, device=scores.device)
+    mean: Tensor | None = None
     if strategy != "elbo":
-        elbo_mean = _mean_tensor(elbo_mean, strategy, scores.device)
+        mean = _mean_tensor(elbo_mean, strategy, scores.device)
         if tokens == 0:
             return torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
-    if strategy == "elbo_ema":
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected 0 to 1, got {decay!r}")
-        reference.update_mean(elbo_mean, scores.detach(), decay)
-    if native.is_plain(scores, rate, elbo_mean) and backends.why_not_triton_on(scores) is None and scores.dtype != torch.float64:
+        if strategy == "elbo_ema":
+            if not 0 <= decay <= 1:
+                raise ValueError(f"decay: expected 0 to 1, got {decay!r}")
+            reference.update_mean(mean, scores.detach(), decay)
+    if native.is_plain(scores, rate, mean) and backends.why_not_triton_on(scores) is None and scores.dtype != torch.float64:
         from vtok_fast.kernels import token_packing as kernels
 
-        return kernels.token_budget(scores.contiguous().flatten(1), rate.contiguous(), strategy, elbo_mean, released)
-    return reference.counts(reference.rates(scores.detach(), rate, strategy, elbo_mean), tokens, released)
+        return kernels.token_budget(scores.contiguous().flatten(1), rate.contiguous(), strategy, mean, released)
+    return reference.counts(reference.rates(scores.detach(), rate, strategy, mean), tokens, released)
 
 
 def _mean_tensor(elbo_mean: float | Tensor | None, strategy: str, device: torch.device) -> Tensor:
@@ -206,12 +207,12 @@ def select_tokens(scores: Tensor, budget: int | Sequence[int] | Tensor, *, metho
             raise ValueError(f"budget: expected 0 to {size}, the tokens of a {'block' if ordered else 'clip'}, got "
                              f"{low if low < 0 else high}")
     if given.dim() == 0 and not isinstance(budget, Tensor):  # a copy from the host would wait
-        given = torch.full(scores.shape[:1], budget, dtype=torch.int64, device=scores.device)
+        given = torch.full(scores.shape[:1], cast(int, budget), dtype=torch.int64, device=scores.device)
     given = given.to(scores.device, torch.int64, non_blocking=given.is_cpu)
     if given.dim() == 0:
         given = given.expand(scores.shape[0])
     call = SelectCall(scores.detach(), given.contiguous(), method, stride)
-    if native.is_plain(*call[:2]):
+    if native.is_plain(call.scores, call.budget):
         return backends.select("select_tokens", call, backend).run(call)
     return torch.ops.vtok_fast.select_tokens(*call, backend)
 
