@@ -8,6 +8,7 @@ is downloaded.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -126,7 +127,7 @@ def fvd(real: Iterable[Tensor], generated: Iterable[Tensor], features: Callable[
     return frechet_distance(*found)
 
 
-def load_fvd_network(path: str | Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+def load_fvd_network(path: str | os.PathLike, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
     """The ``features`` of :func:`fvd` from a TorchScript file: called with clips (B, 3, T, H, W), float32 in [-1, 1].
 
     One whose ``forward`` takes ``rescale``, ``resize`` and ``return_features``, as the I3D that StyleGAN-V's code made common, gets
@@ -158,7 +159,7 @@ def bits(tokens: Tokens, codebook_size: int | None = None) -> int:
     Raises ValueError for indices without a codebook_size of at least 2.
     """
     if tokens.indices is None:
-        return tokens.latents.numel() * tokens.latents.element_size() * 8
+        return tokens.data.numel() * tokens.data.element_size() * 8
     if codebook_size is None or codebook_size < 2:
         raise ValueError(f"codebook_size={codebook_size}: indices need the number of entries of their codebook")
     kept, positions = int((tokens.indices >= 0).sum()), tokens.indices.numel()
@@ -199,11 +200,11 @@ def _pair(video: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
 
 def _frames(video: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (N, C, H, W)."""
-    pair = _pair(video, original)
-    return tuple(x.movedim(-4, -3).flatten(0, -4) for x in pair)
+    one, other = (x.movedim(-4, -3).flatten(0, -4) for x in _pair(video, original))
+    return one, other
 
 
-def _image():
+def _image() -> Any:
     try:
         import torchmetrics.functional.image as image
     except ImportError as error:

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.autograd import forward_ad
@@ -74,6 +74,14 @@ def cuda_stream(tensor: torch.Tensor) -> Iterator[int]:
         return
     with torch.cuda.device(tensor.device):
         yield torch.cuda.current_stream().cuda_stream
+
+
+@overload
+def arg(tensor: torch.Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]: ...
+
+
+@overload
+def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, ...]] | None: ...
 
 
 def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, ...]] | None:

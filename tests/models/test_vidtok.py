@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vtok_fast.models import VidTok, VidTokConfig
+from vtok_fast.models import ProMAG, VidTok, VidTokConfig
 from vtok_fast.models.vidtok_configs import CONFIGS
 from vtok_fast.models.vidtok_regularizers import FSQRegularizer, KLRegularizer
 from vtok_fast.tokens import Tokens, write_atomically
@@ -259,6 +260,23 @@ def test_checkpoints(tmp_path):
     assert double.decoder.conv_in.conv.weight.dtype == torch.float64
     with pytest.raises(ValueError, match="does not say what model"):
         VidTok.from_checkpoint(tmp_path / "plain.pt")
+
+
+def test_a_file_of_before_the_systems_had_one_format(tmp_path):
+    model, path = make(), tmp_path / "old.safetensors"
+    save_file(model.state_dict(), path, {"vidtok_config": json.dumps(model.config.to_dict())})
+    loaded = VidTok.from_checkpoint(path)
+    assert loaded.config == model.config and torch.equal(loaded(clip()), model(clip()))
+    with pytest.raises(ValueError, match="holds a 'vidtok' model, not 'promag'"):
+        ProMAG.from_checkpoint(path)
+
+
+def test_what_a_tokenizer_says_of_its_tokens():
+    """As of every system: the size of the codebook, or the channels of a latent; a token for each position of the grid."""
+    fsq, kl = make(), make(regularizer="kl", levels=None)
+    assert fsq.codebook_size == 8 * 8 * 5 * 5 and not hasattr(fsq, "latent_channels")
+    assert kl.latent_channels == 4 and not hasattr(kl, "codebook_size")
+    assert fsq.token_grid(5, 16, 8) == fsq.latent_shape(5, 16, 8) == fsq.encode(clip()).grid
 
 
 def test_bad_checkpoints(tmp_path):

@@ -457,6 +457,7 @@ VIDEO = torch.zeros(1, 3, 5, 8, 8)
     (ValueError, "capacity: .*-1", lambda: pack_tokens(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), capacity=-1)),
     (ValueError, r"levels: .*\(1, 4\)", lambda: pack_tokens(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), levels=[8])),
     (ValueError, "keep: expected 2 masks", lambda: pack_tokens([torch.zeros(1, 4)] * 2, [torch.ones(1, 4, dtype=torch.bool)])),
+    (TypeError, "keep: expected a tensor, as tokens is one, got list", lambda: pack_tokens(torch.zeros(1, 4), [True] * 4)),
     (vtok_fast.BackendError, "backend='sm90' does not exist", lambda: select_tokens(torch.zeros(1, 4), 1, backend="sm90")),
 ])
 def test_bad_arguments_are_named(error, message, call):

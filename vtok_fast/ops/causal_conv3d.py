@@ -98,8 +98,9 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stri
     if activation not in (None, "silu"):
         raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
     _check_residual(x, residual, alpha, size, upsample, upsample_first_frame_once, depth_to_space)
-    blend = None
+    blend: tuple[Tensor, Tensor] | None = None
     if isinstance(alpha, Tensor):
+        assert residual is not None  # checked
         if torch.compiler.is_compiling() or alpha.requires_grad or alpha.device.type != "cpu":
             blend, alpha = (residual, alpha), None  # outside the kernel: a graph, a gradient or a device keeps the value
             residual = None
@@ -113,10 +114,10 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stri
                                               spatial_mode, alpha, activation, upsample, upsample_first_frame_once,
                                               depth_to_space, backend)
     if blend is not None:
-        residual, weight_of_residual = blend
-        if residual.shape != y.shape:
-            residual = reference.upsample_nearest(residual, upsample, upsample_first_frame_once)
-        y = torch.lerp(y, residual, weight_of_residual.to(y.dtype)).contiguous(memory_format=torch.channels_last_3d)
+        other, weight_of_other = blend
+        if other.shape != y.shape:
+            other = reference.upsample_nearest(other, upsample, upsample_first_frame_once)
+        y = torch.lerp(y, other, weight_of_other.to(y.dtype)).contiguous(memory_format=torch.channels_last_3d)
     return y
 
 
@@ -145,7 +146,7 @@ def _triple(name: str, value: int | Sequence[int], least: int) -> Triple:
     return triple
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, the tensors in its dtype, as PyTorch's own convolutions take them; float64 is left alone."""
     devices = [t.device.type for t in tensors if isinstance(t, Tensor)]
     device = devices[0] if devices else "cpu"
@@ -436,7 +437,8 @@ torch.library.define(
 
 
 def _call(*args: Any) -> ConvCall:
-    return ConvCall(*(tuple(a) if isinstance(a, list) else a for a in args))
+    fields: list[Any] = [tuple(a) if isinstance(a, list) else a for a in args]
+    return ConvCall(*fields)
 
 
 @torch.library.impl("vtok_fast::causal_conv3d", ("cpu", "cuda"))
@@ -455,7 +457,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(call.x, call.weight, call.bias, call.cache)
     ctx.residual_shape = None if call.residual is None else call.residual.shape
     ctx.output_shape = output.shape
-    ctx.options = call._replace(x=None, weight=None, bias=None, cache=None, residual=None)
+    no_tensors: dict[str, Any] = dict.fromkeys(("x", "weight", "bias", "cache", "residual"))
+    ctx.options = call._replace(**no_tensors)
     ctx.backend = inputs[-1]
     ctx.wish = inputs[-1] or backends.preferred()  # asked here, because the backward runs in a thread of its own
 

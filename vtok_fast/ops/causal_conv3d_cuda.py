@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -44,6 +44,14 @@ def why_not_shape(x: Tensor, weight: Tensor, groups: int, depth_to_space: Triple
 def why_slower(call: Any) -> str | None:
     """The reason to leave to PyTorch a call that the kernels can run: a class of shapes measured to be slower. None so far."""
     return None
+
+
+@overload
+def channels_last(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def channels_last(tensor: Tensor | None) -> Tensor | None: ...
 
 
 def channels_last(tensor: Tensor | None) -> Tensor | None:
@@ -109,12 +117,13 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, geom
     x, cache = _input(x, cache, geometry[2])
     grad = grad.contiguous(memory_format=LAST)
     grad_x = torch.empty_like(x, memory_format=LAST) if mask[0] else None
-    grad_cache = torch.empty_like(cache, memory_format=LAST) if mask[3] else None
+    grad_cache = torch.empty_like(cache, memory_format=LAST) if cache is not None and mask[3] else None
     grad_weight = torch.empty_like(weight) if mask[1] or mask[2] else None
     grad_bias = weight.new_empty(weight.shape[0]) if mask[2] else None
-    by_hopper = grad_weight is not None and hopper and wgrad_sm90.why_not(grad, x, weight, cache, geometry) is None
-    if by_hopper:
+    by_hopper = False
+    if grad_weight is not None and hopper and wgrad_sm90.why_not(grad, x, weight, cache, geometry) is None:
         wgrad_sm90.launch(grad, x, grad_weight, grad_bias, cache, geometry, lib=lib)
+        by_hopper = True
     of_input = grad_x, grad_cache
     if hopper and any(t is not None for t in of_input) and sm90.why_not_dgrad(grad, x, weight, cache, geometry) is None:
         sm90.dgrad(grad, x, weight, cache, geometry, *of_input, lib=lib)

@@ -220,7 +220,7 @@ def _triton_run(call: NormCall, tail_frames: int = 0) -> Tensor | tuple[Tensor, 
     tail = torch.empty_like(y[:, :, max(y.shape[2] - tail_frames, 0):], memory_format=layout) if tail_frames else None
     kernels.norm_act(*call[:6], y, kind=call.kind, groups=call.groups, per_frame=call.per_frame, eps=call.eps,
                      silu=call.activation == "silu", rounding=call.rounding, tail=tail)
-    return (y, tail) if tail_frames else y
+    return y if tail is None else (y, tail)
 
 
 @tuning.guarded("norm_act")

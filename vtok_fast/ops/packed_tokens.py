@@ -180,8 +180,9 @@ class PackedTokens:
         ends = np.cumsum([0] + [np.count_nonzero(part) for part in parts])
         same = len(set(grids)) <= 1
         flat = torch.from_numpy(mask)
-        return cls(*(torch.from_numpy(a.astype(np.int32)).to(device) for a in (values, indices, ends)),
-                   (flat.view(clips, *(grids[0] if grids else dims * (0,))) if same else flat).to(device), None if same else grids)
+        moved = [torch.from_numpy(a.astype(np.int32)).to(device) for a in (values, indices, ends)]
+        keep = (flat.view(clips, *(grids[0] if grids else dims * (0,))) if same else flat).to(device)
+        return cls(moved[0], moved[1], moved[2], keep, None if same else grids)
 
 
 def _width(codes: int) -> int:

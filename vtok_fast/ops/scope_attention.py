@@ -104,6 +104,7 @@ def _reference_run(call: ScopeCall) -> tuple[Tensor, ...]:
     q, k, v, scope, scale, grad, out, lse = call
     mask = Scope._make(*scope_attention_triton.clamped(scope), scope.q_len, scope.k_len).mask().to(q.device)
     if grad is not None:
+        assert out is not None and lse is not None  # they come with it
         return tuple(map(like, (q, k, v), reference.scope_attention_backward(grad, q, k, v, out, lse, mask, scale)))
     result, lse = reference.scope_attention(q, k, v, mask, scale)
     return like(q, result), lse
