@@ -171,12 +171,15 @@ pixels' differences, and the model's own loss. Longer trainings, with checkpoint
 
 ```sh
 python examples/train.py --model tivtok --data clips --minutes 60                    # any of the systems, on a folder of clips
-python examples/train.py --model vidtok --data clips --steps 50000 --lpips 1 --gan 0.2 --gan-start 20001
-python examples/train.py --model vidtok --data clips --steps 30000 --stage 2 --start data/run/model.safetensors --output data/run2
+python examples/train.py --model vidtok --data clips --steps 50000 --losses paper
+python examples/train.py --model vidtok --data clips --steps 30000 --losses paper --stage 2 --start data/run/model.safetensors \\
+    --output data/stage2
+python examples/train.py --model promag --data clips --steps 50000 --start data/4x/model.safetensors --grow --output data/8x
 ```
 
-The second adds the papers' perceptual network (torchvision's VGG-16, whose weights must be there: nothing is downloaded) and
-discriminator. The third is VidTok's second stage: the decoder alone, on crops of twice the height and width.
+The second has the weights of the paper's losses (`examples/recipes.py`), a perceptual network (torchvision's VGG-16, whose weights
+must be there: nothing is downloaded) and a discriminator among them. The third is VidTok's second stage: the decoder alone, on
+crops of twice the height and width. The last grows a ProMAG by a stage.
 
 TivTok and VTok would not learn at first: they came to the mean colour of a clip and stayed. Learned queries know nothing of
 places: attention is even, every token holds the mean of the clip, and the decoder spreads it evenly. Now tokens stand at the

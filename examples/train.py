@@ -9,7 +9,7 @@ demo` shows some of them.
 AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average of the weights, which is what is saved.
 The loss is the mean absolute error, plus the mean squared error, plus the error of neighbouring pixels' differences (sharp edges
 cost more than flat ones), plus --aux times the model's own loss (of its quantiser, or of its Gaussian). The papers add a perceptual
-network and a discriminator: --lpips 1 (with torchvision and its weights of VGG-16), and --gan 0.2 --gan-start 20001.
+network and a discriminator: `--losses paper` (with torchvision and its weights of VGG-16), whose weights are in `recipes.py`.
 
 `--output FOLDER` gets `state.pt` (everything that --resume needs), `model.safetensors` (the averaged weights) and `loss.png`.
 Batches depend on the seed and the number of the step alone, so a resumed run sees what an uninterrupted one would have seen.
@@ -34,8 +34,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from adversary import Adversary, perceptual_distance  # this, initialise and training_data lie beside this file
+from adversary import Adversary, perceptual_distance  # this, initialise, recipes and training_data lie beside this file
 from initialise import initialise
+from recipes import RECIPES, weights_of
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -49,24 +50,14 @@ from vtok_fast.video_tokens import systems
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What differs between the models: shapes of batches (B, T, H, W), of a validation clip (T, H, W), the weight of the model's
-    own loss, and the learning rate."""
-
-    crops: tuple[tuple[int, int, int, int], ...]
-    validation: tuple[int, int, int]
-    aux: float = 0.0
-    lr: float = 2e-4
-
-
-RECIPES = {
-    "vidtok": Recipe(((1, 9, 40, 40), (1, 9, 48, 48), (1, 9, 64, 64), (1, 5, 56, 56)), (17, 128, 128)),
-    "cosmos": Recipe(((1, 9, 48, 48), (1, 9, 64, 64)), (17, 128, 128)),
-    "infotok": Recipe(((1, 9, 64, 64),), (17, 128, 128), aux=1.0),
-    "promag": Recipe(((1, 9, 64, 64), (1, 17, 48, 48)), (17, 64, 64), aux=1e-6),
-    "tivtok": Recipe(((4, 16, 64, 64),), (16, 64, 64), aux=1.0, lr=1e-3),
-    "vtok": Recipe(((2, 8, 64, 64),), (16, 64, 64), lr=1e-3),
+LOSSES = {
+    "mse": "weight of the squared error",
+    "edges": "weight of the error of neighbouring pixels' differences",
+    "aux": "weight of the model's own loss",
+    "lpips": "weight of the perceptual distance; needs torchvision and its weights of VGG-16",
+    "gan": "weight of the adversarial term, a share of the reconstruction's gradient",
+    "gan_start": "the first step with a discriminator",
+    "lecam": "weight of the discriminator's LeCam term",
 }
 
 
@@ -74,7 +65,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small tokenizer on a folder of clips.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", choices=sorted(RECIPES), default="vidtok")
-    parser.add_argument("--config", default="tiny", help="a configuration by name")
+    parser.add_argument("--config", help="a configuration by name; default: that of --start, or tiny")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of video files")
     parser.add_argument("--hold-out", type=parse_hold_out, metavar="FILE:FIRST-END", help="frames for validation only")
     parser.add_argument("--output", type=Path, default=Path("data/run"))
@@ -90,16 +81,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--clip", type=float, default=1.0, help="highest norm of the gradient")
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--mse", type=float, default=2.0, help="weight of the squared error")
-    parser.add_argument("--edges", type=float, default=0.2, help="weight of the error of neighbouring pixels' differences")
-    parser.add_argument("--aux", type=float, help="weight of the model's own loss; default: as suits the model")
-    parser.add_argument("--lpips", type=float, default=0.0, help="weight of the perceptual distance; needs torchvision and weights")
-    parser.add_argument("--gan", type=float, default=0.0, help="weight of the adversarial term, a share of the reconstruction's "
-                        "gradient")
-    parser.add_argument("--gan-start", type=int, default=0, metavar="STEP", help="the first step with a discriminator")
-    parser.add_argument("--lecam", type=float, default=0.005, help="weight of the discriminator's LeCam term")
+    parser.add_argument("--losses", choices=("package", "paper"), default="package",
+                        help="weights of the ones below that are not given")
+    for name, text in LOSSES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "gan_start" else float, help=text)
     parser.add_argument("--saturation", type=float, default=0.1, help="vidtok: weight of the penalty on latents where tanh is flat")
     parser.add_argument("--start", type=Path, metavar="FILE", help="begin with these weights")
+    parser.add_argument("--grow", action="store_true", help="promag: grow the model of --start by a stage; what it was is frozen")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="2: from --start, the decoder alone, on crops "
                         "of twice the height and width")
     parser.add_argument("--train", choices=("all", "decoder"), help="what learns; default: as the stage says")
@@ -115,10 +103,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --steps or --minutes")
     if options.stage == 2 and options.start is None:
         parser.error("--stage 2 needs the weights of stage 1: --start FILE")
+    if options.grow and (options.start is None or options.model != "promag"):
+        parser.error("--grow needs --model promag and the lower model: --start FILE")
     recipe = RECIPES[options.model]
     options.train = options.train or ("all", "decoder")[options.stage - 1]
     options.crop = options.crop or [(b, t, options.stage * h, options.stage * w) for b, t, h, w in recipe.crops]
-    options.aux = recipe.aux if options.aux is None else options.aux
     options.lr = recipe.lr if options.lr is None else options.lr
     return options
 
@@ -181,7 +170,7 @@ def loss_of(model: torch.nn.Module, x: Tensor, options: argparse.Namespace, step
             perceptual: Perceptual | None = None, adversary: Adversary | None = None) -> tuple[Tensor, Tensor]:
     """The loss of a batch x, and its reconstruction."""
     latents: list[Tensor] = []
-    if options.model == "vidtok" and options.saturation:
+    if options.saturation and getattr(model.config, "regularizer", "") == "fsq":
         handle = model.encoder.register_forward_hook(lambda module, args, z: latents.append(z.float()))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=options.bf16):
         if options.aux:
@@ -212,6 +201,8 @@ def reconstruction_error(y: Tensor, x: Tensor, mse: float = 2.0, edges: float = 
 def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
     decay = min(decay, (1 + step) / (10 + step))  # the first weights are forgotten quickly
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):  # running means are means already
+        kept.copy_(buffer)
 
 
 @torch.inference_mode()
@@ -250,13 +241,27 @@ def plot(state: State, path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
+def make_model(options: argparse.Namespace) -> torch.nn.Module:
+    """Raises ValueError for a configuration whose frozen part nobody trained."""
+    kind = systems()[options.model]
+    if options.start is not None:
+        model = kind.from_checkpoint(options.start, options.config)
+        return (model.grow() if options.grow else model).train()
+    model = kind(options.config or "tiny")
+    if getattr(model.config, "growth", 0) and model.config.freeze_lower:
+        raise ValueError(f"config={options.config!r}: its lower model is frozen; train that first, then --start FILE --grow")
+    return model.train()
+
+
 def train(options: argparse.Namespace, console: Console) -> State:
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
-    kind = systems()[options.model]
-    model = (kind(options.config) if options.start is None else kind.from_checkpoint(options.start, options.config)).train()
+    model = make_model(options)
+    weights = weights_of(options.model, options.losses, getattr(model.config, "regularizer", "") == "kl")
+    for name, value in weights.items():
+        setattr(options, name, value if getattr(options, name) is None else getattr(options, name))
     clips, validation, device = Clips(options.data, options.hold_out), validation_clips(options), torch.device(options.device)
     if options.model == "vidtok" and options.start is None:
         initialise(model, clips.sample(random.Random(options.seed), (8, *options.crop[0][1:])))
@@ -270,7 +275,7 @@ def train(options: argparse.Namespace, console: Console) -> State:
     state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer, adversary)
     if options.resume:
         state.load(options.output)
-    console.print(f"{options.model} {options.config}: {sum(p.numel() for p in learning):,} parameters learn, "
+    console.print(f"{options.model} {model.config.name}: {sum(p.numel() for p in learning):,} parameters learn, "
                   f"on {device} ({torch.get_num_threads()} threads), from step {state.step}")
     columns = (TextColumn("step {task.fields[step]:>6}  loss {task.fields[loss]:.4f}  held out {task.fields[psnr]} dB"),
                BarColumn(), TimeElapsedColumn())

@@ -76,7 +76,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run, data, tmp_path):
         assert all(torch.equal(resumed[part][key], value) for key, value in unbroken[part].items())
 
 
-@pytest.mark.parametrize("model", ["cosmos", "promag", "tivtok", "vtok"])
+@pytest.mark.parametrize("model", ["cosmos", "infotok", "promag", "tivtok", "vtok"])
 def test_every_model_trains(data, tmp_path, model):
     crop = ("--crop", "1x16x32x32") if model in ("tivtok", "vtok") else ("--crop", "1x5x32x32")
     result = train("--model", model, "--data", data, "--output", tmp_path, "--steps", 2, "--threads", "1", *crop)
@@ -98,6 +98,33 @@ def test_the_second_stage_trains_the_decoder_alone(run, data, tmp_path, monkeypa
     second, first = (arguments([*words, "--steps", "1"]).crop for words in (["--stage", "2", "--start", "x"], []))
     assert [(b, t, h // 2, w // 2) for b, t, h, w in second] == [*first]
     assert "--start" in train("--stage", 2, "--steps", 1).stderr
+
+
+def test_a_grown_model_learns_above_its_lower_one(data, tmp_path):
+    common = ("--model", "promag", "--data", data, "--steps", 2, "--threads", 1, "--crop", "1x9x16x16")
+    result = train(*common, "--output", tmp_path / "4x")
+    assert result.returncode == 0, result.stderr
+    lower = tmp_path / "4x" / "model.safetensors"
+    result = train(*common, "--output", tmp_path / "8x", "--start", lower, "--grow")
+    assert result.returncode == 0, result.stderr
+    kind = systems()["promag"]
+    before, after = kind.from_checkpoint(lower), kind.from_checkpoint(tmp_path / "8x" / "model.safetensors")
+    assert after.config.growth == 1
+    for key, value in before.encoder.state_dict().items():
+        assert torch.equal(after.encoder.state_dict()[key], value)
+    grown = before.grow().state_dict()
+    assert any(not torch.equal(grown[key], value) for key, value in after.state_dict().items() if key.startswith("encoder_growth"))
+    refused = train(*common, "--output", tmp_path / "no", "--config", "tiny_8x")
+    assert refused.returncode == 1 and "frozen" in refused.stderr
+
+
+def test_weights_of_losses(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    weights_of = importlib.import_module("recipes").weights_of
+    assert weights_of("vidtok", "paper", False) == {"mse": 0.0, "edges": 0.0, "aux": 1.0, "lpips": 1.0, "gan": 0.2,
+                                                    "gan_start": 20001, "lecam": 0.005}
+    assert weights_of("vidtok", "paper", True)["aux"] == 1e-6  # a Gaussian's divergence is a sum, FSQ's loss a mean
+    assert weights_of("vidtok", "package", False)["lpips"] == 0
 
 
 def test_it_learns(data, tmp_path):
