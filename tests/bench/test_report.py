@@ -141,6 +141,18 @@ def test_names_with_brackets_are_shown(capsys):
     assert "x[mask]" in said and "[quartiles]" in said and "no memory [oom]" in said
 
 
+def test_graphs_and_peaks_have_columns_where_they_were_measured(capsys):
+    plain, record = _record("plain"), _record("graph")
+    record["seconds"]["vtok_fast"] |= {"graph_seconds": 0.0123, "peak_bytes": 77e6}
+    record["seconds"]["p"]["no_graph"] = "it waits for the device"
+    here = {"cpu": "c", "family": 1, "model": 1, "cores": 1, "isa": "avx2", "caches": {}}
+    state = {"torch": "2", "threads": 1, "commit": "c", "date": "2026-01-01", "load_before": 0, "quick": False, "failed": {}}
+    for cases, there in (([plain], False), ([plain, record], True)):
+        report.show({"machine": here, "sections": {"norm_act": state | {"cases": cases}}})
+        out = capsys.readouterr().out
+        assert ("graph ms" in out and "12.3" in out and "77" in out and "no CUDA graph: p (graph): it waits" in out) == there
+
+
 def test_the_machine_is_named():
     here = machine.describe()
     assert here["cpu"] and here["cores"] >= 1

@@ -168,6 +168,9 @@ def show(results: dict[str, Any]) -> None:
         for case in section["cases"]:
             for peer, why in case.get("missing", {}).items():
                 console.print(f"missing: {peer} ({case['case']}): {why}", markup=False)
+            for name, entry in case.get("seconds", {}).items():
+                if "no_graph" in entry:
+                    console.print(f"no CUDA graph: {name} ({case['case']}): {entry['no_graph']}", markup=False)
     console.print(_target_table(results))
 
 
