@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import sysconfig
 import types
 import warnings
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vtok_fast
 from vtok_fast import backends, doctor, gpus, info, known_bad, native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +116,21 @@ def test_what_gives_wrong_results_is_bad_and_what_is_not_used_does_not_matter():
     assert not doctor._pairs(probed(torch="2.9.0", cudnn=None, cuda=False))
 
 
+@pytest.mark.parametrize(("torch_version", "cuda", "package", "installed", "sources"), [
+    ("2.10.0", True, "flash-attn-4", "4.0.0b1", {188322}), ("2.13.0+cu130", True, "flash-attn-4", "4.0.0", {188322}),
+    ("2.14.0", True, "flash-attn-4", "4.0.0", set()), ("2.9.1", True, "flash-attn-4", "4.0.0", set()),
+    ("2.13.0", True, "flash-attn-4", None, set()), ("2.13.0", False, "flash-attn-4", "4.0.0", set()),
+    ("2.13.0", False, "vector-quantize-pytorch", "1.14.3", {114}), ("2.13.0", True, "vector-quantize-pytorch", "1.14.4", set()),
+    ("2.13.0", False, "vector-quantize-pytorch", "1.32.0", set())])
+def test_packages_that_are_known_to_be_bad(monkeypatch, torch_version, cuda, package, installed, sources):
+    said = json.dumps({"torch": torch_version, "cuda": cuda, "cudnn": 92000 if cuda else None})
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
+    monkeypatch.setattr(doctor, "_version", lambda name: installed if name == package else None)
+    found = doctor._pairs(doctor.look()[0])
+    assert {int(f.text.rpartition("#")[2].rstrip(")")) for f in found} == sources
+    assert all(f"{package} {installed}" in f.text and f.cure for f in found)
+
+
 @pytest.mark.parametrize(("text", "version"), [("2.9.1+cu128", (2, 9, 1)), ("2.13.0a0+git1", (2, 13, 0)), ("2.10", (2, 10)),
                                                (91002, (9, 10, 2)), (8907, (8, 9, 7)), (None, None)])
 def test_versions(text, version):
@@ -122,13 +140,8 @@ def test_versions(text, version):
 @pytest.mark.parametrize(("wanted", "here", "level"), [("3.6.0", "3.6.0", "ok"), ("3.6.0", "3.5.1", "hint"), (None, "3.6.0", "ok"),
                                                       ("3.6.0", None, "hint")])
 def test_triton_is_the_one_of_torch(monkeypatch, wanted, here, level):
-    def version(name):
-        if here is None:
-            raise doctor.importlib.metadata.PackageNotFoundError(name)
-        return here
-
     requires = ["numpy"] + ([f'triton=={wanted}; platform_system == "Linux"'] if wanted else [])
-    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor, "_version", lambda name: here)
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: requires)
     finding, = doctor._triton(probed())
     assert finding.level == level and (level == "ok" or "pip install triton" in finding.cure)
@@ -143,7 +156,7 @@ def test_a_missing_compiler_and_nvcc(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert doctor._compiler().level == "hint" and "g++" in doctor._compiler().cure
-    assert doctor._nvcc(probed(gpus=[H200]))[0].level == "hint" and doctor._nvcc(probed()) == [] and doctor._nvcc(None) == []
+    assert doctor._nvcc(probed(gpus=[H200]))[0].level == "hint" and doctor._nvcc(probed()) == []
     (tmp_path / "nvcc").write_text("#!/bin/sh\n")
     (tmp_path / "nvcc").chmod(0o755)
     assert doctor._nvcc(probed(gpus=[H200]))[0].level == "ok"
@@ -165,10 +178,39 @@ def test_info_without_torch(tmp_path):
     result = subprocess.run([sys.executable, "-m", "vtok_fast.info"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0 and not result.stderr
     assert "causal_conv3d.sm80            unavailable: torch cannot be imported" in result.stdout
+    assert f"vtok fast                     {vtok_fast.__version__}" in result.stdout
     result = subprocess.run([sys.executable, "-m", "vtok_fast.cli", "info", "--json"], capture_output=True, text=True,
                             env=environment)
     facts = json.loads(result.stdout)
     assert set(facts["ops"]) == set(info.BACKENDS) and all(why for op in facts["ops"].values() for why in op.values())
+    if native.lib() is not None:  # it takes no torch
+        assert facts["native_module"] == "built" and facts["cuda_archs"] == list(native.lib().cuda_archs)
+        assert facts["supported_isas"] == list(native.lib().supported_isas())
+
+
+def test_the_doctor_without_torch_knows_the_native_module_and_the_gpus(monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA L4, 8.9'; echo 'Odd, [N/A]'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(doctor, "look", lambda: (None, "No module named 'torch'"))
+    alone = doctor.without_torch()
+    assert alone["gpus"] == [{"name": "NVIDIA L4", "capability": [8, 9]}]
+    findings = {finding.name: finding for finding in doctor.examine()}
+    assert findings["torch"].level == "bad" and findings["torch"].cure == "pip install 'torch>=2.6'"
+    assert findings["native module"].level == ("ok" if native.lib() is not None else "bad")
+    assert "GPU 0, NVIDIA L4" in findings or native.lib() is None
+    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
+    assert doctor.without_torch()["native"] == "the native module is not built"
+    (tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("no module")
+    assert "cannot be loaded" in doctor.without_torch()["native"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no such signal")
+def test_a_reader_that_has_enough_ends_info_quietly(tmp_path):
+    command = f"{sys.executable} -m vtok_fast.info | true"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, env=without("torch", tmp_path))
+    assert result.stderr == ""
 
 
 def test_info_without_the_native_module(tmp_path):

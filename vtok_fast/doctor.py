@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -61,9 +62,19 @@ try:
 except OSError:
     pass
 """
+# The native module takes no torch: where that cannot be imported, another process tells what the module has.
+NATIVE_PROBE = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("vtok_fast._C", sys.argv[1])
+lib = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(lib)
+print(json.dumps({"isa": lib.isa(), "isas": list(lib.supported_isas()), "runtime": lib.threading_runtime(),
+                  "archs": list(lib.cuda_archs)}))
+"""
 NOTHING = {"torch": None, "cuda": False, "threads": None, "toolkit": None, "cudnn": None, "allow_tf32": False, "gpus": [],
            "version": None,
-           "native": None, "ops": None, "isa": None, "isas": [], "runtime": None, "archs": [], "cuda_problem": None, "openmp": None}
+           "native": None, "ops": None, "isa": None, "isas": [], "runtime": None, "archs": [], "cuda_problem": None, "openmp": None,
+           "packages": {}}
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,11 @@ def examine() -> list[Finding]:
     """All findings."""
     probe, failure = look()
     findings = [_python(), _torch(probe, failure)]
-    findings += [*_pairs(probe), *_triton(probe), _native(probe), *_gpus(probe), _openmp(probe)] if probe else []
+    if probe is None:
+        probe = without_torch()
+        findings += [_native(probe), *_gpus(probe)]
+    else:
+        findings += [*_pairs(probe), *_triton(probe), _native(probe), *_gpus(probe), _openmp(probe)]
     return findings + [_compiler(), *_nvcc(probe), _headers(), *_packages(), *_allocator()]
 
 
@@ -98,7 +113,41 @@ def look() -> tuple[dict | None, str]:
         return None, _last_line(result)
     if result.returncode:  # it died with the native module
         facts["native"] = f"importing it ends Python: {_last_line(result)}"
-    return NOTHING | facts, ""
+    return NOTHING | facts | {"packages": {name: found for name in known_bad.PACKAGES if (found := _version(name))}}, ""
+
+
+def without_torch() -> dict:
+    """The native module and the GPUs as far as they can be told without torch: by loading the one file, and by nvidia-smi."""
+    facts: dict = {"gpus": _smi_gpus()}
+    tag = sysconfig.get_config_var("EXT_SUFFIX")
+    module = PACKAGE / f"_C{tag}"
+    if not module.is_file():
+        return NOTHING | facts | {"native": "the native module is not built"}
+    try:
+        result = subprocess.run([sys.executable, "-c", NATIVE_PROBE, str(module)], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return NOTHING | facts | {"native": "loading it takes more than two minutes"}
+    if result.returncode:
+        return NOTHING | facts | {"native": f"it cannot be loaded: {_last_line(result)}"}
+    return NOTHING | facts | json.loads(result.stdout)
+
+
+def _smi_gpus() -> list[dict]:
+    try:
+        said = subprocess.run(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"], capture_output=True,
+                              text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = (line.rpartition(", ") for line in said.splitlines())
+    return [{"name": name, "capability": [int(part) for part in capability.split(".")]}
+            for name, _, capability in rows if capability.replace(".", "", 1).isdigit()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _last_line(result: subprocess.CompletedProcess) -> str:
@@ -126,8 +175,13 @@ def _torch(probe: dict | None, failure: str) -> Finding:
 
 def _pairs(probe: dict) -> list[Finding]:
     """Versions that are known to be bad together."""
-    both = f"torch {probe['torch']} with cuDNN {'.'.join(map(str, known_bad.version(probe['cudnn']) or ()))}"
-    return [Finding("known-bad versions", pair.level, f"{both}: {pair.text} (pytorch #{pair.source})", pair.cure)
+    torch, cudnn = f"torch {probe['torch']}", f"cuDNN {'.'.join(map(str, known_bad.version(probe['cudnn']) or ()))}"
+
+    def which(pair: known_bad.Pair) -> str:
+        package = f"{pair.package[0]} {probe['packages'][pair.package[0]]}" if pair.package else ""
+        return package if pair.torch == known_bad.ANY and package else f"{torch} with {package or cudnn}"
+
+    return [Finding("known-bad versions", pair.level, f"{which(pair)}: {pair.text} ({pair.source})", pair.cure)
             for pair in known_bad.found(probe)]
 
 
@@ -135,9 +189,8 @@ def _triton(probe: dict) -> list[Finding]:
     """Whether Triton is the one that torch was built with: others often fail to compile, or compile worse."""
     if not probe["cuda"]:
         return []
-    try:
-        here = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    here = _version("triton")
+    if here is None:
         return [Finding("Triton", "hint", "not installed, so norms, attention and packing run on PyTorch's own kernels",
                         "pip install triton")]
     wanted = known_bad.triton_of(importlib.metadata.requires("torch") or [])
@@ -178,7 +231,7 @@ def _gpus(probe: dict) -> list[Finding]:
                                     f"in the source folder: {build}   (needs nvcc)"))
         else:
             findings.append(Finding(name, "ok", gpus.fit(capability, probe["archs"])))
-    return findings or [Finding("GPU", "ok", "none that torch sees")]
+    return findings or [Finding("GPU", "ok", "none that torch sees" if probe["torch"] else "none that nvidia-smi names")]
 
 
 def _openmp(probe: dict) -> Finding:
@@ -199,9 +252,9 @@ def _compiler() -> Finding:
     return Finding("compiler", "ok", version[0] if version else found)
 
 
-def _nvcc(probe: dict | None) -> list[Finding]:
+def _nvcc(probe: dict) -> list[Finding]:
     """Whether CUDA kernels could be built here, where there is a GPU for them."""
-    if probe is None or not probe["gpus"]:
+    if not probe["gpus"]:
         return []
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
@@ -256,6 +309,12 @@ def _read(path: str) -> str | None:
         return None
 
 
+def end_with_the_reader() -> None:
+    """`... | head` ends this program quietly, as it does others, instead of with a BrokenPipeError."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def main(say: Callable[[str], None] = print) -> int:
     """Print every finding; 1 if one is bad. Runs as a script too, where the package itself cannot be imported."""
     findings = examine()
@@ -265,4 +324,5 @@ def main(say: Callable[[str], None] = print) -> int:
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     sys.exit(main())

@@ -1,6 +1,6 @@
 """What this installation can run, one line each: ``python -m vtok_fast.info``, or ``vtok-fast info``.
 
-It needs nothing but the standard library: torch and the native module are looked at by a process of their own (the doctor's probe).
+It needs nothing but the standard library: torch and the native module are looked at by processes of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import vtok_fast
 import vtok_fast.doctor as doctor  # in this form, because without torch the package itself gives nothing
 import vtok_fast.gpus as gpus
 from vtok_fast.processor import cpu_name
@@ -27,12 +28,12 @@ BACKENDS = {
 def facts() -> dict[str, Any]:
     """Versions, the processor, threads, GPUs, and per op each backend with None where it can run here, or why not."""
     probe, failure = doctor.look()
-    found = probe or doctor.NOTHING
+    found = doctor.without_torch() if probe is None else probe
     missing = f"torch cannot be imported: {failure}" if probe is None else f"vtok_fast cannot be imported: {found['native']}"
     ops = found["ops"] or {op: dict.fromkeys(backends, missing) for op, backends in BACKENDS.items()}
     return {
-        "vtok_fast": found["version"], "torch": found["torch"] or missing, "python": platform.python_version(), "cpu": cpu_name(),
-        "native_module": found["native"] or ("built" if found["torch"] else missing), "isa": found["isa"],
+        "vtok_fast": vtok_fast.__version__, "torch": found["torch"] or missing, "python": platform.python_version(),
+        "cpu": cpu_name(), "native_module": found["native"] or "built", "isa": found["isa"],
         "supported_isas": found["isas"], "cuda_archs": found["archs"], "threads": found["threads"],
         "threading_runtime": found["runtime"], "cuda": found["toolkit"], "cudnn": found["cudnn"],
         "gpu": found["gpus"][0]["name"] if found["gpus"] else None,
@@ -60,4 +61,5 @@ def main(say: Callable[[str], None] = print) -> int:
 
 
 if __name__ == "__main__":
+    doctor.end_with_the_reader()
     sys.exit(main())

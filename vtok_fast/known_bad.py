@@ -1,6 +1,6 @@
-"""Versions of torch, cuDNN and Triton that are known to be bad for video models, and what cures them. Standard library alone.
+"""Versions of torch, cuDNN and others that are known to be bad for video models, and what cures them. Standard library alone.
 
-Sources are issues and pull requests of github.com/pytorch/pytorch, by number.
+Sources are issues of projects on GitHub: ``pytorch`` is pytorch/pytorch, ``vector-quantize-pytorch`` is lucidrains' one.
 """
 
 from __future__ import annotations
@@ -9,38 +9,51 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Version = tuple[int, ...]
+Span = tuple[Version, Version]  # from a version (included) up to another (excluded)
 NEVER: Version = (9999,)
+ANY: Span = ((0,), NEVER)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A bad pair: torch and cuDNN each from a version (included) up to another (excluded). ``level`` as the doctor's findings:
-    ``bad`` gives wrong results, ``hint`` costs time or memory. ``holds`` may ask for more, of the doctor's probe."""
+    """Versions that are bad together: of torch, and of cuDNN on a GPU (None: it does not matter, nor does a GPU) or of another
+    ``package``, which counts where it is installed. ``level`` as the doctor's findings: ``bad`` gives wrong results, ``hint`` costs
+    time or memory, or is wrong in some uses alone. ``holds`` may ask for more, of the doctor's probe."""
 
     level: str
-    torch: tuple[Version, Version]
-    cudnn: tuple[Version, Version]
+    torch: Span
+    cudnn: Span | None
     text: str
     cure: str
-    source: int
+    source: str
     holds: Callable[[dict], bool] = lambda probe: True
+    package: tuple[str, Span] | None = None
 
 
 NEW_CUDNN = "install torch 2.10 or newer, which brings cuDNN 9.15, or pip install 'nvidia-cudnn-cu12>=9.15' (cu13 for CUDA 13)"
-ANY = ((0,), NEVER)
 PAIRS = (
-    Pair("bad", ((0,), (2, 9)), ((9, 8), (9, 11)), "large 3D convolutions in bfloat16 give wrong results", NEW_CUDNN, 163539),
+    Pair("bad", ((0,), (2, 9)), ((9, 8), (9, 11)), "large 3D convolutions in bfloat16 give wrong results", NEW_CUDNN,
+         "pytorch#163539"),
     Pair("bad", ((0,), (2, 9, 1)), ((9, 10, 2), (9, 16)), "3D convolutions in TF32 give wrong results",
-         "torch.backends.cudnn.allow_tf32 = False, or torch 2.9.1 or newer, which leaves TF32 out there", 167024,
+         "torch.backends.cudnn.allow_tf32 = False, or torch 2.9.1 or newer, which leaves TF32 out there", "pytorch#167024",
          lambda probe: probe.get("allow_tf32", True)),
     Pair("hint", ((2, 9), (2, 9, 1)), ANY,
          "3D convolutions in half precision leave cuDNN for a path that is 10 times slower and takes up to 17 times the memory",
-         "use torch 2.9.1 or newer", 166643),
+         "use torch 2.9.1 or newer", "pytorch#166643"),
     Pair("hint", ((2, 9, 1), NEVER), ((9, 8), (9, 15)),
-         "3D convolutions in half precision leave this cuDNN for a path that is slow and takes far more memory", NEW_CUDNN, 166643),
+         "3D convolutions in half precision leave this cuDNN for a path that is slow and takes far more memory", NEW_CUDNN,
+         "pytorch#166643"),
     Pair("hint", ((0,), (2, 9)), ((9, 11), (9, 15)), "3D convolutions in bfloat16 may take three times the memory of float32",
-         NEW_CUDNN, 166643),
+         NEW_CUDNN, "pytorch#166643"),
+    Pair("hint", ((2, 10), (2, 14)), None,  # both ends are those of torch's source: BACKEND came with 2.10, the repair with 2.14
+         "FlexAttention with BACKEND='FLASH' ignores a sparse BlockMask whose mask_mod is trivial, and gives wrong results",
+         "use torch 2.14 or newer, or leave BACKEND at AUTO or TRITON", "pytorch#188322", lambda probe: bool(probe.get("cuda")),
+         ("flash-attn-4", ANY)),
+    Pair("bad", ANY, None, "its FSQ in bfloat16 counts indices in bfloat16 and reaches about half of the codes",
+         "pip install 'vector-quantize-pytorch>=1.14.4', or quantise in float32, or use vtok_fast.nn.FSQ",
+         "vector-quantize-pytorch#114", package=("vector-quantize-pytorch", ((0,), (1, 14, 4)))),
 )
+PACKAGES = sorted({pair.package[0] for pair in PAIRS if pair.package})
 
 
 def version(text: str | int | None) -> Version | None:
@@ -62,12 +75,20 @@ def version(text: str | int | None) -> Version | None:
 
 
 def found(probe: dict) -> list[Pair]:
-    """The bad pairs of an environment: ``torch`` and ``cudnn`` of the doctor's probe. None where there is no GPU."""
-    torch, cudnn = version(probe.get("torch")), version(probe.get("cudnn"))
-    if not probe.get("cuda") or torch is None or cudnn is None:
-        return []
-    return [pair for pair in PAIRS
-            if pair.torch[0] <= torch < pair.torch[1] and pair.cudnn[0] <= cudnn < pair.cudnn[1] and pair.holds(probe)]
+    """The bad pairs of an environment, of the doctor's probe: ``torch``, ``cudnn`` where there is a GPU, ``packages`` by name."""
+    torch, packages = version(probe.get("torch")), probe.get("packages") or {}
+    cudnn = version(probe.get("cudnn")) if probe.get("cuda") else None
+
+    def holds(pair: Pair) -> bool:
+        name, span = pair.package or ("", None)
+        return (_within(torch, pair.torch) and (pair.cudnn is None or _within(cudnn, pair.cudnn))
+                and (span is None or _within(version(packages.get(name)), span)) and pair.holds(probe))
+
+    return [pair for pair in PAIRS if holds(pair)]
+
+
+def _within(here: Version | None, span: Span) -> bool:
+    return here is not None and span[0] <= here < span[1]
 
 
 def triton_of(requirements: list[str]) -> str | None:
