@@ -16,9 +16,9 @@ pytest.importorskip("matplotlib")
 
 from vtok_fast import cli, doctor, peak_memory  # noqa: E402
 from vtok_fast import demo as demo_module  # noqa: E402
-from vtok_fast.models import VidTok  # noqa: E402
+from vtok_fast.models import VidTok, VTok  # noqa: E402
 from vtok_fast.models.vidtok_configs import CONFIGS  # noqa: E402
-from vtok_fast.tokens import Tokens  # noqa: E402
+from vtok_fast.token_windows import TokenWindows  # noqa: E402
 from vtok_fast.video import read_video, write_video  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,16 +230,60 @@ def test_tokenize_and_detokenize(clip, tmp_path, capsys):
     assert run_here("tokenize", clip, "-o", tmp_path / "clip.tokens", "--size", "32x48", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["model"], facts["frames"], facts["size"], facts["windows"]) == ("vidtok/tiny", 20, [32, 48], 2)
-    assert facts["tokens"] == Tokens.load(tmp_path / "clip.tokens").indices.numel()
+    assert facts["tokens"] == sum(tokens.indices.numel() for tokens in TokenWindows(tmp_path / "clip.tokens"))
     assert run_here("detokenize", tmp_path / "clip.tokens", "-o", tmp_path / "back.mp4") == 0
     assert "20 frames of 32x48" in capsys.readouterr().out
     assert read_video(tmp_path / "back.mp4").video.shape == (3, 20, 32, 48)
+
+
+def test_other_dtypes_keep_the_weights_name(clip, tmp_path, capsys):
+    """The fingerprint is that of the file: tokens made in one dtype decode in another."""
+    assert run_here("tokenize", clip, "-o", tmp_path / "a.tokens", "--size", "16", "--dtype", "bf16", "--device", "cpu") == 0
+    assert TokenWindows(tmp_path / "a.tokens")[0].dtype == torch.bfloat16
+    assert run_here("detokenize", tmp_path / "a.tokens", "-o", tmp_path / "a.mp4") == 0
+    assert read_video(tmp_path / "a.mp4").video.shape == (3, 20, 16, 20)
+    capsys.readouterr()
+
+
+def test_another_model_for_a_token_file_is_noticed(clip, tmp_path, capsys):
+    """Weights of the same shapes, and a configuration of the same shapes."""
+    torch.manual_seed(0)
+    VidTok("tiny").save(tmp_path / "mine.safetensors")
+    assert run_here("tokenize", clip, "-o", tmp_path / "a.tokens", "--size", "16", "--checkpoint", tmp_path / "mine.safetensors") == 0
+    detokenize = "detokenize", tmp_path / "a.tokens", "-o", tmp_path / "a.mp4"
+    capsys.readouterr()
+    assert "made by other weights of vidtok/tiny" in one_line(run_here(*detokenize), capsys.readouterr().err)
+    assert not list(tmp_path.glob("a.mp4*"))
+    assert run_here(*detokenize, "--any-weights") == 0 and (tmp_path / "a.mp4").is_file()
+    assert run_here(*detokenize, "--checkpoint", tmp_path / "mine.safetensors") == 0
+
+    VTok("tiny").save(tmp_path / "each.safetensors")
+    VTok({**VTok("tiny").config.to_dict(), "stride": 4}).save(tmp_path / "fourth.safetensors")
+    vtok = "tokenize", clip, "-o", tmp_path / "v.tokens", "--size", "16", "--model", "vtok/tiny", "--checkpoint"
+    assert run_here(*vtok, tmp_path / "each.safetensors") == 0
+    capsys.readouterr()
+    for command in (vtok, ("detokenize", tmp_path / "v.tokens", "-o", tmp_path / "v.mp4", "--checkpoint")):
+        said = one_line(run_here(*command, tmp_path / "fourth.safetensors"), capsys.readouterr().err)
+        assert "holds vtok/tiny with stride=4; vtok/tiny, which was asked for, has stride=1" in said
+
+
+def test_an_external_backbone_names_the_way_out(clip, tmp_path, capsys):
+    config = {"backbone": "external", "feature_dim": 4, "token_dim": 4, "motion_hidden": 4, "decoder_dim": 8, "decoder_heads": 2}
+    VTok(config, backbone=torch.nn.Conv2d(3, 4, 8, 8)).save(tmp_path / "model.safetensors")
+    command = "tokenize", clip, "-o", tmp_path / "a.tokens", "--model", "vtok", "--checkpoint", tmp_path / "model.safetensors"
+    assert "in Python: VTok.from_checkpoint(file, config, backbone=module)" in one_line(run_here(*command), capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("options", "said"), [
     (["--size", "32x"], "size='32x'"),
     (["--model", "vidtok/fsq_causal_488_4096"], "checkpoint: vidtok/fsq_causal_488_4096 needs one"),
     (["--window", "16"], "window=16"),
+    (["--overlap", "17"], "overlap=17"),
+    (["--router", "latent"], "router='latent': vidtok models keep all"),
+    (["--device", "abacus"], "device='abacus'"),
+    (["--dtype", "fp8"], "dtype='fp8'"),
+    pytest.param(["--device", "cuda"], "device='cuda': there are 0",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
 def test_tokenize_refuses_in_one_line(clip, tmp_path, capsys, options, said):
     assert said in one_line(run_here("tokenize", clip, "-o", tmp_path / "clip.tokens", *options), capsys.readouterr().err)

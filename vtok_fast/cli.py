@@ -97,6 +97,9 @@ Checkpoint = Annotated[Path | None, typer.Option(help="The model's weights. vidt
 Output = Annotated[Path,
                    typer.Option("--output", "-o", help="The file to write. Beside it lies OUTPUT.parts while the work lasts.")]
 Accelerate = Annotated[bool, typer.Option(help="Swap the fast kernels in.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16. The default, on a GPU too, is what the models are stored in: in another "
+                                         "one some tokens come out differently.")]
 
 
 @app.command()
@@ -107,29 +110,41 @@ def tokenize(
     checkpoint: Checkpoint = None,
     size: Annotated[str | None,
                     typer.Option(help="HxW: scale and cut; N: scale the shorter side to it. Default: as the file has it.")] = None,
-    window: Annotated[int | None, typer.Option(help="Frames that are tokenised together.")] = None,
+    window: Annotated[int | None, typer.Option(help="Frames that are tokenised together, and bound the memory. Default: 17, or 16 "
+                      "of a model that is not causal; of infotok 81; of promag a chunk; of tivtok eight chunks (128), which share "
+                      "their invariant tokens; of vtok 16, with a key frame for each window.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Frames that two windows share, and that are blended. Default: of infotok 3, "
+                                                "of promag its overlap, else 0.")] = None,
     rate: Annotated[float | None,
                     typer.Option(help="Share of the tokens to keep (infotok). Default: as the model is configured.")] = None,
+    router: Annotated[str | None,
+                      typer.Option(help="What scores the tokens (infotok): decode, latent or even. Default: as configured.")] = None,
+    rate_strategy: Annotated[str | None, typer.Option(help="elbo (the rate in each window), global_elbo (more of windows that are "
+                             "hard, by their scores against --elbo-mean), bin or elbo_ema (infotok). Default: as configured.")] = None,
+    elbo_mean: Annotated[float | None, typer.Option(help="The mean score of your data, for global_elbo and bin. Default: that of "
+                                                    "this video, found in a pass of its own.")] = None,
+    device: Device = None,
+    dtype: Dtype = "fp32",
     accelerate: Accelerate = True,
     as_json: Json = False,
 ) -> None:
-    """Write the tokens of a video. A run that was stopped goes on where it was."""
+    """Write the tokens of a video, in memory for one window. A run that was stopped goes on where it was."""
     from vtok_fast import video_tokens
 
     pixels = None if size is None else _pixels(size)
-    chosen = video_tokens.load_model(model, checkpoint)
+    chosen, weights = _model(device, dtype, accelerate, model, checkpoint)
     with _progress(as_json, "windows") as progress:
-        tokens = video_tokens.tokenize(video, output, _ready(chosen, accelerate), size=pixels, window=window, rate=rate,
-                                       progress=progress)
-    facts = {"output": str(output), "model": tokens.model, "frames": tokens.info["frames"], "size": list(tokens.video_shape[1:]),
-             "windows": tokens.batch,
-             "tokens": int((tokens.data >= 0).sum()) if tokens.latents is None else tokens.data[:, 0].numel(),
-             "bytes": output.stat().st_size}
+        windows = video_tokens.tokenize(video, output, chosen, size=pixels, window=window, overlap=overlap, weights=weights,
+                                        progress=progress, rate=rate, router=router, rate_strategy=rate_strategy,
+                                        elbo_mean=elbo_mean)
+    count = sum(int((tokens.data >= 0).sum()) if tokens.latents is None else tokens.data[:, 0].numel() for tokens in windows)
+    facts = {"output": str(output), "model": windows.model, "frames": windows.info["frames"],
+             "size": list(windows[0].video_shape[1:]), "windows": len(windows), "tokens": count, "bytes": output.stat().st_size}
     if as_json:
         _print_json(facts)
     else:
         size_text = "x".join(map(str, facts["size"]))
-        print(f"{facts['frames']} frames of {size_text} as {facts['tokens']:,} tokens of {tokens.model} in {output}")
+        print(f"{facts['frames']} frames of {size_text} as {facts['tokens']:,} tokens of {windows.model} in {output}")
 
 
 @app.command()
@@ -138,19 +153,23 @@ def detokenize(
     output: Output,
     model: Annotated[str | None, typer.Option(help="Default: the one that made the tokens.")] = None,
     checkpoint: Checkpoint = None,
+    any_weights: Annotated[bool, typer.Option("--any-weights", help="Decode with other weights than the tokens were made with, as "
+                                              "those of a decoder that was fine-tuned since.")] = False,
+    device: Device = None,
+    dtype: Dtype = "fp32",
     accelerate: Accelerate = True,
     as_json: Json = False,
 ) -> None:
-    """Write the video (MP4) of a file of tokens. A run that was stopped goes on where it was."""
+    """Write the video (MP4) of a file of tokens, in memory for one window. A run that was stopped goes on where it was."""
     from vtok_fast import video_tokens
-    from vtok_fast.tokens import Tokens
+    from vtok_fast.token_windows import TokenWindows
 
-    loaded = Tokens.load(tokens)
-    chosen = video_tokens.load_model(model or loaded.model, checkpoint, loaded.config if model is None else None)
+    windows = TokenWindows(tokens)
+    chosen, weights = _model(device, dtype, accelerate, model or windows.model, checkpoint, windows.config if model is None else None)
     with _progress(as_json, "windows") as progress:
-        video_tokens.detokenize(tokens, output, _ready(chosen, accelerate), progress=progress)
-    facts = {"output": str(output), "model": loaded.model, "frames": loaded.info.get("frames"),
-             "size": list(loaded.video_shape[1:])}
+        video_tokens.detokenize(tokens, output, chosen, weights=weights, any_weights=any_weights, progress=progress)
+    facts = {"output": str(output), "model": windows.model, "frames": windows.info.get("frames"),
+             "size": list(windows[0].video_shape[1:])}
     if as_json:
         _print_json(facts)
     else:
@@ -198,12 +217,28 @@ def _pixels(text: str) -> int | tuple[int, int]:
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
-def _ready(model: Any, accelerate: bool) -> Any:
-    if accelerate:
-        import vtok_fast
+def _model(device: str | None, dtype: str, accelerate: bool, *names: Any) -> tuple[Any, str]:
+    """A model by the arguments of `load_model`, ready to run, and the fingerprint of its weights as they are stored."""
+    import torch
 
+    import vtok_fast
+    from vtok_fast import video_tokens
+    from vtok_fast.bench.cli import dtype_of
+
+    chosen = dtype_of(dtype)
+    has_gpu = torch.cuda.is_available()
+    try:
+        where = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: expected cpu, cuda or cuda:N") from error
+    if where.type == "cuda" and not (has_gpu and (where.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device={device!r}: there are {torch.cuda.device_count()} CUDA GPUs here")
+    model = video_tokens.load_model(*names)
+    weights = video_tokens.fingerprint(model)
+    model.to(where, chosen)
+    if accelerate:
         vtok_fast.accelerate(model)
-    return model
+    return model, weights
 
 
 @contextlib.contextmanager

@@ -127,36 +127,42 @@ class Tokens:
             "info": self.info,
         }
         text = json.dumps(header, sort_keys=True)
-        metadata = {"format": FORMAT, "tokens": text, "sha256": _checksum(text, data)}
+        digest = hashlib.sha256(text.encode())
+        checksum(digest, data)
+        metadata = {"format": FORMAT, "tokens": text, "sha256": digest.hexdigest()}
         write_atomically(path, lambda temporary: save_file({"tokens": data}, temporary, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokens:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or the windows of a long video (`TokenWindows`) as a batch.
 
-        Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
+        Raises FileNotFoundError, or ValueError for a file that is damaged, holds something else, or windows of different lengths.
         """
+        from vtok_fast.token_windows import WINDOWS_FORMAT, TokenWindows
+
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"path: no tokens file at {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                data = file.get_tensor("tokens") if "tokens" in file.keys() else None  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"path: {path} is truncated or no safetensors file ({error})") from error
-        if data is None or metadata.get("format") != FORMAT:
+        file, metadata = open_tensors(path)
+        if metadata.get("format") == WINDOWS_FORMAT:
+            windows = TokenWindows(path)
+            if windows[0].video_shape != windows[-1].video_shape:
+                raise ValueError(f"path: {path} holds {len(windows)} windows, of which the last one is shorter; read them one by one, "
+                                 "with vtok_fast.token_windows.TokenWindows")
+            return replace(cls.stack(list(windows)), info=windows.info)
+        if metadata.get("format") != FORMAT or "tokens" not in file.keys():  # noqa: SIM118 (not a dict)
             raise ValueError(f"path: {path} is no tokens file of this version (format {metadata.get('format')!r}, wanted "
                              f"{FORMAT!r})")
-        if metadata.get("sha256") != _checksum(metadata.get("tokens", ""), data):
+        data, digest = file.get_tensor("tokens"), hashlib.sha256(metadata.get("tokens", "").encode())
+        checksum(digest, data)
+        if metadata.get("sha256") != digest.hexdigest():
             raise ValueError(f"path: {path} is damaged, its checksum does not match")
         try:
-            return cls._from_header(json.loads(metadata["tokens"]), data)
+            return cls.from_header(json.loads(metadata["tokens"]), data)
         except (KeyError, TypeError, ValueError, RecursionError) as error:  # sound, but not of our making
             raise ValueError(f"path: {path} does not describe tokens ({type(error).__name__}: {error})") from error
 
     @classmethod
-    def _from_header(cls, header: dict[str, Any], data: Tensor) -> Tokens:
+    def from_header(cls, header: dict[str, Any], data: Tensor) -> Tokens:
+        """Those that a file describes and holds. Raises KeyError, TypeError or ValueError if it makes no sense."""
         kind, dtype, shape = header["kind"], getattr(torch, header["dtype"], None), tuple(header["video_shape"])
         if kind not in ("indices", "latents", "packed"):
             raise ValueError(f"kind: expected indices, latents or packed, got {kind!r}")
@@ -201,11 +207,26 @@ def _same(parts: Sequence[Tokens], *names: str) -> Tokens:
     return parts[0]
 
 
-def _checksum(text: str, data: Tensor) -> str:
-    digest = hashlib.sha256(text.encode())
+def open_tensors(path: Path) -> tuple[Any, dict[str, str]]:
+    """A safetensors file, mapped into memory, and its metadata. Raises FileNotFoundError, or ValueError for another file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no tokens file at {path}")
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {path} is truncated or no safetensors file ({error})") from error
+    return file, file.metadata() or {}
+
+
+def checksum(digest: hashlib._Hash, data: Tensor) -> None:
+    """Let a digest take in a tensor."""
     digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
-    return digest.hexdigest()
+    digest.update(raw(data))
+
+
+def raw(data: Tensor) -> memoryview | bytes:
+    """The bytes of a contiguous tensor on the CPU."""
+    return data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b""
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:

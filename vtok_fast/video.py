@@ -109,16 +109,19 @@ class open_video:
         except (self._av.error.FFmpegError, OSError) as error:
             raise self._unreadable(error) from error
 
-    def windows(self, length: int, size: int | tuple[int, int] | None = None) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        """Windows of `length` frames, the last one perhaps of fewer: how many, and a function that gives them as (C, T, H, W) uint8
-        (so that a window that is not needed costs no conversion)."""
+    def windows(self, length: int, size: int | tuple[int, int] | None = None,
+                overlap: int = 0) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """Windows of `length` frames, each beginning with the last `overlap` frames of the one before, the last one perhaps of fewer:
+        how many, and a function that gives them as (C, T, H, W) uint8 (so that a window that is not needed costs no conversion)."""
         window: list[Any] = []
+        shared = 0
         for frame in self.frames():
             window.append(frame)
             if len(window) == length:
                 yield len(window), partial(_stacked, window, size)
-                window = []
-        if window:
+                shared = overlap
+                window = window[length - overlap :]
+        if len(window) > shared:
             yield len(window), partial(_stacked, window, size)
 
     def _unreadable(self, error: Exception) -> VideoError:
