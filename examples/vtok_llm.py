@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("video", type=Path)
     parser.add_argument("--vtok", type=Path, required=True, help="a VTok that `save` wrote")
+    parser.add_argument("--clip", type=Path, help="folder of the CLIP vision model that the VTok needs, if it has no own ViT")
     parser.add_argument("--llm", type=Path, required=True, help="folder of a causal LM and its tokenizer")
     parser.add_argument("--projection", type=Path, help="a state dict of VideoLM.project (.pt)")
     parser.add_argument("--prompt", default="Describe the video.")
@@ -129,11 +130,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--words", type=int, default=32, help="new tokens at most")
     options = parser.parse_args(argv)
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
+    from vtok_fast.models.vtok_backbones import CLIPBackbone
     from vtok_fast.video import read_video
 
-    vtok = VTok.from_checkpoint(options.vtok).eval()
+    parts = {"backbone": CLIPBackbone(CLIPVisionModel.from_pretrained(options.clip))} if options.clip else {}
+    vtok = VTok.from_checkpoint(options.vtok, **parts).eval()
     words = AutoTokenizer.from_pretrained(options.llm)
     model = VideoLM(AutoModelForCausalLM.from_pretrained(options.llm), vtok.config.token_dim).eval()
     if options.projection:

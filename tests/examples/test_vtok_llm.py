@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from vtok_llm import DIRECTIONS, VideoLM, moving, probe, tiny_lm  # noqa: E402
+from vtok_llm import DIRECTIONS, VideoLM, main, moving, probe, tiny_lm  # noqa: E402
 
 from vtok_fast.models import VTok  # noqa: E402
 
@@ -62,6 +62,34 @@ def test_wrong_shapes_are_refused(parts, change, message):
     model, tokens, ids = parts
     with pytest.raises(ValueError, match=message):
         model(tokens[change], ids)
+
+
+def test_the_command_with_a_backbone_of_clip(tmp_path, capsys):
+    pytest.importorskip("av")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+
+    from vtok_fast.models.vtok_backbones import CLIPBackbone
+    from vtok_fast.video import write_video
+
+    clip = CLIPVisionModel(CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                            image_size=16, patch_size=4))
+    clip.save_pretrained(tmp_path / "clip")
+    VTok(backbone=CLIPBackbone(clip), feature_dim=16, key_grid=(2, 2), token_dim=8, motion_hidden=8, patch=8, decoder_dim=16,
+         decoder_depth=1, decoder_heads=2).save(tmp_path / "vtok.safetensors")
+    vocabulary = ("?", "what", "moves", "the", "left", "right", "up", "down")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "llm")
+    llm = tiny_lm(width=16, layers=1)
+    llm.config.eos_token_id = llm.generation_config.eos_token_id = None  # it has no end: it says as many words as it may
+    llm.save_pretrained(tmp_path / "llm")
+    write_video(tmp_path / "clip.mp4", torch.rand(3, 6, 32, 32) * 2 - 1)
+    options = [str(tmp_path / "clip.mp4"), "--vtok", str(tmp_path / "vtok.safetensors"), "--clip", str(tmp_path / "clip"),
+               "--llm", str(tmp_path / "llm"), "--prompt", "what moves", "--frames", "4", "--size", "16", "--words", "3"]
+    assert main(options) == 0
+    said = capsys.readouterr().out.split()
+    assert len(said) == 3 and set(said) <= set(vocabulary)
 
 
 def test_windows_slide_as_they_are_labelled():
