@@ -10,7 +10,6 @@ arXiv 2205.14135, appendix B).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -175,17 +174,19 @@ def run(call: Any) -> tuple[Tensor, ...]:
     """(out, lse), or (dq, dk, dv) where the call has a gradient."""
     # PyTorch's kernels take the last dimension to be contiguous, and do not check it.
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in call[:3])
-    shared = 1 if q.shape[1] == k.shape[1] or _shares_heads() else q.shape[1] // k.shape[1]  # by torch 2.6 only as copies
+    shared = 1 if _shares_heads() else q.shape[1] // max(k.shape[1], 1)  # otherwise as copies
     if shared > 1:
         k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
     if call.grad is None:
         out, lse = _forward(q, k, v, call.scope, call.scale)
         return like(call.q, out), lse
     grad, out = (t if t.stride(3) == 1 else t.contiguous() for t in (call.grad, call.out))
+    if shared > 1:  # what the copies' gradients add up in
+        grad, q, k, v, out = (t.to(call.lse.dtype) for t in (grad, q, k, v, out))
     dq, dk, dv = _backward(grad, q, k, v, out, call.lse, call.scope, call.scale)
     if shared > 1:
         dk, dv = (t.unflatten(1, (-1, shared)).sum(2) for t in (dk, dv))
-    return tuple(map(like, call[:3], (dq, dk, dv)))
+    return tuple(like(x, g.to(x.dtype)) for x, g in zip(call[:3], (dq, dk, dv)))
 
 
 def _dense_mask(q: Tensor, scope: Scope, steps: Plan) -> Tensor | None:
@@ -273,16 +274,8 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     return tuple(t.to(q.dtype) for t in (dq, dk, dv))
 
 
-@lru_cache(None)
 def _shares_heads() -> bool:
-    """Whether this PyTorch's kernels take fewer heads of keys than of queries; tried once."""
-    generator = torch.Generator().manual_seed(0)
-    q, kv = torch.randn(1, 4, 3, 8, generator=generator), torch.randn(1, 2, 3, 8, generator=generator)
-    grad = torch.randn(1, 4, 3, 8, generator=generator)
-    twice = kv.repeat_interleave(2, 1)
-    try:
-        (out, lse), (want, _) = _flash(q, kv, kv), _flash(q, twice, twice)
-        got, ref = (_flash_backward(grad, q, t, t, out, lse, 0.0, False)[1] for t in (kv, twice))
-    except RuntimeError:
-        return False
-    return torch.allclose(out, want, atol=1e-5) and torch.allclose(got, ref.unflatten(1, (2, 2)).sum(2), atol=1e-5)
+    """Whether this PyTorch's kernels take fewer heads of keys than of queries. Not a thing to try out: the backward kernel of torch
+    2.6 writes beyond its gradients."""
+    major, minor = (int(number) for number in torch.__version__.split(".")[:2])
+    return (major, minor) >= (2, 13)  # the oldest that the tests have seen do it
