@@ -1,7 +1,8 @@
 """Writes what the documentation takes from the library and from measurements: `python scripts/docs.py [--check]`.
 
 - docs/pictures/: what scopes and paddings look like, drawn from `Scope.plot` and from `causal_conv3d` itself;
-- the tables between `<!-- measured OP -->` and `<!-- end -->` in docs/, from benchmarks/results/*.json.
+- the tables between `<!-- measured OP -->` and `<!-- end -->` in docs/, from benchmarks/results/*.json;
+- that between `<!-- results FILE.json -->` and `<!-- end -->` in README.md: all of one such file.
 
 With --check nothing is written; exit code 1 if a table is not what the results say.
 """
@@ -21,6 +22,7 @@ from vtok_fast.bench import report
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- measured (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WHOLE = re.compile(r"(<!-- results ([\w.-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------------
@@ -58,7 +60,8 @@ def _machine(machine: dict) -> str:
 
 def filled(text: str) -> str:
     """A page with its tables as the results have them."""
-    return MARK.sub(lambda m: m[1] + measured(m[2]) + "\n" + m[3], text)
+    text = MARK.sub(lambda m: m[1] + measured(m[2]) + "\n" + m[3], text)
+    return WHOLE.sub(lambda m: m[1] + report.markdown(report.load(RESULTS / m[2])) + m[3], text)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ PICTURES = {"scopes.svg": scopes, "padding.svg": paddings}
 
 def main(arguments: list[str]) -> int:
     stale = []
-    for page in sorted(DOCS.rglob("*.md")):
+    for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
         old = page.read_text()
         new = filled(old)
         if new != old:

@@ -1,21 +1,26 @@
-"""The documentation says what is: every Python block runs, every link leads somewhere, every file that is named exists."""
+"""The documentation says what is: every Python block runs, every command is one, every link leads somewhere, every file that is
+named exists, every table is what the results say."""
 
+import itertools
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 
-from vtok_fast import backends
+from vtok_fast import backends, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(p for p in ROOT.glob("*.md"))])
 ids = [str(p.relative_to(ROOT)) for p in PAGES]
 BLOCK = re.compile(r"^(?P<before>[^\n]*)\n+```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+SHELL = re.compile(r"^```sh\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"`((?:benchmarks|csrc|docs|examples|kernels|scripts|tests|vtok_fast)/[\w./-]+\.\w+)`")
 # Blocks with a released checkpoint, a user's own layer, or the like: a comment before them says so.
@@ -30,7 +35,7 @@ def blocks(page):
             yield "\n" * (text[:max(match.start("code") - 1, 0)].count("\n")) + match["code"]
 
 
-RUN = [p for p in PAGES if p.parent != ROOT and any(blocks(p))]
+RUN = [p for p in PAGES if any(blocks(p))]
 
 
 @pytest.mark.parametrize("page", RUN, ids=[str(p.relative_to(ROOT)) for p in RUN])
@@ -45,7 +50,45 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_there_is_something_to_run():
-    assert len(RUN) >= 14 and sum(len(list(blocks(p))) for p in RUN) >= 25
+    assert ROOT / "README.md" in RUN and len(RUN) >= 15 and sum(len(list(blocks(p))) for p in RUN) >= 27
+
+
+def commands(page):
+    """The lines of a page's shell blocks, each as words, without comments, settings in front, and what follows a pipe."""
+    for match in SHELL.finditer(page.read_text()):
+        for line in match["code"].replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"\w+=", words[0]):
+                words.pop(0)
+            yield list(itertools.takewhile(lambda word: word not in ("|", "&&", ";", ">"), words))
+
+
+def test_the_commands_of_the_pages_exist():
+    """`vtok-fast ...` has those options, `make ...` that target, `python ...` that file; nothing is run."""
+    program, seen = typer.main.get_command(cli.app), 0
+    groups = [program]
+    for group in groups:
+        groups += [command for command in group.commands.values() if hasattr(command, "commands")]
+        for command in group.commands.values():
+            if not hasattr(command, "commands"):
+                command.callback = lambda **options: None
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for words in commands(page):
+            if words[:1] == ["vtok-fast"]:
+                seen += 1
+                try:
+                    program.main(words[1:], prog_name="vtok-fast", standalone_mode=False)
+                except Exception as error:
+                    raise AssertionError(f"{page.name}: {' '.join(words)}: {error}") from error
+            elif words[:1] == ["make"]:
+                unknown = {word for word in words[1:] if "=" not in word} - targets
+                assert not unknown, f"{page.name}: make {unknown}; there is {sorted(targets)}"
+            elif words[:1] == ["python"] and words[1:2] != ["-m"]:
+                assert (ROOT / words[1]).exists(), f"{page.name}: {' '.join(words)}"
+    assert seen >= 10
+    with pytest.raises(Exception, match="No such option"):
+        program.main(["bench", "--shapes", "1,2"], standalone_mode=False)
 
 
 def anchors(page):
@@ -74,10 +117,11 @@ def test_no_page_is_lost():
         assert str(page.relative_to(ROOT / "docs")) in navigation, f"{page} is not in mkdocs.yml"
 
 
-def test_tables_come_from_results(monkeypatch):
+def test_tables_come_from_results():
     docs = runpy.run_path(str(ROOT / "scripts" / "docs.py"))
     page = (ROOT / "docs" / "ops" / "fsq.md").read_text()
-    assert docs["filled"](page) == docs["filled"](docs["filled"](page))
+    for path in PAGES:
+        assert docs["filled"](path.read_text()) == path.read_text(), f"{path.name}: run python scripts/docs.py"
     spoiled = page.replace("| times eager |", "| times better than anything |")
     assert spoiled != page and "better than anything" not in docs["filled"](spoiled)
 

@@ -299,10 +299,10 @@ def markdown(results: dict[str, Any]) -> str:
     if copies := [f"{1 / geometric_mean(values):.2f} times ({group})" for group, values in copies.items() if values]:
         lines += ["", f"fsq takes {', '.join(copies)} as long as a plain copy of the same bytes."]
     if "memory" in sections:
-        lines += ["", "| peak memory of one pass | GiB | of eager's | weight cache, GiB | s |", "|---|---|---|---|---|"]
+        lines += ["", "| peak memory of one pass | GiB | of eager's | weight cache, GiB |", "|---|---|---|---|"]
         for record in sections["memory"]["cases"]:
             shares = memory_ratios(record)
             case = record["case"].removesuffix(" memory")
             lines += [f"| {case}, {name} | {v['peak'] / 2**30:.2f} | {shares.get(name, 1.0):.2f} | "
-                      f"{v['weight_cache'] / 2**30:.2f} | {v['seconds']:.1f} |" for name, v in record["variants"].items()]
+                      f"{v['weight_cache'] / 2**30:.2f} |" for name, v in record["variants"].items()]
     return "\n".join(lines) + "\n"
