@@ -21,7 +21,9 @@ class ProMAGConfig(Config):
     in time with the lower encoder frozen, the modulation and the residual path of the key frames, group norm without mean, 8 or 16
     latent channels, chunks of 17 frames that overlap by 4 and are blended linearly, tiling layer by layer. Inferred: all widths and
     depths (those of Open-MAGVIT2, whose norms by the latent's statistics are left out), groups, per_frame, 16x as the same growth
-    once more, key_embedding, where the base halves time, that new parts start as zero or as a copy, and blending in pixels.
+    once more, key_embedding, where the base halves time, that new parts start as zero or as a copy, blending in pixels, that key
+    frames are frames 0, 2, 4, ..., aligned with the grown model's latent frames, and the weight of the divergence, which is the
+    caller's.
 
     Attributes:
         z_channels: of the latent, a diagonal Gaussian.
