@@ -63,13 +63,16 @@ class TokenWindows(Sequence[Tokens]):
         return len(self._headers) if self._whole is None else self._whole.batch
 
     def __getitem__(self, index: int) -> Tokens:  # type: ignore[override]
-        """The tokens of one window, a batch of one. Raises IndexError."""
+        """The tokens of one window, a batch of one. Raises IndexError, or ValueError if the file does not describe them."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index={index}: there are {len(self)} windows")
         index %= len(self)
         if self._whole is not None:
             return self._whole.clip(index)
-        return Tokens.from_header(self._headers[index], self._file.get_tensor(_name(index)))
+        try:
+            return Tokens.from_header(self._headers[index], self._file.get_tensor(_name(index)))
+        except (KeyError, TypeError, ValueError) as error:  # sound, but not of our making
+            raise ValueError(f"path: window {index} of {self.path} is none ({type(error).__name__}: {error})") from error
 
 
 def write_windows(path: str | os.PathLike, parts: Sequence[str | os.PathLike], info: dict[str, Any]) -> None:
