@@ -16,7 +16,7 @@ pytest.importorskip("torchmetrics")
 from vtok_fast import metrics  # noqa: E402
 from vtok_fast.models import VTok  # noqa: E402
 from vtok_fast.score import score  # noqa: E402
-from vtok_fast.tokens import Tokens  # noqa: E402
+from vtok_fast.token_windows import TokenWindows  # noqa: E402
 from vtok_fast.video import read_video, to_float, write_video  # noqa: E402
 from vtok_fast.video_tokens import detokenize, load_model, tokenize  # noqa: E402
 
@@ -65,10 +65,10 @@ def test_what_tokens_cost(tmp_path):
     tokenize(tmp_path / "a.mp4", tmp_path / "a.tokens", model)
     detokenize(tmp_path / "a.tokens", tmp_path / "b.mp4", model)
     found = score(tmp_path / "a.mp4", tmp_path / "b.mp4", tokens=tmp_path / "a.tokens")
-    tokens = Tokens.load(tmp_path / "a.tokens")
-    assert found["tokens"] == tokens.indices.numel() == 2 * 5 * 8 * 12 and found["codebook_size"] == 8**6
-    assert found["bits_per_pixel"] == 18 * found["tokens"] / (20 * 32 * 48)  # of the 20 frames, not of the 34 of two windows
-    used = metrics.codebook_use(tokens.indices, 8**6)
+    indices = torch.cat([tokens.indices.flatten() for tokens in TokenWindows(tmp_path / "a.tokens")])
+    assert found["tokens"] == len(indices) and found["codebook_size"] == 8**6
+    assert found["bits_per_pixel"] == 18 * len(indices) / (20 * 32 * 48)  # of the 20 frames, not of those of two windows
+    used = metrics.codebook_use(indices, 8**6)
     assert (found["codebook_used"], found["perplexity"]) == used and found["psnr"] > 15
     command = [sys.executable, "-m", "vtok_fast.cli", "score", "a.mp4", "b.mp4", "--tokens", "a.tokens"]
     environment = {"cwd": tmp_path, "capture_output": True, "text": True}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast import metrics
-from vtok_fast.tokens import Tokens
+from vtok_fast.token_windows import TokenWindows
 from vtok_fast.video import open_video, to_float
 from vtok_fast.video_tokens import centre, systems
 
@@ -62,22 +62,27 @@ def score(original: str | os.PathLike, reconstruction: str | os.PathLike, *, tok
         if len(seen[0]) < 2:
             raise ValueError(f"fvd_network: FVD needs at least two clips of {CLIP} frames, the video has {frames}")
         found |= {"fvd": metrics.frechet_distance(*map(torch.cat, seen)), "clips": len(seen[0])}
-    return found | ({} if tokens is None else cost(Tokens.load(tokens), frames, height, width))
+    return found | ({} if tokens is None else cost(TokenWindows(tokens), frames, height, width))
 
 
-def cost(tokens: Tokens, frames: int, height: int, width: int) -> dict[str, Any]:
-    """What the tokens of a video of that size cost: of its own frames, without those that fill up the last window."""
-    if tuple(tokens.video_shape[1:]) != (height, width) or tokens.info.get("frames", frames) != frames:
-        raise ValueError(f"tokens: of {tokens.info.get('frames')} frames of {'x'.join(map(str, tokens.video_shape[1:]))}, the "
-                         f"reconstruction has {frames} of {height}x{width}")
-    if tokens.indices is None:
-        return {"tokens": tokens.data[:, 0].numel(), "bits_per_pixel": metrics.bits(tokens) / (frames * height * width)}
-    with torch.device("meta"):  # the codebook's size needs no weights
-        model = systems()[tokens.model.partition("/")[0]](tokens.config)
-    use = metrics.codebook_use(tokens.indices, model.codebook_size)
-    return {"tokens": int((tokens.indices >= 0).sum()),
-            "bits_per_pixel": metrics.bits(tokens, model.codebook_size) / (frames * height * width),
-            "codebook_size": model.codebook_size, "codebook_used": use.used, "perplexity": use.perplexity}
+def cost(windows: TokenWindows, frames: int, height: int, width: int) -> dict[str, Any]:
+    """What the tokens of a video of that size cost, for each pixel of its own frames: those that windows share, and copies that
+    fill the last one up, are paid for but do not count."""
+    shape = windows[0].video_shape[1:]
+    if tuple(shape) != (height, width) or windows.info.get("frames", frames) != frames:
+        raise ValueError(f"tokens: of {windows.info.get('frames')} frames of {'x'.join(map(str, shape))}, the reconstruction has "
+                         f"{frames} of {height}x{width}")
+    size: Any = None
+    if windows[0].indices is not None:
+        with torch.device("meta"):  # the codebook's size needs no weights
+            size = systems()[windows.model.partition("/")[0]](windows.config).codebook_size
+    bits = sum(metrics.bits(tokens, size) for tokens in windows) / (frames * height * width)
+    if size is None:
+        return {"tokens": sum(tokens.data[:, 0].numel() for tokens in windows), "bits_per_pixel": bits}
+    kept = torch.cat([tokens.data[tokens.data >= 0] for tokens in windows])
+    use = metrics.codebook_use(kept, size)
+    return {"tokens": len(kept), "bits_per_pixel": bits, "codebook_size": size, "codebook_used": use.used,
+            "perplexity": use.perplexity}
 
 
 def _scale(height: int, width: int, new_height: int, new_width: int,
