@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             + table(("share of tokens", "bits", *scores), rows)
             + f"\n\nBefore it learnt to drop any, the model had {before:.2f} dB. The router is "
             + " and ".join(f"{at8:+.2f} dB from {other} dropping at 0.8, {at5:+.2f} at 0.56" for other, (at8, at5) in gains.items())
-            + f": its claim {claim} at this size. From all tokens to 0.8 of them it loses {router[0] - router[1]:.2f} dB (the paper: "
-              "nothing).")
+            + f": its claim {claim} at this size. From all tokens to 0.8 of them it loses {router[0] - router[1]:.2f} dB (the "
+              "paper: nothing).")
     figure, axes = new_figure()
     for name, values in scores.items():
         axes.plot(RATES, values, marker="o", label=name)
