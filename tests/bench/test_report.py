@@ -141,6 +141,22 @@ def test_names_with_brackets_are_shown(capsys):
     assert "x[mask]" in said and "[quartiles]" in said and "no memory [oom]" in said
 
 
+def test_own_shapes_have_no_targets(capsys):
+    section = machine.state() | {"quick": False, "cases": [_record("own 8x8")], "failed": {}}
+    report.show({"machine": machine.describe(), "sections": {"norm_act": section}})
+    assert "targets" not in capsys.readouterr().out
+
+
+def test_the_clocks_of_a_cpu_are_recorded(monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\ncpu MHz\t\t: 2400.5\n\nprocessor\t: 1\ncpu MHz\t\t: 3100.000\n")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert machine.state()["cpu_mhz"] == [2400.5, 3100.0]
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n")
+    assert machine.state()["cpu_mhz"] is None
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "none")
+    assert machine.state()["cpu_mhz"] is None
+
+
 def test_graphs_and_peaks_have_columns_where_they_were_measured(capsys):
     plain, record = _record("plain"), _record("graph")
     record["seconds"]["vtok_fast"] |= {"graph_seconds": 0.0123, "peak_bytes": 77e6}
@@ -150,6 +166,7 @@ def test_graphs_and_peaks_have_columns_where_they_were_measured(capsys):
     for cases, there in (([plain], False), ([plain, record], True)):
         report.show({"machine": here, "sections": {"norm_act": state | {"cases": cases}}})
         out = capsys.readouterr().out
+        assert "targets" in out
         assert ("graph ms" in out and "12.3" in out and "77" in out and "no CUDA graph: p (graph): it waits" in out) == there
 
 

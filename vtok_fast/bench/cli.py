@@ -13,12 +13,17 @@ from typer.core import TyperGroup
 
 
 class _RunByDefault(TyperGroup):
-    """``bench fsq`` is ``bench run fsq``."""
+    """``bench fsq`` is ``bench run fsq``, whose options the group's help therefore shows too."""
 
     def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
         if not arguments or (arguments[0] not in self.commands and arguments[0] != "--help"):
             arguments = ["run", *arguments]
         return super().parse_args(context, arguments)
+
+    def format_help(self, context: Any, formatter: Any) -> None:
+        super().format_help(context, formatter)
+        run = self.commands["run"]
+        run.format_help(run.context_class(run, info_name="run", parent=context), formatter)
 
 
 app = typer.Typer(cls=_RunByDefault,
@@ -121,9 +126,10 @@ def compare(
         console = Console()
         for remark in found.remarks:
             console.print(f"note: {remark}", markup=False)
-        console.print(comparing.table(found, everything=everything))
-        console.print(f"{len(found.changes)} cases in both, {len(found.regressions)} slower; {len(found.only_before)} only before, "
-                      f"{len(found.only_after)} only after")
+        if (table := comparing.table(found, everything=everything)).row_count:
+            console.print(table)
+        console.print(f"{report.counted(len(found.changes))} in both, {len(found.regressions)} slower; {len(found.only_before)} "
+                      f"only before, {len(found.only_after)} only after")
     raise typer.Exit(int(bool(found.regressions)))
 
 
@@ -144,6 +150,8 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from vtok_fast.bench import report
+
     table = Table("section", "case", "dtype", "device")
     for row in rows:
         table.add_row(row["section"], row["case"], row["dtype"], row["device"])
@@ -151,7 +159,7 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
     console.print(table)
     for name in dict.fromkeys(row["section"] for row in rows):
         console.print(f"{name}: beside {next(row['peers'] for row in rows if row['section'] == name)}", markup=False)
-    console.print(f"{len(rows)} cases")
+    console.print(report.counted(len(rows)))
 
 
 def stdout_for_json(as_json: bool) -> Any:

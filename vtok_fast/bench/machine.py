@@ -16,7 +16,7 @@ import torch
 from vtok_fast import native
 from vtok_fast.bench import harness
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT, CPUINFO = Path(__file__).resolve().parents[2], Path("/proc/cpuinfo")
 # What nvidia-smi is asked for, and under which name it is kept: clocks in MHz, temperature in degrees Celsius, power in watts.
 SMI = {"driver": "driver_version"}
 SMI_CLOCKS = {"sm_mhz": "clocks.sm", "sm_mhz_most": "clocks.max.sm", "memory_mhz": "clocks.mem", "temperature": "temperature.gpu",
@@ -68,7 +68,7 @@ def state(device: str = "cpu") -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": _commit(),
         "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "cpu_mhz": _cpu_mhz(), "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "allocator_pinned": harness.allocator_is_pinned(),
         "threading": native.lib().threading_runtime() if native.lib() else None,
         "device": device, "triton": _version("triton"), "vtok_fast": _version("vtok_fast"),
@@ -94,11 +94,21 @@ def slug(machine: dict[str, Any]) -> str:
 
 def _cpuinfo() -> dict[str, str]:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = CPUINFO.read_text()
     except OSError:
         return {}
     first = text.split("\n\n")[0]
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _cpu_mhz() -> list[float] | None:
+    """The clocks of the slowest and the fastest core at this moment."""
+    try:
+        text = CPUINFO.read_text()
+    except OSError:
+        return None
+    clocks = [float(mhz) for mhz in re.findall(r"^cpu MHz\s*: ([\d.]+)$", text, re.MULTILINE)]
+    return [min(clocks), max(clocks)] if clocks else None
 
 
 def _caches() -> dict[str, str]:

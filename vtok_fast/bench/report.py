@@ -171,7 +171,12 @@ def show(results: dict[str, Any]) -> None:
             for name, entry in case.get("seconds", {}).items():
                 if "no_graph" in entry:
                     console.print(f"no CUDA graph: {name} ({case['case']}): {entry['no_graph']}", markup=False)
-    console.print(_target_table(results))
+    if (targets := _target_table(results)).row_count:  # own shapes have none
+        console.print(targets)
+
+
+def counted(number: int, noun: str = "case") -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _ms(seconds: float) -> str:
@@ -275,7 +280,7 @@ def _machine_line(machine: dict[str, Any]) -> str:
         return (f"{machine['gpu']} ({machine['gpu_memory_gib']} GiB, compute capability {machine['capability']}, kernels "
                 f"{', '.join(machine['cuda_archs']) or 'none'})")
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
-    return f"{machine['cpu']}{kind}, {machine['cores']} cores, kernels {machine['isa']}, {caches}"
+    return f"{machine['cpu']}{kind}, {counted(machine['cores'], 'core')}, kernels {machine['isa']}, {caches}"
 
 
 def markdown(results: dict[str, Any]) -> str:
