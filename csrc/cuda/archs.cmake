@@ -1,6 +1,7 @@
 # Which GPUs the module is built for. VTOK_FAST_CUDA_ARCHS is a list such as "80;90a"; "native" for the GPUs of this machine;
-# "none"; or empty: TORCH_CUDA_ARCH_LIST of the environment, else native where a GPU and nvcc answer, else none. Sets CUDA_ARCHS (empty: no CUDA), and for the sources that run
-# everywhere CUDA_CODE: machine code for each plain architecture, and PTX of the lowest, which newer GPUs compile at first sight.
+# "none"; or empty: TORCH_CUDA_ARCH_LIST of the environment, else native where a GPU and nvcc answer, else none. Sets CUDA_ARCHS
+# (empty: no CUDA), and for the sources that run everywhere CUDA_CODE: machine code for each plain architecture, and PTX of the
+# lowest, which newer GPUs compile at first sight.
 # Sources named *_sm90.cu use instructions that only sm_90a has, and are built where the list has 90a.
 
 function(vtok_native_archs result why)
