@@ -319,15 +319,15 @@ def config(kernel: str, dim: int, itemsize: int, capability: int, short: bool = 
 
 def variants(kernel: str, c: Config) -> list[Config]:
     """What a tuning table may choose instead of ``c`` (which is among them): half as many rows of the result, with as many warps
-    for each or twice as many; half as many rows of what is walked over; two or three stages. None spills where c does not."""
+    for each or twice as many; half as many rows of what is walked over; fewer stages. None spills where c does not."""
     held, walked = ("block_n", "block_m") if kernel == "keys" else ("block_m", "block_n")
     shapes = [c]
-    if getattr(c, held) >= 32:
+    if getattr(c, held) >= 64:
         half = c._replace(**{held: getattr(c, held) // 2})
         shapes += [half, half._replace(num_warps=c.num_warps // 2)] if c.num_warps >= 8 else [half]
     if getattr(c, walked) >= 32:
         shapes.append(c._replace(**{walked: getattr(c, walked) // 2}))
-    return [c, *(v for shape in shapes for stages in (2, 3) if (v := shape._replace(num_stages=stages)) != c)]
+    return [shape._replace(num_stages=stages) for shape in shapes for stages in range(c.num_stages, 1, -1)]
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------------
