@@ -19,6 +19,7 @@ from vtok_fast import demo as demo_module  # noqa: E402
 from vtok_fast.models import VidTok, VTok  # noqa: E402
 from vtok_fast.models.vidtok_configs import CONFIGS  # noqa: E402
 from vtok_fast.token_windows import TokenWindows  # noqa: E402
+from vtok_fast.tokens import Tokens  # noqa: E402
 from vtok_fast.video import read_video, write_video  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,14 +249,14 @@ def test_other_dtypes_keep_the_weights_name(clip, tmp_path, capsys):
 def test_another_model_for_a_token_file_is_noticed(clip, tmp_path, capsys):
     """Weights of the same shapes, and a configuration of the same shapes."""
     torch.manual_seed(0)
-    VidTok("tiny").save(tmp_path / "mine.safetensors")
-    assert run_here("tokenize", clip, "-o", tmp_path / "a.tokens", "--size", "16", "--checkpoint", tmp_path / "mine.safetensors") == 0
+    VidTok("tiny").save(mine := tmp_path / "mine.safetensors")
+    assert run_here("tokenize", clip, "-o", tmp_path / "a.tokens", "--size", "16", "--checkpoint", mine) == 0
     detokenize = "detokenize", tmp_path / "a.tokens", "-o", tmp_path / "a.mp4"
     capsys.readouterr()
     assert "made by other weights of vidtok/tiny" in one_line(run_here(*detokenize), capsys.readouterr().err)
     assert not list(tmp_path.glob("a.mp4*"))
     assert run_here(*detokenize, "--any-weights") == 0 and (tmp_path / "a.mp4").is_file()
-    assert run_here(*detokenize, "--checkpoint", tmp_path / "mine.safetensors") == 0
+    assert run_here(*detokenize, "--checkpoint", mine) == 0
 
     VTok("tiny").save(tmp_path / "each.safetensors")
     VTok({**VTok("tiny").config.to_dict(), "stride": 4}).save(tmp_path / "fourth.safetensors")

@@ -153,7 +153,8 @@ def test_a_killed_run_goes_on(clip, tmp_path):
     part = tmp_path / "a.tokens.parts" / "000000.safetensors"
     assert killed_and_run_again("tokenize", tmp_path / "model.safetensors", clip, output, part=part) == 2
     model = ProMAG.from_checkpoint(tmp_path / "model.safetensors").eval()
-    assert same(TokenWindows(output), video_tokens.tokenize(clip, tmp_path / "b.tokens", model, size=16)) and not part.parent.exists()
+    whole = video_tokens.tokenize(clip, tmp_path / "b.tokens", model, size=16)
+    assert same(TokenWindows(output), whole) and not part.parent.exists()
 
     back, part = tmp_path / "a.mp4", tmp_path / "a.mp4.parts" / "000000.mp4"
     again = killed_and_run_again("detokenize", tmp_path / "model.safetensors", output, back, part=part)

@@ -98,7 +98,7 @@ Output = Annotated[Path,
                    typer.Option("--output", "-o", help="The file to write. Beside it lies OUTPUT.parts while the work lasts.")]
 Accelerate = Annotated[bool, typer.Option(help="Swap the fast kernels in.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16. The default, on a GPU too, is what the models are stored in: in another "
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16. The default, on a GPU too, is what models are stored in: in another "
                                          "one some tokens come out differently.")]
 
 
@@ -118,9 +118,9 @@ def tokenize(
     rate: Annotated[float | None,
                     typer.Option(help="Share of the tokens to keep (infotok). Default: as the model is configured.")] = None,
     router: Annotated[str | None,
-                      typer.Option(help="What scores the tokens (infotok): decode, latent or even. Default: as configured.")] = None,
+                      typer.Option(help="What scores tokens (infotok): decode, latent or even. Default: as configured.")] = None,
     rate_strategy: Annotated[str | None, typer.Option(help="elbo (the rate in each window), global_elbo (more of windows that are "
-                             "hard, by their scores against --elbo-mean), bin or elbo_ema (infotok). Default: as configured.")] = None,
+                             "hard, by their scores against --elbo-mean), bin, elbo_ema (infotok). Default: the model's.")] = None,
     elbo_mean: Annotated[float | None, typer.Option(help="The mean score of your data, for global_elbo and bin. Default: that of "
                                                     "this video, found in a pass of its own.")] = None,
     device: Device = None,
@@ -165,7 +165,8 @@ def detokenize(
     from vtok_fast.token_windows import TokenWindows
 
     windows = TokenWindows(tokens)
-    chosen, weights = _model(device, dtype, accelerate, model or windows.model, checkpoint, windows.config if model is None else None)
+    config = windows.config if model is None else None
+    chosen, weights = _model(device, dtype, accelerate, model or windows.model, checkpoint, config)
     with _progress(as_json, "windows") as progress:
         video_tokens.detokenize(tokens, output, chosen, weights=weights, any_weights=any_weights, progress=progress)
     facts = {"output": str(output), "model": windows.model, "frames": windows.info.get("frames"),

@@ -1,7 +1,7 @@
 """`TokenWindows`: the tokens of a long video in one file, window by window, written and read in the memory of one.
 
-The file is safetensors like that of `Tokens`, with a tensor for each window: what `Tokens.save` writes for it alone. All windows are
-of one model and frame size; only the last one may have fewer frames.
+The file is safetensors like that of `Tokens`, with a tensor for each window: what `Tokens.save` writes for it alone. All windows
+are of one model and frame size; only the last one may have fewer frames.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class TokenWindows(Sequence[Tokens]):
 
     Attributes:
         model, config: as of `Tokens`.
-        info: of the file: "fps" and "frames" of the video, "window" and "overlap" in frames, "weights" (a fingerprint of the model's).
+        info: of the file: "fps" and "frames" of the video, "window" and "overlap" in frames, "weights" (a fingerprint of the
+            model's).
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
     """
@@ -76,8 +77,8 @@ class TokenWindows(Sequence[Tokens]):
 
 
 def write_windows(path: str | os.PathLike, parts: Sequence[str | os.PathLike], info: dict[str, Any]) -> None:
-    """Write the files that `Tokens.save` wrote as one, each of them a window. `path` is replaced only once it is complete; the memory
-    is that of one part.
+    """Write the files that `Tokens.save` wrote as one, each of them a window, in the memory of one of them. `path` is replaced only
+    once it is complete.
 
     Raises what `Tokens.load` raises of a part; ValueError for parts of different models or frame sizes; OSError if it cannot be
     written.

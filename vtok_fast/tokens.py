@@ -145,8 +145,8 @@ class Tokens:
         if metadata.get("format") == WINDOWS_FORMAT:
             windows = TokenWindows(path)
             if windows[0].video_shape != windows[-1].video_shape:
-                raise ValueError(f"path: {path} holds {len(windows)} windows, of which the last one is shorter; read them one by one, "
-                                 "with vtok_fast.token_windows.TokenWindows")
+                raise ValueError(f"path: {path} holds {len(windows)} windows, of which the last one is shorter; read them one by "
+                                 "one, with vtok_fast.token_windows.TokenWindows")
             return replace(cls.stack(list(windows)), info=windows.info)
         if metadata.get("format") != FORMAT or "tokens" not in file.keys():  # noqa: SIM118 (not a dict)
             raise ValueError(f"path: {path} is no tokens file of this version (format {metadata.get('format')!r}, wanted "

@@ -111,8 +111,9 @@ class open_video:
 
     def windows(self, length: int, size: int | tuple[int, int] | None = None,
                 overlap: int = 0) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        """Windows of `length` frames, each beginning with the last `overlap` frames of the one before, the last one perhaps of fewer:
-        how many, and a function that gives them as (C, T, H, W) uint8 (so that a window that is not needed costs no conversion)."""
+        """Windows of `length` frames, each beginning with the last `overlap` frames of the one before, the last one perhaps of
+        fewer: how many, and a function that gives them as (C, T, H, W) uint8 (so that a window that is not needed costs no
+        conversion)."""
         window: list[Any] = []
         shared = 0
         for frame in self.frames():

@@ -1,12 +1,13 @@
 """Video files to token files and back, window by window: any length in bounded memory, and a run that was stopped goes on.
 
-A window is what the model's `window` says (17 frames, or 16 of a model that is not causal; InfoTok 81 that share 3 with the window
-before; ProMAG its chunk and overlap; TivTok eight chunks, which share their invariant tokens). Every window is tokenised on its own,
-the frames that two share are blended when they are decoded, as `stream` of the model does. The last window may be shorter; where a
-model needs 1 + k * factor frames, copies of the last one fill it up and come off again at the end.
+A window is what the model's `window` says: 17 frames, or 16 of a model that is not causal; InfoTok 81 that share 3 with the window
+before; ProMAG its chunk and overlap; TivTok eight chunks, which share their invariant tokens. Every window is tokenised on its
+own, the frames that two share are blended when they are decoded, as `stream` of the model does (but VidTok's, which is one pass
+over the whole). The last window may be shorter; where a model needs 1 + k * factor frames, copies of the last one fill it up and
+come off again at the end.
 
-What is done lies in `OUTPUT.parts/` until the output is complete; the same call with the same input, model and choices continues from
-there, another one starts anew.
+What is done lies in `OUTPUT.parts/` until the output is complete; the same call with the same input, model and choices continues
+from there, another one starts anew.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +86,10 @@ def tokenize(video: str | os.PathLike, output: str | os.PathLike, model: nn.Modu
         height, width = _frame(source.height, source.width, size, model.config.spatial_factor)
         fps, count = source.fps, source.count
     job = Parts(output, {"video": str(video.resolve()), "bytes": video.stat().st_size, "modified": video.stat().st_mtime,
-                        "window": window, "overlap": overlap, "size": [height, width], "model": _description(model, weights), **choice})
+                         "window": window, "overlap": overlap, "size": [height, width], "model": _description(model, weights),
+                         **choice})
     passes = 1
-    total = 1 - (min(window - count, 0)) // (window - overlap) if count else None
+    total = 1 - min(window - count, 0) // (window - overlap) if count else None
 
     def each(suffix: str, make: Callable[[Tensor, Path], None]) -> tuple[int, list[Path]]:
         """Let make(window (1, C, T, H, W), part) write each part that is not there. Returns the video's frames, and the parts."""
@@ -116,7 +118,8 @@ def tokenize(video: str | os.PathLike, output: str | os.PathLike, model: nn.Modu
         tokens.save(part)
 
     done = 0
-    if choice.get("rate_strategy", getattr(model.config, "rate_strategy", None)) in ("global_elbo", "bin") and "elbo_mean" not in choice:
+    strategy = choice.get("rate_strategy", getattr(model.config, "rate_strategy", None))
+    if strategy in ("global_elbo", "bin") and "elbo_mean" not in choice:
         passes = 2
         means = [json.loads(part.read_text()) for part in each("json", score)[1]]
         choice["elbo_mean"], done = sum(means) / len(means), len(means)
@@ -148,8 +151,8 @@ def detokenize(tokens: str | os.PathLike, output: str | os.PathLike, model: nn.M
     model.check_tokens(windows[0])
     weights, made_by = weights or fingerprint(model), windows.info.get("weights")
     if made_by not in (None, weights) and not any_weights:
-        raise ValueError(f"tokens: made by other weights of {windows.model} ({str(made_by)[:12]}) than these ({weights[:12]}); give the "
-                         "checkpoint that made them, or say any_weights (--any-weights) if only the decoder has changed since")
+        raise ValueError(f"tokens: made by other weights of {windows.model} ({str(made_by)[:12]}) than these ({weights[:12]}); give "
+                         "the checkpoint that made them, or any_weights (--any-weights) if only the decoder changed since")
     overlap = windows.info.get("overlap", 0) if len(windows) > 1 else 0
     step = length - overlap
     frames, fps = windows.info.get("frames", step * (len(windows) - 1) + windows[-1].video_shape[0]), windows.info.get("fps", 25.0)
@@ -210,14 +213,14 @@ def _window(model: nn.Module, window: int | None, overlap: int | None) -> tuple[
 
 def _choice(model: nn.Module, choice: dict[str, Any]) -> dict[str, Any]:
     """The choices that were made. Raises ValueError for a model that has none, or for one that does not exist."""
-    made = {name: value for name, value in choice.items() if value is not None}
+    made, config = {name: value for name, value in choice.items() if value is not None}, cast(Any, model.config)
     for name, value in made.items():
         if name not in CHOICES:
             raise ValueError(f"{name}={value!r}: the choices are {', '.join(CHOICES)}")
-        if not hasattr(model.config, "rate"):
+        if not hasattr(config, "rate"):
             raise ValueError(f"{name}={value!r}: {model.system} models keep all tokens, only infotok's choose")
         if name in ("rate", "router", "rate_strategy"):
-            replace(model.config, **{name: value})  # it knows the values
+            replace(config, **{name: value})  # it knows the values
     return made
 
 

@@ -55,8 +55,8 @@ class VTok(Tokenizer):
         super().__init__(config, **fields)
         c = self.config
         if c.backbone == "external" and backbone is None:
-            raise ValueError(f"backbone: the configuration {c.name!r} wants a module of yours, which the command line cannot take; in "
-                             "Python: VTok.from_checkpoint(file, config, backbone=module), then vtok_fast.video_tokens.tokenize")
+            raise ValueError(f"backbone: the configuration {c.name!r} wants a module of yours, which the command line cannot take; "
+                             "in Python: VTok.from_checkpoint(file, config, backbone=module), then vtok_fast.video_tokens.tokenize")
         if c.backbone != "external" and backbone is not None:
             raise ValueError(f"backbone={type(backbone).__name__}: the configuration {c.name!r} wants {c.backbone!r}")
         self.latent_channels = c.token_dim
