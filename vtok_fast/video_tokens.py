@@ -151,8 +151,8 @@ def detokenize(tokens: str | os.PathLike, output: str | os.PathLike, model: nn.M
     model.check_tokens(windows[0])
     weights, made_by = weights or fingerprint(model), windows.info.get("weights")
     if made_by not in (None, weights) and not any_weights:
-        raise ValueError(f"tokens: made by other weights of {windows.model} ({str(made_by)[:12]}) than these ({weights[:12]}); give "
-                         "the checkpoint that made them, or any_weights (--any-weights) if only the decoder changed since")
+        raise ValueError(f"tokens: made by other weights of {windows.model} ({str(made_by)[:12]}) than these ({weights[:12]}); "
+                         "give the checkpoint that made them, or any_weights (--any-weights) if only the decoder changed")
     overlap = windows.info.get("overlap", 0) if len(windows) > 1 else 0
     step = length - overlap
     frames, fps = windows.info.get("frames", step * (len(windows) - 1) + windows[-1].video_shape[0]), windows.info.get("fps", 25.0)
