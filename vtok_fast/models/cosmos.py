@@ -12,6 +12,7 @@ ones, because of the attention over time: so there is no exact streaming in boun
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class CosmosBase(Tokenizer):
         return 1 - (1 - frames) // self.config.time_downsample_factor, height // factor, width // factor
 
     @classmethod
-    def read_checkpoint(cls, path: Path):
+    def read_checkpoint(cls, path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         return read_cosmos(path)
 
     def fit_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ class Cosmos(CosmosBase):
     system = "cosmos"
     Config = CosmosConfig
 
-    def __init__(self, config: str | CosmosConfig | dict | None = None, **fields):
+    def __init__(self, config: str | CosmosConfig | dict[str, Any] | None = None, **fields: Any):
         super().__init__(config, **fields)
         self.make_networks(self.config)
 
@@ -122,7 +123,7 @@ class Cosmos(CosmosBase):
         return WindowStream(self, size, overlap)
 
     @property
-    def _bottleneck(self):
+    def _bottleneck(self) -> Any:
         return self.quantizer if self.config.formulation == "FSQ" else self.distribution
 
     def _encode(self, video: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from vtok_fast.models.tokenizer import Config
 
@@ -55,7 +56,7 @@ class CosmosConfig(Config):
     legacy_mode: bool = False
     layout: str = "0.1"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.set_tuples("levels", "channels_mult", "decoder_channels_mult", "attn_resolutions")
         self.need_one_of("formulation", "FSQ", "AE", "VAE")
         self.need_one_of("patch_method", "haar", "rearrange")
@@ -133,11 +134,11 @@ class CosmosConfig(Config):
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)
 
 
-def _discrete(time: int, space: int, **fields) -> dict:
+def _discrete(time: int, space: int, **fields: Any) -> dict[str, Any]:
     return {"formulation": "FSQ", "levels": FSQ_LEVELS, "temporal_compression": time, "spatial_compression": space, **fields}
 
 
-def _continuous(time: int, space: int, **fields) -> dict:
+def _continuous(time: int, space: int, **fields: Any) -> dict[str, Any]:
     return {"formulation": "AE", "latent_channels": 16, "temporal_compression": time, "spatial_compression": space, **fields}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class FSQuantizer(FSQRegularizer):
     The official class rounds its codes to bfloat16 by default, whatever the model computes in; here they have the dtype of z.
     """
 
-    def __init__(self, levels, *, dim: int | None = None, num_codebooks: int = 1, constants: bool = False):
+    def __init__(self, levels: Sequence[int], *, dim: int | None = None, num_codebooks: int = 1, constants: bool = False):
         self.constants = constants
         super().__init__(levels, dim=dim, num_codebooks=num_codebooks)
 
@@ -30,7 +32,7 @@ class FSQuantizer(FSQRegularizer):
 class ResidualFSQuantizer(nn.Module):
     """FSQ of z, then of what is left of it, and so on: the codes are the sum. Its indices have an axis more than `Tokens`."""
 
-    def __init__(self, levels, *, num_quantizers: int):
+    def __init__(self, levels: Sequence[int], *, num_quantizers: int):
         super().__init__()
         self.layers = nn.ModuleList(FSQuantizer(levels) for _ in range(num_quantizers))
 

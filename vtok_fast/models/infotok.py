@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class InfoTok(CosmosBase):
     system = "infotok"
     Config = InfoTokConfig
 
-    def __init__(self, config: str | InfoTokConfig | dict | None = None, **fields):
+    def __init__(self, config: str | InfoTokConfig | dict[str, Any] | None = None, **fields: Any):
         super().__init__(config, **fields)
         config = self.config
         self.make_networks(config)
@@ -75,13 +76,13 @@ class InfoTok(CosmosBase):
 
     # Whole videos
 
-    def forward(self, video: Tensor, **choice) -> Tensor:
+    def forward(self, video: Tensor, **choice: Any) -> Tensor:
         """Reconstruct video (B, C, T, H, W) from the chosen tokens; differentiable. See `encode` for errors."""
         self.check_video(video)
         codes, _ = self._bottleneck(video, choice)
         return self._decode(codes)[:, :, : video.shape[2]]
 
-    def reconstruct(self, video: Tensor, *, step: int = 0, **choice) -> Reconstruction:
+    def reconstruct(self, video: Tensor, *, step: int = 0, **choice: Any) -> Reconstruction:
         """`forward` for training: also codes (zero where dropped), indices (-1 where dropped), and a loss of zero: FSQ has none.
 
         In training mode the rate of each clip is drawn from `rate_bins`, unless given, and "elbo_ema" moves the running mean. No
@@ -95,7 +96,7 @@ class InfoTok(CosmosBase):
         return Reconstruction(self._decode(codes)[:, :, : video.shape[2]], codes, indices, codes.new_zeros(()))
 
     @torch.no_grad()
-    def encode(self, video: Tensor, **choice) -> Tokens:
+    def encode(self, video: Tensor, **choice: Any) -> Tokens:
         """Tokens of video (B, C, T, H, W) in [-1, 1], of the model's dtype; indices are -1 where a token was dropped.
 
         Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, a video of more latent frames

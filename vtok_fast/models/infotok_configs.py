@@ -6,6 +6,7 @@ Source: arXiv 2512.16975, https://github.com/YWolfeee/InfoTok (Apache-2.0).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vtok_fast.models.cosmos_configs import FSQ_LEVELS, CosmosConfig
 from vtok_fast.reference.token_packing import METHODS, STRATEGIES
@@ -13,7 +14,7 @@ from vtok_fast.reference.token_packing import METHODS, STRATEGIES
 ROUTERS = ("decode", "latent", "even")
 
 
-def _choice(default):
+def _choice(default: Any) -> Any:
     """A field that says how tokens are chosen, not what they mean: models that differ in it read each other's tokens."""
     return field(default=default, compare=False)
 
@@ -63,7 +64,7 @@ class InfoTokConfig(CosmosConfig):
     selection: str = _choice("threshold")
     decay: float = _choice(0.99)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.set_tuples("rate_bins")
         self.need_one_of("formulation", "FSQ")

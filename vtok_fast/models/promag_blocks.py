@@ -90,7 +90,8 @@ class CausalConv3d(nn.Module):
                 y[(..., *scaled(area, self.expand[1:]))] = part
         return y
 
-    def piece(self, x: Tensor, area: tuple[slice, slice], before, residual: Tensor | None) -> Tensor:
+    def piece(self, x: Tensor, area: tuple[slice, slice], before: Callable[[Tensor, tuple[slice, slice]], Tensor],
+              residual: Tensor | None) -> Tensor:
         """The output in `area`, rows and columns counted before depth to space."""
         kernel, stride = self.conv.kernel_size, self.conv.stride
         halo, pads = [], []

@@ -68,7 +68,7 @@ class ProMAGConfig(Config):
     chunk_frames: int | None = 17
     overlap: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.set_tuples("ch_mult", "strides")
         self.need_at_least(1, "in_channels", "z_channels", "ch", "num_res_blocks", "mid_blocks", "growth_blocks", "groups")
         self.need_at_least(0, "growth", "overlap")

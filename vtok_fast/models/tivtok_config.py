@@ -88,7 +88,7 @@ class TivTokConfig(Config):
     chunks_per_set: int | None = None
     merge: str = "before"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.set_tuples("patch", "levels", "rotary_split", "query_grid")
         self.need_at_least(1, "in_channels", "frames", "dim", "depth", "heads", "tiv", "tv", "latent_dim", "codebook",
                            "tiv_codebooks", "tv_codebooks")

@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from vtok_fast.models.vidtok_checkpoint import METADATA_KEY, check_weights, read_weights
 from vtok_fast.models.vidtok_checks import check_finite, check_video
 from vtok_fast.tokens import Tokens, write_atomically
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Config:
         return {key: _lists(value) for key, value in asdict(self).items()}
 
     @classmethod
-    def get(cls, config: str | Config | dict[str, Any]):
+    def get(cls, config: str | Config | dict[str, Any]) -> Self:
         """A configuration from its name in `presets`, from a dict of its fields, or as it is.
 
         Raises ValueError for an unknown name or field, or an impossible structure.
@@ -126,7 +129,7 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, config: str | Config | dict[str, Any] | None = None, *,
-                        dtype: torch.dtype = torch.float32, **parts: Any):
+                        dtype: torch.dtype = torch.float32, **parts: Any) -> Self:
         """Load a file that `save` wrote, or a state dict (.pt, .ckpt, .safetensors) of the same keys.
 
         Args:

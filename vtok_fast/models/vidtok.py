@@ -14,7 +14,7 @@ How many frames come back. A factor-4 model makes one latent frame of 4 frames:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from vtok_fast.models.vidtok_configs import VidTokConfig
 from vtok_fast.models.vidtok_networks import Decoder, Encoder
 from vtok_fast.models.vidtok_regularizers import FSQRegularizer, KLRegularizer
 from vtok_fast.tokens import Tokens
+
+if TYPE_CHECKING:
+    from vtok_fast.models.vidtok_stream import VidTokStream
 
 
 class Reconstruction(NamedTuple):
@@ -96,7 +99,7 @@ class VidTok(Tokenizer):
         """
         return self._decode_codes(self.codes_of(tokens), tokens.video_shape[0]).to(tokens.dtype)
 
-    def stream(self):
+    def stream(self) -> VidTokStream:
         """Encode and decode a video chunk by chunk; see `VidTokStream`. Raises ValueError for a non-causal model."""
         from vtok_fast.models.vidtok_stream import VidTokStream
 

@@ -12,6 +12,8 @@ A layer that needs earlier frames takes `caches`, a `Caches` or None (the whole 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,13 +61,13 @@ def silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)  # two passes, as the model ships
 
 
-def interpolate(x: Tensor, scale, mode: str) -> Tensor:
+def interpolate(x: Tensor, scale: float | tuple[float, ...], mode: str) -> Tensor:
     """F.interpolate, in float32 for narrower types."""
     wide = x if x.dtype == torch.float64 else x.float()
     return F.interpolate(wide, scale_factor=scale, mode=mode).to(x.dtype)
 
 
-def _triple(value) -> tuple[int, int, int]:
+def _triple(value: int | Sequence[int]) -> tuple[int, int, int]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * 3
 
 
@@ -104,7 +106,8 @@ class CausalConv3d(nn.Module):
     Version 1.0 takes the width padding from the kernel's height, so a kernel with kh != kw changes the width there.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size, *, stride=1, dilation=1, version: str = "1.0"):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], *, stride: int | Sequence[int] = 1,
+                 dilation: int | Sequence[int] = 1, version: str = "1.0"):
         super().__init__()
         kernel, stride, dilation = _triple(kernel_size), _triple(stride), _triple(dilation)
         reach = (kernel[0], kernel[1], kernel[1] if version == "1.0" else kernel[2])

@@ -53,7 +53,7 @@ class VidTokConfig:
     diversity_gamma: float = 1.0
     name: str = field(default="custom", compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = len(self.ch_mult)
         defaults = {
             "spatial_ds": range(n - 1),

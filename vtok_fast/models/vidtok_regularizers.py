@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LOG_FLOOR = 1e-5  # the official code clamps probabilities there, inside the logarithm of an entropy
 ELEMENTS_AT_ONCE = 1 << 24  # of the dense probability table, when it is asked for
@@ -44,7 +48,7 @@ class FSQRegularizer(nn.Module):
 
     def __init__(
         self,
-        levels,
+        levels: Sequence[int],
         *,
         dim: int | None = None,
         num_codebooks: int = 1,
@@ -86,7 +90,7 @@ class FSQRegularizer(nn.Module):
         self.register_buffer("width", size // 2, persistent=False)
         self.register_buffer("basis", torch.cumprod(torch.tensor((1, *self.levels[:-1]), device=device), 0), persistent=False)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.set_constants(self.basis.device)  # `model.half()` must not move the thresholds
         return self
@@ -161,7 +165,7 @@ def clamped_entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp(min=LOG_FLOOR).log()).sum()
 
 
-def _joint(parts) -> Tensor:
+def _joint(parts: Sequence[Tensor]) -> Tensor:
     """(n, L_1), (n, L_2), ... -> (n, L_1 L_2 ...), the products of one entry of each."""
     joint = parts[0]
     for p in parts[1:]:

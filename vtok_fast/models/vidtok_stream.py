@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from vtok_fast.models.vidtok_blocks import Caches
 from vtok_fast.models.vidtok_checks import check_finite
 from vtok_fast.tokens import Tokens
+
+if TYPE_CHECKING:
+    from vtok_fast.models.vidtok import VidTok
 
 
 class VidTokStream:
@@ -30,7 +34,7 @@ class VidTokStream:
     A chunk that raises leaves the stream as it was. Nothing is kept on the model.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: VidTok):
         if not model.config.causal:
             raise ValueError(f"{model.config.name}: a non-causal model cannot stream, its frames depend on later ones")
         self.model = model

@@ -57,7 +57,7 @@ class VTokConfig(Config):
     mlp_ratio: float = 4.0
     nearby: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.set_tuples("key_grid")
         self.need_one_of("backbone", "vit", "external")
         self.need_one_of("key_pool", "average", "max")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class WindowStream:
     it. Nothing is kept on the model; `decode_chunk` keeps the last frames of a window until the next one comes.
     """
 
-    def __init__(self, model, size: int, overlap: int = 0):
+    def __init__(self, model: Any, size: int, overlap: int = 0):
         factor, causal = model.config.time_downsample_factor, model.config.causal
         if size < 1 or (size - causal) % factor:
             raise ValueError(f"size={size}: a window has {'1 + ' if causal else ''}k * {factor} frames")
@@ -48,7 +50,7 @@ class WindowStream:
         step, last = self.size - self.overlap, max(frames - self.overlap, 1)
         return [(start, min(start + self.size, frames)) for start in range(0, last, step)]
 
-    def encode_chunk(self, video: Tensor, **options) -> Tokens:
+    def encode_chunk(self, video: Tensor, **options: Any) -> Tokens:
         """Tokens of one window of at most `size` frames. Errors and options as for the model's `encode`."""
         if isinstance(video, Tensor) and video.dim() == 5 and video.shape[2] > self.size:
             raise ValueError(f"video: a window has at most {self.size} frames, not {video.shape[2]}")
