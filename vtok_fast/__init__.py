@@ -1,7 +1,9 @@
 """Fast kernels for video tokenizers, behind a thin PyTorch API.
 
-``causal_conv3d``, ``norm_act``, ``fsq_quantize``, ``fsq_decode``, ``fsq_entropy_loss``: the ops. ``accelerate``: swaps them into an
-existing model. ``vtok_fast.nn``: modules. ``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is measured.
+Ops: ``causal_conv3d``, ``norm_act``, ``fsq_quantize``, ``fsq_decode``, ``fsq_entropy_loss``, ``scope_attention`` with ``Scope``,
+``router_scores``, ``token_budget``, ``select_tokens``, ``pack_tokens``, ``unpack_tokens``. ``accelerate`` and ``accelerated`` swap
+them into an existing model; ``stream`` runs one chunk by chunk. ``backend``, ``available_backends`` and ``fallbacks``: which kernel
+runs. ``vtok_fast.nn``: modules. ``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is measured.
 """
 
 try:

@@ -141,3 +141,4 @@ def test_the_site_builds(tmp_path):
                             capture_output=True, text=True, env=os.environ)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "site" / "ops" / "fsq" / "index.html").is_file()
+    assert "The first version." in (tmp_path / "site" / "changelog" / "index.html").read_text()

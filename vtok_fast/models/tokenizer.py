@@ -95,7 +95,12 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def num_tokens(self, frames: int, height: int, width: int) -> int:
-        """Tokens of one video of that size."""
+        """Tokens of one video of that size.
+
+        Args:
+            frames: of the video, before any that the model adds to fill up.
+            height, width: in pixels, multiples of the model's spatial factor, which is not checked here.
+        """
         return math.prod(self.token_grid(frames, height, width))
 
     @property

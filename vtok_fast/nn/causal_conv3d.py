@@ -17,6 +17,8 @@ class CausalConv3d(nn.Conv3d):
     Constructor and state keys (``weight``, ``bias``) are ``nn.Conv3d``'s, except that padding is given as in
     :func:`vtok_fast.causal_conv3d`, whose options are here too. With a stride above 1 in height or width ``spatial_pad`` must be
     given.
+
+    Raises ValueError where it is not; ``forward`` raises as :func:`vtok_fast.causal_conv3d`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int, int],

@@ -15,6 +15,8 @@ class FSQ(nn.Module):
     """Quantises a latent with len(levels) channels at ``dim``; no parameters, no buffers, no state keys.
 
     Options as in :func:`vtok_fast.fsq_quantize`.
+
+    Raises ValueError for levels or a variant that do not exist; ``forward`` and ``decode`` raise as the functions that they call.
     """
 
     def __init__(self, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1, backend: str | None = None):

@@ -20,6 +20,8 @@ class NormAct(nn.Module):
         num_channels: C.
         affine: whether there is a weight.
         bias: whether there is a bias; default: with ``affine`` for the kinds that subtract a mean.
+
+    Raises ValueError for a number of channels, a kind or groups that do not fit; ``forward`` raises as :func:`vtok_fast.norm_act`.
     """
 
     weight: nn.Parameter | None

@@ -48,6 +48,8 @@ class ScopeAttention(nn.MultiheadAttention):
         bias: whether the projections have one.
         twice: project the input twice with the same weights, rotary positions in between, as the released InfoTok does.
         backend: as in :func:`vtok_fast.scope_attention`.
+
+    Raises ValueError where the heads do not divide the channels.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, bias: bool = True, *, twice: bool = False, backend: str | None = None,
@@ -71,6 +73,8 @@ class ScopeAttention(nn.MultiheadAttention):
 
         Returns:
             (B, Sq, C), and None where ``nn.MultiheadAttention`` gives weights.
+
+        Raises ValueError for shapes that do not fit, or ``need_weights``; otherwise as :func:`vtok_fast.scope_attention`.
         """
         key = query if key is None else key
         value = key if value is None else value

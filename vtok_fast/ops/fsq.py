@@ -139,6 +139,9 @@ def fsq_entropy_loss(z: Tensor, levels: Sequence[int], *, inv_temperature: float
 
     Returns:
         (entropy term, commitment term), scalars in float32 or float64.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or ``z`` has no token; names it and its value.
     """
     levels = check_levels(levels)
     dim = _channel_dim(z, levels, dim)

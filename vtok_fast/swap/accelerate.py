@@ -87,7 +87,13 @@ def accelerate(model: nn.Module, *, example: Any = None, check: bool = True, con
 
 @contextmanager
 def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
-    """``accelerate`` for a block; the model is given back at its end, also after an exception. Blocks may be nested."""
+    """``accelerate`` for a block; the model is given back at its end, also after an exception. Blocks may be nested.
+
+    Args:
+        model, options: as in :func:`accelerate`, which also says what is raised.
+
+    Yields the report of what was swapped.
+    """
     report = accelerate(model, **options)
     try:
         yield report
