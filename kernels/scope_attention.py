@@ -318,14 +318,15 @@ def config(kernel: str, dim: int, itemsize: int, capability: int, short: bool = 
 
 
 def variants(kernel: str, c: Config) -> list[Config]:
-    """What a tuning table may choose instead of ``c`` (which is among them): half as many rows of the result, with as many warps
-    for each or twice as many; half as many rows of what is walked over; fewer stages. None spills where c does not."""
+    """What a tuning table may choose instead of ``c`` (which is among them): half as many rows of the result, with twice as many
+    warps for each or, in narrow heads, as many; half as many rows of what is walked over; fewer stages. None spills where c does
+    not."""
     held, walked = ("block_n", "block_m") if kernel == "keys" else ("block_m", "block_n")
     shapes = [c]
     if getattr(c, held) >= 64:
         half = c._replace(**{held: getattr(c, held) // 2})
-        shapes += [half, half._replace(num_warps=c.num_warps // 2)] if c.num_warps >= 8 else [half]
-    if getattr(c, walked) >= 32:
+        shapes += [half, half._replace(num_warps=c.num_warps // 2)] if c.num_warps >= 8 and c.block_d < 128 else [half]
+    if getattr(c, walked) >= 32 and (c.num_warps >= 8 or c.block_d < 128):
         shapes.append(c._replace(**{walked: getattr(c, walked) // 2}))
     return [shape._replace(num_stages=stages) for shape in shapes for stages in range(c.num_stages, 1, -1)]
 
