@@ -68,8 +68,8 @@ double direct_seconds(const ConvProblem& p, const ConvPlan& plan) {
   return 10e-6 + (2 * taps * channels * columns * p.groups / flops(isa) + gather + pack + moved) / std::max(p.threads, 1);
 }
 
-// ATen's float32 convolution on channels-last video, as a share of the rate that the direct kernel's estimate assumes. Only its ratio to
-// that estimate decides; benchmarks/LOG.md has how it was found.
+// ATen's float32 convolution on channels-last video, as a share of the rate that the direct kernel's estimate assumes. Only its
+// ratio to that estimate decides; benchmarks/LOG.md has how it was found.
 double aten_share(const ConvProblem& p, const ConvPlan& plan) {
   const double narrow = double(std::min(plan.channels, plan.out_channels));
   if (plan.kh * plan.kw > 1) {

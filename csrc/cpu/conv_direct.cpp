@@ -38,7 +38,8 @@ struct Axis {
         source[o * kernel + j] = table[o * kernel + begin[(o % phases) * (kernel + 1) + j]];
     view = {out, phases, kernel, taps.data(), begin.data(), source.data(), nullptr};
     for (int phase = 0; phase < phases; ++phase)
-      for (int j = 0; j < kernel; ++j) affine.push_back(j < taps[phase] ? longest_affine(phase, j) : DirectAxis::Affine{0, 0, 0, 1});
+      for (int j = 0; j < kernel; ++j)
+        affine.push_back(j < taps[phase] ? longest_affine(phase, j) : DirectAxis::Affine{0, 0, 0, 1});
     view.affine = affine.data();
   }
   Axis(const Axis&) = delete;

@@ -147,7 +147,9 @@ Status make_plan(const ConvProblem& p, ConvPlan* plan) {
 }
 
 int64_t ConvPlan::macs() const {
-  auto valid = [](const std::vector<int32_t>& table) { return std::count_if(table.begin(), table.end(), [](int32_t i) { return i >= 0; }); };
+  auto valid = [](const std::vector<int32_t>& table) {
+    return std::count_if(table.begin(), table.end(), [](int32_t i) { return i >= 0; });
+  };
   return batch * int64_t(frame_taps.size()) * valid(rows) * valid(cols) * channels * out_channels;
 }
 

@@ -8,8 +8,8 @@ namespace vtok::cpu {
 using TaskFn = void (*)(void* context, int64_t task, int thread);
 
 // Calls fn(context, task, thread) once for each task in [0, tasks), tasks handed out in order to at most `threads`
-// threads; `thread` is in [0, threads) and no two calls with the same `thread` overlap. Returns when all are done; what a call throws is
-// rethrown then, and the tasks not yet begun are left out.
+// threads; `thread` is in [0, threads) and no two calls with the same `thread` overlap. Returns when all are done; what a call
+// throws is rethrown then, and the tasks not yet begun are left out.
 void parallel_tasks(int64_t tasks, int threads, TaskFn fn, void* context);
 
 // The same for a callable: parallel_for(n, threads, [&](int64_t task, int thread) { ... }).

@@ -327,7 +327,8 @@ Status unpack_tokens(const Tensor& values, const Tensor& mask, const Tensor& fil
   const int64_t channels = dense.size[1], n = mask.size[1], chunks = (n + kChunk - 1) / kChunk;
   if (!same(values, dense.dtype, {values.size[0], channels}) || !contiguous(values))
     return Status::Invalid("values: expected contiguous (N, C) of the type of dense");
-  if (!fill || fill.dtype != dense.dtype || fill.numel() != 1) return Status::Invalid("fill: expected one element of the type of values");
+  if (!fill || fill.dtype != dense.dtype || fill.numel() != 1)
+    return Status::Invalid("fill: expected one element of the type of values");
   if (dense.numel() == 0) return Status::Ok();
   if ((channels > 1 && dense.stride[1] != 1) || (n > 1 && dense.stride[2] != channels) ||
       (dense.size[0] > 1 && dense.stride[0] != n * channels))

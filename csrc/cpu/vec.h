@@ -1,6 +1,7 @@
 // A vector of VTOK_LANES floats, written once over the compiler's vector extension. Every kernel file is compiled once per
 // instruction set with VTOK_ISA (its namespace) and VTOK_LANES set, and one instance is chosen at run time:
-//   portable 4 lanes, no flags | avx2 8 lanes | wide 16 lanes on AVX2 (so the 16-lane code runs on any AVX2 machine) | avx512 16 lanes
+//   portable 4 lanes, no flags | avx2 8 lanes | wide 16 lanes on AVX2 (so the 16-lane code runs on any AVX2 machine) |
+//   avx512 16 lanes
 // Such files use no std:: templates: an inline function of the library compiled for AVX-512 could be the copy that the
 // linker keeps for all, and would then run on a machine without it.
 #pragma once
@@ -235,8 +236,8 @@ VTOK_INLINE vfloat at_least(vfloat x, vfloat low) {
 #endif
 }
 
-// exp(x), within 3 ulp; from 88.4 on it is infinite, below -87 it stays 1e-38, NaN stays NaN. 2^n * p(r) with |r| <= ln2/2: Cody-Waite reduction,
-// degree-6 polynomial, the exponent added as an integer.
+// exp(x), within 3 ulp; from 88.4 on it is infinite, below -87 it stays 1e-38, NaN stays NaN. 2^n * p(r) with |r| <= ln2/2:
+// Cody-Waite reduction, degree-6 polynomial, the exponent added as an integer.
 VTOK_INLINE vfloat exp(vfloat x) {
   x = at_least(at_most(x, broadcast(88.8f)), broadcast(-87.33f));
   vfloat shifted = fma(x, broadcast(1.44269504f), broadcast(12582912.0f));  // 1.5 * 2^23: rounds to an integer in the low bits

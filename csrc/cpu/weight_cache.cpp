@@ -78,7 +78,8 @@ void checksum_weights(const Tensor& w, int threads, uint64_t sum[2]) {
         for (int64_t t = 0; t < w.size[2]; ++t)
           for (int64_t i = 0; i < w.size[3]; ++i)
             for (int64_t j = 0; j < w.size[4]; ++j) {
-              const char* at = data + element * (o * w.stride[0] + c * w.stride[1] + t * w.stride[2] + i * w.stride[3] + j * w.stride[4]);
+              const char* at =
+                  data + element * (o * w.stride[0] + c * w.stride[1] + t * w.stride[2] + i * w.stride[3] + j * w.stride[4]);
               packed.insert(packed.end(), at, at + element);
             }
     data = packed.data(), bytes = int64_t(packed.size());

@@ -218,7 +218,8 @@ bool winograd_can_run(const ConvProblem& p, const ConvPlan& plan, int m) {
 }
 
 Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
-  if (!winograd_can_run(p, plan, m)) return Status::Unsupported("causal_conv3d: Winograd needs a 3x3 plane at stride and dilation 1, one group");
+  if (!winograd_can_run(p, plan, m))
+    return Status::Unsupported("causal_conv3d: Winograd needs a 3x3 plane at stride and dilation 1, one group");
   const int threads = std::max(p.threads, 1);
   const Terms terms(p, plan, m);
   Weights weights(p.weight, terms.variants, m);
@@ -249,7 +250,8 @@ Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
     else block_tiles = std::max<int64_t>(block_tiles / 2, 1);
   }
   int64_t blocks = ceil_div(tiles, block_tiles);
-  if (!shared) blocks = std::min(tiles, ceil_div(blocks * plan.batch, threads) * threads / plan.batch + (threads % plan.batch != 0));
+  if (!shared)
+    blocks = std::min(tiles, ceil_div(blocks * plan.batch, threads) * threads / plan.batch + (threads % plan.batch != 0));
   blocks = std::max<int64_t>(blocks, 1);
   block_tiles = ceil_div(tiles, blocks);
   blocks = ceil_div(tiles, block_tiles);

@@ -6,8 +6,8 @@
 //   U[xi][c][o]       = (G g G^T)[xi] of one 3x3 filter g;      one set for each set of temporal taps ("variant")
 //   acc[xi][row][o]   = sum over the terms of an output frame of V * U;   a row is (output frame of the group, tile)
 //   y                 = A^T acc A, then the epilogue
-// (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). The interpolation points of m = 4 are 0, +-sqrt(1/2),
-// +-sqrt(2) and infinity: their error is half that of 0, +-1, +-2 and infinity.
+// (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). The interpolation points of m = 4 are 0,
+// +-sqrt(1/2), +-sqrt(2) and infinity: their error is half that of 0, +-1, +-2 and infinity.
 //
 // Work is cut into blocks of tiles; within one, frames pass in groups. V of a block keeps its frames in a ring of slots.
 #pragma once
@@ -77,7 +77,7 @@ VTOK_DECLARE(void winograd_gemm(const WinogradBlock& block, const WinogradPanel&
 // Inverse transform of one panel's acc, epilogue, and the stores to the output.
 VTOK_DECLARE(void winograd_output(const WinogradBlock& block, int64_t panel, const float* acc))
 // U[xi][c - c_begin][o] of one panel, of the temporal taps in `taps` summed, computed in double.
-VTOK_DECLARE(void winograd_weights(const Tensor& weight, int m, uint64_t taps, int64_t panel, int64_t c_begin, int64_t c_end, float* u,
-                                   int64_t u_stride))
+VTOK_DECLARE(void winograd_weights(const Tensor& weight, int m, uint64_t taps, int64_t panel, int64_t c_begin, int64_t c_end,
+                                   float* u, int64_t u_stride))
 // 128 bits that change with any single word of the `bytes` bytes at data, and with all else but a 2^-64 chance.
 VTOK_DECLARE(void checksum(const void* data, int64_t bytes, uint64_t sum[2]))

@@ -58,7 +58,8 @@ VTOK_INLINE vint adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t
   auto* to = static_cast<typename E::type*>(r.codes) + c * r.codes_channel + i;
   const float* thresholds = l.thresholds + c * l.pitch;
   const float half = float(l.levels[c] / 2);
-  const bool power_of_two = !(l.levels[c] / 2 & (l.levels[c] / 2 - 1));  // then the reciprocal is exact, and the product the quotient
+  // Of a power of two the reciprocal is exact, and the product the quotient.
+  const bool power_of_two = !(l.levels[c] / 2 & (l.levels[c] / 2 - 1));
   const int64_t count = l.levels[c] - 1;
   vfloat z[kVectors];
   vint level[kVectors] = {}, nan = {};

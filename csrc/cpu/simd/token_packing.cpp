@@ -68,8 +68,8 @@ VTOK_INLINE void prefetch(const T* at) { __builtin_prefetch((const char*)at + 30
 
 // At most kRowsAtOnce rows of adjacent pixels, one after the other. Differences below 1, which nearly all are, add up as integers.
 template <class E>
-VTOK_INLINE void add_adjacent(const typename E::type* a, const typename E::type* b, const ScoreRows& r, int64_t rows, int64_t columns,
-                              double* sums) {
+VTOK_INLINE void add_adjacent(const typename E::type* a, const typename E::type* b, const ScoreRows& r, int64_t rows,
+                              int64_t columns, double* sums) {
   vuint multiples[kColumns / kLanes] = {};
   for (int64_t k = 0; k < rows; ++k, a += r.video_row, b += r.reconstruction_row)
     for (int64_t i = 0; i < columns; i += kLanes) {
@@ -92,8 +92,8 @@ void run(const ScoreRows& r, double* sums) {
   const int64_t whole = r.video_step == 1 && r.reconstruction_step == 1 ? r.columns / kLanes * kLanes : 0;
   for (int64_t i = 0; i < whole; i += kColumns)
     for (int64_t k = 0; k < r.rows; k += kRowsAtOnce)
-      add_adjacent<E>(a + k * r.video_row + i, b + k * r.reconstruction_row + i, r, k + kRowsAtOnce < r.rows ? kRowsAtOnce : r.rows - k,
-                      i + kColumns < whole ? kColumns : whole - i, sums + i);
+      add_adjacent<E>(a + k * r.video_row + i, b + k * r.reconstruction_row + i, r,
+                      k + kRowsAtOnce < r.rows ? kRowsAtOnce : r.rows - k, i + kColumns < whole ? kColumns : whole - i, sums + i);
   for (int64_t k = 0; k < r.rows; ++k)
     for (int64_t i = whole; i < r.columns; ++i)
       sums[i] += cut(distance(broadcast(E::get(a + k * r.video_row + i * r.video_step)),
