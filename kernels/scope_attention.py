@@ -319,8 +319,8 @@ def config(kernel: str, dim: int, itemsize: int, capability: int, short: bool = 
 
 def variants(kernel: str, c: Config) -> list[Config]:
     """What a tuning table may choose instead of ``c`` (which is among them): half as many rows of the result, with twice as many
-    warps for each or, in narrow heads, as many; half as many rows of what is walked over; fewer stages. None spills where c does
-    not."""
+    warps for each or, in narrow heads, as many; half as many rows of what is walked over; fewer stages. In half precision
+    none spills where c does not; in float32 some do by a few bytes, which measuring them judges."""
     held, walked = ("block_n", "block_m") if kernel == "keys" else ("block_m", "block_n")
     shapes = [c]
     if getattr(c, held) >= 64:
