@@ -164,6 +164,22 @@ def test_a_killed_run_goes_on(clip, tmp_path):
     assert read_video(back).video.shape[1] == 40
 
 
+def test_a_run_that_goes_on_knows_all_windows_that_share_a_frame(clip, tmp_path):
+    torch.manual_seed(0)
+    model = VTok("tiny").eval()
+    video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16, overlap=12)
+
+    def stop(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "a.mp4", model, progress=stop)
+    for name in ("a.mp4", "b.mp4"):
+        video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / name, model)
+    assert torch.equal(read_video(tmp_path / "a.mp4").video, read_video(tmp_path / "b.mp4").video)
+
+
 def test_parts_of_another_job_are_not_taken(clip, model, tmp_path):
     class Stop(Exception):
         pass

@@ -171,8 +171,10 @@ def detokenize(tokens: str | os.PathLike, output: str | os.PathLike, model: nn.M
     for index in range(len(windows)):
         part = job.part(index, "mp4")
         if not part.is_file():
-            if overlap and index > decoded + 1:
-                decode(index - 1)  # the frames that it shares
+            if index > decoded + 1:  # a run goes on: the windows that this one shares frames with
+                stream.reset()
+                for earlier in range(max(index - -(-overlap // step), 0), index):
+                    decode(earlier)
             video = decode(index)
             decoded = index
             job.start()
