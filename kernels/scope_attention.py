@@ -323,7 +323,7 @@ def variants(kernel: str, c: Config) -> list[Config]:
     none spills where c does not; in float32 some do by a few bytes, which measuring them judges."""
     held, walked = ("block_n", "block_m") if kernel == "keys" else ("block_m", "block_n")
     shapes = [c]
-    if getattr(c, held) >= 64:
+    if getattr(c, held) >= (64 if c.block_d < 128 else 128):
         half = c._replace(**{held: getattr(c, held) // 2})
         shapes += [half, half._replace(num_warps=c.num_warps // 2)] if c.num_warps >= 8 and c.block_d < 128 else [half]
     if getattr(c, walked) >= 32 and (c.num_warps >= 8 or c.block_d < 128):
