@@ -8,11 +8,12 @@ at the video itself, which every model has, and which needs no second pass throu
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vtok_fast import metrics
 
 
 class Discriminator(nn.Module):
@@ -86,16 +87,12 @@ class Adversary:
 def perceptual_distance() -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS on VGG-16 as a differentiable function of two videos (B, 3, T, H, W) in [-1, 1] of at least 16x16.
 
-    Raises ValueError where torchvision, torchmetrics or VGG's weights are absent: nothing is downloaded.
+    Raises ValueError where torchvision or VGG's weights are absent: nothing is downloaded.
     """
-    try:
-        import torchvision  # noqa: F401
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-    except (ImportError, RuntimeError) as error:  # a torchvision made for another torch says the second
-        raise ValueError(f"lpips: {error}; needs torchvision and torchmetrics") from error
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    if not list(folder.glob("vgg16-*.pth")):
-        raise ValueError(f"lpips: no vgg16-*.pth in {folder}; torchvision's weights go there")
+    if (missing := metrics.why_no_lpips("vgg16")) is not None:
+        raise ValueError(f"lpips: {missing}")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
     network = LearnedPerceptualImagePatchSimilarity(net_type="vgg").net.requires_grad_(False).eval()
 
     def distance(video: Tensor, original: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import sys
 import torch
 from miniature import arguments, held_out, new_figure, plain_loss, psnr, publish, steps, table, train, training_clips
 from torch import Tensor
+from train import smoothed
 
 from vtok_fast.models import ProMAG
 
@@ -58,9 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             + f"\n\n{verdict(difference)}")
     figure, axes = new_figure()
     for name, values, start in (("4x", curve, 0), ("8x grown", grown_curve, first), ("8x direct", direct_curve, 0)):
-        size = max(1, len(values) // 40)
-        means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
-        axes.plot([start + i * size for i in range(len(means))], means, label=name)
+        at, means = smoothed(values, 40)
+        axes.plot([start + step for step in at], means, label=name)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
     axes.legend()
     publish(options, "promag", "ProMAG: grown 8x against direct 8x", body, figure)

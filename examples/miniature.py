@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from train import reconstruction_error  # this and the next lie beside this file
+from train import reconstruction_error, smoothed  # this and the next lie beside this file
 from training_data import Clips
 
 from vtok_fast import metrics
@@ -116,9 +116,8 @@ def publish(options: argparse.Namespace, name: str, title: str, body: str, figur
     curves, axes = new_figure()
     rows = []
     for label, losses in CURVES.items():
-        size = max(1, len(losses) // 40)
-        means = [sum(losses[i : i + size]) / len(losses[i : i + size]) for i in range(0, len(losses), size)]
-        axes.plot([i * size for i in range(len(means))], means, label=label)
+        at, means = smoothed(losses, 40)
+        axes.plot(at, means, label=label)
         rows.append((label, len(losses), f"{means[0]:.3f}", f"{means[-1]:.3f}"))
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
     axes.legend(fontsize="small")

@@ -222,6 +222,13 @@ def validation_clips(options: argparse.Namespace) -> Tensor | None:
     return torch.stack([video[:, i : i + t] for i in range(0, video.shape[1] - t + 1, t)][:8])
 
 
+def smoothed(losses: list[float], points: int) -> tuple[list[int], list[float]]:
+    """The steps at which so many pieces of a curve begin, and their means."""
+    size = max(1, len(losses) // points)
+    pieces = [losses[i : i + size] for i in range(0, len(losses), size)]
+    return [i * size for i in range(len(pieces))], [sum(piece) / len(piece) for piece in pieces]
+
+
 def plot(state: State, path: Path) -> None:
     import matplotlib
 
@@ -230,9 +237,7 @@ def plot(state: State, path: Path) -> None:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    size = max(1, len(state.losses) // 200)
-    means = [sum(state.losses[i : i + size]) / len(state.losses[i : i + size]) for i in range(0, len(state.losses), size)]
-    axes.plot([i * size for i in range(len(means))], means, color="#4063d8", label="training loss")
+    axes.plot(*smoothed(state.losses, 200), color="#4063d8", label="training loss")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     if state.validations:
         right = axes.twinx()

@@ -37,14 +37,16 @@ def lpips(video: Tensor, original: Tensor) -> float | None:
     return _image().learned_perceptual_image_patch_similarity(*_frames(video, original), net_type="alex").item()
 
 
-def why_no_lpips() -> str | None:
-    """What LPIPS lacks here, or None."""
+def why_no_lpips(network: str = "alexnet") -> str | None:
+    """What LPIPS on that network of torchvision lacks here, or None."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
         return "torchvision is not installed"
+    except RuntimeError as error:  # one made for another torch
+        return f"torchvision cannot be imported ({str(error).splitlines()[0]})"
     folder = Path(torch.hub.get_dir(), "checkpoints")
-    return None if list(folder.glob("alexnet-*.pth")) else f"no weights of AlexNet in {folder}"
+    return None if list(folder.glob(f"{network}-*.pth")) else f"no weights {network}-*.pth in {folder}"
 
 
 class Quality:

@@ -27,7 +27,7 @@ from vtok_fast import models
 from vtok_fast.models.windows import WindowStream
 from vtok_fast.resumable import Parts
 from vtok_fast.token_windows import TokenWindows, write_windows
-from vtok_fast.tokens import write_atomically
+from vtok_fast.tokens import raw, write_atomically
 from vtok_fast.video import VideoError, join_videos, open_video, to_float, write_video
 
 Progress = Callable[[int, int | None], None]  # windows done, windows in all if that is known
@@ -189,7 +189,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+        digest.update(raw(value.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 
