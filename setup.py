@@ -1,7 +1,9 @@
 """Builds vtok_fast with CMake. Everything static is in pyproject.toml; here is what must be computed.
 
-VTOK_FAST_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST, else the GPUs of this machine choose what to build for (csrc/cuda/archs.cmake), and
-name the wheel: 0.1.0+cu130.sm80.sm90a. MAX_JOBS bounds how many compilers run at once; ccache is used where it is installed.
+VTOK_FAST_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST, else the GPUs of this machine choose what to build for
+(csrc/cuda/archs.cmake), and
+name the wheel: 0.1.0+cu130.sm80.sm90a. MAX_JOBS bounds how many compilers run at once; ccache is used where
+    it is installed.
 """
 
 import functools
@@ -14,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -24,7 +26,9 @@ WISH = f"-DVTOK_FAST_CUDA_ARCHS={os.environ.get('VTOK_FAST_CUDA_ARCHS', '')}"
 @functools.cache
 def local_tag() -> str:
     """``cu130.sm80.sm90a``: the CUDA toolkit and the GPUs of the list; empty for a CPU-only build."""
-    result = subprocess.run(["cmake", WISH, "-P", str(ROOT / "csrc" / "cuda" / "archs.cmake")], capture_output=True, text=True)
+    result = subprocess.run(
+        ["cmake", WISH, "-P", str(ROOT / "csrc" / "cuda" / "archs.cmake")], capture_output=True, text=True
+    )
     found = re.search(r"cuda=(\d*) archs=([\w;]*)", result.stdout)
     if found is None:
         sys.exit(result.stderr or result.stdout)
@@ -39,20 +43,37 @@ def version() -> str:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake, which knows the sources and their instruction sets, and puts the module where setuptools wants it."""
+    """Runs CMake, which knows the sources and their instruction sets, and puts the module where setuptools
+    wants it."""
 
     def build_extension(self, extension: Extension) -> None:
         import pybind11
 
         start = time.perf_counter()
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        # Kept between builds, outside setuptools' temporary folder, so that a rebuild compiles only what changed.
+        # Kept between builds, outside setuptools' temporary folder, so that a rebuild compiles only what
+        # changed.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{local_tag() or 'cpu'}"
         build.mkdir(parents=True, exist_ok=True)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        ccache = [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA") if shutil.which("ccache")]
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator, *ccache, f"-DPython_EXECUTABLE={sys.executable}",
-                     f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DCMAKE_BUILD_TYPE=Release", WISH]
+        ccache = [
+            f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache"
+            for language in ("CXX", "CUDA")
+            if shutil.which("ccache")
+        ]
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            *generator,
+            *ccache,
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            WISH,
+        ]
         cache = build / "CMakeCache.txt"
         try:
             subprocess.run(configure, check=True)
@@ -70,14 +91,16 @@ class CMakeBuild(build_ext):
             temporary.write(built.read_bytes())
         os.chmod(temporary.name, 0o755)
         os.replace(temporary.name, target)
-        print(f"vtok-fast: {target.name} for {local_tag() or 'CPUs'}: {target.stat().st_size / 1e6:.1f} MB in "
-              f"{time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"vtok-fast: {target.name} for {local_tag() or 'CPUs'}: {target.stat().st_size / 1e6:.1f} MB in "
+            f"{time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
 
 
 setup(
     version=version(),
-    packages=["vtok_fast", "vtok_fast.reference", "vtok_fast.ops", "vtok_fast.nn", "vtok_fast.models", "vtok_fast.swap",
-              "vtok_fast.bench", "vtok_fast.kernels"],
+    packages=[*find_packages(include=["vtok_fast", "vtok_fast.*"]), "vtok_fast.kernels"],
     package_dir={"vtok_fast.kernels": "kernels"},
     ext_modules=[Extension("vtok_fast._C", [])],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,1 +1,2 @@
-"""The benchmarks of vtok_fast.bench under pytest-benchmark, and their results. ``python -m benchmarks --help``."""
+"""The benchmarks of vtok_fast.bench under pytest-benchmark, and their results. ``python -m benchmarks
+--help``."""

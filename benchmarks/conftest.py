@@ -1,4 +1,5 @@
-"""What every benchmark file gets: the options, one test per case, the timing of a trial, and where its result goes."""
+"""What every benchmark file gets: the options, one test per case, the timing of a trial, and where its result
+goes."""
 
 from __future__ import annotations
 
@@ -12,8 +13,12 @@ from vtok_fast.bench.harness import Settings
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vtok-fast benchmarks")
-    group.addoption("--quick", action="store_true", help="few, small cases and few rounds: whether everything runs")
-    group.addoption("--full", action="store_true", help="also the measurements that take minutes: memory at 17x256x256")
+    group.addoption(
+        "--quick", action="store_true", help="few, small cases and few rounds: whether everything runs"
+    )
+    group.addoption(
+        "--full", action="store_true", help="also the measurements that take minutes: memory at 17x256x256"
+    )
     group.addoption("--seconds", type=float, help="measure each case for at least so long")
     group.addoption("--threads", type=int, help="torch.set_num_threads")
     group.addoption("--device", help="cpu, cuda or cuda:1; default: a GPU where there is one")
@@ -24,8 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     if option.threads:
         torch.set_num_threads(option.threads)
-    config.settings = Settings.of(quick=option.quick, full=option.full, seconds=option.seconds,
-                                  device=option.device or runner.default_device())
+    config.settings = Settings.of(
+        quick=option.quick,
+        full=option.full,
+        seconds=option.seconds,
+        device=option.device or runner.default_device(),
+    )
     config.sections = {}
 
 
@@ -43,7 +52,8 @@ def limits(pytestconfig):
 
 @pytest.fixture
 def keep(request, limits):
-    """``keep(section, record)`` adds a result to those of this run, and to the file, which is complete after every case."""
+    """``keep(section, record)`` adds a result to those of this run, and to the file, which is complete after
+    every case."""
     config = request.config
 
     def add(section: str, record: dict) -> None:
@@ -62,8 +72,8 @@ def keep(request, limits):
 
 @pytest.fixture
 def run_trial(request, benchmark, keep, limits):
-    """``run_trial(case)``: builds the module's trial, times it, keeps the result, and fails where ours is wrong. A case called
-    memory measures that instead."""
+    """``run_trial(case)``: builds the module's trial, times it, keeps the result, and fails where ours is
+    wrong. A case called memory measures that instead."""
     module, settings = request.module, request.config.settings
 
     def run(case) -> None:
@@ -76,7 +86,8 @@ def run_trial(request, benchmark, keep, limits):
             except harness.Missing as error:
                 pytest.skip(str(error))
             record = harness.measure(trial, settings, limits)
-            # pytest-benchmark's own record, for --benchmark-save and --benchmark-compare; ratios never come from it.
+            # pytest-benchmark's own record, for --benchmark-save and --benchmark-compare; ratios never come
+            # from it.
             benchmark.pedantic(_finished(trial.ours.call, settings), setup=trial.ours.prepare, rounds=3)
         if settings.on_gpu:
             record["clocks"] = machine.clocks(settings.device)

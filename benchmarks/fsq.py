@@ -1,6 +1,6 @@
-"""``fsq`` under pytest-benchmark. vtok_fast/bench/fsq.py says what is compared."""
+"""``fsq`` under pytest-benchmark. vtok_fast/bench/cases/fsq.py says what is compared."""
 
-from vtok_fast.bench.fsq import build, cases  # noqa: F401
+from vtok_fast.bench.cases.fsq import build, cases  # noqa: F401
 
 
 def test_fsq(case, run_trial) -> None:

@@ -1,11 +1,13 @@
-"""``python -m benchmarks.models_page``: writes ``docs/models.md``, what is swapped in each listed model and what was measured.
+"""``python -m benchmarks.models_page``: writes ``docs/models.md``, what is swapped in each listed model and
+what was measured.
 
-What is swapped comes from small models with the structure of the listed ones; times and memory from the result files in
-``benchmarks/results`` (or those given as arguments) that have measured models.
+What is swapped comes from small models with the structure of the listed ones; times and memory from the
+result files in ``benchmarks/results`` (or those given as arguments) that have measured models.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -16,7 +18,7 @@ import torch
 
 from vtok_fast import stream
 from vtok_fast.bench import report
-from vtok_fast.bench.models import MODELS, VARIANTS, Model
+from vtok_fast.bench.cases.models import MODELS, VARIANTS, Model
 from vtok_fast.swap import accelerated
 from vtok_fast.swap.report import Entry
 
@@ -31,6 +33,11 @@ the general rule: `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, and modules that pad an
 
 This page is written by `python -m benchmarks.models_page`; `python -m benchmarks --only models --full` measures.
 """
+
+
+def first_paragraph(documented: Any) -> str:
+    """What its docstring says first, on one line."""
+    return " ".join(inspect.getdoc(documented).split("\n\n")[0].split())
 
 
 def main(paths: Iterable[str]) -> None:
@@ -48,23 +55,36 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def measured(results: dict[str, Any]) -> str:
-    """The table of one machine: times faster than as shipped, with the quartiles of the rounds, and peak memory as a share."""
+    """The table of one machine: times faster than as shipped, with the quartiles of the rounds, and peak
+    memory as a share."""
     sections = results["sections"]
     state, rows = sections["models"], []
-    memory = {c["case"].removesuffix(" memory").rpartition(" ")[0]: report.memory_ratios(c)
-              for c in sections.get("memory", {"cases": []})["cases"]}
+    memory = {
+        c["case"].removesuffix(" memory").rpartition(" ")[0]: report.memory_ratios(c)
+        for c in sections.get("memory", {"cases": []})["cases"]
+    }
     for case in state["cases"]:
         ratios = [report.ratio(case, "eager", name) for name in VARIANTS[1:]]
         shares = [memory.get(case["group"], {}).get(name) for name in VARIANTS[1:]]
         cells = [case["case"], *map(_spread, ratios), *("–" if s is None else f"{s:.2f}" for s in shares)]
         rows.append(f"| {' | '.join(cells)} | {case['facts']['difference']:.1e} |")
-    return "\n".join([
-        f"## Measured: {results['machine']['cpu']}, {state['threads']} threads, torch {state['torch']}, commit {state['commit']}",
-        "",
-        "One encode and one decode in float32, against the model as shipped, at the class's own widths and random weights. Memory: "
-        "the peak beyond the loaded model as a share of the shipped model's, of 5 (VidTok: 8) frames of 256x256.", "",
-        "| model and video | times faster | without weight cache | peak memory | without weight cache | difference |",
-        "|---|---|---|---|---|---|", *rows, ""])
+    return "\n".join(
+        [
+            f"## Measured: {results['machine']['cpu']}, {state['threads']} threads, torch {state['torch']}, "
+            f"commit {state['commit']}",
+            "",
+            "One encode and one decode in float32, against the model as shipped, at the class's own widths "
+            "and random weights. Memory: "
+            "the peak beyond the loaded model as a share of the shipped model's, of 5 (VidTok: 8) frames of "
+            "256x256.",
+            "",
+            "| model and video | times faster | without weight cache | peak memory | without weight cache | "
+            "difference |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def _spread(r: dict[str, float] | None) -> str:
@@ -83,16 +103,23 @@ def section(name: str, listed: Model) -> str:
     with accelerated(model, contract="exact") as done:
         exact = Counter(e.kind for e in done.swapped)
     lines += ["| class | count | now | under *exact* |", "|---|---|---|---|"]
-    lines += [f"| `{kind}` | {n} | {what} | {exact[kind] or '–'} |" for (kind, what), n in _count(swapped, "what")]
+    lines += [
+        f"| `{kind}` | {n} | {what} | {exact[kind] or '–'} |" for (kind, what), n in _count(swapped, "what")
+    ]
     for kind in exact.keys() - {e.kind for e in swapped}:
         lines.append(f"| `{kind}` | – | (part of a larger swap) | {exact[kind]} |")
     lines += ["", "Counts are those of a small model of the same structure.", ""]
     if skipped:
-        lines += ["Left alone: " + "; ".join(f"{n} `{kind}` ({why})" for (kind, why), n in _count(skipped, "why")) + ".", ""]
+        lines += [
+            "Left alone: "
+            + "; ".join(f"{n} `{kind}` ({why})" for (kind, why), n in _count(skipped, "why"))
+            + ".",
+            "",
+        ]
     if failed:
         lines += [f"**{len(failed)} swaps failed their contract here and were undone.**", ""]
     try:
-        lines += [f"`vtok_fast.stream(model)`: {type(stream(model)).__doc__.splitlines()[0]}", ""]
+        lines += [f"`vtok_fast.stream(model)`: {first_paragraph(type(stream(model)))}", ""]
     except TypeError as error:
         lines += [f"`vtok_fast.stream(model)`: {str(error).removeprefix('model: ')}.", ""]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""``python -m benchmarks.report FILE``: results as the markdown of the README. vtok_fast/bench/report.py does it."""
+"""``python -m benchmarks.report FILE``: results as the markdown of the README. vtok_fast/bench/report.py does
+it."""
 
 import sys
 

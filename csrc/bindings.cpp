@@ -12,14 +12,19 @@ PYBIND11_MODULE(_C, m) {
   vtok::bind_fsq(m);
   vtok::bind_token_packing(m);
 
-  m.def("isa", [] { return vtok::cpu::isa_name(vtok::cpu::active_isa()); }, "The instance of the CPU kernels in use.");
+  m.def(
+      "isa", [] { return vtok::cpu::isa_name(vtok::cpu::active_isa()); },
+      "The instance of the CPU kernels in use.");
   m.def("set_isa", [](const char* name) {
-    if (vtok::InFlight::count > 0) throw std::runtime_error("isa: cannot change while another thread runs a kernel");
-    if (!vtok::cpu::set_isa(name)) throw py::value_error(std::string("isa: not available on this processor: ") + name);
+    if (vtok::InFlight::count > 0)
+      throw std::runtime_error("isa: cannot change while another thread runs a kernel");
+    if (!vtok::cpu::set_isa(name))
+      throw py::value_error(std::string("isa: not available on this processor: ") + name);
   });
   m.def("supported_isas", [] {
     py::list names;
-    for (auto isa : {vtok::cpu::Isa::portable, vtok::cpu::Isa::avx2, vtok::cpu::Isa::wide, vtok::cpu::Isa::avx512})
+    for (auto isa :
+         {vtok::cpu::Isa::portable, vtok::cpu::Isa::avx2, vtok::cpu::Isa::wide, vtok::cpu::Isa::avx512})
       if (vtok::cpu::isa_supported(isa)) names.append(vtok::cpu::isa_name(isa));
     return names;
   });
@@ -28,7 +33,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef VTOK_CUDA
   vtok::bind_cuda(m);
   vtok::bind_causal_conv3d_cuda(m);
-  vtok::bind_fsq_cuda(m);
+  vtok::bind_fsq_gpu(m);
 #else
   m.attr("cuda_archs") = py::tuple();
 #endif

@@ -1,4 +1,5 @@
-// The one struct that crosses the border between Python and the kernels: a pointer, a type, sizes and strides (in elements).
+// The one struct that crosses the border between Python and the kernels: a pointer, a type, sizes and strides
+// (in elements).
 // No torch headers anywhere: a build does not depend on a torch version.
 #pragma once
 #include <cstddef>
@@ -27,9 +28,12 @@ struct Tensor {
 
 constexpr int element_size(DType t) {
   switch (t) {
-    case DType::f32: case DType::i32: return 4;
-    case DType::f16: case DType::bf16: return 2;
-    case DType::f64: case DType::i64: return 8;
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::f16:
+    case DType::bf16: return 2;
+    case DType::f64:
+    case DType::i64: return 8;
     case DType::u8: return 1;
   }
   return 0;

@@ -1,8 +1,10 @@
-"""The terms that the papers add to the reconstruction's error, for `train.py`: a perceptual network, and a discriminator.
+"""The terms that the papers add to the reconstruction's error, for `train.py`: a perceptual network, and a
+discriminator.
 
-The discriminator is a small PatchGAN in three dimensions with the hinge loss, LeCam's regularisation (arXiv 2104.03310), and the
-adaptive weight of VQGAN (arXiv 2012.09841), but for one thing: there both gradients are taken at the decoder's last layer, here
-at the video itself, which every model has, and which needs no second pass through the model.
+The discriminator is a small PatchGAN in three dimensions with the hinge loss, LeCam's regularisation (arXiv
+2104.03310), and the adaptive weight of VQGAN (arXiv 2012.09841), but for one thing: there both gradients are
+taken at the decoder's last layer, here at the video itself, which every model has, and which needs no second
+pass through the model.
 """
 
 from __future__ import annotations
@@ -48,23 +50,28 @@ class Adversary:
         lr: of the discriminator's AdamW.
     """
 
-    def __init__(self, *, weight: float, lecam: float = 0.005, lr: float = 2e-4, device: torch.device | str = "cpu"):
+    def __init__(
+        self, *, weight: float, lecam: float = 0.005, lr: float = 2e-4, device: torch.device | str = "cpu"
+    ):
         self.weight, self.lecam = weight, lecam
         self.discriminator = Discriminator().to(device)
-        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=lr, betas=(0.5, 0.9), weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(
+            self.discriminator.parameters(), lr=lr, betas=(0.5, 0.9), weight_decay=1e-4
+        )
 
     def term(self, video: Tensor, reconstruction_loss: Tensor) -> Tensor:
-        """What to add to the loss of the model that made `video`; its gradient has `weight` times the norm that
-        reconstruction_loss's has at video."""
+        """What to add to the loss of the model that made `video`; its gradient has `weight` times the norm
+        that reconstruction_loss's has at video."""
         self.discriminator.requires_grad_(False)
         term = -self.discriminator(video).mean()
         self.discriminator.requires_grad_(True)
-        wanted, = torch.autograd.grad(reconstruction_loss, video, retain_graph=True)
-        got, = torch.autograd.grad(term, video, retain_graph=True)
+        (wanted,) = torch.autograd.grad(reconstruction_loss, video, retain_graph=True)
+        (got,) = torch.autograd.grad(term, video, retain_graph=True)
         return self.weight * (wanted.norm() / got.norm().clamp_min(1e-12)).clamp_max(1e4) * term
 
     def learn(self, video: Tensor, real: Tensor) -> float:
-        """One step of the discriminator on reconstructed and real videos; its hinge loss (1 for one that knows nothing)."""
+        """One step of the discriminator on reconstructed and real videos; its hinge loss (1 for one that
+        knows nothing)."""
         fake, true = self.discriminator(video.detach()), self.discriminator(real)
         hinge = (F.relu(1 + fake).mean() + F.relu(1 - true).mean()) / 2
         with torch.no_grad():
@@ -85,7 +92,8 @@ class Adversary:
 
 
 def perceptual_distance() -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS on VGG-16 as a differentiable function of two videos (B, 3, T, H, W) in [-1, 1] of at least 16x16.
+    """LPIPS on VGG-16 as a differentiable function of two videos (B, 3, T, H, W) in [-1, 1] of at least
+    16x16.
 
     Raises ValueError where torchvision or VGG's weights are absent: nothing is downloaded.
     """

@@ -1,18 +1,21 @@
-"""VidTok's claims in miniature: tokens (FSQ) against a Gaussian latent (KL) at equal rate, the use of the codebook, and two stages.
+"""VidTok's claims in miniature: tokens (FSQ) against a Gaussian latent (KL) at equal rate, the use of the
+codebook, and two stages.
 
     python examples/claims_vidtok.py
 
-Three parts. *Rate*: FSQ models of 12, 18 and 21 bits per position, and KL models whose loss weight is steered during training
-until their latent carries so many bits per position of the training's crops. What a Gaussian costs is its KL divergence in bits; a
-decoder that pays that much gets a sample of the latent, not its mean. Held-out clips cost other rates than the training's crops, so
-the two curves are compared at 18 bits by interpolation. *Codebook*: how many of the 262,144 entries occur on the held-out clips,
-against a model that is trained without the quantiser's own loss. *Two stages*: the same number of pixels spent on small crops
+Three parts. *Rate*: FSQ models of 12, 18 and 21 bits per position, and KL models whose loss weight is steered
+during training until their latent carries so many bits per position of the training's crops. What a Gaussian
+costs is its KL divergence in bits; a decoder that pays that much gets a sample of the latent, not its mean.
+Held-out clips cost other rates than the training's crops, so the two curves are compared at 18 bits by
+interpolation. *Codebook*: how many of the 262,144 entries occur on the held-out clips, against a model that
+is trained without the quantiser's own loss. *Two stages*: the same number of pixels spent on small crops
 alone, or on small crops and then on the decoder alone, at twice the height and width.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import random
 import sys
@@ -21,7 +24,19 @@ from typing import Any
 
 import torch
 from initialise import initialise
-from miniature import arguments, bars, held_out, new_figure, plain_loss, psnr, publish, steps, table, train, training_clips
+from miniature import (
+    arguments,
+    bars,
+    held_out,
+    new_figure,
+    plain_loss,
+    psnr,
+    publish,
+    steps,
+    table,
+    train,
+    training_clips,
+)
 from torch import Tensor
 from train import reconstruction_error
 
@@ -47,9 +62,13 @@ class EqualRate:
 
     def __call__(self, model: VidTok, x: Tensor, step: int) -> Tensor:
         result = model.reconstruct(x, step=step)
-        rate = result.loss * x.shape[0] / (math.log(2) * result.codes[:, 0].numel())  # the model's loss is the mean over clips
+        rate = (
+            result.loss * x.shape[0] / (math.log(2) * result.codes[:, 0].numel())
+        )  # the model's loss is the mean over clips
         self.rate = 0.9 * self.rate + 0.1 * rate.item() if step else rate.item()
-        self.weight = min(1.0, max(1e-7, self.weight * math.exp(0.2 * max(-1.0, min(1.0, self.rate / self.bits - 1)))))
+        self.weight = min(
+            1.0, max(1e-7, self.weight * math.exp(0.2 * max(-1.0, min(1.0, self.rate / self.bits - 1))))
+        )
         return reconstruction_error(result.video, x) + self.weight * rate
 
 
@@ -92,11 +111,17 @@ def main(argv: list[str] | None = None) -> int:
     for name, (fields, loss) in plan.items():
         models[name] = started(fields, clips)
         train(models[name], clips, count, SHAPE, lr=LR, loss=loss, bf16=True, label=name)
-    parts = [equal_rate(models, videos), codebook({k: m for k, m in models.items() if "18 bits" in k}, videos),
-             two_stages(options, models["FSQ, 18 bits"], clips, count, extra)]
+    parts = [
+        equal_rate(models, videos),
+        codebook({k: m for k, m in models.items() if "18 bits" in k}, videos),
+        two_stages(options, models["FSQ, 18 bits"], clips, count, extra),
+    ]
     crop = "x".join(map(str, SHAPE[1:]))
-    body = (f"`python examples/claims_vidtok.py`: 4x4x4 pixels per position, six channels, {count} steps on crops of {crop}; held "
-            f"out: {len(videos)} clips of 17x64x64.\n\n" + "\n\n".join(text for text, _ in parts))
+    body = (
+        f"`python examples/claims_vidtok.py`: 4x4x4 pixels per position, six channels, {count} steps on "
+        f"crops of {crop}; held "
+        f"out: {len(videos)} clips of 17x64x64.\n\n" + "\n\n".join(text for text, _ in parts)
+    )
     figure, axes = new_figure(len(parts))
     for ax, (_, draw) in zip(axes, parts, strict=True):
         draw(ax)
@@ -115,7 +140,10 @@ def equal_rate(models: dict[str, VidTok], videos: Tensor) -> tuple[str, Draw]:
         if kind == "FSQ":
             bits, scores = math.log2(model.regularization.codebook_size), (psnr(model, videos), "")
         else:
-            bits, scores = rate(model, videos), (psnr(lambda v: sampled(model, v), videos), psnr(model, videos))  # noqa: B023
+            bits, scores = (
+                rate(model, videos),
+                (psnr(functools.partial(sampled, model), videos), psnr(model, videos)),
+            )
         rows.append((name, bits, *scores))
         curves[kind].append((bits, scores[0]))
     bits, score = curves["FSQ"][1]
@@ -123,13 +151,26 @@ def equal_rate(models: dict[str, VidTok], videos: Tensor) -> tuple[str, Draw]:
     if gaussian is None:
         claim = f"The Gaussian models' rates do not enclose {bits:g} bits, so nothing can be said."
     else:
-        claim = (f"At {bits:g} bits FSQ is {score - gaussian:+.2f} dB from the Gaussian's sample, which is interpolated: the claim "
-                 f"that discrete tokens need not lose {'shows' if score > gaussian - 0.2 else 'does not show'} at this size.")
-    head = ("model", "bits per position, held out", "PSNR, dB", "of the mean, which that rate does not pay for")
+        claim = (
+            f"At {bits:g} bits FSQ is {score - gaussian:+.2f} dB from the Gaussian's sample, which is "
+            f"interpolated: the claim "
+            f"that discrete tokens need not lose {'shows' if score > gaussian - 0.2 else 'does not show'} "
+            f"at this size."
+        )
+    head = (
+        "model",
+        "bits per position, held out",
+        "PSNR, dB",
+        "of the mean, which that rate does not pay for",
+    )
 
     def draw(ax) -> None:
         for name, points in curves.items():
-            ax.plot(*zip(*sorted(points), strict=True), marker="o", label=name if name == "FSQ" else "KL, a sample")
+            ax.plot(
+                *zip(*sorted(points), strict=True),
+                marker="o",
+                label=name if name == "FSQ" else "KL, a sample",
+            )
         ax.set(xlabel="bits per position, held out", ylabel="PSNR, dB")
         ax.legend()
 
@@ -151,20 +192,46 @@ def codebook(models: dict[str, VidTok], videos: Tensor) -> tuple[str, Draw]:
         indices = torch.cat([model.encode(video[None]).indices for video in videos])
         use = metrics.codebook_use(indices, model.regularization.codebook_size)
         digits = indices.unsqueeze(-1) // model.regularization.basis % 8
-        per_channel = sum(metrics.codebook_use(channel, 8).perplexity for channel in digits.flatten(0, -2).unbind(-1)) / 6
-        rows.append((name, f"{indices.numel():,}", f"{indices.unique().numel():,}", f"{use.perplexity:,.0f}", per_channel,
-                     psnr(model, videos)))
-    head = ("trained with", "tokens", "different ones", "perplexity", "levels in use per channel, of 8", "PSNR, dB")
-    text = ("### Codebook use\n\n" + table(head, rows) + "\n\nThe perplexity cannot exceed the number of tokens. Levels in use: "
-            "the perplexity of one channel's levels, the mean over six.")
+        per_channel = (
+            sum(metrics.codebook_use(channel, 8).perplexity for channel in digits.flatten(0, -2).unbind(-1))
+            / 6
+        )
+        rows.append(
+            (
+                name,
+                f"{indices.numel():,}",
+                f"{indices.unique().numel():,}",
+                f"{use.perplexity:,.0f}",
+                per_channel,
+                psnr(model, videos),
+            )
+        )
+    head = (
+        "trained with",
+        "tokens",
+        "different ones",
+        "perplexity",
+        "levels in use per channel, of 8",
+        "PSNR, dB",
+    )
+    text = (
+        "### Codebook use\n\n"
+        + table(head, rows)
+        + "\n\nThe perplexity cannot exceed the number of tokens. Levels in use: "
+        "the perplexity of one channel's levels, the mean over six."
+    )
     return text, lambda ax: bars(ax, ("with its\nentropy loss", "without"), [row[4] for row in rows], head[4])
 
 
 def two_stages(options, first: VidTok, clips, count: int, extra: int) -> tuple[str, Draw]:
-    """`extra` more steps on small crops against extra/4 steps of the decoder alone on crops of four times the pixels."""
+    """`extra` more steps on small crops against extra/4 steps of the decoder alone on crops of four times the
+    pixels."""
     videos, runs = held_out(options, 17, 96), {"stage 1 alone": (first, count, "all")}
-    recipes = (("single stage, small crops", SHAPE, "all", extra), ("single stage, large crops", LARGE, "all", extra // 4),
-               ("stage 2: the decoder, large crops", LARGE, "decoder", extra // 4))
+    recipes = (
+        ("single stage, small crops", SHAPE, "all", extra),
+        ("single stage, large crops", LARGE, "all", extra // 4),
+        ("stage 2: the decoder, large crops", LARGE, "decoder", extra // 4),
+    )
     for name, shape, part, number in recipes:
         model = copy.deepcopy(first)
         for key, parameter in model.named_parameters():
@@ -174,12 +241,19 @@ def two_stages(options, first: VidTok, clips, count: int, extra: int) -> tuple[s
         runs[name] = (model, count + number, part)
     rows = [(name, number, part, psnr(model, videos)) for name, (model, number, part) in runs.items()]
     gains = [row[3] - rows[0][3] for row in rows]
-    text = (f"### Two stages\n\nFrom the FSQ model above, the same number of pixels again: {extra} steps on small crops, or "
-            f"{extra // 4} on crops of {'x'.join(map(str, LARGE[1:]))}. Held out: {len(videos)} clips of 17x96x96.\n\n"
-            + table(("recipe", "steps", "what learns at last", "PSNR, dB"), rows)
-            + f"\n\nThe second stage gains {gains[3]:+.2f} dB, without a change of the tokens; the single stages gain "
-              f"{gains[1]:+.2f} and {gains[2]:+.2f}.")
-    return text, lambda ax: bars(ax, ("stage 1", "small", "large", "stage 2"), [row[3] for row in rows], "PSNR, dB")
+    text = (
+        f"### Two stages\n\nFrom the FSQ model above, the same number of pixels again: {extra} steps on "
+        f"small crops, or "
+        f"{extra // 4} on crops of {'x'.join(map(str, LARGE[1:]))}. Held out: {len(videos)} clips of "
+        f"17x96x96.\n\n"
+        + table(("recipe", "steps", "what learns at last", "PSNR, dB"), rows)
+        + f"\n\nThe second stage gains {gains[3]:+.2f} dB, without a change of the tokens; the single "
+        f"stages gain "
+        f"{gains[1]:+.2f} and {gains[2]:+.2f}."
+    )
+    return text, lambda ax: bars(
+        ax, ("stage 1", "small", "large", "stage 2"), [row[3] for row in rows], "PSNR, dB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What the miniatures of the papers' claims share: clips, a short training, scores, a section of docs/results.md with its picture.
+"""What the miniatures of the papers' claims share: clips, a short training, scores, a section of
+docs/results.md with its picture.
 
-Everything is small on purpose, so that each claim is tried in some minutes on one core. Steps and seeds are fixed, the clips are
-those of `scripts/fetch_clip.py`; with the same versions on the same processor the numbers come out the same.
+Everything is small on purpose, so that each claim is tried in some minutes on one core. Steps and seeds are
+fixed, the clips are those of `scripts/fetch_clip.py`; with the same versions on the same processor the
+numbers come out the same.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from train import reconstruction_error, smoothed  # this and the next lie beside
 from training_data import Clips
 
 from vtok_fast import metrics
-from vtok_fast.tokens import write_atomically
-from vtok_fast.video import read_video
+from vtok_fast.io.files import write_atomically
+from vtok_fast.io.video import read_video
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD_OUT = ("bikes.mp4", 0, 137)  # scenes that occur nowhere else
@@ -31,11 +33,18 @@ Loss = Callable[[nn.Module, Tensor, int], Tensor]
 
 
 def arguments(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the demo's clips (scripts/fetch_clip.py)")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where results.md and its pictures are")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the steps of every training; published: 1")
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "data", help="folder of the demo's clips (scripts/fetch_clip.py)"
+    )
+    parser.add_argument(
+        "--docs", type=Path, default=ROOT / "docs", help="where results.md and its pictures are"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="times the steps of every training; published: 1"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     return options
@@ -50,7 +59,8 @@ def training_clips(options: argparse.Namespace, short_sides: tuple[int, ...] = (
 
 
 def held_out(options: argparse.Namespace, frames: int, size: int, clips: int = 6) -> Tensor:
-    """(clips, 3, frames, size, size), evenly from the frames that no training sees: the centre, at the clips' scale."""
+    """(clips, 3, frames, size, size), evenly from the frames that no training sees: the centre, at the clips'
+    scale."""
     name, first, last = HOLD_OUT
     video = read_video(options.data / name, size=112, start=first, frames=last - first).video
     top, left = (video.shape[2] - size) // 2, (video.shape[3] - size) // 2
@@ -68,18 +78,34 @@ def plain_loss(aux: float = 0.0) -> Loss:
     return loss
 
 
-def train(model: nn.Module, clips: Clips, count: int, shape: tuple[int, int, int, int], *, lr: float, loss: Loss, seed: int = 0,
-          bf16: bool = False, label: str = "") -> list[float]:
-    """Train what in the model requires a gradient, with AdamW, warm-up and cosine; the losses. It is left in evaluation mode.
+def train(
+    model: nn.Module,
+    clips: Clips,
+    count: int,
+    shape: tuple[int, int, int, int],
+    *,
+    lr: float,
+    loss: Loss,
+    seed: int = 0,
+    bf16: bool = False,
+    label: str = "",
+) -> list[float]:
+    """Train what in the model requires a gradient, with AdamW, warm-up and cosine; the losses. It is left in
+    evaluation mode.
 
-    With bf16, layers compute in bfloat16 (autocast), which convolutions gain by where the processor has the instructions.
+    With bf16, layers compute in bfloat16 (autocast), which convolutions gain by where the processor has the
+    instructions.
     """
     torch.manual_seed(seed)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     warm = min(50, count // 5 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / count))))
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / count)))
+        ),
+    )
     model.train()
     losses = []
     for step in range(count):
@@ -92,7 +118,10 @@ def train(model: nn.Module, clips: Clips, count: int, shape: tuple[int, int, int
         schedule.step()
         losses.append(value.item())
         if (step + 1) % max(1, count // 4) == 0:
-            print(f"{label}: step {step + 1}/{count}, loss {sum(losses[-50:]) / len(losses[-50:]):.4f}", flush=True)
+            print(
+                f"{label}: step {step + 1}/{count}, loss {sum(losses[-50:]) / len(losses[-50:]):.4f}",
+                flush=True,
+            )
     model.eval()
     CURVES[label] = losses
     return losses
@@ -111,7 +140,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def publish(options: argparse.Namespace, name: str, title: str, body: str, figure) -> None:
-    """Replace this claim's section of docs/results.md, or add it, with its picture; likewise its trainings in docs/training.md."""
+    """Replace this claim's section of docs/results.md, or add it, with its picture; likewise its trainings in
+    docs/training.md."""
     _section(options.docs, "results", RESULTS, name, title, body, figure)
     curves, axes = new_figure()
     rows = []

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Recipe:
-    """Shapes of batches (B, T, H, W), of a validation clip (T, H, W), the learning rate, and weights of losses.
+    """Shapes of batches (B, T, H, W), of a validation clip (T, H, W), the learning rate, and weights of
+    losses.
 
     Attributes:
-        weights: of this package's losses, which suit hours on a CPU: a squared error and one of edges beside the absolute one, no
-            other network.
-        paper: those of the system's paper or code (--losses paper). Where it has no word on a term, the term is not there.
+        weights: of this package's losses, which suit hours on a CPU: a squared error and one of edges beside
+            the absolute one, no other network.
+        paper: those of the system's paper or code (--losses paper). Where it has no word on a term, the term
+            is not there.
     """
 
     crops: tuple[tuple[int, int, int, int], ...]
@@ -22,19 +24,38 @@ class Recipe:
     paper: dict[str, float] = field(default_factory=dict)
 
 
-# aux is the model's own loss: of FSQ the entropy and commitment, of SoftVQ the entropy, of a Gaussian the divergence.
+# aux is the model's own loss: of FSQ the entropy and commitment, of SoftVQ the entropy, of a Gaussian the
+# divergence.
 OURS = {"mse": 2.0, "edges": 0.2, "aux": 0.0, "lpips": 0.0, "gan": 0.0, "gan_start": 0, "lecam": 0.005}
 BARE = OURS | {"mse": 0.0, "edges": 0.0}  # the mean absolute error alone
 RECIPES = {
-    # arXiv 2412.13061 and its configurations. The released weights of this package were trained without the quantiser's own loss.
-    "vidtok": Recipe(((1, 9, 40, 40), (1, 9, 48, 48), (1, 9, 64, 64), (1, 5, 56, 56)), (17, 128, 128),
-                     paper={"aux": 1.0, "lpips": 1.0, "gan": 0.2, "gan_start": 20001, "lecam": 0.005}),
-    "cosmos": Recipe(((1, 9, 48, 48), (1, 9, 64, 64)), (17, 128, 128), paper={"lpips": 0.1}),  # as InfoTok, its descendant
-    "infotok": Recipe(((1, 9, 64, 64),), (17, 128, 128), paper={"lpips": 0.1}),  # FSQ without a loss of its own
+    # arXiv 2412.13061 and its configurations. The released weights of this package were trained without the
+    # quantiser's own loss.
+    "vidtok": Recipe(
+        ((1, 9, 40, 40), (1, 9, 48, 48), (1, 9, 64, 64), (1, 5, 56, 56)),
+        (17, 128, 128),
+        paper={"aux": 1.0, "lpips": 1.0, "gan": 0.2, "gan_start": 20001, "lecam": 0.005},
+    ),
+    "cosmos": Recipe(
+        ((1, 9, 48, 48), (1, 9, 64, 64)), (17, 128, 128), paper={"lpips": 0.1}
+    ),  # as InfoTok, its descendant
+    "infotok": Recipe(
+        ((1, 9, 64, 64),), (17, 128, 128), paper={"lpips": 0.1}
+    ),  # FSQ without a loss of its own
     # The paper names the three terms and no weights: those are inferred.
-    "promag": Recipe(((1, 9, 64, 64), (1, 17, 48, 48)), (17, 64, 64), weights={"aux": 1e-6}, paper={"aux": 1e-6, "gan": 0.2}),
-    "tivtok": Recipe(((4, 16, 64, 64),), (16, 64, 64), lr=1e-3, weights={"aux": 1.0},
-                     paper={"aux": 1.0, "lpips": 1.0, "gan": 0.2, "gan_start": 30000, "lecam": 0.001}),
+    "promag": Recipe(
+        ((1, 9, 64, 64), (1, 17, 48, 48)),
+        (17, 64, 64),
+        weights={"aux": 1e-6},
+        paper={"aux": 1e-6, "gan": 0.2},
+    ),
+    "tivtok": Recipe(
+        ((4, 16, 64, 64),),
+        (16, 64, 64),
+        lr=1e-3,
+        weights={"aux": 1.0},
+        paper={"aux": 1.0, "lpips": 1.0, "gan": 0.2, "gan_start": 30000, "lecam": 0.001},
+    ),
     "vtok": Recipe(((2, 8, 64, 64),), (16, 64, 64), lr=1e-3),  # its decoder is this package's own
 }
 GAUSSIAN = 1e-6  # of a divergence, which is a sum over the latent

@@ -1,18 +1,22 @@
 """Train a small tokenizer on a folder of clips.
 
     python scripts/fetch_clip.py data
-    python examples/train.py --model vidtok --data data --hold-out bikes.mp4:0-137 --bf16 --threads 1 --minutes 70
+    python examples/train.py --model vidtok --data data --hold-out bikes.mp4:0-137 --bf16 --threads 1
+    --minutes 70
 
-is how the weights of the package were made. The frames held out are other scenes of a clip whose second half was trained on; `make
-demo` shows some of them.
+is how the weights of the package were made. The frames held out are other scenes of a clip whose second half
+was trained on; `make demo` shows some of them.
 
-AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average of the weights, which is what is saved.
-The loss is the mean absolute error, plus the mean squared error, plus the error of neighbouring pixels' differences (sharp edges
-cost more than flat ones), plus --aux times the model's own loss (of its quantiser, or of its Gaussian). The papers add a perceptual
-network and a discriminator: `--losses paper` (with torchvision and its weights of VGG-16), whose weights are in `recipes.py`.
+AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average of the weights,
+which is what is saved. The loss is the mean absolute error, plus the mean squared error, plus the error of
+neighbouring pixels' differences (sharp edges cost more than flat ones), plus --aux times the model's own loss
+(of its quantiser, or of its Gaussian). The papers add a perceptual
+network and a discriminator: `--losses paper` (with torchvision and its weights of VGG-16), whose weights are
+    in `recipes.py`.
 
-`--output FOLDER` gets `state.pt` (everything that --resume needs), `model.safetensors` (the averaged weights) and `loss.png`.
-Batches depend on the seed and the number of the step alone, so a resumed run sees what an uninterrupted one would have seen.
+`--output FOLDER` gets `state.pt` (everything that --resume needs), `model.safetensors` (the averaged weights)
+and `loss.png`. Batches depend on the seed and the number of the step alone, so a resumed run sees what an
+uninterrupted one would have seen.
 
 VidTok's two stages: train a model, then its decoder alone, on crops of twice the height and width:
 
@@ -34,7 +38,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from adversary import Adversary, perceptual_distance  # this, initialise, recipes and training_data lie beside this file
+from adversary import (
+    Adversary,
+    perceptual_distance,
+)  # this, initialise, recipes and training_data lie beside this file
 from initialise import initialise
 from recipes import RECIPES, weights_of
 from rich.console import Console
@@ -43,9 +50,9 @@ from torch import Tensor
 from training_data import Clips, parse_hold_out
 
 from vtok_fast import metrics
-from vtok_fast.tokens import write_atomically
-from vtok_fast.video import read_video
-from vtok_fast.video_tokens import systems
+from vtok_fast.commands.tokenize import systems
+from vtok_fast.io.files import write_atomically
+from vtok_fast.io.video import read_video
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,38 +69,76 @@ LOSSES = {
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small tokenizer on a folder of clips.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Train a small tokenizer on a folder of clips.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", choices=sorted(RECIPES), default="vidtok")
     parser.add_argument("--config", help="a configuration by name; default: that of --start, or tiny")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of video files")
-    parser.add_argument("--hold-out", type=parse_hold_out, metavar="FILE:FIRST-END", help="frames for validation only")
+    parser.add_argument(
+        "--hold-out", type=parse_hold_out, metavar="FILE:FIRST-END", help="frames for validation only"
+    )
     parser.add_argument("--output", type=Path, default=Path("data/run"))
     parser.add_argument("--steps", type=int, help="stop after so many steps")
-    parser.add_argument("--minutes", type=float, help="stop after so many minutes of training, resumed ones counted together")
-    parser.add_argument("--stop", type=int, metavar="STEP",
-                        help="stop at this step, to be resumed; the schedule stays that of the whole run")
-    parser.add_argument("--crop", type=parse_crop, nargs="+", metavar="BxTxHxW",
-                        help="shapes of batches, one drawn per step; default: "
-                        "as suits the model")
+    parser.add_argument(
+        "--minutes", type=float, help="stop after so many minutes of training, resumed ones counted together"
+    )
+    parser.add_argument(
+        "--stop",
+        type=int,
+        metavar="STEP",
+        help="stop at this step, to be resumed; the schedule stays that of the whole run",
+    )
+    parser.add_argument(
+        "--crop",
+        type=parse_crop,
+        nargs="+",
+        metavar="BxTxHxW",
+        help="shapes of batches, one drawn per step; default: as suits the model",
+    )
     parser.add_argument("--lr", type=float, help="highest learning rate; default: as suits the model")
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--clip", type=float, default=1.0, help="highest norm of the gradient")
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--losses", choices=("package", "paper"), default="package",
-                        help="weights of the ones below that are not given")
+    parser.add_argument(
+        "--losses",
+        choices=("package", "paper"),
+        default="package",
+        help="weights of the ones below that are not given",
+    )
     for name, text in LOSSES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "gan_start" else float, help=text)
-    parser.add_argument("--saturation", type=float, default=0.1, help="vidtok: weight of the penalty on latents where tanh is flat")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int if name == "gan_start" else float, help=text
+        )
+    parser.add_argument(
+        "--saturation",
+        type=float,
+        default=0.1,
+        help="vidtok: weight of the penalty on latents where tanh is flat",
+    )
     parser.add_argument("--start", type=Path, metavar="FILE", help="begin with these weights")
-    parser.add_argument("--grow", action="store_true", help="promag: grow the model of --start by a stage; what it was is frozen")
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="2: from --start, the decoder alone, on crops "
-                        "of twice the height and width")
+    parser.add_argument(
+        "--grow",
+        action="store_true",
+        help="promag: grow the model of --start by a stage; what it was is frozen",
+    )
+    parser.add_argument(
+        "--stage",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2: from --start, the decoder alone, on crops of twice the height and width",
+    )
     parser.add_argument("--train", choices=("all", "decoder"), help="what learns; default: as the stage says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-                        help="bfloat16 autocast; on a CPU fast where it has the instructions")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="bfloat16 autocast; on a CPU fast where it has the instructions",
+    )
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--every", type=int, default=500, help="validate and save every so many steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -107,7 +152,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--grow needs --model promag and the lower model: --start FILE")
     recipe = RECIPES[options.model]
     options.train = options.train or ("all", "decoder")[options.stage - 1]
-    options.crop = options.crop or [(b, t, options.stage * h, options.stage * w) for b, t, h, w in recipe.crops]
+    options.crop = options.crop or [
+        (b, t, options.stage * h, options.stage * w) for b, t, h, w in recipe.crops
+    ]
     options.lr = recipe.lr if options.lr is None else options.lr
     return options
 
@@ -133,8 +180,10 @@ class State:
     validations: list[list[float]] = field(default_factory=list)  # [step, PSNR in dB]
 
     def save(self, folder: Path) -> None:
-        state = {**{name: part.state_dict() for name, part in self.parts().items()},
-                 **{key: getattr(self, key) for key in ("step", "seconds", "losses", "validations")}}
+        state = {
+            **{name: part.state_dict() for name, part in self.parts().items()},
+            **{key: getattr(self, key) for key in ("step", "seconds", "losses", "validations")},
+        }
         write_atomically(folder / "state.pt", lambda temporary: torch.save(state, temporary))
         self.average.save(folder / "model.safetensors")
         plot(self, folder / "loss.png")
@@ -146,7 +195,10 @@ class State:
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "state.pt", weights_only=True)
         if ("adversary" in state) != (self.adversary is not None):
-            raise ValueError(f"gan: the run in {folder} was {'made' if 'adversary' in state else 'not made'} with a discriminator")
+            raise ValueError(
+                f"gan: the run in {folder} was {'made' if 'adversary' in state else 'not made'} with a "
+                f"discriminator"
+            )
         for name, part in self.parts().items():
             part.load_state_dict(state.pop(name))
         for name, value in state.items():
@@ -166,8 +218,14 @@ def progress(options: argparse.Namespace, state: State) -> float:
     return max(by_steps, by_time)
 
 
-def loss_of(model: torch.nn.Module, x: Tensor, options: argparse.Namespace, step: int,
-            perceptual: Perceptual | None = None, adversary: Adversary | None = None) -> tuple[Tensor, Tensor]:
+def loss_of(
+    model: torch.nn.Module,
+    x: Tensor,
+    options: argparse.Namespace,
+    step: int,
+    perceptual: Perceptual | None = None,
+    adversary: Adversary | None = None,
+) -> tuple[Tensor, Tensor]:
     """The loss of a batch x, and its reconstruction."""
     latents: list[Tensor] = []
     if options.saturation and getattr(model.config, "regularizer", "") == "fsq":
@@ -201,7 +259,9 @@ def reconstruction_error(y: Tensor, x: Tensor, mse: float = 2.0, edges: float = 
 def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
     decay = min(decay, (1 + step) / (10 + step))  # the first weights are forgotten quickly
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
-    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):  # running means are means already
+    for kept, buffer in zip(
+        average.buffers(), model.buffers(), strict=True
+    ):  # running means are means already
         kept.copy_(buffer)
 
 
@@ -254,7 +314,10 @@ def make_model(options: argparse.Namespace) -> torch.nn.Module:
         return (model.grow() if options.grow else model).train()
     model = kind(options.config or "tiny")
     if getattr(model.config, "growth", 0) and model.config.freeze_lower:
-        raise ValueError(f"config={options.config!r}: its lower model is frozen; train that first, then --start FILE --grow")
+        raise ValueError(
+            f"config={options.config!r}: its lower model is frozen; train that first, then --start FILE "
+            f"--grow"
+        )
     return model.train()
 
 
@@ -267,23 +330,40 @@ def train(options: argparse.Namespace, console: Console) -> State:
     weights = weights_of(options.model, options.losses, getattr(model.config, "regularizer", "") == "kl")
     for name, value in weights.items():
         setattr(options, name, value if getattr(options, name) is None else getattr(options, name))
-    clips, validation, device = Clips(options.data, options.hold_out), validation_clips(options), torch.device(options.device)
+    clips, validation, device = (
+        Clips(options.data, options.hold_out),
+        validation_clips(options),
+        torch.device(options.device),
+    )
     if options.model == "vidtok" and options.start is None:
         initialise(model, clips.sample(random.Random(options.seed), (8, *options.crop[0][1:])))
     model.to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and (options.train == "all" or "decoder" in name))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay)
-    adversary = Adversary(weight=options.gan, lecam=options.lecam, lr=options.lr, device=device) if options.gan else None
+    optimizer = torch.optim.AdamW(
+        learning, lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay
+    )
+    adversary = (
+        Adversary(weight=options.gan, lecam=options.lecam, lr=options.lr, device=device)
+        if options.gan
+        else None
+    )
     perceptual = perceptual_distance() if options.lpips else None
     state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer, adversary)
     if options.resume:
         state.load(options.output)
-    console.print(f"{options.model} {model.config.name}: {sum(p.numel() for p in learning):,} parameters learn, "
-                  f"on {device} ({torch.get_num_threads()} threads), from step {state.step}")
-    columns = (TextColumn("step {task.fields[step]:>6}  loss {task.fields[loss]:.4f}  held out {task.fields[psnr]} dB"),
-               BarColumn(), TimeElapsedColumn())
+    console.print(
+        f"{options.model} {model.config.name}: {sum(p.numel() for p in learning):,} parameters learn, "
+        f"on {device} ({torch.get_num_threads()} threads), from step {state.step}"
+    )
+    columns = (
+        TextColumn(
+            "step {task.fields[step]:>6}  loss {task.fields[loss]:.4f}  held out {task.fields[psnr]} dB"
+        ),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=1.0, step=state.step, loss=0.0, psnr="-")
         while progress(options, state) < 1.0 and state.step != options.stop:
@@ -311,8 +391,12 @@ def train(options: argparse.Namespace, console: Console) -> State:
                     bar.update(task, psnr=f"{state.validations[-1][1]:.2f}")
                 state.save(options.output)
                 recent = state.losses[-options.every :]
-                line = {"step": state.step, "minutes": round(state.seconds / 60, 2), "loss": round(sum(recent) / len(recent), 4),
-                        "psnr": round(state.validations[-1][1], 3) if validation is not None else None}
+                line = {
+                    "step": state.step,
+                    "minutes": round(state.seconds / 60, 2),
+                    "loss": round(sum(recent) / len(recent), 4),
+                    "psnr": round(state.validations[-1][1], 3) if validation is not None else None,
+                }
                 console.print(json.dumps(line), highlight=False, soft_wrap=True)
             bar.update(task, completed=progress(options, state), step=state.step, loss=state.losses[-1])
     return state

@@ -9,14 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vtok_fast.video import read_video, to_float
+from vtok_fast.io.video import read_video, to_float
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm")
-SHORT_SIDES = (128, 176, 256)  # each clip is kept at several sizes: the same objects, seen from nearer and farther
+SHORT_SIDES = (
+    128,
+    176,
+    256,
+)  # each clip is kept at several sizes: the same objects, seen from nearer and farther
 
 
 def parse_hold_out(text: str) -> tuple[str, int, int]:
-    """"bikes.mp4:0-137" -> ("bikes.mp4", 0, 137): frames 0 to 136 of that file are for validation, the rest for training."""
+    """ "bikes.mp4:0-137" -> ("bikes.mp4", 0, 137): frames 0 to 136 of that file are for validation, the rest
+    for training."""
     try:
         name, frames = text.rsplit(":", 1)
         first, last = (int(part) for part in frames.split("-"))
@@ -33,7 +38,12 @@ class Clips:
     Raises FileNotFoundError if the folder has no video, ValueError if nothing is left to train on.
     """
 
-    def __init__(self, folder: Path, hold_out: tuple[str, int, int] | None = None, short_sides: tuple[int, ...] = SHORT_SIDES):
+    def __init__(
+        self,
+        folder: Path,
+        hold_out: tuple[str, int, int] | None = None,
+        short_sides: tuple[int, ...] = SHORT_SIDES,
+    ):
         paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise FileNotFoundError(f"data: no video ({', '.join(SUFFIXES)}) in {folder}")
@@ -54,16 +64,23 @@ class Clips:
             raise ValueError(f"data: nothing is left in {folder} without the frames held out")
 
     def sample(self, dice: random.Random, shape: tuple[int, int, int, int]) -> Tensor:
-        """A batch (B, 3, T, H, W) in [-1, 1], shape = (B, T, H, W), every clip of it cropped and changed at random."""
+        """A batch (B, 3, T, H, W) in [-1, 1], shape = (B, T, H, W), every clip of it cropped and changed at
+        random."""
         return torch.stack([self._crop(dice, *shape[1:]) for _ in range(shape[0])])
 
     def _crop(self, dice: random.Random, frames: int, height: int, width: int) -> Tensor:
         # Files equally often, long or short; within a file, pieces by their length.
-        group = [piece for piece in dice.choice(self.groups) if piece.shape[2] >= height and piece.shape[3] >= width]
+        group = [
+            piece
+            for piece in dice.choice(self.groups)
+            if piece.shape[2] >= height and piece.shape[3] >= width
+        ]
         if not group:
             raise ValueError(f"crop: a clip has no piece of {height}x{width} pixels")
         piece = dice.choices(group, [piece.shape[1] for piece in group])[0]
-        stride = min(dice.choice((1, 1, 1, 2, 3)), max(1, (piece.shape[1] - 1) // (frames - 1) if frames > 1 else 1))
+        stride = min(
+            dice.choice((1, 1, 1, 2, 3)), max(1, (piece.shape[1] - 1) // (frames - 1) if frames > 1 else 1)
+        )
         start = dice.randrange(max(1, piece.shape[1] - stride * (frames - 1)))
         top, left = dice.randrange(piece.shape[2] - height + 1), dice.randrange(piece.shape[3] - width + 1)
         times = torch.arange(start, start + stride * frames, stride).clamp(max=piece.shape[1] - 1)

@@ -1,13 +1,17 @@
-"""Triton kernels of ``norm_act``, forward: LayerNorm, RMSNorm and GroupNorm with what comes before and after them in one pass.
+"""Triton kernels of ``norm_act``, forward: LayerNorm, RMSNorm and GroupNorm with what comes before and after
+them in one pass.
 
-``layer`` and ``rms`` hold all channels of a group at some positions in registers, so that the video is read once. ``group`` and
-``group_rms`` read it twice: first the sums of each channel over parts of the positions, then, with the statistics of each group,
-the result. A large mean costs no accuracy: sums are of differences from a value close to the mean, the origin, and a mean is kept
-as an origin and the rest, since one float32 could be off by more than the differences' own rounding.
+``layer`` and ``rms`` hold all channels of a group at some positions in registers, so that the video is read
+once. ``group`` and
+``group_rms`` read it twice: first the sums of each channel over parts of the positions, then, with the
+    statistics of each group,
+the result. A large mean costs no accuracy: sums are of differences from a value close to the mean, the
+origin, and a mean is kept as an origin and the rest, since one float32 could be off by more than the
+differences' own rounding.
 
-A video is seen as (instance, channel, position). An instance is a clip, or a frame where GroupNorm is per frame; position q of it
-lies at frame q // plane and pixel q % plane. All is computed in float32 and rounded once; ``CHAIN`` rounds where a library's own
-chain of operations does.
+A video is seen as (instance, channel, position). An instance is a clip, or a frame where GroupNorm is per
+frame; position q of it lies at frame q // plane and pixel q % plane. All is computed in float32 and rounded
+once; ``CHAIN`` rounds where a library's own chain of operations does.
 """
 
 from __future__ import annotations
@@ -19,20 +23,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vtok_fast.dispatch.tuning import power_of_two
 from vtok_fast.kernels import on_device_of, tuned_tile
-from vtok_fast.tuning import power_of_two
 
 SUMS = 4096  # values of a tile whose sums stay in registers
 MAX_CHANNELS = 8192  # of a group of kind layer or rms: one tile holds them
 CHAINS = {"once": 0, "wan": 1, "ltx": 2}
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# ---- kernels -------------------------------------------------------------------------------------------------------------
+# ---- kernels -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _place(instance, q, frames, span, plane, FLAT: tl.constexpr):
-    """Clip, frame and pixel of the positions q of an instance of ``span`` frames; FLAT: frames follow one another without gaps."""
+    """Clip, frame and pixel of the positions q of an instance of ``span`` frames; FLAT: frames follow one
+    another without gaps."""
     per_clip = frames // span
     b = (instance // per_clip).to(tl.int64)
     first = (instance % per_clip * span).to(tl.int64)
@@ -65,9 +70,35 @@ def _per_channel(pointer, c, inside):
 
 
 @triton.jit
-def _affine(v, weight, bias, scale, shift, b, c, t, p, mask, inside, channels, sb, sc, st, sp, hb, hc, ht, hp, SILU: tl.constexpr,
-            CHAIN: tl.constexpr, AFTER_NORM: tl.constexpr, AFTER_WEIGHT: tl.constexpr, AFTER_BIAS: tl.constexpr,
-            AFTER_SCALE: tl.constexpr, AFTER_SHIFT: tl.constexpr):
+def _affine(
+    v,
+    weight,
+    bias,
+    scale,
+    shift,
+    b,
+    c,
+    t,
+    p,
+    mask,
+    inside,
+    channels,
+    sb,
+    sc,
+    st,
+    sp,
+    hb,
+    hc,
+    ht,
+    hp,
+    SILU: tl.constexpr,
+    CHAIN: tl.constexpr,
+    AFTER_NORM: tl.constexpr,
+    AFTER_WEIGHT: tl.constexpr,
+    AFTER_BIAS: tl.constexpr,
+    AFTER_SCALE: tl.constexpr,
+    AFTER_SHIFT: tl.constexpr,
+):
     """What follows the norm. The AFTER types are those of a chain's intermediate results."""
     if CHAIN:
         v = v.to(AFTER_NORM).to(tl.float32)
@@ -103,16 +134,64 @@ def _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first,
     if tail is not None:
         behind = p - tail_first * plane if FLAT else p
         late = (behind >= 0) if FLAT else (t >= tail_first)
-        tl.store(_at(tail, b, c, t * 0 if FLAT else t - tail_first, behind, tb, tc, tt, yp), v.to(tail.dtype.element_ty),
-                 mask=mask & late[:, None])
+        tl.store(
+            _at(tail, b, c, t * 0 if FLAT else t - tail_first, behind, tb, tc, tt, yp),
+            v.to(tail.dtype.element_ty),
+            mask=mask & late[:, None],
+        )
 
 
 @triton.jit
-def position_kernel(x, residual, weight, bias, scale, shift, y, tail, frames, plane, channels, groups, eps, tail_first,
-                    xb, xc, xt, xp, rb, rc, rt, rp, sb, sc, st, sp, hb, hc, ht, hp, yb, yc, yt, yp, tb, tc, tt,
-                    CENTRE: tl.constexpr, SILU: tl.constexpr, CHAIN: tl.constexpr, AFTER_NORM: tl.constexpr,
-                    AFTER_WEIGHT: tl.constexpr, AFTER_BIAS: tl.constexpr, AFTER_SCALE: tl.constexpr, AFTER_SHIFT: tl.constexpr,
-                    FLAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+def position_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    scale,
+    shift,
+    y,
+    tail,
+    frames,
+    plane,
+    channels,
+    groups,
+    eps,
+    tail_first,
+    xb,
+    xc,
+    xt,
+    xp,
+    rb,
+    rc,
+    rt,
+    rp,
+    sb,
+    sc,
+    st,
+    sp,
+    hb,
+    hc,
+    ht,
+    hp,
+    yb,
+    yc,
+    yt,
+    yp,
+    tb,
+    tc,
+    tt,
+    CENTRE: tl.constexpr,
+    SILU: tl.constexpr,
+    CHAIN: tl.constexpr,
+    AFTER_NORM: tl.constexpr,
+    AFTER_WEIGHT: tl.constexpr,
+    AFTER_BIAS: tl.constexpr,
+    AFTER_SCALE: tl.constexpr,
+    AFTER_SHIFT: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Statistics over the channels of each position. Programs (clips x blocks of positions, groups)."""
     positions = frames * plane
     blocks = tl.cdiv(positions, BLOCK)
@@ -131,17 +210,66 @@ def position_kernel(x, residual, weight, bias, scale, shift, y, tail, frames, pl
         v = tl.div_rn(v, tl.maximum(tl.sqrt_rn(square), 1e-12)[:, None] + tl.zeros_like(v))
     else:
         v = v * tl.rsqrt(square / size + eps)[:, None]
-    v = _affine(v, weight, bias, scale, shift, b, c, t, p, mask, inside, channels, sb, sc, st, sp, hb, hc, ht, hp, SILU, CHAIN,
-                AFTER_NORM, AFTER_WEIGHT, AFTER_BIAS, AFTER_SCALE, AFTER_SHIFT)
+    v = _affine(
+        v,
+        weight,
+        bias,
+        scale,
+        shift,
+        b,
+        c,
+        t,
+        p,
+        mask,
+        inside,
+        channels,
+        sb,
+        sc,
+        st,
+        sp,
+        hb,
+        hc,
+        ht,
+        hp,
+        SILU,
+        CHAIN,
+        AFTER_NORM,
+        AFTER_WEIGHT,
+        AFTER_BIAS,
+        AFTER_SCALE,
+        AFTER_SHIFT,
+    )
     _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first, plane, FLAT)
 
 
 @triton.jit
-def sums_kernel(x, residual, origins, means, squares, frames, span, plane, channels, parts,
-                xb, xc, xt, xp, rb, rc, rt, rp, CENTRE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
-                BLOCK_C: tl.constexpr):
-    """Per channel over a part of an instance's positions: an origin, the mean less that, and the sum of squared differences from
-    the mean (without CENTRE the sum of squares). Programs (instances x parts, blocks of channels)."""
+def sums_kernel(
+    x,
+    residual,
+    origins,
+    means,
+    squares,
+    frames,
+    span,
+    plane,
+    channels,
+    parts,
+    xb,
+    xc,
+    xt,
+    xp,
+    rb,
+    rc,
+    rt,
+    rp,
+    CENTRE: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Per channel over a part of an instance's positions: an origin, the mean less that, and the sum of
+    squared differences from the mean (without CENTRE the sum of squares). Programs (instances x parts, blocks
+    of channels)."""
     instance = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -172,9 +300,26 @@ def sums_kernel(x, residual, origins, means, squares, frames, span, plane, chann
 
 
 @triton.jit
-def statistics_kernel(origins, means, squares, origin, mean, rstd, parts, steps, positions, channels, groups, eps,
-                      CENTRE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Per instance and group: the parts' sums as one origin, one mean less that, and one reciprocal deviation."""
+def statistics_kernel(
+    origins,
+    means,
+    squares,
+    origin,
+    mean,
+    rstd,
+    parts,
+    steps,
+    positions,
+    channels,
+    groups,
+    eps,
+    CENTRE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Per instance and group: the parts' sums as one origin, one mean less that, and one reciprocal
+    deviation."""
     instance = (tl.program_id(0) // groups).to(tl.int64)
     size = channels // groups
     first_c = tl.program_id(0) % groups * size
@@ -193,7 +338,9 @@ def statistics_kernel(origins, means, squares, origin, mean, rstd, parts, steps,
                 begin = tl.minimum(part * steps * BLOCK, positions)
                 count = (tl.minimum(begin + steps * BLOCK, positions) - begin).to(tl.float32)[:, None]
                 if CENTRE:
-                    away = (tl.load(origins + at, mask=mask, other=0.0) - base) + tl.load(means + at, mask=mask, other=0.0)
+                    away = (tl.load(origins + at, mask=mask, other=0.0) - base) + tl.load(
+                        means + at, mask=mask, other=0.0
+                    )
                     away = tl.where(mask, away - average, 0.0)
                 if phase == 0 and CENTRE:
                     total += away * count
@@ -211,10 +358,52 @@ def statistics_kernel(origins, means, squares, origin, mean, rstd, parts, steps,
 
 
 @triton.jit
-def group_kernel(x, residual, weight, bias, scale, shift, origin, mean, rstd, y, tail, frames, span, plane, channels, groups,
-                 tail_first,
-                 xb, xc, xt, xp, rb, rc, rt, rp, sb, sc, st, sp, hb, hc, ht, hp, yb, yc, yt, yp, tb, tc, tt,
-                 SILU: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+def group_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    scale,
+    shift,
+    origin,
+    mean,
+    rstd,
+    y,
+    tail,
+    frames,
+    span,
+    plane,
+    channels,
+    groups,
+    tail_first,
+    xb,
+    xc,
+    xt,
+    xp,
+    rb,
+    rc,
+    rt,
+    rp,
+    sb,
+    sc,
+    st,
+    sp,
+    hb,
+    hc,
+    ht,
+    hp,
+    yb,
+    yc,
+    yt,
+    yp,
+    tb,
+    tc,
+    tt,
+    SILU: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The result, given the statistics. Programs (instances x blocks of positions, blocks of channels)."""
     positions = span * plane
     blocks = tl.cdiv(positions, BLOCK)
@@ -226,13 +415,42 @@ def group_kernel(x, residual, weight, bias, scale, shift, origin, mean, rstd, y,
     mask = (q < positions)[:, None] & inside[None, :]
     v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
     group = instance * groups + c // (channels // groups)
-    v = (v - _per_channel(origin, group, inside) - _per_channel(mean, group, inside)) * _per_channel(rstd, group, inside)
-    v = _affine(v, weight, bias, scale, shift, b, c, t, p, mask, inside, channels, sb, sc, st, sp, hb, hc, ht, hp, SILU, 0, None,
-                None, None, None, None)
+    v = (v - _per_channel(origin, group, inside) - _per_channel(mean, group, inside)) * _per_channel(
+        rstd, group, inside
+    )
+    v = _affine(
+        v,
+        weight,
+        bias,
+        scale,
+        shift,
+        b,
+        c,
+        t,
+        p,
+        mask,
+        inside,
+        channels,
+        sb,
+        sc,
+        st,
+        sp,
+        hb,
+        hc,
+        ht,
+        hp,
+        SILU,
+        0,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
     _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first, plane, FLAT)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------------
+# ---- launchers ---------------------------------------------------------------------------------------------
 
 
 class View(NamedTuple):
@@ -243,7 +461,8 @@ class View(NamedTuple):
 
 
 def view(tensor: Tensor | None, shape: torch.Size | None = None) -> View:
-    """Copies only where rows of pixels do not follow one another at a constant step. ``shape``: to broadcast to."""
+    """Copies only where rows of pixels do not follow one another at a constant step. ``shape``: to broadcast
+    to."""
     if tensor is None:
         return View(None)
     if shape is not None:
@@ -258,23 +477,42 @@ def is_flat(frames: int, plane: int, *views: View) -> bool:
 
 
 def tile(width: int, positions: int, planar: bool, values: int = 8192) -> tuple[int, int]:
-    """Positions of a tile of ``width`` channels with about ``values`` values, and its warps. Planar videos want long runs."""
+    """Positions of a tile of ``width`` channels with about ``values`` values, and its warps. Planar videos
+    want long runs."""
     block = max(values // width, 32 if planar and width <= 256 else 1)
     block = min(block, triton.next_power_of_2(max(positions, 1)))
     return block, 4 if block * width <= values // 2 else 8
 
 
-def tuned(kernel: str, x: Tensor, width: int, positions: int, planar: bool, values: int = 8192) -> tuple[int, int]:
+def tuned(
+    kernel: str, x: Tensor, width: int, positions: int, planar: bool, values: int = 8192
+) -> tuple[int, int]:
     """:func:`tile`, unless the tuning table has another one for this class of launches."""
-    return tuned_tile("norm_act", x, tile(width, positions, planar, values), kernel, x.dtype, f"width {width}",
-                      "planar" if planar else "channels last", power_of_two(positions))
+    return tuned_tile(
+        "norm_act",
+        x,
+        tile(width, positions, planar, values),
+        kernel,
+        x.dtype,
+        f"width {width}",
+        "planar" if planar else "channels last",
+        power_of_two(positions),
+    )
 
 
-def chain_types(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-                rounding: str) -> list:
+def chain_types(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    rounding: str,
+) -> list:
     """The types that the library's intermediate results have, as PyTorch promotes them."""
     now = x.dtype
-    if rounding == "ltx" and weight is not None:  # to the weight's type if that is narrow, else it stays in float32
+    if (
+        rounding == "ltx" and weight is not None
+    ):  # to the weight's type if that is narrow, else it stays in float32
         now = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
     types = [now]
     for t in (weight, bias, scale, shift):
@@ -283,9 +521,11 @@ def chain_types(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Te
     return [TYPES[t] for t in types]
 
 
-def statistics(vx: View, vr: View, shape: torch.Size, centre: bool, groups: int, per_frame: bool, eps: float,
-               flat: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Origin, mean less that, and reciprocal deviation of each instance and group, float32 (instances, groups)."""
+def statistics(
+    vx: View, vr: View, shape: torch.Size, centre: bool, groups: int, per_frame: bool, eps: float, flat: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Origin, mean less that, and reciprocal deviation of each instance and group, float32 (instances,
+    groups)."""
     b, channels, frames, h, w = shape
     span, plane = 1 if per_frame else frames, h * w
     positions, instances = span * plane, b * (frames // span)
@@ -301,17 +541,56 @@ def statistics(vx: View, vr: View, shape: torch.Size, centre: bool, groups: int,
     sums = torch.empty(3, instances, parts, channels, device=device)
     result = torch.empty(3, instances, groups, device=device)
     sums_kernel[(instances * parts, triton.cdiv(channels, block_c))](
-        vx.tensor, vr.tensor, *sums, frames, span, plane, channels, parts, *vx.strides, *vr.strides, centre, flat, block,
-        block_c, num_warps=warps)
+        vx.tensor,
+        vr.tensor,
+        *sums,
+        frames,
+        span,
+        plane,
+        channels,
+        parts,
+        *vx.strides,
+        *vr.strides,
+        centre,
+        flat,
+        block,
+        block_c,
+        num_warps=warps,
+    )
     statistics_kernel[(instances * groups,)](
-        *sums, *result, parts, steps, positions, channels, groups, eps, centre, block,
-        min(triton.next_power_of_2(parts), 32), min(triton.next_power_of_2(channels // groups), 32))
+        *sums,
+        *result,
+        parts,
+        steps,
+        positions,
+        channels,
+        groups,
+        eps,
+        centre,
+        block,
+        min(triton.next_power_of_2(parts), 32),
+        min(triton.next_power_of_2(channels // groups), 32),
+    )
     return tuple(result)
 
 
-def norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-             residual: Tensor | None, y: Tensor, *, kind: str, groups: int, per_frame: bool, eps: float, silu: bool, rounding: str,
-             tail: Tensor | None = None) -> None:
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    *,
+    kind: str,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+    silu: bool,
+    rounding: str,
+    tail: Tensor | None = None,
+) -> None:
     """Writes ``y``, and its last frames also to ``tail``; arguments as in :func:`vtok_fast.norm_act`.
 
     ``y`` and ``tail`` are fresh tensors in one memory format. Scale and shift broadcast to ``x``.
@@ -335,13 +614,55 @@ def norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tenso
             chain = CHAINS[rounding]
             types = chain_types(x, weight, bias, scale, shift, rounding) if chain else [None] * 5
             position_kernel[(b * triton.cdiv(frames * plane, block), groups)](
-                vx.tensor, vr.tensor, weight, bias, vs.tensor, vh.tensor, vy.tensor, vt.tensor, frames, plane, channels, groups,
-                eps, tail_first, *strides, centre, silu, chain, *types, flat, block, block_c, num_warps=warps)
+                vx.tensor,
+                vr.tensor,
+                weight,
+                bias,
+                vs.tensor,
+                vh.tensor,
+                vy.tensor,
+                vt.tensor,
+                frames,
+                plane,
+                channels,
+                groups,
+                eps,
+                tail_first,
+                *strides,
+                centre,
+                silu,
+                chain,
+                *types,
+                flat,
+                block,
+                block_c,
+                num_warps=warps,
+            )
             return
         found = statistics(vx, vr, x.shape, centre, groups, per_frame, eps, flat)
         span = 1 if per_frame else frames
         block_c = min(triton.next_power_of_2(channels), 16 if planar else 128)
         block, warps = tuned("group", x, block_c, span * plane, planar)
         group_kernel[(b * frames // span * triton.cdiv(span * plane, block), triton.cdiv(channels, block_c))](
-            vx.tensor, vr.tensor, weight, bias, vs.tensor, vh.tensor, *found, vy.tensor, vt.tensor, frames, span, plane,
-            channels, groups, tail_first, *strides, silu, flat, block, block_c, num_warps=warps)
+            vx.tensor,
+            vr.tensor,
+            weight,
+            bias,
+            vs.tensor,
+            vh.tensor,
+            *found,
+            vy.tensor,
+            vt.tensor,
+            frames,
+            span,
+            plane,
+            channels,
+            groups,
+            tail_first,
+            *strides,
+            silu,
+            flat,
+            block,
+            block_c,
+            num_warps=warps,
+        )

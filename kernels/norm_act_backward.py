@@ -1,8 +1,9 @@
 """Triton kernels of ``norm_act``, backward. The forward pass is computed again from its input.
 
-With x^ the normalised input, r the reciprocal deviation and g the gradient with respect to x^, the gradient with respect to the
-input is r (g - mean(g) - x^ mean(g x^)), the first mean only where the mean was subtracted. ``layer`` and ``rms`` take one pass;
-``group`` and ``group_rms`` add up g and g x^ per channel first, which also gives the gradients of weight and bias.
+With x^ the normalised input, r the reciprocal deviation and g the gradient with respect to x^, the gradient
+with respect to the input is r (g - mean(g) - x^ mean(g x^)), the first mean only where the mean was
+subtracted. ``layer`` and ``rms`` take one pass; ``group`` and ``group_rms`` add up g and g x^ per channel
+first, which also gives the gradients of weight and bias.
 """
 
 from __future__ import annotations
@@ -13,18 +14,60 @@ import triton.language as tl
 from torch import Tensor
 
 from vtok_fast.kernels import on_device_of
-from vtok_fast.kernels.norm_act import View, _at, _input, _per_channel, _place, is_flat, statistics, tile, view
+from vtok_fast.kernels.norm_act import (
+    View,
+    _at,
+    _input,
+    _per_channel,
+    _place,
+    is_flat,
+    statistics,
+    tile,
+    view,
+)
 
 VALUES = {"positions": 2048, "groups": 4096}  # of a tile: twice as many spill registers
 PROGRAMS = 1024  # of the pass over positions: each leaves one partial sum per channel for weight and bias
 
-# ---- kernels -------------------------------------------------------------------------------------------------------------
+# ---- kernels -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _upstream(xhat, grad, weight, bias, scale, shift, grad_scale, grad_shift, b, c, t, p, mask, inside, gb, gc, gt, gp,
-              sb, sc, st, sp, hb, hc, ht, hp, ob, oc, ot, op, SILU: tl.constexpr):
-    """The gradient with respect to the output of the affine step; those of scale and shift are written on the way."""
+def _upstream(
+    xhat,
+    grad,
+    weight,
+    bias,
+    scale,
+    shift,
+    grad_scale,
+    grad_shift,
+    b,
+    c,
+    t,
+    p,
+    mask,
+    inside,
+    gb,
+    gc,
+    gt,
+    gp,
+    sb,
+    sc,
+    st,
+    sp,
+    hb,
+    hc,
+    ht,
+    hp,
+    ob,
+    oc,
+    ot,
+    op,
+    SILU: tl.constexpr,
+):
+    """The gradient with respect to the output of the affine step; those of scale and shift are written on the
+    way."""
     g = tl.load(_at(grad, b, c, t, p, gb, gc, gt, gp), mask=mask, other=0.0).to(tl.float32)
     u = xhat
     if weight is not None:
@@ -44,19 +87,68 @@ def _upstream(xhat, grad, weight, bias, scale, shift, grad_scale, grad_shift, b,
     if grad_shift is not None:
         tl.store(_at(grad_shift, b, c, t, p, ob, oc, ot, op), g.to(grad_shift.dtype.element_ty), mask=mask)
     if grad_scale is not None:
-        tl.store(_at(grad_scale, b, c, t, p, ob, oc, ot, op), (g * u).to(grad_scale.dtype.element_ty), mask=mask)
+        tl.store(
+            _at(grad_scale, b, c, t, p, ob, oc, ot, op), (g * u).to(grad_scale.dtype.element_ty), mask=mask
+        )
     if scale is not None:
         g = g * factor
     return tl.where(mask, g, 0.0)
 
 
 @triton.jit
-def position_backward_kernel(x, residual, grad, weight, bias, scale, shift, grad_x, grad_scale, grad_shift, grad_weight, grad_bias,
-                             clips, frames, plane, channels, groups, eps, programs,
-                             xb, xc, xt, xp, rb, rc, rt, rp, gb, gc, gt, gp, sb, sc, st, sp, hb, hc, ht, hp, ob, oc, ot, op,
-                             CENTRE: tl.constexpr, SILU: tl.constexpr, WAN: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
-                             BLOCK_C: tl.constexpr):
-    """Programs (programs, groups); each walks over blocks of positions and leaves its sums of weight and bias gradients."""
+def position_backward_kernel(
+    x,
+    residual,
+    grad,
+    weight,
+    bias,
+    scale,
+    shift,
+    grad_x,
+    grad_scale,
+    grad_shift,
+    grad_weight,
+    grad_bias,
+    clips,
+    frames,
+    plane,
+    channels,
+    groups,
+    eps,
+    programs,
+    xb,
+    xc,
+    xt,
+    xp,
+    rb,
+    rc,
+    rt,
+    rp,
+    gb,
+    gc,
+    gt,
+    gp,
+    sb,
+    sc,
+    st,
+    sp,
+    hb,
+    hc,
+    ht,
+    hp,
+    ob,
+    oc,
+    ot,
+    op,
+    CENTRE: tl.constexpr,
+    SILU: tl.constexpr,
+    WAN: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Programs (programs, groups); each walks over blocks of positions and leaves its sums of weight and bias
+    gradients."""
     positions = frames * plane
     blocks = tl.cdiv(positions, BLOCK)
     size = channels // groups
@@ -79,8 +171,39 @@ def position_backward_kernel(x, residual, grad, weight, bias, scale, shift, grad
         else:
             rstd = tl.rsqrt(square / size + eps)
         xhat = v * rstd[:, None]
-        g = _upstream(xhat, grad, weight, bias, scale, shift, grad_scale, grad_shift, b, c, t, p, mask, inside, gb, gc, gt, gp,
-                      sb, sc, st, sp, hb, hc, ht, hp, ob, oc, ot, op, SILU)
+        g = _upstream(
+            xhat,
+            grad,
+            weight,
+            bias,
+            scale,
+            shift,
+            grad_scale,
+            grad_shift,
+            b,
+            c,
+            t,
+            p,
+            mask,
+            inside,
+            gb,
+            gc,
+            gt,
+            gp,
+            sb,
+            sc,
+            st,
+            sp,
+            hb,
+            hc,
+            ht,
+            hp,
+            ob,
+            oc,
+            ot,
+            op,
+            SILU,
+        )
         sum_weight += tl.sum(g * xhat, 0)
         sum_bias += tl.sum(g, 0)
         if weight is not None:
@@ -98,8 +221,30 @@ def position_backward_kernel(x, residual, grad, weight, bias, scale, shift, grad
 
 
 @triton.jit
-def _normalised(x, residual, origin, mean, rstd, instance, b, c, t, p, mask, inside, channels, groups, xb, xc, xt, xp,
-                rb, rc, rt, rp):
+def _normalised(
+    x,
+    residual,
+    origin,
+    mean,
+    rstd,
+    instance,
+    b,
+    c,
+    t,
+    p,
+    mask,
+    inside,
+    channels,
+    groups,
+    xb,
+    xc,
+    xt,
+    xp,
+    rb,
+    rc,
+    rt,
+    rp,
+):
     v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
     group = instance * groups + c // (channels // groups)
     r = _per_channel(rstd, group, inside)
@@ -107,11 +252,58 @@ def _normalised(x, residual, origin, mean, rstd, instance, b, c, t, p, mask, ins
 
 
 @triton.jit
-def group_sums_kernel(x, residual, grad, weight, bias, scale, shift, origin, mean, rstd, grad_scale, grad_shift, sums, sums_along,
-                      frames, span, plane, channels, groups, parts,
-                      xb, xc, xt, xp, rb, rc, rt, rp, gb, gc, gt, gp, sb, sc, st, sp, hb, hc, ht, hp, ob, oc, ot, op,
-                      SILU: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Per channel over a part of an instance's positions: the sums of g and of g x^. Programs (instances x parts, channels)."""
+def group_sums_kernel(
+    x,
+    residual,
+    grad,
+    weight,
+    bias,
+    scale,
+    shift,
+    origin,
+    mean,
+    rstd,
+    grad_scale,
+    grad_shift,
+    sums,
+    sums_along,
+    frames,
+    span,
+    plane,
+    channels,
+    groups,
+    parts,
+    xb,
+    xc,
+    xt,
+    xp,
+    rb,
+    rc,
+    rt,
+    rp,
+    gb,
+    gc,
+    gt,
+    gp,
+    sb,
+    sc,
+    st,
+    sp,
+    hb,
+    hc,
+    ht,
+    hp,
+    ob,
+    oc,
+    ot,
+    op,
+    SILU: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Per channel over a part of an instance's positions: the sums of g and of g x^. Programs (instances x
+    parts, channels)."""
     instance = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -126,10 +318,63 @@ def group_sums_kernel(x, residual, grad, weight, bias, scale, shift, origin, mea
         q = first + tl.arange(0, BLOCK)
         b, t, p = _place(instance, q, frames, span, plane, FLAT)
         mask = (q < end)[:, None] & inside[None, :]
-        xhat, r, group = _normalised(x, residual, origin, mean, rstd, instance, b, c, t, p, mask, inside, channels, groups, xb, xc,
-                                     xt, xp, rb, rc, rt, rp)
-        g = _upstream(xhat, grad, weight, bias, scale, shift, grad_scale, grad_shift, b, c, t, p, mask, inside, gb, gc, gt, gp,
-                      sb, sc, st, sp, hb, hc, ht, hp, ob, oc, ot, op, SILU)
+        xhat, r, group = _normalised(
+            x,
+            residual,
+            origin,
+            mean,
+            rstd,
+            instance,
+            b,
+            c,
+            t,
+            p,
+            mask,
+            inside,
+            channels,
+            groups,
+            xb,
+            xc,
+            xt,
+            xp,
+            rb,
+            rc,
+            rt,
+            rp,
+        )
+        g = _upstream(
+            xhat,
+            grad,
+            weight,
+            bias,
+            scale,
+            shift,
+            grad_scale,
+            grad_shift,
+            b,
+            c,
+            t,
+            p,
+            mask,
+            inside,
+            gb,
+            gc,
+            gt,
+            gp,
+            sb,
+            sc,
+            st,
+            sp,
+            hb,
+            hc,
+            ht,
+            hp,
+            ob,
+            oc,
+            ot,
+            op,
+            SILU,
+        )
         total += tl.sum(g, 0)
         along += tl.sum(g * xhat, 0)
     at = tl.program_id(0).to(tl.int64) * channels + c
@@ -138,10 +383,55 @@ def group_sums_kernel(x, residual, grad, weight, bias, scale, shift, origin, mea
 
 
 @triton.jit
-def group_backward_kernel(x, residual, grad, weight, bias, scale, shift, origin, mean, rstd, average, along, grad_x, frames, span,
-                          plane, channels, groups, xb, xc, xt, xp, rb, rc, rt, rp, gb, gc, gt, gp, sb, sc, st, sp, hb, hc, ht, hp,
-                          ob, oc, ot, op, CENTRE: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
-                          BLOCK_C: tl.constexpr):
+def group_backward_kernel(
+    x,
+    residual,
+    grad,
+    weight,
+    bias,
+    scale,
+    shift,
+    origin,
+    mean,
+    rstd,
+    average,
+    along,
+    grad_x,
+    frames,
+    span,
+    plane,
+    channels,
+    groups,
+    xb,
+    xc,
+    xt,
+    xp,
+    rb,
+    rc,
+    rt,
+    rp,
+    gb,
+    gc,
+    gt,
+    gp,
+    sb,
+    sc,
+    st,
+    sp,
+    hb,
+    hc,
+    ht,
+    hp,
+    ob,
+    oc,
+    ot,
+    op,
+    CENTRE: tl.constexpr,
+    SILU: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The gradient with respect to the input, given the means of g and g x^ per group."""
     positions = span * plane
     blocks = tl.cdiv(positions, BLOCK)
@@ -151,10 +441,63 @@ def group_backward_kernel(x, residual, grad, weight, bias, scale, shift, origin,
     inside = c < channels
     b, t, p = _place(instance, q, frames, span, plane, FLAT)
     mask = (q < positions)[:, None] & inside[None, :]
-    xhat, r, group = _normalised(x, residual, origin, mean, rstd, instance, b, c, t, p, mask, inside, channels, groups, xb, xc,
-                                 xt, xp, rb, rc, rt, rp)
-    g = _upstream(xhat, grad, weight, bias, scale, shift, None, None, b, c, t, p, mask, inside, gb, gc, gt, gp,
-                  sb, sc, st, sp, hb, hc, ht, hp, ob, oc, ot, op, SILU)
+    xhat, r, group = _normalised(
+        x,
+        residual,
+        origin,
+        mean,
+        rstd,
+        instance,
+        b,
+        c,
+        t,
+        p,
+        mask,
+        inside,
+        channels,
+        groups,
+        xb,
+        xc,
+        xt,
+        xp,
+        rb,
+        rc,
+        rt,
+        rp,
+    )
+    g = _upstream(
+        xhat,
+        grad,
+        weight,
+        bias,
+        scale,
+        shift,
+        None,
+        None,
+        b,
+        c,
+        t,
+        p,
+        mask,
+        inside,
+        gb,
+        gc,
+        gt,
+        gp,
+        sb,
+        sc,
+        st,
+        sp,
+        hb,
+        hc,
+        ht,
+        hp,
+        ob,
+        oc,
+        ot,
+        op,
+        SILU,
+    )
     if weight is not None:
         g = g * _per_channel(weight, c, inside)
     g = g - xhat * _per_channel(along, group, inside)
@@ -163,20 +506,36 @@ def group_backward_kernel(x, residual, grad, weight, bias, scale, shift, origin,
     tl.store(_at(grad_x, b, c, t, p, ob, oc, ot, op), (r * g).to(grad_x.dtype.element_ty), mask=mask)
 
 
-# ---- launcher ------------------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------
 
 
-def norm_act_backward(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-                      shift: Tensor | None, residual: Tensor | None, *, kind: str, groups: int, per_frame: bool, eps: float,
-                      activation: str | None, rounding: str, layout: torch.memory_format = torch.channels_last_3d,
-                      wanted: tuple[bool, ...] = (True,) * 6) -> tuple[Tensor | None, ...]:
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    *,
+    kind: str,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+    activation: str | None,
+    rounding: str,
+    layout: torch.memory_format = torch.channels_last_3d,
+    wanted: tuple[bool, ...] = (True,) * 6,
+) -> tuple[Tensor | None, ...]:
     """Gradients for (x, weight, bias, scale, shift, residual), None for the absent, as
-    :func:`vtok_fast.reference.norm_act.norm_act_backward` gives them. Videos come in the memory format ``layout``; of scale and
-    shift only those ``wanted``, by their places in the result."""
+    :func:`vtok_fast.reference.norm_act.norm_act_backward` gives them. Videos come in the memory format
+    ``layout``; of scale and shift only those ``wanted``, by their places in the result."""
     b, channels, frames, h, w = x.shape
     plane, span = h * w, 1 if per_frame and "group" in kind else frames
     centre, silu = kind in ("layer", "group"), activation == "silu"
-    full_scale, full_shift = (None if t is None else t.reshape((1,) * (5 - t.dim()) + t.shape) for t in (scale, shift))
+    full_scale, full_shift = (
+        None if t is None else t.reshape((1,) * (5 - t.dim()) + t.shape) for t in (scale, shift)
+    )
     vx, vr, vg = view(x), view(residual), view(grad)
     vs, vh = view(full_scale, x.shape), view(full_shift, x.shape)
     grad_x = torch.empty_like(x, memory_format=layout)
@@ -186,9 +545,11 @@ def norm_act_backward(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tens
         return grad_x, *zeros, None if residual is None else grad_x
     # One that broadcasts is added up afterwards, from float32.
     grad_scale, grad_shift = (
-        None if t is None or not want else
-        torch.empty_like(x, dtype=t.dtype if t.shape == x.shape else torch.float32, memory_format=layout)
-        for t, want in zip((scale, shift), wanted[3:5]))
+        None
+        if t is None or not want
+        else torch.empty_like(x, dtype=t.dtype if t.shape == x.shape else torch.float32, memory_format=layout)
+        for t, want in zip((scale, shift), wanted[3:5])
+    )
     vo, vos, voh = view(grad_x), view(grad_scale), view(grad_shift)
     flat = is_flat(frames, plane, vx, vr, vg, vs, vh, vo)
     planar = vx.strides[1] != 1
@@ -201,20 +562,62 @@ def norm_act_backward(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tens
             programs = min(PROGRAMS, b * triton.cdiv(frames * plane, block))
             sums = torch.empty(2, programs, channels, device=x.device)
             position_backward_kernel[(programs, groups)](
-                *inputs, vo.tensor, vos.tensor, voh.tensor, *sums, b, frames, plane, channels, groups, eps, programs, *strides,
-                centre, silu, rounding == "wan", flat, block, block_c, num_warps=warps)
+                *inputs,
+                vo.tensor,
+                vos.tensor,
+                voh.tensor,
+                *sums,
+                b,
+                frames,
+                plane,
+                channels,
+                groups,
+                eps,
+                programs,
+                *strides,
+                centre,
+                silu,
+                rounding == "wan",
+                flat,
+                block,
+                block_c,
+                num_warps=warps,
+            )
             grad_weight, grad_bias = sums.sum(1)
         else:
-            grad_weight, grad_bias = _group_backward(inputs, vx, vr, vo, vos, voh, strides, x.shape, centre, silu, groups, span,
-                                                     eps, flat)
-    grad_scale, grad_shift = (None if g is None else g.sum_to_size(t.shape).to(t.dtype)
-                              for g, t in ((grad_scale, scale), (grad_shift, shift)))
-    return (grad_x, None if weight is None else grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype),
-            grad_scale, grad_shift, None if residual is None else grad_x)
+            grad_weight, grad_bias = _group_backward(
+                inputs, vx, vr, vo, vos, voh, strides, x.shape, centre, silu, groups, span, eps, flat
+            )
+    grad_scale, grad_shift = (
+        None if g is None else g.sum_to_size(t.shape).to(t.dtype)
+        for g, t in ((grad_scale, scale), (grad_shift, shift))
+    )
+    return (
+        grad_x,
+        None if weight is None else grad_weight.to(weight.dtype),
+        None if bias is None else grad_bias.to(bias.dtype),
+        grad_scale,
+        grad_shift,
+        None if residual is None else grad_x,
+    )
 
 
-def _group_backward(inputs: tuple, vx: View, vr: View, vo: View, vos: View, voh: View, strides: tuple, shape: torch.Size,
-                    centre: bool, silu: bool, groups: int, span: int, eps: float, flat: bool) -> tuple[Tensor, Tensor]:
+def _group_backward(
+    inputs: tuple,
+    vx: View,
+    vr: View,
+    vo: View,
+    vos: View,
+    voh: View,
+    strides: tuple,
+    shape: torch.Size,
+    centre: bool,
+    silu: bool,
+    groups: int,
+    span: int,
+    eps: float,
+    flat: bool,
+) -> tuple[Tensor, Tensor]:
     """Writes the gradients of the video, scale and shift; returns those of weight and bias."""
     b, channels, frames, h, w = shape
     plane, instances = h * w, b * (frames // span)
@@ -227,12 +630,44 @@ def _group_backward(inputs: tuple, vx: View, vr: View, vo: View, vos: View, voh:
     parts = triton.cdiv(blocks, steps)
     sums = torch.empty(2, instances, parts, channels, device=vx.tensor.device)
     group_sums_kernel[(instances * parts, columns)](
-        *inputs, *found, vos.tensor, voh.tensor, *sums, frames, span, plane, channels, groups, parts, *strides, silu, flat,
-        block, block_c, num_warps=warps)
+        *inputs,
+        *found,
+        vos.tensor,
+        voh.tensor,
+        *sums,
+        frames,
+        span,
+        plane,
+        channels,
+        groups,
+        parts,
+        *strides,
+        silu,
+        flat,
+        block,
+        block_c,
+        num_warps=warps,
+    )
     per_channel = sums.sum(2)  # (2, instances, channels): of g, of g x^
     weighted = per_channel if inputs[3] is None else per_channel * inputs[3].float()
     average, along = weighted.unflatten(2, (groups, -1)).sum(3) / (positions * (channels // groups))
     group_backward_kernel[(instances * blocks, columns)](
-        *inputs, *found, average, along, vo.tensor, frames, span, plane, channels, groups, *strides, centre, silu, flat, block,
-        block_c, num_warps=warps)
+        *inputs,
+        *found,
+        average,
+        along,
+        vo.tensor,
+        frames,
+        span,
+        plane,
+        channels,
+        groups,
+        *strides,
+        centre,
+        silu,
+        flat,
+        block,
+        block_c,
+        num_warps=warps,
+    )
     return per_channel[1].sum(0), per_channel[0].sum(0)

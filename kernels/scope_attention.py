@@ -1,12 +1,15 @@
-"""Triton kernels of ``scope_attention``: each block of queries walks the key ranges that its segment sees, and nothing else.
+"""Triton kernels of ``scope_attention``: each block of queries walks the key ranges that its segment sees,
+and nothing else.
 
-A block belongs to one segment, so all of its rows see the same keys: whole key blocks need no mask, and only the last one of a
-range, where it is ragged, masks columns. The backward pass of the keys is the same walk over the transposed scope, one program
-per block of keys, so that every gradient is summed in a fixed order without atomics (FlashAttention-2, arXiv 2307.08691).
+A block belongs to one segment, so all of its rows see the same keys: whole key blocks need no mask, and only
+the last one of a range, where it is ragged, masks columns. The backward pass of the keys is the same walk
+over the transposed scope, one program per block of keys, so that every gradient is summed in a fixed order
+without atomics (FlashAttention-2, arXiv 2307.08691).
 
-Heads larger than 128 are split: scores are summed over chunks of the head, and each program makes 128 columns of the result.
-Strides travel in units of 8 elements: the compiler then knows that rows are aligned, whatever the lengths, and no length is
-specialised on.
+Heads larger than 128 are split: scores are summed over chunks of the head, and each program makes 128 columns
+    of the result.
+Strides travel in units of 8 elements: the compiler then knows that rows are aligned, whatever the lengths,
+and no length is specialised on.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ LOG2_E = 1.4426950408889634
 STRIDE_UNIT = 8
 LARGEST_WHOLE_HEAD = 128
 
-# ---- kernels -------------------------------------------------------------------------------------------------------------
+# ---- kernels -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _load(x, stride, rows, columns, there, D: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+def _load(
+    x, stride, rows, columns, there, D: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
+):
     """A tile of rows of a tensor; zero where a row is not there, or a column beyond the head."""
     pointers = x + (rows[:, None] * (stride * 8) + columns[None, :])
     if MASK_ROWS and MASK_COLUMNS:
@@ -41,8 +46,20 @@ def _load(x, stride, rows, columns, there, D: tl.constexpr, MASK_ROWS: tl.conste
 
 
 @triton.jit
-def _over_head(a, a_stride, a_rows, a_there, b, b_stride, b_rows, b_there, D: tl.constexpr, CHUNK: tl.constexpr,
-               MASK_A: tl.constexpr, MASK_B: tl.constexpr):
+def _over_head(
+    a,
+    a_stride,
+    a_rows,
+    a_there,
+    b,
+    b_stride,
+    b_rows,
+    b_there,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MASK_A: tl.constexpr,
+    MASK_B: tl.constexpr,
+):
     """a b^T of a head that is too large to be held: both are read chunk by chunk."""
     product = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
     for c in range(0, D, CHUNK):
@@ -55,16 +72,45 @@ def _over_head(a, a_stride, a_rows, a_there, b, b_stride, b_rows, b_there, D: tl
 
 @triton.jit
 def _task(blocks, batch_heads, CHUNKS: tl.constexpr):
-    """What this program does: which chunk of the head, which head of which video, which rows, which ranges."""
+    """What this program does: which chunk of the head, which head of which video, which rows, which
+    ranges."""
     program = tl.program_id(0)
     item = blocks + program // CHUNKS // batch_heads * 4
-    return (program % CHUNKS, program // CHUNKS % batch_heads, tl.load(item), tl.load(item + 1), tl.load(item + 2),
-            tl.load(item + 3))
+    return (
+        program % CHUNKS,
+        program // CHUNKS % batch_heads,
+        tl.load(item),
+        tl.load(item + 1),
+        tl.load(item + 2),
+        tl.load(item + 3),
+    )
 
 
 @triton.jit
-def _forward_step(acc, total, top, q_tile, q, qs, rows, there, k, ks, v, vs, n, hi, scale, columns, D: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr):
+def _forward_step(
+    acc,
+    total,
+    top,
+    q_tile,
+    q,
+    qs,
+    rows,
+    there,
+    k,
+    ks,
+    v,
+    vs,
+    n,
+    hi,
+    scale,
+    columns,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MASK: tl.constexpr,
+):
     keys = tl.arange(0, BLOCK_N)
     seen = keys < hi - n
     k += n * ks.to(tl.int64) * 8
@@ -89,9 +135,37 @@ _INTEGERS = ["qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs", "q_len", "bat
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS, "ob", "oh", "os"])
-def forward_kernel(q, k, v, out, lse, blocks, ranges, qb, qh, qs, kb, kh, ks, vb, vh, vs, ob, oh, os, q_len, batch_heads, heads,
-                   group, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   CHUNK: tl.constexpr):
+def forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    blocks,
+    ranges,
+    qb,
+    qh,
+    qs,
+    kb,
+    kh,
+    ks,
+    vb,
+    vh,
+    vs,
+    ob,
+    oh,
+    os,
+    q_len,
+    batch_heads,
+    heads,
+    group,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """One block of queries, with an online softmax in base 2: ``scale`` has a factor of log2(e)."""
     SPLIT: tl.constexpr = CHUNK < D
     chunk, bh, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
@@ -103,7 +177,9 @@ def forward_kernel(q, k, v, out, lse, blocks, ranges, qb, qh, qs, kb, kh, ks, vb
     v += (b * vb + h // group * vh) * 8
     rows, columns = tl.arange(0, BLOCK_M), chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     there = rows < end - start
-    q_tile = _load(q, qs, rows, columns, there, D, True, BLOCK_D > D)  # of no use to a split head, and then removed
+    q_tile = _load(
+        q, qs, rows, columns, there, D, True, BLOCK_D > D
+    )  # of no use to a split head, and then removed
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -111,22 +187,83 @@ def forward_kernel(q, k, v, out, lse, blocks, ranges, qb, qh, qs, kb, kh, ks, vb
         lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
         whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
         for n in range(lo, whole, BLOCK_N):
-            acc, total, top = _forward_step(acc, total, top, q_tile, q, qs, rows, there, k, ks, v, vs, n, hi, scale, columns, D,
-                                            BLOCK_D, BLOCK_N, CHUNK, SPLIT, False)
+            acc, total, top = _forward_step(
+                acc,
+                total,
+                top,
+                q_tile,
+                q,
+                qs,
+                rows,
+                there,
+                k,
+                ks,
+                v,
+                vs,
+                n,
+                hi,
+                scale,
+                columns,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                CHUNK,
+                SPLIT,
+                False,
+            )
         if whole < hi:
-            acc, total, top = _forward_step(acc, total, top, q_tile, q, qs, rows, there, k, ks, v, vs, whole, hi, scale, columns, D,
-                                            BLOCK_D, BLOCK_N, CHUNK, SPLIT, True)
+            acc, total, top = _forward_step(
+                acc,
+                total,
+                top,
+                q_tile,
+                q,
+                qs,
+                rows,
+                there,
+                k,
+                ks,
+                v,
+                vs,
+                whole,
+                hi,
+                scale,
+                columns,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                CHUNK,
+                SPLIT,
+                True,
+            )
     acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)  # a query that sees nothing gives zeros
     out += (b * ob + h * oh + start.to(tl.int64) * os) * 8
-    tl.store(out + rows[:, None] * (os * 8) + columns[None, :], acc.to(out.dtype.element_ty),
-             mask=there[:, None] & (columns < D)[None, :])
+    tl.store(
+        out + rows[:, None] * (os * 8) + columns[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=there[:, None] & (columns < D)[None, :],
+    )
     lse += bh.to(tl.int64) * q_len + start
     tl.store(lse + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=there & (chunk == 0))
 
 
 @triton.jit(do_not_specialize=["ob", "oh", "os", "gb", "gh", "gs", "q_len", "heads"])
-def delta_kernel(out, grad, delta, ob, oh, os, gb, gh, gs, q_len, heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_M: tl.constexpr):
+def delta_kernel(
+    out,
+    grad,
+    delta,
+    ob,
+    oh,
+    os,
+    gb,
+    gh,
+    gs,
+    q_len,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """sum(dO O) of each row."""
     blocks = tl.cdiv(q_len, BLOCK_M)
     bh, start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
@@ -135,12 +272,41 @@ def delta_kernel(out, grad, delta, ob, oh, os, gb, gh, gs, q_len, heads, D: tl.c
     there = rows < q_len - start
     x = _load(out + (b * ob + h * oh + start.to(tl.int64) * os) * 8, os, rows, columns, there, D, True, True)
     y = _load(grad + (b * gb + h * gh + start.to(tl.int64) * gs) * 8, gs, rows, columns, there, D, True, True)
-    tl.store(delta + bh.to(tl.int64) * q_len + start + rows, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=there)
+    tl.store(
+        delta + bh.to(tl.int64) * q_len + start + rows,
+        tl.sum(x.to(tl.float32) * y.to(tl.float32), 1),
+        mask=there,
+    )
 
 
 @triton.jit
-def _queries_step(dq, q_tile, g_tile, q, qs, g, gs, rows, there, top, delta, k, ks, v, vs, n, hi, scale, columns, D: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr):
+def _queries_step(
+    dq,
+    q_tile,
+    g_tile,
+    q,
+    qs,
+    g,
+    gs,
+    rows,
+    there,
+    top,
+    delta,
+    k,
+    ks,
+    v,
+    vs,
+    n,
+    hi,
+    scale,
+    columns,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MASK: tl.constexpr,
+):
     keys = tl.arange(0, BLOCK_N)
     seen = keys < hi - n
     k += n * ks.to(tl.int64) * 8
@@ -151,7 +317,9 @@ def _queries_step(dq, q_tile, g_tile, q, qs, g, gs, rows, there, top, delta, k, 
         dp = _over_head(g, gs, rows, there, v, vs, keys, seen, D, CHUNK, True, MASK)
     else:
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        dp = tl.dot(g_tile, tl.trans(_load(v, vs, keys, columns, seen, D, MASK, BLOCK_D > D)), input_precision="ieee")
+        dp = tl.dot(
+            g_tile, tl.trans(_load(v, vs, keys, columns, seen, D, MASK, BLOCK_D > D)), input_precision="ieee"
+        )
     p = tl.exp2(s * scale - top[:, None])
     if MASK:
         p = tl.where(seen[None, :], p, 0.0)
@@ -160,9 +328,42 @@ def _queries_step(dq, q_tile, g_tile, q, qs, g, gs, rows, there, top, delta, k, 
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS, "gb", "gh", "gs", "dqb", "dqh", "dqs"])
-def queries_kernel(q, k, v, grad, lse, delta, dq, blocks, ranges, qb, qh, qs, kb, kh, ks, vb, vh, vs, gb, gh, gs, dqb, dqh, dqs,
-                   q_len, batch_heads, heads, group, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+def queries_kernel(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    dq,
+    blocks,
+    ranges,
+    qb,
+    qh,
+    qs,
+    kb,
+    kh,
+    ks,
+    vb,
+    vh,
+    vs,
+    gb,
+    gh,
+    gs,
+    dqb,
+    dqh,
+    dqs,
+    q_len,
+    batch_heads,
+    heads,
+    group,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """dQ of one block of queries."""
     SPLIT: tl.constexpr = CHUNK < D
     chunk, bh, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
@@ -185,21 +386,112 @@ def queries_kernel(q, k, v, grad, lse, delta, dq, blocks, ranges, qb, qh, qs, kb
         lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
         whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
         for n in range(lo, whole, BLOCK_N):
-            acc = _queries_step(acc, q_tile, g_tile, q, qs, grad, gs, rows, there, top, delta_rows, k, ks, v, vs, n, hi, scale,
-                                columns, D, BLOCK_D, BLOCK_N, CHUNK, SPLIT, False)
+            acc = _queries_step(
+                acc,
+                q_tile,
+                g_tile,
+                q,
+                qs,
+                grad,
+                gs,
+                rows,
+                there,
+                top,
+                delta_rows,
+                k,
+                ks,
+                v,
+                vs,
+                n,
+                hi,
+                scale,
+                columns,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                CHUNK,
+                SPLIT,
+                False,
+            )
         if whole < hi:
-            acc = _queries_step(acc, q_tile, g_tile, q, qs, grad, gs, rows, there, top, delta_rows, k, ks, v, vs, whole, hi, scale,
-                                columns, D, BLOCK_D, BLOCK_N, CHUNK, SPLIT, True)
+            acc = _queries_step(
+                acc,
+                q_tile,
+                g_tile,
+                q,
+                qs,
+                grad,
+                gs,
+                rows,
+                there,
+                top,
+                delta_rows,
+                k,
+                ks,
+                v,
+                vs,
+                whole,
+                hi,
+                scale,
+                columns,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                CHUNK,
+                SPLIT,
+                True,
+            )
     dq += (b * dqb + h * dqh + start.to(tl.int64) * dqs) * 8
-    tl.store(dq + rows[:, None] * (dqs * 8) + columns[None, :], (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty),
-             mask=there[:, None] & (columns < D)[None, :])
+    tl.store(
+        dq + rows[:, None] * (dqs * 8) + columns[None, :],
+        (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty),
+        mask=there[:, None] & (columns < D)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS, "gb", "gh", "gs", "dkb", "dkh", "dks", "dvb", "dvh", "dvs"])
-def keys_kernel(q, k, v, grad, lse, delta, dk, dv, blocks, ranges, qb, qh, qs, kb, kh, ks, vb, vh, vs, gb, gh, gs, dkb, dkh, dks,
-                dvb, dvh, dvs, q_len, batch_heads, heads, group, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
-    """dK and dV of one block of keys. ``blocks`` and ``ranges`` are of the transposed scope, ``heads`` are those of the keys."""
+def keys_kernel(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    dk,
+    dv,
+    blocks,
+    ranges,
+    qb,
+    qh,
+    qs,
+    kb,
+    kh,
+    ks,
+    vb,
+    vh,
+    vs,
+    gb,
+    gh,
+    gs,
+    dkb,
+    dkh,
+    dks,
+    dvb,
+    dvh,
+    dvs,
+    q_len,
+    batch_heads,
+    heads,
+    group,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """dK and dV of one block of keys. ``blocks`` and ``ranges`` are of the transposed scope, ``heads`` are
+    those of the keys."""
     SPLIT: tl.constexpr = CHUNK < D
     chunk, bh, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
     if start >= end:
@@ -207,7 +499,11 @@ def keys_kernel(q, k, v, grad, lse, delta, dk, dv, blocks, ranges, qb, qh, qs, k
     b, h = (bh // heads).to(tl.int64), bh % heads
     k += (b * kb + h * kh + start.to(tl.int64) * ks) * 8
     v += (b * vb + h * vh + start.to(tl.int64) * vs) * 8
-    keys, rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+    keys, rows, columns = (
+        tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_M),
+        chunk * BLOCK_D + tl.arange(0, BLOCK_D),
+    )
     there = keys < end - start
     k_tile = _load(k, ks, keys, columns, there, D, True, BLOCK_D > D)
     v_tile = _load(v, vs, keys, columns, there, D, True, BLOCK_D > D)
@@ -219,7 +515,8 @@ def keys_kernel(q, k, v, grad, lse, delta, dk, dv, blocks, ranges, qb, qh, qs, k
         row = (b * heads * group + q_head) * q_len
         for r in range(first, last):
             lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
-            # Every block is masked, whole or not: a second copy of the loop would cost more, in registers, than one select.
+            # Every block is masked, whole or not: a second copy of the loop would cost more, in registers,
+            # than one select.
             for m in range(lo, hi, BLOCK_M):
                 seeing = rows < hi - m
                 qm, gm = qi + m * qs.to(tl.int64) * 8, gi + m * gs.to(tl.int64) * 8
@@ -247,12 +544,12 @@ def keys_kernel(q, k, v, grad, lse, delta, dk, dv, blocks, ranges, qb, qh, qs, k
     tl.store(dv + keys[:, None] * (dvs * 8) + columns[None, :], dv_acc.to(dv.dtype.element_ty), mask=mask)
 
 
-# ---- configurations ------------------------------------------------------------------------------------------------------
+# ---- configurations ----------------------------------------------------------------------------------------
 
 
 class Config(NamedTuple):
-    """The tile of a kernel: ``block_m`` queries by ``block_n`` keys by ``block_d`` of the head, which is read ``chunk`` at a time
-    where it is too large to be held."""
+    """The tile of a kernel: ``block_m`` queries by ``block_n`` keys by ``block_d`` of the head, which is read
+    ``chunk`` at a time where it is too large to be held."""
 
     block_m: int
     block_n: int
@@ -262,28 +559,73 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (block_m, block_n, num_warps, num_stages) per kernel and padded head, 256 for all that are split; what differs on a family of
-# GPUs stands behind. The largest that no register spills from, on any head of that size.
+# (block_m, block_n, num_warps, num_stages) per kernel and padded head, 256 for all that are split; what
+# differs on a family of GPUs stands behind. The largest that no register spills from, on any head of that
+# size.
 _NARROW = {
-    "forward": {16: ((128, 64, 4, 3), {}), 32: ((128, 64, 4, 3), {}), 64: ((128, 64, 4, 3), {120: (128, 64, 8, 3)}),
-                128: ((128, 64, 8, 3), {100: (128, 32, 8, 2), 120: (64, 64, 8, 2)}), 256: ((128, 64, 8, 2), {100: (64, 64, 8, 2)})},
-    "queries": {16: ((128, 64, 4, 3), {}), 32: ((128, 64, 4, 3), {}), 64: ((128, 64, 8, 3), {}),
-                128: ((64, 64, 8, 2), {90: (128, 64, 8, 2)}), 256: ((128, 64, 8, 2), {})},
-    "keys": {16: ((64, 128, 8, 2), {}), 32: ((64, 128, 8, 3), {}),
-             64: ((32, 128, 8, 2), {90: (64, 128, 8, 2), 100: (64, 128, 8, 2)}),
-             128: ((64, 64, 8, 2), {80: (32, 128, 8, 2), 90: (32, 128, 8, 2), 120: (32, 64, 8, 2)}),
-             256: ((64, 64, 8, 2), {90: (32, 128, 8, 2), 100: (32, 128, 8, 2)})},
+    "forward": {
+        16: ((128, 64, 4, 3), {}),
+        32: ((128, 64, 4, 3), {}),
+        64: ((128, 64, 4, 3), {120: (128, 64, 8, 3)}),
+        128: ((128, 64, 8, 3), {100: (128, 32, 8, 2), 120: (64, 64, 8, 2)}),
+        256: ((128, 64, 8, 2), {100: (64, 64, 8, 2)}),
+    },
+    "queries": {
+        16: ((128, 64, 4, 3), {}),
+        32: ((128, 64, 4, 3), {}),
+        64: ((128, 64, 8, 3), {}),
+        128: ((64, 64, 8, 2), {90: (128, 64, 8, 2)}),
+        256: ((128, 64, 8, 2), {}),
+    },
+    "keys": {
+        16: ((64, 128, 8, 2), {}),
+        32: ((64, 128, 8, 3), {}),
+        64: ((32, 128, 8, 2), {90: (64, 128, 8, 2), 100: (64, 128, 8, 2)}),
+        128: ((64, 64, 8, 2), {80: (32, 128, 8, 2), 90: (32, 128, 8, 2), 120: (32, 64, 8, 2)}),
+        256: ((64, 64, 8, 2), {90: (32, 128, 8, 2), 100: (32, 128, 8, 2)}),
+    },
 }
 _SHORT = {
-    "forward": dict.fromkeys((16, 32, 128, 256), (32, 64, 4, 2)) | {64: (32, 32, 4, 2)},  # 64 keys spill on 8.6 and 8.9
-    "queries": {16: (32, 32, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 64, 4, 2)},
-    "keys": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (64, 32, 4, 2)},
+    "forward": dict.fromkeys((16, 32, 128, 256), (32, 64, 4, 2))
+    | {64: (32, 32, 4, 2)},  # 64 keys spill on 8.6 and 8.9
+    "queries": {
+        16: (32, 32, 4, 2),
+        32: (32, 64, 4, 2),
+        64: (32, 64, 4, 2),
+        128: (32, 32, 4, 2),
+        256: (32, 64, 4, 2),
+    },
+    "keys": {
+        16: (64, 32, 4, 2),
+        32: (64, 32, 4, 2),
+        64: (64, 32, 4, 2),
+        128: (32, 32, 4, 2),
+        256: (64, 32, 4, 2),
+    },
 }
 # float32 without TF32 runs on the ordinary units, whose operands are registers.
 _FLOAT32 = {
-    "forward": {16: (32, 32, 4, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (32, 16, 8, 2)},
-    "queries": {16: (64, 32, 4, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 4, 2), 256: (16, 16, 4, 2)},
-    "keys": {16: (32, 64, 8, 2), 32: (32, 64, 8, 2), 64: (32, 64, 8, 2), 128: (16, 32, 8, 2), 256: (16, 32, 8, 2)},
+    "forward": {
+        16: (32, 32, 4, 2),
+        32: (32, 32, 8, 2),
+        64: (32, 32, 8, 2),
+        128: (32, 16, 8, 2),
+        256: (32, 16, 8, 2),
+    },
+    "queries": {
+        16: (64, 32, 4, 2),
+        32: (64, 32, 8, 2),
+        64: (32, 32, 8, 2),
+        128: (16, 16, 4, 2),
+        256: (16, 16, 4, 2),
+    },
+    "keys": {
+        16: (32, 64, 8, 2),
+        32: (32, 64, 8, 2),
+        64: (32, 64, 8, 2),
+        128: (16, 32, 8, 2),
+        256: (16, 32, 8, 2),
+    },
 }
 KERNELS = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
 
@@ -296,7 +638,8 @@ def why_not_head(dim: int) -> str | None:
 
 
 def config(kernel: str, dim: int, itemsize: int, capability: int, short: bool = False) -> Config:
-    """The configuration of ``forward``, ``queries`` or ``keys`` for a head of ``dim`` in elements of ``itemsize`` bytes.
+    """The configuration of ``forward``, ``queries`` or ``keys`` for a head of ``dim`` in elements of
+    ``itemsize`` bytes.
 
     Args:
         capability: the GPU's, such as 90.
@@ -304,7 +647,15 @@ def config(kernel: str, dim: int, itemsize: int, capability: int, short: bool = 
     """
     head = max(16, triton.next_power_of_2(dim)) if dim <= LARGEST_WHOLE_HEAD else 256
     # 8.6 and 8.9 have as little shared memory as 12.0, and all three the instructions of 8.0.
-    family = 120 if capability in (86, 89) or capability >= 120 else 100 if capability >= 100 else 90 if capability >= 90 else 80
+    family = (
+        120
+        if capability in (86, 89) or capability >= 120
+        else 100
+        if capability >= 100
+        else 90
+        if capability >= 90
+        else 80
+    )
     if itemsize == 4:
         tile = _FLOAT32[kernel][head]
     elif short:
@@ -318,20 +669,25 @@ def config(kernel: str, dim: int, itemsize: int, capability: int, short: bool = 
 
 
 def variants(kernel: str, c: Config) -> list[Config]:
-    """What a tuning table may choose instead of ``c`` (which is among them): half as many rows of the result, with twice as many
-    warps for each or, in narrow heads, as many; half as many rows of what is walked over; fewer stages. In half precision
-    none spills where c does not; in float32 some do by a few bytes, which measuring them judges."""
+    """What a tuning table may choose instead of ``c`` (which is among them): half as many rows of the result,
+    with twice as many warps for each or, in narrow heads, as many; half as many rows of what is walked over;
+    fewer stages. In half precision none spills where c does not; in float32 some do by a few bytes, which
+    measuring them judges."""
     held, walked = ("block_n", "block_m") if kernel == "keys" else ("block_m", "block_n")
     shapes = [c]
     if getattr(c, held) >= (64 if c.block_d < 128 else 128):
         half = c._replace(**{held: getattr(c, held) // 2})
-        shapes += [half, half._replace(num_warps=c.num_warps // 2)] if c.num_warps >= 8 and c.block_d < 128 else [half]
+        shapes += (
+            [half, half._replace(num_warps=c.num_warps // 2)]
+            if c.num_warps >= 8 and c.block_d < 128
+            else [half]
+        )
     if getattr(c, walked) >= 32 and (c.num_warps >= 8 or c.block_d < 128):
         shapes.append(c._replace(**{walked: getattr(c, walked) // 2}))
     return [shape._replace(num_stages=stages) for shape in shapes for stages in range(c.num_stages, 1, -1)]
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------------
+# ---- launchers ---------------------------------------------------------------------------------------------
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -350,17 +706,52 @@ def _launch(kernel: str, c: Config, blocks: Tensor, batch_heads: int, x: Tensor,
     if not grid[0]:
         return
     with on_device_of(x):
-        KERNELS[kernel][grid](*args, D=dim, BLOCK_D=c.block_d, BLOCK_M=c.block_m, BLOCK_N=c.block_n, CHUNK=c.chunk,
-                              num_warps=c.num_warps, num_stages=c.num_stages)
+        KERNELS[kernel][grid](
+            *args,
+            D=dim,
+            BLOCK_D=c.block_d,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            CHUNK=c.chunk,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
+        )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, blocks: Tensor, ranges: Tensor, scale: float,
-           c: Config) -> None:
-    """Writes ``out`` and ``lse`` (B, heads, Sq). ``blocks`` (n, 4) int32 are, for each block of at most ``c.block_m`` queries, its
-    first row, the one after its last, and the same of its ranges."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Tensor,
+    ranges: Tensor,
+    scale: float,
+    c: Config,
+) -> None:
+    """Writes ``out`` and ``lse`` (B, heads, Sq). ``blocks`` (n, 4) int32 are, for each block of at most
+    ``c.block_m`` queries, its first row, the one after its last, and the same of its ranges."""
     b, h, q_len, _ = q.shape
-    _launch("forward", c, blocks, b * h, q, q, k, v, out, lse, blocks, ranges, *_strides(q, k, v, out), q_len, b * h, h,
-            h // k.shape[1], scale * LOG2_E)
+    _launch(
+        "forward",
+        c,
+        blocks,
+        b * h,
+        q,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        blocks,
+        ranges,
+        *_strides(q, k, v, out),
+        q_len,
+        b * h,
+        h,
+        h // k.shape[1],
+        scale * LOG2_E,
+    )
 
 
 def delta(out: Tensor, grad: Tensor) -> Tensor:
@@ -371,22 +762,89 @@ def delta(out: Tensor, grad: Tensor) -> Tensor:
     block_m = max(1, 4096 // block_d)
     with on_device_of(out):
         grid = (b * h * triton.cdiv(q_len, block_m),)
-        delta_kernel[grid](out, grad, result, *_strides(out, grad), q_len, h, D=dim, BLOCK_D=block_d, BLOCK_M=block_m)
+        delta_kernel[grid](
+            out, grad, result, *_strides(out, grad), q_len, h, D=dim, BLOCK_D=block_d, BLOCK_M=block_m
+        )
     return result
 
 
-def queries_gradient(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, blocks: Tensor,
-                     ranges: Tensor, scale: float, c: Config) -> None:
+def queries_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    blocks: Tensor,
+    ranges: Tensor,
+    scale: float,
+    c: Config,
+) -> None:
     """Writes ``dq``; blocks as for :func:`attend`."""
     b, h, q_len, _ = q.shape
-    _launch("queries", c, blocks, b * h, q, q, k, v, grad, lse, delta, dq, blocks, ranges, *_strides(q, k, v, grad, dq), q_len,
-            b * h, h, h // k.shape[1], scale * LOG2_E)
+    _launch(
+        "queries",
+        c,
+        blocks,
+        b * h,
+        q,
+        q,
+        k,
+        v,
+        grad,
+        lse,
+        delta,
+        dq,
+        blocks,
+        ranges,
+        *_strides(q, k, v, grad, dq),
+        q_len,
+        b * h,
+        h,
+        h // k.shape[1],
+        scale * LOG2_E,
+    )
 
 
-def keys_gradient(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, blocks: Tensor,
-                  ranges: Tensor, scale: float, c: Config) -> None:
-    """Writes ``dk`` and ``dv``; ``blocks``, of at most ``c.block_n`` keys, and ``ranges`` are of the transposed scope."""
+def keys_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    blocks: Tensor,
+    ranges: Tensor,
+    scale: float,
+    c: Config,
+) -> None:
+    """Writes ``dk`` and ``dv``; ``blocks``, of at most ``c.block_n`` keys, and ``ranges`` are of the
+    transposed scope."""
     b, h, q_len, _ = q.shape
     kv_heads = k.shape[1]
-    _launch("keys", c, blocks, b * kv_heads, q, q, k, v, grad, lse, delta, dk, dv, blocks, ranges,
-            *_strides(q, k, v, grad, dk, dv), q_len, b * kv_heads, kv_heads, h // kv_heads, scale * LOG2_E)
+    _launch(
+        "keys",
+        c,
+        blocks,
+        b * kv_heads,
+        q,
+        q,
+        k,
+        v,
+        grad,
+        lse,
+        delta,
+        dk,
+        dv,
+        blocks,
+        ranges,
+        *_strides(q, k, v, grad, dk, dv),
+        q_len,
+        b * kv_heads,
+        kv_heads,
+        h // kv_heads,
+        scale * LOG2_E,
+    )

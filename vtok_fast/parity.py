@@ -1,11 +1,13 @@
 """The two contracts, measured.
 
 - *exact*: the result equals the reference bit for bit (`torch.equal`, same dtype and shape).
-- *close*: with ref64 computed in float64, the relative error ``norm(y - ref64) / norm(ref64)`` is at most the larger of twice the
-  error of PyTorch's own op in the same dtype on the same inputs, and 16 eps(float32) plus half an eps of the output's dtype
-  where that is narrower (64 eps of float64 in float64). The same bound holds for each frame and for the outermost rows,
-  columns and frames alone, relative to the share of the norm that a region of its size has on average where it is smaller than
-  that: one wrong border pixel cannot hide, and a region that happens to be almost zero does not fail for nothing.
+- *close*: with ref64 computed in float64, the relative error ``norm(y - ref64) / norm(ref64)`` is at most the
+  larger of twice the error of PyTorch's own op in the same dtype on the same inputs, and 16 eps(float32) plus
+  half an eps of the output's dtype where that is narrower (64 eps of float64 in float64). The same bound
+  holds for each frame and for the outermost rows, columns and frames alone, relative to the share of the norm
+  that a region of its size has on average where it is smaller than
+  that: one wrong border pixel cannot hide, and a region that happens to be almost zero does not fail for
+      nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def floor(dtype: torch.dtype) -> float:
 
 
 def regions(x: Tensor) -> dict[str, Tensor]:
-    """The whole, and for a video (B, C, T, H, W) each frame and the border rows, columns and frames (views)."""
+    """The whole, and for a video (B, C, T, H, W) each frame and the border rows, columns and frames
+    (views)."""
     parts = {"whole": x}
     if x.dim() == 5:
         parts |= {f"frame {t}": x[:, :, t] for t in range(x.shape[2])}
@@ -40,7 +43,8 @@ def regions(x: Tensor) -> dict[str, Tensor]:
 
 
 def relative_errors(y: Tensor, ref64: Tensor) -> dict[str, float]:
-    """Per region, norm(y - ref64) / norm(ref64), with the region's norm at least its average share of the whole."""
+    """Per region, norm(y - ref64) / norm(ref64), with the region's norm at least its average share of the
+    whole."""
     difference = y.double() - ref64
     whole = ref64.norm().item()
     references = regions(ref64)
@@ -55,7 +59,8 @@ def relative_errors(y: Tensor, ref64: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Parity:
-    """What was measured: the worst region's error against its bound. ``ok`` says whether the contract holds."""
+    """What was measured: the worst region's error against its bound. ``ok`` says whether the contract
+    holds."""
 
     contract: str
     ok: bool
@@ -76,7 +81,8 @@ def close(y: Tensor, ref64: Tensor, same_dtype: Tensor | None = None) -> Parity:
     Args:
         y: the result to judge.
         ref64: the reference in float64, the same shape.
-        same_dtype: PyTorch's own result in the dtype of ``y`` on the same inputs, or None to allow only the floor.
+        same_dtype: PyTorch's own result in the dtype of ``y`` on the same inputs, or None to allow only the
+            floor.
     """
     if y.shape != ref64.shape:
         raise ValueError(f"y: expected shape {tuple(ref64.shape)}, got {tuple(y.shape)}")
@@ -85,7 +91,9 @@ def close(y: Tensor, ref64: Tensor, same_dtype: Tensor | None = None) -> Parity:
     errors = relative_errors(y, ref64)
     allowed = dict.fromkeys(errors, floor(y.dtype))
     if same_dtype is not None:
-        allowed |= {name: max(floor(y.dtype), 2 * e) for name, e in relative_errors(same_dtype, ref64).items()}
+        allowed |= {
+            name: max(floor(y.dtype), 2 * e) for name, e in relative_errors(same_dtype, ref64).items()
+        }
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
     return Parity("close", errors[worst] <= allowed[worst], errors[worst], allowed[worst], worst)
 
@@ -94,7 +102,9 @@ def exact(y: Tensor, reference: Tensor) -> Parity:
     """Measures the *exact* contract; NaN equals NaN."""
     if y.shape != reference.shape or y.dtype != reference.dtype:
         return Parity("exact", False, float("inf"), 0.0, "shape or dtype", max(y.numel(), reference.numel()))
-    differ = ~((y == reference) | (y.isnan() & reference.isnan()) if y.is_floating_point() else y == reference)
+    differ = ~(
+        (y == reference) | (y.isnan() & reference.isnan()) if y.is_floating_point() else y == reference
+    )
     count = int(differ.sum())
     return Parity("exact", count == 0, float(count) / max(y.numel(), 1), 0.0, mismatches=count)
 
@@ -103,9 +113,10 @@ def exact(y: Tensor, reference: Tensor) -> Parity:
 class TokenParity:
     """How the tokens of two runs compare.
 
-    ``equal`` of ``total`` tokens agree. ``unexplained`` counts those that differ although no channel of their float64 latent
-    lies within 4 times the measured latent error of a rounding threshold: it must be 0. ``flips`` and ``eager_flips`` count
-    the tokens of each run that differ from float64's; the fast run may have at most one in 10,000 more.
+    ``equal`` of ``total`` tokens agree. ``unexplained`` counts those that differ although no channel of their
+    float64 latent lies within 4 times the measured latent error of a rounding threshold: it must be 0.
+    ``flips`` and ``eager_flips`` count the tokens of each run that differ from float64's; the fast run may
+    have at most one in 10,000 more.
     """
 
     equal: int
@@ -122,21 +133,33 @@ class TokenParity:
     def __str__(self) -> str:
         text = f"{self.equal} of {self.total} tokens equal"
         if self.equal < self.total:
-            text += f", {self.total - self.equal - self.unexplained} of the others within rounding of a threshold"
+            text += (
+                f", {self.total - self.equal - self.unexplained} of the others within rounding of a threshold"
+            )
         return text + f"; against float64 {self.flips} flips, eager {self.eager_flips}"
 
 
 def tokens(fast: Tensor, eager: Tensor, ref64: Tensor, levels: tuple[int, ...]) -> TokenParity:
-    """Compares the FSQ tokens of three latents (B, len(levels), t, h, w) of one video: fast, eager and float64."""
+    """Compares the FSQ tokens of three latents (B, len(levels), t, h, w) of one video: fast, eager and
+    float64."""
     from vtok_fast.ops.fsq import fsq_quantize
     from vtok_fast.reference.fsq import thresholds
 
-    index = {name: fsq_quantize(z, levels).indices for name, z in (("fast", fast), ("eager", eager), ("ref", ref64))}
+    index = {
+        name: fsq_quantize(z, levels).indices
+        for name, z in (("fast", fast), ("eager", eager), ("ref", ref64))
+    }
     differ = index["fast"] != index["eager"]
     error = torch.maximum((fast.double() - ref64).abs(), (eager.double() - ref64).abs()).max().item()
     near = torch.zeros_like(differ)
     for channel, count in enumerate(levels):
         distance = (ref64[:, channel, ..., None] - torch.as_tensor(thresholds(count)).double()).abs().amin(-1)
         near |= distance <= 4 * error
-    return TokenParity(int((~differ).sum()), differ.numel(), int((differ & ~near).sum()),
-                       int((index["fast"] != index["ref"]).sum()), int((index["eager"] != index["ref"]).sum()), error)
+    return TokenParity(
+        int((~differ).sum()),
+        differ.numel(),
+        int((differ & ~near).sum()),
+        int((index["fast"] != index["ref"]).sum()),
+        int((index["eager"] != index["ref"]).sum()),
+        error,
+    )

@@ -1,5 +1,5 @@
-// What every bindings file shares: a torch tensor arrives as (data_ptr, dtype code, shape, strides) or None, and a Status
-// leaves as an exception.
+// What every bindings file shares: a torch tensor arrives as (data_ptr, dtype code, shape, strides) or None,
+// and a Status leaves as an exception.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -74,6 +74,6 @@ void bind_token_packing(pybind11::module_& m);
 // Only in a module built for GPUs (VTOK_FAST_CUDA_ARCHS).
 void bind_cuda(pybind11::module_& m);
 void bind_causal_conv3d_cuda(pybind11::module_& m);
-void bind_fsq_cuda(pybind11::module_& m);
+void bind_fsq_gpu(pybind11::module_& m);
 
 }  // namespace vtok

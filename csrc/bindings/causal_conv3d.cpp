@@ -13,10 +13,11 @@ namespace {
 
 void fill(int* to, const std::array<int, 3>& from) { std::copy(from.begin(), from.end(), to); }
 
-ConvProblem problem(Tensor x, Tensor weight, Tensor bias, Tensor cache, Tensor residual, Tensor out, std::array<int, 3> stride,
-                    std::array<int, 3> dilation, int groups, std::array<int64_t, 6> pad, int time_mode, int spatial_mode,
-                    std::array<int, 3> upsample, bool upsample_first_frame_once, std::optional<float> alpha, int activation,
-                    int algorithm, int threads) {
+ConvProblem problem(Tensor x, Tensor weight, Tensor bias, Tensor cache, Tensor residual, Tensor out,
+                    std::array<int, 3> stride, std::array<int, 3> dilation, int groups,
+                    std::array<int64_t, 6> pad, int time_mode, int spatial_mode, std::array<int, 3> upsample,
+                    bool upsample_first_frame_once, std::optional<float> alpha, int activation, int algorithm,
+                    int threads) {
   ConvProblem p;
   p.x = x, p.weight = weight, p.bias = bias, p.cache = cache, p.residual = residual, p.out = out;
   fill(p.stride, stride), fill(p.dilation, dilation), fill(p.upsample, upsample);
@@ -36,22 +37,30 @@ ConvProblem problem(Tensor x, Tensor weight, Tensor bias, Tensor cache, Tensor r
 
 void vtok::bind_causal_conv3d(py::module_& m) {
   m.def("causal_conv3d", [](Tensor x, Tensor weight, Tensor bias, Tensor cache, Tensor residual, Tensor out,
-                            std::array<int, 3> stride, std::array<int, 3> dilation, int groups, std::array<int64_t, 6> pad,
-                            int time_mode, int spatial_mode, std::array<int, 3> upsample, bool upsample_first_frame_once,
+                            std::array<int, 3> stride, std::array<int, 3> dilation, int groups,
+                            std::array<int64_t, 6> pad, int time_mode, int spatial_mode,
+                            std::array<int, 3> upsample, bool upsample_first_frame_once,
                             std::optional<float> alpha, int activation, int algorithm, int threads) {
     launch([&] {
-      return cpu::causal_conv3d(problem(x, weight, bias, cache, residual, out, stride, dilation, groups, pad, time_mode,
-                                        spatial_mode, upsample, upsample_first_frame_once, alpha, activation, algorithm, threads));
+      return cpu::causal_conv3d(problem(x, weight, bias, cache, residual, out, stride, dilation, groups, pad,
+                                        time_mode, spatial_mode, upsample, upsample_first_frame_once, alpha,
+                                        activation, algorithm, threads));
     });
   });
-  // Which algorithm automatic choice takes for shapes like these; pointers are not read. "reference" where ATen is faster.
-  m.def("causal_conv3d_choice", [](Tensor x, Tensor weight, Tensor out, std::array<int, 3> stride, std::array<int, 3> dilation,
-                                   int groups, std::array<int64_t, 6> pad, int time_mode, int spatial_mode,
-                                   std::array<int, 3> upsample, bool upsample_first_frame_once, int threads) {
-    return cpu::causal_conv3d_choice(problem(x, weight, {}, {}, {}, out, stride, dilation, groups, pad, time_mode, spatial_mode,
-                                             upsample, upsample_first_frame_once, {}, 0, 0, threads));
-  }, py::call_guard<py::gil_scoped_release>());
-  m.def("set_weight_cache", &cpu::set_weight_cache, py::arg("bytes"), "Bound of the cache of transformed weights.");
+  // Which algorithm automatic choice takes for shapes like these; pointers are not read. "reference" where
+  // ATen is faster.
+  m.def(
+      "causal_conv3d_choice",
+      [](Tensor x, Tensor weight, Tensor out, std::array<int, 3> stride, std::array<int, 3> dilation,
+         int groups, std::array<int64_t, 6> pad, int time_mode, int spatial_mode, std::array<int, 3> upsample,
+         bool upsample_first_frame_once, int threads) {
+        return cpu::causal_conv3d_choice(problem(x, weight, {}, {}, {}, out, stride, dilation, groups, pad,
+                                                 time_mode, spatial_mode, upsample, upsample_first_frame_once,
+                                                 {}, 0, 0, threads));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("set_weight_cache", &cpu::set_weight_cache, py::arg("bytes"),
+        "Bound of the cache of transformed weights.");
   m.def("clear_weight_cache", &cpu::clear_weight_cache);
   m.def("weight_cache_stats", [] {
     auto s = cpu::weight_cache_stats();

@@ -1,4 +1,5 @@
-// What belongs to no kernel, in a module built for GPUs: VTOK_CUDA is the list of architectures, such as "80,90a".
+// What belongs to no kernel, in a module built for GPUs: VTOK_CUDA is the list of architectures, such as
+// "80,90a".
 #ifdef VTOK_CUDA
 #include "cuda/device.h"
 

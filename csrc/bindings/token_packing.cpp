@@ -3,8 +3,8 @@
 #include "bindings/caster.h"
 
 void vtok::bind_token_packing(pybind11::module_& m) {
-  m.def("router_scores", [](Tensor video, Tensor reconstruction, Tensor scores, int64_t frames, int64_t rows, int64_t columns,
-                            int threads) {
+  m.def("router_scores", [](Tensor video, Tensor reconstruction, Tensor scores, int64_t frames, int64_t rows,
+                            int64_t columns, int threads) {
     launch([&] { return cpu::router_scores(video, reconstruction, scores, frames, rows, columns, threads); });
   });
   m.def("select_tokens", [](Tensor scores, Tensor budget, Tensor keep, bool strictly, int threads) {

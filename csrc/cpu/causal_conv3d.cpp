@@ -13,8 +13,9 @@
 namespace vtok::cpu {
 namespace {
 
-// All constants below are per thread, measured on one core of a Zen 5 server (CPU time, torch 2.13): only their ratios decide.
-// The dot kernel of few output channels, against the main kernel: every vector of input that it reads serves so many sums.
+// All constants below are per thread, measured on one core of a Zen 5 server (CPU time, torch 2.13): only
+// their ratios decide. The dot kernel of few output channels, against the main kernel: every vector of input
+// that it reads serves so many sums.
 double narrow_rate(double outputs) { return 0.13 + 0.065 * outputs; }
 
 double flops(Isa isa) {
@@ -58,18 +59,22 @@ double direct_seconds(const ConvProblem& p, const ConvPlan& plan) {
                       folded_taps(plan.rows, plan.Ho, plan.kh, p.upsample[1], p.spatial_mode) *
                       folded_taps(plan.cols, plan.Wo, plan.kw, p.upsample[2], p.spatial_mode);
   const bool narrow = outputs <= lanes(isa) / 2;
-  const double columns = narrow ? outputs / narrow_rate(outputs) : (int64_t(outputs) + lanes(isa) - 1) / lanes(isa) * lanes(isa);
+  const double columns =
+      narrow ? outputs / narrow_rate(outputs) : (int64_t(outputs) + lanes(isa) - 1) / lanes(isa) * lanes(isa);
   // Neighbouring columns of few channels are gathered as one run.
   const double runs = p.groups == 1 && channels < lanes(isa) ? taps / plan.kw : taps;
-  const bool in_place = narrow && p.x.dtype == DType::f32 && p.x.stride[1] == 1 && int64_t(channels) % lanes(isa) == 0;
+  const bool in_place =
+      narrow && p.x.dtype == DType::f32 && p.x.stride[1] == 1 && int64_t(channels) % lanes(isa) == 0;
   const double gather = in_place ? 0 : p.groups * (runs * 4e-9 + taps * channels * 0.085e-9);
-  const double pack = double(plan.variants.size()) * plan.kh * plan.kw * channels * plan.out_channels * 0.5e-9;
+  const double pack =
+      double(plan.variants.size()) * plan.kh * plan.kw * channels * plan.out_channels * 0.5e-9;
   const double moved = 0.05e-9 * element_size(p.x.dtype) * (p.x.numel() + p.out.numel());
-  return 10e-6 + (2 * taps * channels * columns * p.groups / flops(isa) + gather + pack + moved) / std::max(p.threads, 1);
+  return 10e-6 + (2 * taps * channels * columns * p.groups / flops(isa) + gather + pack + moved) /
+                     std::max(p.threads, 1);
 }
 
-// ATen's float32 convolution on channels-last video, as a share of the rate that the direct kernel's estimate assumes. Only its
-// ratio to that estimate decides; benchmarks/LOG.md has how it was found.
+// ATen's float32 convolution on channels-last video, as a share of the rate that the direct kernel's estimate
+// assumes. Only its ratio to that estimate decides; benchmarks/LOG.md has how it was found.
 double aten_share(const ConvProblem& p, const ConvPlan& plan) {
   const double narrow = double(std::min(plan.channels, plan.out_channels));
   if (plan.kh * plan.kw > 1) {
@@ -78,16 +83,19 @@ double aten_share(const ConvProblem& p, const ConvPlan& plan) {
   }
   if (narrow < 16) return 0.25;
   if (p.threads == 1) return 0.12;  // another of ATen's paths, with a relayout
-  // Pointwise, nothing is left to hide the gather of the direct kernel behind: against its estimate ATen stands higher than at 1.
+  // Pointwise, nothing is left to hide the gather of the direct kernel behind: against its estimate ATen
+  // stands higher than at 1.
   return plan.kt > 1 ? 0.3 : narrow < 64 ? 0.2 : 1.2;
 }
 
-// ATen multiplies the zeros of the padding and every repeated tap. Its oneDNN takes the best instruction set there is.
+// ATen multiplies the zeros of the padding and every repeated tap. Its oneDNN takes the best instruction set
+// there is.
 double aten_seconds(const ConvProblem& p, const ConvPlan& plan) {
   const bool grouped = p.groups > 1;
   const double channels = grouped ? double(plan.channels) / p.groups : double((plan.channels + 7) / 8 * 8);
   const double outputs = grouped ? double(plan.out_channels) : double((plan.out_channels + 15) / 16 * 16);
-  const double macs = double(plan.batch) * plan.To * plan.Ho * plan.Wo * plan.kt * plan.kh * plan.kw * channels * outputs;
+  const double macs =
+      double(plan.batch) * plan.To * plan.Ho * plan.Wo * plan.kt * plan.kh * plan.kw * channels * outputs;
   double rate = aten_share(p, plan);
   if (p.x.dtype == DType::bf16 && fast_bf16())
     rate = 2.1;
@@ -120,13 +128,16 @@ Choice native_choice(const ConvProblem& p, const ConvPlan& plan) {
 
 Status check_tensors(const ConvProblem& p) {
   if (!is_float(p.x.dtype)) return Status::Unsupported("x: float32, float16 or bfloat16 expected");
-  for (auto [tensor, name] : {std::pair{&p.weight, "weight"}, {&p.cache, "cache"}, {&p.residual, "residual"}, {&p.out, "out"}})
-    if (*tensor && tensor->dtype != p.x.dtype) return Status::Invalid(std::string(name) + ": must have the dtype of x");
+  for (auto [tensor, name] :
+       {std::pair{&p.weight, "weight"}, {&p.cache, "cache"}, {&p.residual, "residual"}, {&p.out, "out"}})
+    if (*tensor && tensor->dtype != p.x.dtype)
+      return Status::Invalid(std::string(name) + ": must have the dtype of x");
   for (auto [tensor, name] : {std::pair{&p.residual, "residual"}, {&p.out, "out"}})
     if (*tensor && tensor->size[1] > 1 && tensor->stride[1] != 1)
       return Status::Invalid(std::string(name) + ": the channels of a pixel must be adjacent, got stride " +
                              std::to_string(tensor->stride[1]));
-  if (p.bias && (p.bias.rank != 1 || p.bias.size[0] != p.weight.size[0] || (p.bias.size[0] > 1 && p.bias.stride[0] != 1) ||
+  if (p.bias && (p.bias.rank != 1 || p.bias.size[0] != p.weight.size[0] ||
+                 (p.bias.size[0] > 1 && p.bias.stride[0] != 1) ||
                  (p.bias.dtype != p.x.dtype && p.bias.dtype != DType::f32)))
     return Status::Invalid("bias: expected contiguous (O), float32 or the type of x");
   for (int i : {0, 1, 3, 4})
@@ -143,7 +154,8 @@ Status causal_conv3d(const ConvProblem& p) {
   VTOK_RETURN_IF_ERROR(make_plan(p, &plan));
   if (p.out.numel() == 0) return Status::Ok();
   advise_huge_pages(p.out);
-  const Algorithm algorithm = p.algorithm == Algorithm::automatic ? native_choice(p, plan).algorithm : p.algorithm;
+  const Algorithm algorithm =
+      p.algorithm == Algorithm::automatic ? native_choice(p, plan).algorithm : p.algorithm;
   const int m = static_cast<int>(algorithm);
   if (algorithm != Algorithm::direct && winograd_can_run(p, plan, m)) return conv_winograd(p, plan, m);
   return conv_direct(p, plan);
@@ -154,7 +166,9 @@ const char* causal_conv3d_choice(const ConvProblem& p) {
   if (!make_plan(p, &plan).ok() || p.out.numel() == 0) return "direct";
   const Choice native = native_choice(p, plan);
   if (aten_seconds(p, plan) * 1.07 < native.seconds) return "reference";
-  return native.algorithm == Algorithm::winograd4 ? "winograd4" : native.algorithm == Algorithm::winograd2 ? "winograd2" : "direct";
+  return native.algorithm == Algorithm::winograd4   ? "winograd4"
+         : native.algorithm == Algorithm::winograd2 ? "winograd2"
+                                                    : "direct";
 }
 
 }  // namespace vtok::cpu

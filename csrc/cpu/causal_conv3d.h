@@ -1,5 +1,5 @@
-// causal_conv3d on a CPU: one entry, which chooses between the direct implicit GEMM and Winograd, and the bounded cache of
-// transformed weights.
+// causal_conv3d on a CPU: one entry, which chooses between the direct implicit GEMM and Winograd, and the
+// bounded cache of transformed weights.
 #pragma once
 #include "cpu/conv_problem.h"
 

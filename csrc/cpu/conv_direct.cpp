@@ -1,4 +1,5 @@
-// Turns a plan into the job of the direct convolution: which frames share their weights, which taps fold under upsampling.
+// Turns a plan into the job of the direct convolution: which frames share their weights, which taps fold
+// under upsampling.
 #include <algorithm>
 #include <map>
 #include <numeric>
@@ -15,8 +16,8 @@ struct Axis {
   DirectAxis view;
 
   // `table` is the plan's [out][kernel] table of this axis.
-  Axis(const std::vector<int32_t>& table, int64_t out, int kernel, int stride, int dilation, int64_t pad, int upsample,
-       PadMode mode) {
+  Axis(const std::vector<int32_t>& table, int64_t out, int kernel, int stride, int dilation, int64_t pad,
+       int upsample, PadMode mode) {
     // Mirrored border taps of one upsampled pixel can read two sources, so reflect keeps all taps apart.
     const bool fold = upsample > 1 && mode != PadMode::reflect;
     const int phases = fold ? upsample / std::gcd(upsample, stride) : 1;
@@ -26,7 +27,8 @@ struct Axis {
       int groups = 0;
       int64_t last = 0;
       for (int k = 0; k < kernel; ++k) {
-        const int64_t source = fold ? floor_div(int64_t(phase) * stride + int64_t(k) * dilation - pad, upsample) : k;
+        const int64_t source =
+            fold ? floor_div(int64_t(phase) * stride + int64_t(k) * dilation - pad, upsample) : k;
         if (k == 0 || source != last) begin[phase * (kernel + 1) + groups++] = k;
         last = source;
       }
@@ -69,11 +71,13 @@ Status conv_direct(const ConvProblem& p, const ConvPlan& plan) {
   job.problem = &p, job.plan = &plan;
   job.channels = plan.channels / p.groups, job.out_channels = plan.out_channels / p.groups;
 
-  // Slots in the order of the frames with the most terms, so that their terms are adjacent in the packed weights.
+  // Slots in the order of the frames with the most terms, so that their terms are adjacent in the packed
+  // weights.
   std::vector<int64_t> order(plan.To);
   std::iota(order.begin(), order.end(), 0);
   auto term_count = [&](int64_t t) { return plan.frame_begin[t + 1] - plan.frame_begin[t]; };
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return term_count(a) > term_count(b); });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return term_count(a) > term_count(b); });
   std::vector<int> slot_of(plan.variants.size(), -1);
   std::vector<uint64_t> slot_mask;
   for (int64_t t : order)
@@ -92,8 +96,9 @@ Status conv_direct(const ConvProblem& p, const ConvPlan& plan) {
     for (int64_t i = plan.frame_begin[t]; i < plan.frame_begin[t + 1]; ++i) {
       const FrameTap& tap = plan.frame_taps[i];
       const Tensor& source = tap.from_cache ? p.cache : p.x;
-      terms.push_back({static_cast<const char*>(source.data) + tap.frame * source.stride[2] * element_size(source.dtype),
-                       source.stride, slot_of[tap.variant]});
+      terms.push_back(
+          {static_cast<const char*>(source.data) + tap.frame * source.stride[2] * element_size(source.dtype),
+           source.stride, slot_of[tap.variant]});
       slots.push_back(slot_of[tap.variant]);
     }
     frames_of[slots].push_back(int32_t(t));
@@ -114,7 +119,8 @@ Status conv_direct(const ConvProblem& p, const ConvPlan& plan) {
     patterns.push_back({frames.data(), int64_t(frames.size()), int(slots.size())});
   }
   job.patterns = patterns.data(), job.regions = regions.data(), job.region_count = int64_t(regions.size());
-  if (!VTOK_DISPATCH(run_direct(job))) return Status::OutOfMemory("causal_conv3d: not enough memory for the packed weights");
+  if (!VTOK_DISPATCH(run_direct(job)))
+    return Status::OutOfMemory("causal_conv3d: not enough memory for the packed weights");
   return Status::Ok();
 }
 

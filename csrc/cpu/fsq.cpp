@@ -9,8 +9,10 @@
 namespace vtok::cpu {
 namespace {
 
-constexpr int64_t kSerial = 64 * 1024;         // values below which waking another thread costs more than it saves
-constexpr int64_t kStreamBytes = 16 << 20;  // of codes: whoever reads more than this next finds little of it in a cache
+// values below which waking another thread costs more than it saves
+constexpr int64_t kSerial = 64 * 1024;
+// of codes: whoever reads more than this next finds little of it in a cache
+constexpr int64_t kStreamBytes = 16 << 20;
 
 struct Axis {
   int64_t size, z, codes, indices;
@@ -31,12 +33,14 @@ Status check(const Tensor& z, const Tensor& codes, const Tensor& indices, const 
     codebook *= level;
     most = std::max(most, level);
   }
-  if (thresholds.dtype != DType::f32 || thresholds.rank != 2 || thresholds.size[0] != channels || thresholds.size[1] != most - 1 ||
-      (channels > 1 && thresholds.stride[0] != most - 1) || (most > 2 && thresholds.stride[1] != 1))
+  if (thresholds.dtype != DType::f32 || thresholds.rank != 2 || thresholds.size[0] != channels ||
+      thresholds.size[1] != most - 1 || (channels > 1 && thresholds.stride[0] != most - 1) ||
+      (most > 2 && thresholds.stride[1] != 1))
     return Status::Invalid("thresholds: expected contiguous float32 (channels, most levels - 1)");
   bool same = indices.dtype == DType::i32 && indices.rank == z.rank - 1;
   for (int i = 0; same && i < indices.rank; ++i) same = indices.size[i] == z.size[i < dim ? i : i + 1];
-  return same ? Status::Ok() : Status::Invalid("indices: expected int32 with the sizes of z without its channels");
+  return same ? Status::Ok()
+              : Status::Invalid("indices: expected int32 with the sizes of z without its channels");
 }
 
 }  // namespace
@@ -51,7 +55,8 @@ Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices,
   std::vector<int32_t> basis(channels);
   for (int64_t c = 0, b = 1; c < channels; b *= levels[c++]) basis[c] = static_cast<int32_t>(b);
 
-  // The axes of the positions, innermost last; neighbours that all three tensors walk with one step become one.
+  // The axes of the positions, innermost last; neighbours that all three tensors walk with one step become
+  // one.
   std::vector<Axis> axes;
   for (int i = 0; i < z.rank; ++i) {
     if (i == dim || z.size[i] == 1) continue;
@@ -66,11 +71,13 @@ Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices,
   int64_t outer = 1;
   for (size_t i = 0; i + 1 < axes.size(); ++i) outer *= axes[i].size;
 
-  FsqLevels table{static_cast<const float*>(thresholds.data), thresholds.size[1], levels.data(), basis.data(), nullptr};
+  FsqLevels table{static_cast<const float*>(thresholds.data), thresholds.size[1], levels.data(), basis.data(),
+                  nullptr};
   std::vector<float> interleaved;
   if (z.stride[dim] == 1 && inner.z == channels) {
     interleaved.resize(VTOK_DISPATCH(fsq_interleaved_size(channels, table.pitch)) + 16);
-    auto* start = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(interleaved.data()) + 63) & ~uintptr_t(63));
+    auto* start =
+        reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(interleaved.data()) + 63) & ~uintptr_t(63));
     if (interleaved.size() > 16) {
       VTOK_DISPATCH(fsq_interleave(table, channels, start));
       table.interleaved = start;
@@ -83,14 +90,24 @@ Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices,
   const int64_t chunk = 4096, chunks = (inner.size + chunk - 1) / chunk;
   parallel_for(outer * chunks, threads, [&](int64_t task, int) {
     const int64_t first = task % chunks * chunk;
-    int64_t at_z = first * inner.z, at_codes = first * inner.codes, at_indices = first * inner.indices, rest = task / chunks;
+    int64_t at_z = first * inner.z, at_codes = first * inner.codes, at_indices = first * inner.indices,
+            rest = task / chunks;
     for (size_t i = axes.size() - (axes.empty() ? 0 : 1); i-- > 0; rest /= axes[i].size) {
       const int64_t k = rest % axes[i].size;
       at_z += k * axes[i].z, at_codes += k * axes[i].codes, at_indices += k * axes[i].indices;
     }
-    const FsqRun run{z.dtype, static_cast<const char*>(z.data) + at_z * width, static_cast<char*>(codes.data) + at_codes * width,
-                     static_cast<int32_t*>(indices.data) + at_indices, std::min(chunk, inner.size - first), channels, inner.z,
-                     z.stride[dim], inner.codes, codes.stride[dim], inner.indices, stream};
+    const FsqRun run{z.dtype,
+                     static_cast<const char*>(z.data) + at_z * width,
+                     static_cast<char*>(codes.data) + at_codes * width,
+                     static_cast<int32_t*>(indices.data) + at_indices,
+                     std::min(chunk, inner.size - first),
+                     channels,
+                     inner.z,
+                     z.stride[dim],
+                     inner.codes,
+                     codes.stride[dim],
+                     inner.indices,
+                     stream};
     VTOK_DISPATCH(fsq_run(run, table));
   });
   return Status::Ok();

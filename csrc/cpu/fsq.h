@@ -1,4 +1,5 @@
-// fsq on a CPU: a level is the number of thresholds that a value has reached; codes and indices come from these integers.
+// fsq on a CPU: a level is the number of thresholds that a value has reached; codes and indices come from
+// these integers.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -9,8 +10,9 @@
 
 namespace vtok::cpu {
 
-// z and codes (any rank, channels at `dim`), indices int32 (z's sizes without `dim`), all with any strides. thresholds: float32
-// (channels, most levels - 1), contiguous, NaN behind the last of a channel. A NaN in z gives the code NaN and the index -1.
+// z and codes (any rank, channels at `dim`), indices int32 (z's sizes without `dim`), all with any strides.
+// thresholds: float32 (channels, most levels - 1), contiguous, NaN behind the last of a channel. A NaN in z
+// gives the code NaN and the index -1.
 Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices, const Tensor& thresholds,
                     const std::vector<int64_t>& levels, int dim, int threads);
 
@@ -29,8 +31,8 @@ struct FsqLevels {
   const float* thresholds;  // (channels, pitch)
   int64_t pitch;
   const int64_t* levels;
-  const int32_t* basis;     // what one level of a channel adds to the index
-  const float* interleaved; // the thresholds, halves and bases lane by lane, see fsq_interleave; or null
+  const int32_t* basis;      // what one level of a channel adds to the index
+  const float* interleaved;  // the thresholds, halves and bases lane by lane, see fsq_interleave; or null
 };
 
 }  // namespace vtok::cpu

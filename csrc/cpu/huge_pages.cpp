@@ -7,7 +7,8 @@
 namespace vtok::cpu {
 namespace {
 
-constexpr int64_t kWorthAsking = 4 << 20;  // bytes; smaller blocks come from the heap, whose pages are there already
+// bytes; smaller blocks come from the heap, whose pages are there already
+constexpr int64_t kWorthAsking = 4 << 20;
 constexpr uintptr_t kPage = 4096;
 
 }  // namespace

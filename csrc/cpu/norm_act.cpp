@@ -47,8 +47,9 @@ float element(const Tensor& t, int64_t i) {
     return f;
   }
   const int exponent = h >> 10 & 31, fraction = h & 1023;
-  f = exponent == 31 ? (fraction ? NAN : INFINITY)
-                     : std::ldexp(float(exponent ? fraction | 1024 : fraction), (exponent ? exponent : 1) - 25);
+  f = exponent == 31
+          ? (fraction ? NAN : INFINITY)
+          : std::ldexp(float(exponent ? fraction | 1024 : fraction), (exponent ? exponent : 1) - 25);
   return h & 0x8000 ? -f : f;
 }
 
@@ -61,11 +62,14 @@ const float* channel_vector(const Tensor& t, int64_t channels, float absent, std
 }
 
 Status check(const NormProblem& p) {
-  if (!is_float(p.x.dtype) || p.x.rank != 5) return Status::Invalid("x: expected float32, bfloat16 or float16 of rank 5");
+  if (!is_float(p.x.dtype) || p.x.rank != 5)
+    return Status::Invalid("x: expected float32, bfloat16 or float16 of rank 5");
   const int64_t channels = p.x.size[1];
   if (p.groups < 1 || channels % p.groups)
-    return Status::Invalid("groups: " + std::to_string(p.groups) + " does not divide " + std::to_string(channels) + " channels");
-  for (auto [name, t] : {std::pair{"out", &p.out}, {"residual", &p.residual}, {"scale", &p.scale}, {"shift", &p.shift}}) {
+    return Status::Invalid("groups: " + std::to_string(p.groups) + " does not divide " +
+                           std::to_string(channels) + " channels");
+  for (auto [name, t] :
+       {std::pair{"out", &p.out}, {"residual", &p.residual}, {"scale", &p.scale}, {"shift", &p.shift}}) {
     if (!*t && t != &p.out) continue;
     if (t->dtype != p.x.dtype || t->rank != 5 || !std::equal(t->size, t->size + 5, p.x.size))
       return Status::Invalid(std::string(name) + ": expected the type and sizes of x");
@@ -100,9 +104,11 @@ void merge(Moments& into, const Moments& from) {
 
 // A frame becomes one long row where every tensor allows it, so that the kernels' runs of pixels are long.
 void merge_rows(NormPlan& plan) {
-  const std::pair<const void*, int64_t*> tensors[] = {
-      {plan.x, plan.x_stride}, {plan.residual, plan.residual_stride}, {plan.out, plan.out_stride},
-      {plan.scale, plan.scale_stride}, {plan.shift, plan.shift_stride}};
+  const std::pair<const void*, int64_t*> tensors[] = {{plan.x, plan.x_stride},
+                                                      {plan.residual, plan.residual_stride},
+                                                      {plan.out, plan.out_stride},
+                                                      {plan.scale, plan.scale_stride},
+                                                      {plan.shift, plan.shift_stride}};
   for (auto [data, stride] : tensors) {
     if (plan.width == 1) stride[4] = stride[3];
     if (data && plan.height > 1 && plan.width > 1 && stride[3] != plan.width * stride[4]) return;
@@ -117,7 +123,8 @@ Status norm_act(const NormProblem& p) {
   VTOK_RETURN_IF_ERROR(check(p));
   NormPlan plan{};
   plan.dtype = p.x.dtype;
-  auto pointer = [](const Tensor& t) { return t ? t.data : nullptr; };  // one of rank 0 is absent, whatever it points to
+  // one of rank 0 is absent, whatever it points to
+  auto pointer = [](const Tensor& t) { return t ? t.data : nullptr; };
   plan.x = p.x.data, plan.residual = pointer(p.residual), plan.out = p.out.data;
   plan.scale = pointer(p.scale), plan.shift = pointer(p.shift);
   plan.batch = p.x.size[0], plan.channels = p.x.size[1];
@@ -126,13 +133,15 @@ Status norm_act(const NormProblem& p) {
   if (plan.batch * C * plan.frames * area == 0) return Status::Ok();
   advise_huge_pages(p.out);
   for (int i = 0; i < 5; ++i) {
-    plan.x_stride[i] = p.x.stride[i], plan.residual_stride[i] = p.residual.stride[i], plan.out_stride[i] = p.out.stride[i];
+    plan.x_stride[i] = p.x.stride[i], plan.residual_stride[i] = p.residual.stride[i],
+    plan.out_stride[i] = p.out.stride[i];
     plan.scale_stride[i] = p.scale.stride[i], plan.shift_stride[i] = p.shift.stride[i];
   }
   merge_rows(plan);
   std::vector<float> weights, biases;
   plan.weight = channel_vector(p.weight, C, 1, weights), plan.bias = channel_vector(p.bias, C, 0, biases);
-  plan.channels_last = p.channels_last, plan.centred = p.centred, plan.silu = p.silu, plan.per_frame = p.per_frame;
+  plan.channels_last = p.channels_last, plan.centred = p.centred, plan.silu = p.silu,
+  plan.per_frame = p.per_frame;
   plan.groups = p.groups, plan.eps = p.eps;
 
   // A task's float32 copy should stay in the second-level cache; planes want long runs of each channel.
@@ -154,24 +163,30 @@ Status norm_act(const NormProblem& p) {
     return Status::Ok();
   }
 
-  // Some spans (what shares statistics) at a time, so that the second pass finds in a cache what the first has read. It goes
+  // Some spans (what shares statistics) at a time, so that the second pass finds in a cache what the first
+  // has read. It goes
   // backwards: of a span that is larger than the cache, the end is what is still there.
-  const int64_t spans = plan.batch * (p.per_frame ? plan.frames : 1), per_span = tasks / spans, cg = C / p.groups;
-  const int64_t span_bytes = (p.per_frame ? 1 : plan.frames) * area * C * element_size(plan.dtype) * (p.residual ? 2 : 1);
+  const int64_t spans = plan.batch * (p.per_frame ? plan.frames : 1), per_span = tasks / spans,
+                cg = C / p.groups;
+  const int64_t span_bytes =
+      (p.per_frame ? 1 : plan.frames) * area * C * element_size(plan.dtype) * (p.residual ? 2 : 1);
   const int64_t together_spans = std::max<int64_t>(kCachedBytes / span_bytes, 1);
   std::vector<Moments> partial(std::min(together_spans, spans) * per_span * p.groups);
   std::vector<float> means(spans * C + kSlack), gains(means.size()), offsets(means.size());
   float *mean = aligned(means), *gain = aligned(gains), *offset = aligned(offsets);
   plan.mean = mean, plan.gain = gain, plan.offset = offset;
   for (int64_t begin = 0; begin < spans; begin += together_spans) {
-    const int64_t end = std::min(begin + together_spans, spans), first = begin * per_span, count = (end - begin) * per_span;
+    const int64_t end = std::min(begin + together_spans, spans), first = begin * per_span,
+                  count = (end - begin) * per_span;
     parallel_for(count, p.threads, [&](int64_t i, int) {
-      VTOK_DISPATCH(group_moments(plan, task_at(first + i), partial.data() + i * p.groups, thread_scratch(scratch)));
+      VTOK_DISPATCH(
+          group_moments(plan, task_at(first + i), partial.data() + i * p.groups, thread_scratch(scratch)));
     });
     for (int64_t span = begin; span < end; ++span)
       for (int64_t g = 0; g < p.groups; ++g) {
         Moments all{};
-        for (int64_t i = 0; i < per_span; ++i) merge(all, partial[((span - begin) * per_span + i) * p.groups + g]);
+        for (int64_t i = 0; i < per_span; ++i)
+          merge(all, partial[((span - begin) * per_span + i) * p.groups + g]);
         const double rstd = 1 / std::sqrt(all.m2 / all.n + p.eps);
         // x - high is exact near the mean; what float32 drops of the mean goes into the offset.
         const float high = static_cast<float>(all.mean);
@@ -181,7 +196,8 @@ Status norm_act(const NormProblem& p) {
           offset[span * C + c] = static_cast<float>(plan.bias[c] - (all.mean - high) * rstd * plan.weight[c]);
         }
       }
-    parallel_for(count, p.threads, [&](int64_t i, int) { VTOK_DISPATCH(group_apply(plan, task_at(first + count - 1 - i))); });
+    parallel_for(count, p.threads,
+                 [&](int64_t i, int) { VTOK_DISPATCH(group_apply(plan, task_at(first + count - 1 - i))); });
   }
   return Status::Ok();
 }

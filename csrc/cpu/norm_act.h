@@ -1,4 +1,5 @@
-// norm_act on a CPU: LayerNorm and RMSNorm over the channels of each position, GroupNorm over frames, then modulation and SiLU.
+// norm_act on a CPU: LayerNorm and RMSNorm over the channels of each position, GroupNorm over frames, then
+// modulation and SiLU.
 #pragma once
 #include <cstdint>
 
@@ -9,9 +10,10 @@
 namespace vtok::cpu {
 
 struct NormProblem {
-  Tensor x, weight, bias, scale, shift, residual, out;  // all but x and out may be absent; scale and shift have x's sizes
-  bool channels_last = true;  // channel stride 1 everywhere; else everything is (B, C, T, H, W) contiguous
-  bool centred = true;        // subtract the mean
+  // all but x and out may be absent; scale and shift have x's sizes
+  Tensor x, weight, bias, scale, shift, residual, out;
+  bool channels_last = true;    // channel stride 1 everywhere; else everything is (B, C, T, H, W) contiguous
+  bool centred = true;          // subtract the mean
   bool over_positions = false;  // statistics over positions too (GroupNorm); else at each position alone
   bool per_frame = false;
   int groups = 1;
@@ -23,7 +25,8 @@ struct NormProblem {
 // y = silu((norm(x + residual) * weight + bias) * scale + shift), computed in float32 and rounded once.
 Status norm_act(const NormProblem& problem);
 
-// Moments of n values: their mean and the sum of squares about it (about zero where the mean is not subtracted).
+// Moments of n values: their mean and the sum of squares about it (about zero where the mean is not
+// subtracted).
 struct Moments {
   double n, mean, m2;
 };
@@ -39,8 +42,8 @@ struct NormPlan {
   bool channels_last, centred, silu;
   int groups;
   float eps;
-  int64_t chunk, chunks_per_frame;  // positions per task
-  Moments* partial;                 // GroupNorm: (task, group)
+  int64_t chunk, chunks_per_frame;    // positions per task
+  Moments* partial;                   // GroupNorm: (task, group)
   const float *mean, *gain, *offset;  // GroupNorm: (B, T or 1, C): y = (x - mean) * gain + offset
   bool per_frame;
 };

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kSerialBytes = 256 * 1024;  // below which waking another thread costs more than it saves
 constexpr int64_t kChunk = 1024;              // positions per task of packing and unpacking
-constexpr int64_t kPiece = 128 * 1024;         // bytes of one plane that are read in one go
+constexpr int64_t kPiece = 128 * 1024;        // bytes of one plane that are read in one go
 constexpr int64_t kExactAdditions = 2048;     // of values up to 2^12 in steps of 2^-30, from 0, in a double
 
 bool contiguous(const Tensor& t) {
@@ -28,15 +28,18 @@ bool contiguous(const Tensor& t) {
 }
 
 bool same(const Tensor& t, DType dtype, std::initializer_list<int64_t> sizes) {
-  return t.dtype == dtype && t.rank == static_cast<int>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.size);
+  return t.dtype == dtype && t.rank == static_cast<int>(sizes.size()) &&
+         std::equal(sizes.begin(), sizes.end(), t.size);
 }
 
 Status check_mask(const Tensor& mask, const char* name) {
-  const bool good = mask.dtype == DType::u8 && mask.rank == 2 && contiguous(mask) && mask.numel() < int64_t(1) << 31;
-  return good ? Status::Ok() : Status::Invalid(std::string(name) + ": expected contiguous uint8 (B, n) with B n < 2**31");
+  const bool good =
+      mask.dtype == DType::u8 && mask.rank == 2 && contiguous(mask) && mask.numel() < int64_t(1) << 31;
+  return good ? Status::Ok()
+              : Status::Invalid(std::string(name) + ": expected contiguous uint8 (B, n) with B n < 2**31");
 }
 
-// ---- scores --------------------------------------------------------------------------------------------------------------
+// ---- scores -----------------------------------------------------------------------------------------------
 
 // A video as rows of adjacent columns: the channels count as columns where they are innermost in both.
 struct Rows {
@@ -44,22 +47,24 @@ struct Rows {
   int64_t width, batch, channel, frame, row, column;
 
   Rows(const Tensor& t, bool channels_inside)
-      : data(static_cast<const char*>(t.data)), width(element_size(t.dtype)), batch(t.stride[0]), channel(t.stride[1]),
-        frame(t.stride[2]), row(t.stride[3]), column(channels_inside ? 1 : t.stride[4]) {}
+      : data(static_cast<const char*>(t.data)), width(element_size(t.dtype)), batch(t.stride[0]),
+        channel(t.stride[1]), frame(t.stride[2]), row(t.stride[3]),
+        column(channels_inside ? 1 : t.stride[4]) {}
 };
 
 bool channels_inside(const Tensor& t) { return t.stride[1] == 1 && t.stride[4] == t.size[1]; }
 
 }  // namespace
 
-Status router_scores(const Tensor& video, const Tensor& reconstruction, const Tensor& scores, int64_t frames, int64_t rows,
-                     int64_t columns, int threads) {
+Status router_scores(const Tensor& video, const Tensor& reconstruction, const Tensor& scores, int64_t frames,
+                     int64_t rows, int64_t columns, int threads) {
   if (!is_float(video.dtype) || video.rank != 5)
     return Status::Invalid("video: expected float32, bfloat16 or float16 (B, C, T, H, W)");
-  if (!same(reconstruction, video.dtype, {video.size[0], video.size[1], video.size[2], video.size[3], video.size[4]}))
+  if (!same(reconstruction, video.dtype,
+            {video.size[0], video.size[1], video.size[2], video.size[3], video.size[4]}))
     return Status::Invalid("reconstruction: expected the type and sizes of video");
-  if (frames < 1 || rows < 1 || columns < 1 || video.size[1] < 1 || video.size[2] < 1 || (video.size[2] - 1) % frames ||
-      video.size[3] % rows || video.size[4] % columns)
+  if (frames < 1 || rows < 1 || columns < 1 || video.size[1] < 1 || video.size[2] < 1 ||
+      (video.size[2] - 1) % frames || video.size[3] % rows || video.size[4] % columns)
     return Status::Invalid("grid: must divide the sizes of video");
   const int64_t t = 1 + (video.size[2] - 1) / frames, h = video.size[3] / rows, w = video.size[4] / columns;
   if (!same(scores, DType::f32, {video.size[0], t, h, w}) || !contiguous(scores))
@@ -69,8 +74,10 @@ Status router_scores(const Tensor& video, const Tensor& reconstruction, const Te
   const bool inside = channels_inside(video) && channels_inside(reconstruction);
   const Rows a(video, inside), b(reconstruction, inside);
   const int64_t channels = inside ? 1 : video.size[1], step = inside ? columns * video.size[1] : columns;
-  // A task reads pieces of kPiece adjacent bytes: `band` rows of tokens, frame by frame and channel by channel.
-  const int64_t band = std::clamp<int64_t>(kPiece / (rows * w * step * a.width), 1, h), bands = (h + band - 1) / band;
+  // A task reads pieces of kPiece adjacent bytes: `band` rows of tokens, frame by frame and channel by
+  // channel.
+  const int64_t band = std::clamp<int64_t>(kPiece / (rows * w * step * a.width), 1, h),
+                bands = (h + band - 1) / band;
   if (threads < 1 || video.numel() * a.width < kSerialBytes) threads = 1;
   // Rows of pixels that a sum may take: with the columns of a token as many additions as stay exact.
   const int64_t at_most = std::max<int64_t>(1, kExactAdditions / step);
@@ -79,8 +86,10 @@ Status router_scores(const Tensor& video, const Tensor& reconstruction, const Te
   parallel_for(scores.size[0] * t * bands, threads, [&](int64_t task, int thread) {
     double* sum = sums[thread].data();
     int64_t* total = totals[thread].data();
-    const int64_t first = task % bands * band, last = std::min(first + band, h), group = task / bands % t, batch = task / bands / t;
-    const int64_t begin = group ? 1 + (group - 1) * frames : 0, depth = group ? frames : 1, tokens = (last - first) * w;
+    const int64_t first = task % bands * band, last = std::min(first + band, h), group = task / bands % t,
+                  batch = task / bands / t;
+    const int64_t begin = group ? 1 + (group - 1) * frames : 0, depth = group ? frames : 1,
+                  tokens = (last - first) * w;
     std::fill_n(total, tokens, 0);
     std::fill_n(sum, tokens * step, 0.0);
     std::vector<char> nan;  // allocated where one turns up
@@ -103,9 +112,11 @@ Status router_scores(const Tensor& video, const Tensor& reconstruction, const Te
           added += count;
           for (int64_t y = first; y < last; ++y) {
             auto at = [&](const Rows& v) {
-              return v.data + (batch * v.batch + f * v.frame + c * v.channel + (y * rows + r) * v.row) * v.width;
+              return v.data +
+                     (batch * v.batch + f * v.frame + c * v.channel + (y * rows + r) * v.row) * v.width;
             };
-            const ScoreRows block{video.dtype, at(a), at(b), count, w * step, a.row, a.column, b.row, b.column};
+            const ScoreRows block{video.dtype, at(a),    at(b), count,   w * step,
+                                  a.row,       a.column, b.row, b.column};
             VTOK_DISPATCH(add_differences(block, sum + (y - first) * w * step));
           }
         }
@@ -120,7 +131,7 @@ Status router_scores(const Tensor& video, const Tensor& reconstruction, const Te
   return Status::Ok();
 }
 
-// ---- selection -----------------------------------------------------------------------------------------------------------
+// ---- selection --------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -142,7 +153,8 @@ void keys_of(const void* scores, DType dtype, int64_t n, uint32_t* keys) {
   }
 }
 
-// The k-th largest key (k from 1), and how many are larger: digits of 11, 11 and 10 bits from the top, each by a histogram.
+// The k-th largest key (k from 1), and how many are larger: digits of 11, 11 and 10 bits from the top, each
+// by a histogram.
 uint32_t kth_largest(const uint32_t* keys, int64_t n, int64_t k, int64_t* larger) {
   uint32_t prefix = 0, known = 0;
   *larger = 0;
@@ -161,7 +173,8 @@ uint32_t kth_largest(const uint32_t* keys, int64_t n, int64_t k, int64_t* larger
 
 }  // namespace
 
-Status select_tokens(const Tensor& scores, const Tensor& budget, const Tensor& keep, bool strictly, int threads) {
+Status select_tokens(const Tensor& scores, const Tensor& budget, const Tensor& keep, bool strictly,
+                     int threads) {
   VTOK_RETURN_IF_ERROR(check_mask(keep, "keep"));
   const int64_t clips = keep.size[0], n = keep.size[1];
   if (!is_float(scores.dtype) || !same(scores, scores.dtype, {clips, n}) || !contiguous(scores))
@@ -179,7 +192,8 @@ Status select_tokens(const Tensor& scores, const Tensor& budget, const Tensor& k
       return;
     }
     uint32_t* keys = buffers[thread].data();
-    keys_of(static_cast<const char*>(scores.data) + clip * n * element_size(scores.dtype), scores.dtype, n, keys);
+    keys_of(static_cast<const char*>(scores.data) + clip * n * element_size(scores.dtype), scores.dtype, n,
+            keys);
     int64_t larger;
     const uint32_t bound = kth_largest(keys, n, strictly ? count + 1 : count, &larger);
     if (strictly) {
@@ -196,7 +210,7 @@ Status select_tokens(const Tensor& scores, const Tensor& budget, const Tensor& k
   return Status::Ok();
 }
 
-// ---- moving --------------------------------------------------------------------------------------------------------------
+// ---- moving -----------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -242,14 +256,16 @@ void with_row_size(int64_t bytes, F&& fn) {
   }
 }
 
-// Channels apart: a few tokens at a time, so that their rows stay in the first-level cache while the channels come in.
+// Channels apart: a few tokens at a time, so that their rows stay in the first-level cache while the channels
+// come in.
 template <class T>
-void gather_channels(const T* from, int64_t channels, int64_t channel, int64_t position, const int32_t* indices, int64_t count,
-                     T* to) {
+void gather_channels(const T* from, int64_t channels, int64_t channel, int64_t position,
+                     const int32_t* indices, int64_t count, T* to) {
   const int64_t block = std::max<int64_t>(16, 16384 / std::max<int64_t>(1, channels * sizeof(T)));
   for (int64_t k = 0; k < count; k += block)
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = k; i < std::min(count, k + block); ++i) to[i * channels + c] = from[c * channel + indices[i] * position];
+      for (int64_t i = k; i < std::min(count, k + block); ++i)
+        to[i * channels + c] = from[c * channel + indices[i] * position];
 }
 
 }  // namespace
@@ -268,7 +284,8 @@ Status count_tokens(const Tensor& mask, const Tensor& cu_seqlens, int threads) {
   return Status::Ok();
 }
 
-Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& values, const Tensor& indices, int threads) {
+Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& values, const Tensor& indices,
+                   int threads) {
   VTOK_RETURN_IF_ERROR(check_mask(mask, "mask"));
   if (tokens.rank != 3 || tokens.size[0] != mask.size[0] || tokens.size[2] != mask.size[1])
     return Status::Invalid("tokens: expected (B, C, n) for the mask's (B, n)");
@@ -282,12 +299,14 @@ Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& value
   if (threads < 1 || tokens.numel() * width < kSerialBytes) threads = 1;
   const std::vector<int64_t> rows = chunk_rows(mask, threads);
   if (rows.back() > values.size[0])
-    return Status::Invalid("values: room for " + std::to_string(values.size[0]) + " tokens, of " + std::to_string(rows.back()));
+    return Status::Invalid("values: room for " + std::to_string(values.size[0]) + " tokens, of " +
+                           std::to_string(rows.back()));
   advise_huge_pages(values);
   const int64_t channel = tokens.stride[1], position = tokens.stride[2];
   with_row_size(channels == 1 || channel == 1 ? bytes : 0, [&](auto size) {
     parallel_for(tokens.size[0] * chunks, threads, [&](int64_t task, int) {
-      const int64_t clip = task / chunks, first = task % chunks * kChunk, row = rows[task], found = rows[task + 1] - row;
+      const int64_t clip = task / chunks, first = task % chunks * kChunk, row = rows[task],
+                    found = rows[task + 1] - row;
       const auto* keep = static_cast<const uint8_t*>(mask.data) + clip * n + first;
       int32_t kept[kChunk + 1];
       const int32_t end = static_cast<int32_t>(std::min(kChunk, n - first));
@@ -302,12 +321,14 @@ Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& value
       char* to = static_cast<char*>(values.data) + row * bytes;
       if (channels == 1 || channel == 1) {
         const int64_t copied = size ? int64_t(size) : bytes;
-        for (int64_t k = 0; k < found; ++k) std::memcpy(to + k * copied, from + kept[k] * position * width, copied);
+        for (int64_t k = 0; k < found; ++k)
+          std::memcpy(to + k * copied, from + kept[k] * position * width, copied);
         return;
       }
       auto gather = [&](auto element) {
         using T = decltype(element);
-        gather_channels(reinterpret_cast<const T*>(from), channels, channel, position, kept, found, reinterpret_cast<T*>(to));
+        gather_channels(reinterpret_cast<const T*>(from), channels, channel, position, kept, found,
+                        reinterpret_cast<T*>(to));
       };
       switch (width) {
         case 1: return gather(uint8_t());
@@ -320,7 +341,8 @@ Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& value
   return Status::Ok();
 }
 
-Status unpack_tokens(const Tensor& values, const Tensor& mask, const Tensor& fill, const Tensor& dense, int threads) {
+Status unpack_tokens(const Tensor& values, const Tensor& mask, const Tensor& fill, const Tensor& dense,
+                     int threads) {
   VTOK_RETURN_IF_ERROR(check_mask(mask, "mask"));
   if (dense.rank != 3 || dense.size[0] != mask.size[0] || dense.size[2] != mask.size[1])
     return Status::Invalid("dense: expected (B, C, n) for the mask's (B, n)");
@@ -344,7 +366,8 @@ Status unpack_tokens(const Tensor& values, const Tensor& mask, const Tensor& fil
   for (int64_t c = 0; c < channels; ++c) std::memcpy(empty.get() + c * width, fill.data, width);
   with_row_size(bytes, [&](auto size) {
     parallel_for(dense.size[0] * chunks, threads, [&](int64_t task, int) {
-      const int64_t first = task / chunks * n + task % chunks * kChunk, positions = std::min(kChunk, n - task % chunks * kChunk);
+      const int64_t first = task / chunks * n + task % chunks * kChunk,
+                    positions = std::min(kChunk, n - task % chunks * kChunk);
       const int64_t copied = size ? int64_t(size) : bytes;
       const auto* keep = static_cast<const uint8_t*>(mask.data) + first;
       const char* from = static_cast<const char*>(values.data) + rows[task] * bytes;

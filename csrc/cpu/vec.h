@@ -1,9 +1,10 @@
-// A vector of VTOK_LANES floats, written once over the compiler's vector extension. Every kernel file is compiled once per
-// instruction set with VTOK_ISA (its namespace) and VTOK_LANES set, and one instance is chosen at run time:
-//   portable 4 lanes, no flags | avx2 8 lanes | wide 16 lanes on AVX2 (so the 16-lane code runs on any AVX2 machine) |
-//   avx512 16 lanes
-// Such files use no std:: templates: an inline function of the library compiled for AVX-512 could be the copy that the
-// linker keeps for all, and would then run on a machine without it.
+// A vector of VTOK_LANES floats, written once over the compiler's vector extension. Every kernel file is
+// compiled once per instruction set with VTOK_ISA (its namespace) and VTOK_LANES set, and one instance is
+// chosen at run time:
+//   portable 4 lanes, no flags | avx2 8 lanes | wide 16 lanes on AVX2 (so the 16-lane code runs on any AVX2
+//   machine) | avx512 16 lanes
+// Such files use no std:: templates: an inline function of the library compiled for AVX-512 could be the copy
+// that the linker keeps for all, and would then run on a machine without it.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -33,7 +34,8 @@ VTOK_INLINE vfloat load(const float* p) {
   return v;
 }
 VTOK_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
-// Past the caches, to an address that is a multiple of the vector's size. Other threads see it after stream_fence().
+// Past the caches, to an address that is a multiple of the vector's size. Other threads see it after
+// stream_fence().
 VTOK_INLINE void stream(float* p, vfloat v) {
 #if defined(__AVX512F__) && VTOK_LANES == 16
   _mm512_stream_ps(p, (__m512)v);
@@ -65,7 +67,8 @@ VTOK_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// The lanes of a, or of a and b one behind the other, that index names. (clang's own builtin takes constants alone.)
+// The lanes of a, or of a and b one behind the other, that index names. (clang's own builtin takes constants
+// alone.)
 template <class V, class I>
 VTOK_INLINE V shuffle(V a, V b, I index) {
 #if defined(__clang__)
@@ -149,7 +152,8 @@ VTOK_INLINE uint16_t float_to_bf16(float f) {  // round to nearest even, NaN sta
   return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// Element types as tags: value type, scalar and vector access. F32, F16 and BF16 share one spelling in the kernels.
+// Element types as tags: value type, scalar and vector access. F32, F16 and BF16 share one spelling in the
+// kernels.
 struct F32 {
   typedef float type;
   VTOK_INLINE float get(const type* p) { return *p; }
@@ -236,11 +240,12 @@ VTOK_INLINE vfloat at_least(vfloat x, vfloat low) {
 #endif
 }
 
-// exp(x), within 3 ulp; from 88.4 on it is infinite, below -87 it stays 1e-38, NaN stays NaN. 2^n * p(r) with |r| <= ln2/2:
-// Cody-Waite reduction, degree-6 polynomial, the exponent added as an integer.
+// exp(x), within 3 ulp; from 88.4 on it is infinite, below -87 it stays 1e-38, NaN stays NaN. 2^n * p(r) with
+// |r| <= ln2/2: Cody-Waite reduction, degree-6 polynomial, the exponent added as an integer.
 VTOK_INLINE vfloat exp(vfloat x) {
   x = at_least(at_most(x, broadcast(88.8f)), broadcast(-87.33f));
-  vfloat shifted = fma(x, broadcast(1.44269504f), broadcast(12582912.0f));  // 1.5 * 2^23: rounds to an integer in the low bits
+  // 1.5 * 2^23: rounds to an integer in the low bits
+  vfloat shifted = fma(x, broadcast(1.44269504f), broadcast(12582912.0f));
   vint n = (vint)shifted - (vint)broadcast(12582912.0f);
   vfloat k = shifted - 12582912.0f;
   vfloat r = fma(k, broadcast(-0.693145752f), x);

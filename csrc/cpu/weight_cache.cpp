@@ -37,13 +37,17 @@ bool same_layout(const WeightKey& a, const WeightKey& b) {
   return a.dtype == b.dtype && a.m == b.m && a.panel == b.panel && std::equal(a.size, a.size + 5, b.size) &&
          std::equal(a.stride, a.stride + 5, b.stride);
 }
-bool same_content(const WeightKey& a, const WeightKey& b) { return a.sum[0] == b.sum[0] && a.sum[1] == b.sum[1]; }
-bool same(const WeightKey& a, const WeightKey& b) { return same_content(a, b) && a.taps == b.taps && same_layout(a, b); }
+bool same_content(const WeightKey& a, const WeightKey& b) {
+  return a.sum[0] == b.sum[0] && a.sum[1] == b.sum[1];
+}
+bool same(const WeightKey& a, const WeightKey& b) {
+  return same_content(a, b) && a.taps == b.taps && same_layout(a, b);
+}
 
 // Unused for long, or what these very weights were before they changed.
 bool dispensable(const Cache& c, const Entry& e, const WeightKey& newcomer) {
-  return c.clock - e.last_use > kPatience ||
-         (e.key.address == newcomer.address && same_layout(e.key, newcomer) && !same_content(e.key, newcomer));
+  return c.clock - e.last_use > kPatience || (e.key.address == newcomer.address &&
+                                              same_layout(e.key, newcomer) && !same_content(e.key, newcomer));
 }
 
 bool has_room(const Cache& c, const WeightKey& key, int64_t bytes) {
@@ -78,8 +82,8 @@ void checksum_weights(const Tensor& w, int threads, uint64_t sum[2]) {
         for (int64_t t = 0; t < w.size[2]; ++t)
           for (int64_t i = 0; i < w.size[3]; ++i)
             for (int64_t j = 0; j < w.size[4]; ++j) {
-              const char* at =
-                  data + element * (o * w.stride[0] + c * w.stride[1] + t * w.stride[2] + i * w.stride[3] + j * w.stride[4]);
+              const char* at = data + element * (o * w.stride[0] + c * w.stride[1] + t * w.stride[2] +
+                                                 i * w.stride[3] + j * w.stride[4]);
               packed.insert(packed.end(), at, at + element);
             }
     data = packed.data(), bytes = int64_t(packed.size());

@@ -1,8 +1,10 @@
-// The bounded cache of transformed weights. An entry is found by what the weights contain (a 128-bit checksum of all their
-// bytes, taken on every call), never by where they lie: writes through .data, swapped or reallocated weights cannot make it stale.
+// The bounded cache of transformed weights. An entry is found by what the weights contain (a 128-bit checksum
+// of all their bytes, taken on every call), never by where they lie: writes through .data, swapped or
+// reallocated weights cannot make it stale.
 //
-// When it is full, newcomers are refused until some entry has not been used for kPatience lookups. Evicting the least recently
-// used would miss on every call once the layers of a model, used in turn, exceed the bound by one entry.
+// When it is full, newcomers are refused until some entry has not been used for kPatience lookups. Evicting
+// the least recently used would miss on every call once the layers of a model, used in turn, exceed the bound
+// by one entry.
 #pragma once
 #include <memory>
 
@@ -15,8 +17,8 @@ struct WeightKey {
   DType dtype = DType::f32;
   int64_t size[5] = {}, stride[5] = {};
   int m = 0;
-  int panel = 0;      // layout of the transformed weights
-  uint64_t taps = 0;  // temporal taps that were summed
+  int panel = 0;                  // layout of the transformed weights
+  uint64_t taps = 0;              // temporal taps that were summed
   const void* address = nullptr;  // no part of the identity: tells which entries an update has left behind
 };
 
@@ -30,7 +32,8 @@ bool weight_cache_enabled();
 std::shared_ptr<const float> find_weights(const WeightKey& key);  // null where absent
 bool weight_cache_has_room(const WeightKey& key, int64_t bytes);  // would `bytes` be admitted now?
 void insert_weights(const WeightKey& key, std::shared_ptr<const float> weights, int64_t bytes);
-// Whether weights at this address, of this shape, are or could be in the cache; reads no weights, so only a guess.
+// Whether weights at this address, of this shape, are or could be in the cache; reads no weights, so only a
+// guess.
 bool weight_cache_expects(const WeightKey& key, int64_t bytes);
 
 }  // namespace vtok::cpu

@@ -1,4 +1,5 @@
-// Winograd convolution: which weights to transform, how frames pass through a block, and which thread does what.
+// Winograd convolution: which weights to transform, how frames pass through a block, and which thread does
+// what.
 #include "cpu/winograd.h"
 
 #include <algorithm>
@@ -16,8 +17,9 @@ namespace vtok::cpu {
 namespace {
 
 constexpr int kMaxVariants = 64;
-// Bytes of transformed weights beyond which they are neither kept nor stored: making them again where they are used, a piece at a
-// time in the second-level cache, was measured to be as fast as reading so many from memory.
+// Bytes of transformed weights beyond which they are neither kept nor stored: making them again where they
+// are used, a piece at a time in the second-level cache, was measured to be as fast as reading so many from
+// memory.
 constexpr int64_t kStoredWeights = 16 << 20;
 constexpr int64_t kOwnBlock = 4 << 20, kSharedBlock = 16 << 20;  // bytes of V
 
@@ -43,13 +45,17 @@ struct Terms {
   std::vector<std::vector<Term>> frames;
   int64_t cached;
 
-  // Taps that read the same frame are summed in the weights. Where that is rare (the first frame of a long clip under
-  // replication) they stay apart instead, which saves transforming and keeping another set of weights.
-  Terms(const ConvProblem& p, const ConvPlan& plan, int m) : frames(plan.To), cached(p.cache ? p.cache.size[2] : 0) {
+  // Taps that read the same frame are summed in the weights. Where that is rare (the first frame of a long
+  // clip under replication) they stay apart instead, which saves transforming and keeping another set of
+  // weights.
+  Terms(const ConvProblem& p, const ConvPlan& plan, int m)
+      : frames(plan.To), cached(p.cache ? p.cache.size[2] : 0) {
     auto extra = [&](uint64_t mask) { return __builtin_popcountll(mask) - 1; };
     std::vector<int64_t> uses(plan.variants.size(), 0);
     for (const FrameTap& tap : plan.frame_taps) ++uses[tap.variant];
-    auto single = [&](uint64_t mask) { return std::find(plan.variants.begin(), plan.variants.end(), mask) != plan.variants.end(); };
+    auto single = [&](uint64_t mask) {
+      return std::find(plan.variants.begin(), plan.variants.end(), mask) != plan.variants.end();
+    };
     auto split = [&](int v) {
       const uint64_t mask = plan.variants[v];
       for (uint64_t rest = mask; rest; rest &= rest - 1)
@@ -65,7 +71,8 @@ struct Terms {
         if (!extra(mask) || !split(tap.variant)) {
           frames[t].push_back({source, index(mask)});
         } else {
-          for (uint64_t rest = mask; rest; rest &= rest - 1) frames[t].push_back({source, index(rest & -rest)});
+          for (uint64_t rest = mask; rest; rest &= rest - 1)
+            frames[t].push_back({source, index(rest & -rest)});
         }
       }
   }
@@ -76,7 +83,8 @@ struct Terms {
   }
 };
 
-// How frames pass through a block: groups of output frames, and a ring of slots for the source frames they read.
+// How frames pass through a block: groups of output frames, and a ring of slots for the source frames they
+// read.
 struct Schedule {
   struct Load {
     int64_t frame;
@@ -134,7 +142,8 @@ struct Schedule {
   }
 };
 
-// Transformed weights of a call, from the cache or made in advance, or made panel by panel where they are used ("fused").
+// Transformed weights of a call, from the cache or made in advance, or made panel by panel where they are
+// used ("fused").
 struct Weights {
   const Tensor& weight;
   const std::vector<uint64_t>& variants;
@@ -144,9 +153,9 @@ struct Weights {
   bool fused;
 
   Weights(const Tensor& w, const std::vector<uint64_t>& variants, int m)
-      : weight(w), variants(variants), m(m), points((m + 2) * (m + 2)), panel(VTOK_DISPATCH(winograd_panel())),
-        channels(w.size[1]), panels(ceil_div(w.size[0], panel)), stride(channels * panel + 16),
-        fused(set_bytes() * int64_t(variants.size()) > kStoredWeights) {}
+      : weight(w), variants(variants), m(m), points((m + 2) * (m + 2)),
+        panel(VTOK_DISPATCH(winograd_panel())), channels(w.size[1]), panels(ceil_div(w.size[0], panel)),
+        stride(channels * panel + 16), fused(set_bytes() * int64_t(variants.size()) > kStoredWeights) {}
 
   int64_t set_bytes() const { return panels * points * stride * 4; }
 
@@ -212,14 +221,16 @@ struct Weights {
 }  // namespace
 
 bool winograd_can_run(const ConvProblem& p, const ConvPlan& plan, int m) {
-  return (m == 2 || m == 4) && plan.kh == 3 && plan.kw == 3 && p.groups == 1 && p.stride[1] == 1 && p.stride[2] == 1 &&
-         p.dilation[1] == 1 && p.dilation[2] == 1 && plan.channels > 0 && plan.batch > 0 && plan.out_channels > 0 &&
-         plan.To > 0 && plan.Ho > 0 && plan.Wo > 0 && plan.variants.size() <= kMaxVariants;
+  return (m == 2 || m == 4) && plan.kh == 3 && plan.kw == 3 && p.groups == 1 && p.stride[1] == 1 &&
+         p.stride[2] == 1 && p.dilation[1] == 1 && p.dilation[2] == 1 && plan.channels > 0 &&
+         plan.batch > 0 && plan.out_channels > 0 && plan.To > 0 && plan.Ho > 0 && plan.Wo > 0 &&
+         plan.variants.size() <= kMaxVariants;
 }
 
 Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
   if (!winograd_can_run(p, plan, m))
-    return Status::Unsupported("causal_conv3d: Winograd needs a 3x3 plane at stride and dilation 1, one group");
+    return Status::Unsupported(
+        "causal_conv3d: Winograd needs a 3x3 plane at stride and dilation 1, one group");
   const int threads = std::max(p.threads, 1);
   const Terms terms(p, plan, m);
   Weights weights(p.weight, terms.variants, m);
@@ -230,8 +241,8 @@ Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
   // The points an odd number of cache lines apart, so that the transforms' stores do not share a set.
   auto v_stride = [&](int64_t rows) { return rows * pitch + (rows * pitch / 16 % 2 ? 0 : 16); };
 
-  // Each thread has blocks of its own, unless there are few rows or the weights are made on the way: then all threads share a
-  // larger block and take panels of it, so that the weights pass once for many rows.
+  // Each thread has blocks of its own, unless there are few rows or the weights are made on the way: then all
+  // threads share a larger block and take panels of it, so that the weights pass once for many rows.
   const bool shared = weights.fused || (tiles * plan.To < 48 * threads && weights.panels >= 2 * threads);
   const int64_t limit = (shared ? kSharedBlock : kOwnBlock) / 4;
   const int64_t want_rows = shared ? 512 : 96;
@@ -246,12 +257,15 @@ Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
       block_tiles = std::max<int64_t>(most, 1);
       break;
     }
-    if (group > 1) group = (group + 1) / 2;
-    else block_tiles = std::max<int64_t>(block_tiles / 2, 1);
+    if (group > 1)
+      group = (group + 1) / 2;
+    else
+      block_tiles = std::max<int64_t>(block_tiles / 2, 1);
   }
   int64_t blocks = ceil_div(tiles, block_tiles);
   if (!shared)
-    blocks = std::min(tiles, ceil_div(blocks * plan.batch, threads) * threads / plan.batch + (threads % plan.batch != 0));
+    blocks = std::min(
+        tiles, ceil_div(blocks * plan.batch, threads) * threads / plan.batch + (threads % plan.batch != 0));
   blocks = std::max<int64_t>(blocks, 1);
   block_tiles = ceil_div(tiles, blocks);
   blocks = ceil_div(tiles, block_tiles);
@@ -278,9 +292,11 @@ Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
   common.pitch = chunk;
   auto block_at = [&](int64_t index, const Schedule::Group& g, float* v) {
     WinogradBlock b = common;
-    b.batch = index / blocks, b.tile = index % blocks * block_tiles, b.tiles = std::min(block_tiles, tiles - b.tile);
+    b.batch = index / blocks, b.tile = index % blocks * block_tiles,
+    b.tiles = std::min(block_tiles, tiles - b.tile);
     b.frame = g.frame, b.frames = g.frames, b.runs = g.runs.data(), b.n_runs = int(g.runs.size());
-    b.v = v, b.chunk_stride = schedule->slots * b.tiles * chunk, b.v_stride = v_stride(schedule->slots * b.tiles);
+    b.v = v, b.chunk_stride = schedule->slots * b.tiles * chunk,
+    b.v_stride = v_stride(schedule->slots * b.tiles);
     return b;
   };
   auto panel_step = [&](const WinogradBlock& b, int64_t panel, float* acc) {
@@ -293,7 +309,8 @@ Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
       float* v = own_of(thread);
       for (const auto& g : schedule->groups) {
         const WinogradBlock b = block_at(task, g, v);
-        for (const auto& load : g.loads) VTOK_DISPATCH(winograd_input(b, load.frame, load.from_cache, load.slot, 0, b.tiles));
+        for (const auto& load : g.loads)
+          VTOK_DISPATCH(winograd_input(b, load.frame, load.from_cache, load.slot, 0, b.tiles));
         for (int64_t panel = 0; panel < weights.panels; ++panel) panel_step(b, panel, v + v_floats);
       }
     });
@@ -307,17 +324,20 @@ Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
       parallel_for(int64_t(g.loads.size()) * pieces, threads, [&](int64_t task, int) {
         const auto& load = g.loads[task / pieces];
         const int64_t begin = task % pieces * kPiece;
-        VTOK_DISPATCH(winograd_input(b, load.frame, load.from_cache, load.slot, begin, std::min(begin + kPiece, b.tiles)));
+        VTOK_DISPATCH(winograd_input(b, load.frame, load.from_cache, load.slot, begin,
+                                     std::min(begin + kPiece, b.tiles)));
       });
-      parallel_for(weights.panels, workers, [&](int64_t panel, int thread) { panel_step(b, panel, own_of(thread)); });
+      parallel_for(weights.panels, workers,
+                   [&](int64_t panel, int thread) { panel_step(b, panel, own_of(thread)); });
     }
   return Status::Ok();
 }
 
-// Constants per thread, measured on one core of a Zen 5 server in CPU time; the rates are those of the direct convolution's model
-// but for AVX-512, whose larger matrices wait for the last-level cache a little.
+// Constants per thread, measured on one core of a Zen 5 server in CPU time; the rates are those of the direct
+// convolution's model but for AVX-512, whose larger matrices wait for the last-level cache a little.
 double winograd_seconds(const ConvProblem& p, const ConvPlan& plan, int m) {
-  double rate = 41e9, move = 0.9e-9;  // flop/s of the products; seconds per pixel and channel of one plane's transform
+  // flop/s of the products; seconds per pixel and channel of one plane's transform
+  double rate = 41e9, move = 0.9e-9;
   switch (active_isa()) {
     case Isa::avx512: rate = 205e9, move = 0.45e-9; break;
     case Isa::avx2: rate = 106e9, move = 0.45e-9; break;
@@ -342,8 +362,10 @@ double winograd_seconds(const ConvProblem& p, const ConvPlan& plan, int m) {
     prepared *= std::max(1.0, rows * plan.To * 1.2 * depth * weights.points * 4 / kSharedBlock);
   } else {
     streamed = sets * weights.set_bytes() * std::max(1.0, rows * plan.To / 96) / 20e9;
-    if (weight_cache_enabled() && weight_cache_expects(weight_key(p.weight, m, weights.panel), int64_t(sets) * weights.set_bytes()))
-      prepared = depth * plan.out_channels * plan.kt * 9 * element_size(p.weight.dtype) / 15e9;  // the checksum
+    if (weight_cache_enabled() &&
+        weight_cache_expects(weight_key(p.weight, m, weights.panel), int64_t(sets) * weights.set_bytes()))
+      // the checksum
+      prepared = depth * plan.out_channels * plan.kt * 9 * element_size(p.weight.dtype) / 15e9;
   }
   return 15e-6 + (std::max(product, streamed) + moved + prepared) / std::max(p.threads, 1);
 }

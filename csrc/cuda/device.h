@@ -4,6 +4,7 @@
 
 namespace vtok::cuda {
 
-std::string problem();  // why no GPU can be used here, such as a driver older than the runtime; "" where one can
+// why no GPU can be used here, such as a driver older than the runtime; "" where one can
+std::string problem();
 
 }  // namespace vtok::cuda

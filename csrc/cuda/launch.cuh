@@ -20,27 +20,34 @@ inline Status status_of(cudaError_t error, const char* what) {
 
 // What a launcher may want to know of the current device.
 struct Device {
-  int multiprocessors, shared_limit, capability;  // shared_limit: bytes a block may opt in to; capability: 80, 90, ...
+  // shared_limit: bytes a block may opt in to; capability: 80, 90, ...
+  int multiprocessors, shared_limit, capability;
 };
 
 inline Status current_device(Device& device) {
   int id = 0, major = 0, minor = 0;
   VTOK_RETURN_IF_ERROR(status_of(cudaGetDevice(&id), "current device"));
-  VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id), "device"));
+  VTOK_RETURN_IF_ERROR(status_of(
+      cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id), "device"));
+  VTOK_RETURN_IF_ERROR(status_of(
+      cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id), "device"));
   VTOK_RETURN_IF_ERROR(
-      status_of(cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id), "device"));
-  VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id), "device"));
-  VTOK_RETURN_IF_ERROR(status_of(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id), "device"));
+      status_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id), "device"));
+  VTOK_RETURN_IF_ERROR(
+      status_of(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id), "device"));
   device.capability = major * 10 + minor;
   return Status::Ok();
 }
 
-// How many clusters of a kernel's blocks the current device holds at once: a persistent kernel starts no more.
+// How many clusters of a kernel's blocks the current device holds at once: a persistent kernel starts no
+// more.
 template <class... Parameters>
-Status resident_clusters(void (*kernel)(Parameters...), unsigned cluster, unsigned threads, size_t shared_bytes, int* count) {
+Status resident_clusters(void (*kernel)(Parameters...), unsigned cluster, unsigned threads,
+                         size_t shared_bytes, int* count) {
   const char* what = "resident clusters";
-  VTOK_RETURN_IF_ERROR(status_of(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), what));
+  VTOK_RETURN_IF_ERROR(status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                      static_cast<int>(shared_bytes)),
+                                 what));
   cudaLaunchAttribute size = {};
   size.id = cudaLaunchAttributeClusterDimension;
   size.val.clusterDim.x = cluster, size.val.clusterDim.y = 1, size.val.clusterDim.z = 1;
@@ -52,11 +59,12 @@ Status resident_clusters(void (*kernel)(Parameters...), unsigned cluster, unsign
 }
 
 template <class... Parameters, class... Arguments>
-Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-              cudaStream_t stream, Arguments&&... arguments) {
+Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+              size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
   if (shared_bytes > 48 * 1024)  // the largest amount that needs no permission
     VTOK_RETURN_IF_ERROR(status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                        static_cast<int>(shared_bytes)), what));
+                                                        static_cast<int>(shared_bytes)),
+                                   what));
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
@@ -73,7 +81,8 @@ Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim
 }  // namespace vtok::cuda
 #endif
 
-// VTOK_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...) is a Status. Commas of template arguments do no harm.
+// VTOK_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...) is a Status. Commas of template
+// arguments do no harm.
 #define VTOK_LAUNCH(...) ::vtok::cuda::launch(#__VA_ARGS__, dim3(1), __VA_ARGS__)
 // The same in clusters of `cluster` blocks (sm_90 and newer): at most 8, and the grid is made of whole ones.
 #define VTOK_LAUNCH_CLUSTER(cluster, ...) ::vtok::cuda::launch(#__VA_ARGS__, cluster, __VA_ARGS__)

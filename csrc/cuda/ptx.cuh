@@ -1,6 +1,7 @@
-// Every inline-PTX instruction of the CUDA kernels, one function each, and the memory accesses that a kernel may make: shared
-// memory through 32-bit shared addresses, global memory through ld_global, st_global, red_add and cp_async. With
-// VTOK_EMULATOR defined (tests/emulator) the same names come from an emulation on a CPU that checks every access.
+// Every inline-PTX instruction of the CUDA kernels, one function each, and the memory accesses that a kernel
+// may make: shared memory through 32-bit shared addresses, global memory through ld_global, st_global,
+// red_add and cp_async. With VTOK_EMULATOR defined (tests/emulator) the same names come from an emulation on
+// a CPU that checks every access.
 //
 // Asm statements are volatile, so that the compiler keeps their order among each other and around barriers.
 #pragma once
@@ -18,7 +19,7 @@
 
 namespace vtok::ptx {
 
-// ---- shared memory -------------------------------------------------------------------------------------------------------
+// ---- shared memory ----------------------------------------------------------------------------------------
 
 // The start of dynamic shared memory. Aligned to 128 bytes: round up for more.
 __device__ __forceinline__ uint32_t smem_base() {
@@ -46,7 +47,8 @@ __device__ __forceinline__ T ld_shared(uint32_t address) {
     static_assert(sizeof(T) == 16, "2, 4, 8 or 16 bytes");
     uint4 bits;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w) : "r"(address));
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(address));
     memcpy(&value, &bits, 16);
   }
   return value;
@@ -71,14 +73,16 @@ __device__ __forceinline__ void st_shared(uint32_t address, T value) {
     static_assert(sizeof(T) == 16, "2, 4, 8 or 16 bytes");
     uint4 bits;
     memcpy(&bits, &value, 16);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(bits.x), "r"(bits.y),
+                 "r"(bits.z), "r"(bits.w)
                  : "memory");
   }
 }
 
-// ---- global memory -------------------------------------------------------------------------------------------------------
+// ---- global memory ----------------------------------------------------------------------------------------
 
-// Plain accesses, so that the compiler may order them; T of up to 16 bytes is one instruction where its alignment is its size.
+// Plain accesses, so that the compiler may order them; T of up to 16 bytes is one instruction where its
+// alignment is its size.
 template <class T>
 __device__ __forceinline__ T ld_global(const T* from) {
   __builtin_assume(__isGlobal(from));
@@ -96,7 +100,7 @@ __device__ __forceinline__ void red_add(float* to, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(value) : "memory");
 }
 
-// ---- asynchronous copies from global to shared memory --------------------------------------------------------------------
+// ---- asynchronous copies from global to shared memory -----------------------------------------------------
 
 // Bytes of 4, 8 or 16, both addresses multiples of that. Not valid: zeros, and gmem is not read.
 template <int Bytes>
@@ -104,71 +108,86 @@ __device__ __forceinline__ void cp_async(uint32_t smem, const void* gmem, bool v
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "4, 8 or 16 bytes");
   const int size = valid ? Bytes : 0;
   if constexpr (Bytes == 16)  // past the first-level cache, which only this width can leave out
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(__cvta_generic_to_global(gmem)), "r"(size)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem),
+                 "l"(__cvta_generic_to_global(gmem)), "r"(size)
                  : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(smem), "l"(__cvta_generic_to_global(gmem)), "n"(Bytes),
-                 "r"(size) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(smem),
+                 "l"(__cvta_generic_to_global(gmem)), "n"(Bytes), "r"(size)
+                 : "memory");
 }
 
 // Closes this thread's group of copies.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most N of this thread's youngest groups are under way. Others see the copies after a barrier only.
+// Waits until at most N of this thread's youngest groups are under way. Others see the copies after a barrier
+// only.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- matrices ------------------------------------------------------------------------------------------------------------
+// ---- matrices ---------------------------------------------------------------------------------------------
 
-// 8x8 matrices of 2-byte elements. Lane 8 i + j gives the address of row j of matrix i (16 bytes, aligned to 16; x2: lanes 0 to 15)
-// and gets in r[i] the elements (lane / 4, 2 (lane % 4) + {0, 1}) of matrix i; with _trans the same of the transposed matrix.
+// 8x8 matrices of 2-byte elements. Lane 8 i + j gives the address of row j of matrix i (16 bytes, aligned to
+// 16; x2: lanes 0 to 15) and gets in r[i] the elements (lane / 4, 2 (lane % 4) + {0, 1}) of matrix i; with
+// _trans the same of the transposed matrix.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem));
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem));
 }
 
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], uint32_t smem) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(smem));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(smem));
 }
 
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem));
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem));
 }
 
 __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t smem) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(smem));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(smem));
 }
 
-// d += a b, a 16 x 16 by rows, b 16 x 8 by columns, d 16 x 8. With g = lane / 4 and t = lane % 4, two elements a register:
-// a[i] (g + 8 (i % 2), 2 t + 8 (i / 2) + {0, 1}); b[i] (2 t + 8 i + {0, 1}, g); d[i] (g + 8 (i / 2), 2 t + i % 2).
+// d += a b, a 16 x 16 by rows, b 16 x 8 by columns, d 16 x 8. With g = lane / 4 and t = lane % 4, two
+// elements a register: a[i] (g + 8 (i % 2), 2 t + 8 (i / 2) + {0, 1}); b[i] (2 t + 8 i + {0, 1}, g); d[i] (g
+// + 8 (i / 2), 2 t + i % 2).
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d += a b, a 16 x 8, b 8 x 8, d as above; a register is one float32 of which the 19 upper bits count (see to_tf32):
-// a[i] (g + 8 (i % 2), t + 4 (i / 2)); b[i] (t + 4 i, g).
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+// d += a b, a 16 x 8, b 8 x 8, d as above; a register is one float32 of which the 19 upper bits count (see
+// to_tf32): a[i] (g + 8 (i % 2), t + 4 (i / 2)); b[i] (t + 4 i, g).
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- conversions ---------------------------------------------------------------------------------------------------------
+// ---- conversions ------------------------------------------------------------------------------------------
 
 // Rounds to nearest, ties away from zero, which is what the instruction offers.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
@@ -190,10 +209,16 @@ __device__ __forceinline__ float to_float(__half value) { return __half2float(va
 template <class T>
 __device__ __forceinline__ T from_float(float value);
 template <>
-__device__ __forceinline__ float from_float<float>(float value) { return value; }
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float value) { return __float2half_rn(value); }
+__device__ __forceinline__ __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
 
 }  // namespace vtok::ptx

@@ -7,23 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vtok_fast.bench import (
-    harness,
-    layers,
-    report,
-)
+from vtok_fast.bench import harness, report
+from vtok_fast.bench.cases import layers
 from vtok_fast.bench.harness import Candidate, Settings, Trial
 
 TINY = Settings(quick=True, min_rounds=3, min_seconds=0.0, max_seconds=1.0)
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------------
+# ---- statistics --------------------------------------------------------------------------------------------
 
 
 def test_geometric_mean():
     assert harness.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
     assert harness.geometric_mean([3.0]) == pytest.approx(3.0)
-    assert harness.geometric_mean([1e-200, 1e-200]) == pytest.approx(1e-200)  # a plain product would underflow
+    assert harness.geometric_mean([1e-200, 1e-200]) == pytest.approx(
+        1e-200
+    )  # a plain product would underflow
     for bad in ([], [1.0, 0.0], [-1.0]):
         with pytest.raises(ValueError, match="positive"):
             harness.geometric_mean(bad)
@@ -35,12 +34,13 @@ def test_spread_is_median_and_quartiles():
 
 
 def test_ratios_are_taken_within_rounds():
-    # The machine is three times slower in the second round; the ratio of medians would see it, that of the rounds does not.
+    # The machine is three times slower in the second round; the ratio of medians would see it, that of the
+    # rounds does not.
     seconds = {"a": [1.0, 3.0, 1.0, 3.0], "b": [2.0, 6.0, 2.0, 6.0]}
     assert harness.ratios(seconds, "a") == {"b": {"median": 2.0, "q1": 2.0, "q3": 2.0}}
 
 
-# ---- taking turns ----------------------------------------------------------------------------------------------------------
+# ---- taking turns ------------------------------------------------------------------------------------------
 
 
 def test_candidates_take_turns(monkeypatch):
@@ -87,16 +87,32 @@ def test_measure_names_the_fastest_peer_and_ignores_floors():
     def busy(n):
         return lambda: sum(range(n))
 
-    trial = Trial("t", "g", [Candidate("slow", busy(300_000), "eager"), Candidate("fast", busy(60_000)),
-                             Candidate("copy", busy(1), "floor"),
-                             Candidate("mine", busy(20_000), "ours"), Candidate("mine, other", busy(20_000), "variant")])
+    trial = Trial(
+        "t",
+        "g",
+        [
+            Candidate("slow", busy(300_000), "eager"),
+            Candidate("fast", busy(60_000)),
+            Candidate("copy", busy(1), "floor"),
+            Candidate("mine", busy(20_000), "ours"),
+            Candidate("mine, other", busy(20_000), "variant"),
+        ],
+    )
     record = harness.measure(trial, TINY)
     assert (record["ours"], record["eager"], record["best"]) == ("mine", "slow", "fast")
-    assert set(record["ratios"]) == {"mine", "mine, other"} and set(record["ratios"]["mine"]) == {"slow", "fast", "copy",
-                                                                                                  "mine, other"}
+    assert set(record["ratios"]) == {"mine", "mine, other"} and set(record["ratios"]["mine"]) == {
+        "slow",
+        "fast",
+        "copy",
+        "mine, other",
+    }
     assert report.ratio(record, "best") == record["ratios"]["mine"]["fast"]
-    assert report.ratio(record, "eager")["median"] > report.ratio(record, "best")["median"] > 1 > report.ratio(record,
-                                                                                                               "copy")["median"]
+    assert (
+        report.ratio(record, "eager")["median"]
+        > report.ratio(record, "best")["median"]
+        > 1
+        > report.ratio(record, "copy")["median"]
+    )
     assert json.loads(json.dumps(record)) == record
 
 
@@ -108,19 +124,31 @@ def test_a_peer_that_does_not_compile_is_missing_with_its_reason():
     assert function is None and why
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 def test_layers_are_those_of_the_models():
     chosen = layers.load()
     assert {layer.model.split("-")[0] for layer in chosen} == {"wan2.1", "vidtok", "cosmos"}
-    hot = next(x for x in chosen if x.model == "vidtok" and x.cin == x.cout == 256 and x.kernel == (3, 3, 3)
-               and x.size == (20, 256, 256))
-    assert hot.share == pytest.approx(0.3122) and hot.gflop == pytest.approx(4638.6, rel=1e-4) and hot.out_size == (20, 256, 256)
+    hot = next(
+        x
+        for x in chosen
+        if x.model == "vidtok"
+        and x.cin == x.cout == 256
+        and x.kernel == (3, 3, 3)
+        and x.size == (20, 256, 256)
+    )
+    assert (
+        hot.share == pytest.approx(0.3122)
+        and hot.gflop == pytest.approx(4638.6, rel=1e-4)
+        and hot.out_size == (20, 256, 256)
+    )
     for model in ("wan2.1", "vidtok", "cosmos-cv8x8x8", "cosmos-dv4x8x8"):
         stage_entries = [e for e in json.loads(layers.FILE.read_text())["layers"] if e["model"] == model]
         for stage in ("encode", "decode"):  # the layers left out have less than 1% each
-            assert 0.85 < sum(e["stages"][stage]["share"] for e in stage_entries if stage in e["stages"]) <= 1.0
+            assert (
+                0.85 < sum(e["stages"][stage]["share"] for e in stage_entries if stage in e["stages"]) <= 1.0
+            )
 
 
 def test_first_and_continuing_chunks_are_half_each():
@@ -133,11 +161,15 @@ def test_first_and_continuing_chunks_are_half_each():
 def test_scaled_layers_keep_what_matters(quick):
     cap = layers.QUICK_GFLOP if quick else layers.GFLOP
     chosen = layers.benchmark_layers(quick=quick)
-    assert {layer.group for layer in chosen} == {"3x3 planes", "rest"} and len(set(map(str, chosen))) == len(chosen)
+    assert {layer.group for layer in chosen} == {"3x3 planes", "rest"} and len(set(map(str, chosen))) == len(
+        chosen
+    )
     for layer in layers.load():
         small = layers.scaled(layer, cap)
         assert small.gflop <= cap or (small.size[0] <= 4 and min(small.size[1:]) < 8 + 4 * max(small.stride))
         assert all(n <= m for n, m in zip(small.size, layer.size)) and min(small.size[1:]) >= 8
         assert replace(small, size=layer.size) == layer
-        assert all((n + sum(p) - k) % s == 0 for n, p, k, s in zip(small.size[1:], small.spatial_pad, small.kernel[1:],
-                                                                   small.stride[1:]))
+        assert all(
+            (n + sum(p) - k) % s == 0
+            for n, p, k, s in zip(small.size[1:], small.spatial_pad, small.kernel[1:], small.stride[1:])
+        )

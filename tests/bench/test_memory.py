@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vtok_fast import peak_memory
-from vtok_fast.bench import memory, report, run
+from vtok_fast.bench import memory, peak_memory, report, run
 from vtok_fast.bench.harness import Candidate, Settings
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the system's high-water mark is read from /proc")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the system's high-water mark is read from /proc"
+)
 QUICK = Settings(quick=True, min_rounds=3, min_seconds=0.0, max_seconds=1.0, compile=False)
 MIB = 1 << 20
 
@@ -33,7 +34,8 @@ print(json.dumps([memory.of_candidate(Candidate(str(mib), chain, inputs=(mib,)))
 
 
 def test_a_peak_is_what_was_held_at_a_time():
-    """In a process with the allocator as a user has it: other tests pin theirs, and what is freed then stays."""
+    """In a process with the allocator as a user has it: other tests pin theirs, and what is freed then
+    stays."""
     result = subprocess.run([sys.executable, "-c", CHAINS], capture_output=True, text=True, check=True)
     peaks = json.loads(result.stdout)
     for peak, mib in zip(peaks, (64, 8, 64)):  # two at a time; what came before does not matter
@@ -56,10 +58,16 @@ def test_every_candidate_of_a_case_is_measured_in_another_process(monkeypatch):
     monkeypatch.setattr(peak_memory, "settled", lambda: pytest.fail("measured in this process"))
     wish = Settings(**{**QUICK.__dict__, "memory": True})
     results = run.run(chosen, wish, say=lambda line: None)
-    record, = results["sections"]["token_packing"]["cases"]
-    assert all(entry["peak_bytes"] >= 0 for entry in record["seconds"].values()) and len(record["seconds"]) > 1
-    assert "peak_bytes" not in run.run(chosen, QUICK, say=lambda line: None)["sections"]["token_packing"]["cases"][0]["seconds"][
-        record["ours"]]
+    (record,) = results["sections"]["token_packing"]["cases"]
+    assert (
+        all(entry["peak_bytes"] >= 0 for entry in record["seconds"].values()) and len(record["seconds"]) > 1
+    )
+    assert (
+        "peak_bytes"
+        not in run.run(chosen, QUICK, say=lambda line: None)["sections"]["token_packing"]["cases"][0][
+            "seconds"
+        ][record["ours"]]
+    )
     report.show(results)
 
 

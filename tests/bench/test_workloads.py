@@ -6,26 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vtok_fast.bench import (
-    causal_conv3d,
-    ceilings,
-    fsq,
-    harness,
-    layers,
-    norm_act,
-    report,
-    scope_attention,
-    token_packing,
-    vidtok,
-)
+from vtok_fast.bench import ceilings, harness, report
 from vtok_fast.bench import run as runner
+from vtok_fast.bench.cases import causal_conv3d, fsq, layers, norm_act, scope_attention, token_packing, vidtok
 from vtok_fast.bench.harness import Settings
 from vtok_fast.bench.own import Own
 
 TINY = Settings(quick=True, min_rounds=3, min_seconds=0.0, max_seconds=1.0)
 
 
-# ---- every benchmark runs --------------------------------------------------------------------------------------------------
+# ---- every benchmark runs ----------------------------------------------------------------------------------
 
 
 def _run(module, case):
@@ -75,7 +65,9 @@ def test_fsq_runs(layout, one_thread):
 def test_token_packing_runs(case, one_thread):
     _run(token_packing, replace(case, compile=False))
     trial = token_packing.build(case, TINY)
-    for c in trial.candidates if case.dtype != torch.bfloat16 else ():  # in which eager scores are rounded, and tie
+    for c in (
+        trial.candidates if case.dtype != torch.bfloat16 else ()
+    ):  # in which eager scores are rounded, and tie
         assert torch.equal(c.call().reshape(trial.ours.call().shape), trial.ours.call())
 
 
@@ -96,15 +88,22 @@ def test_vidtok_runs(one_thread):
     assert record["facts"]["swapped"] > 0 and record["facts"]["tokens"] == 64
 
 
-# ---- the command line's part -----------------------------------------------------------------------------------------------
+# ---- the command line's part -------------------------------------------------------------------------------
 
 
 def test_own_shapes(one_thread):
     wish = Own((1, 8, 5, 16, 16), kernel=(3, 3, 3), channels=4, time_mode="cache")
-    (name, case), = runner.choose(["causal_conv3d"], TINY, wish=wish)
-    assert case.layer.out_size == (5, 16, 16) and (case.layer.cout, case.layer.front, case.layer.chunk) == (4, 2, "continuing")
+    ((name, case),) = runner.choose(["causal_conv3d"], TINY, wish=wish)
+    assert case.layer.out_size == (5, 16, 16) and (case.layer.cout, case.layer.front, case.layer.chunk) == (
+        4,
+        2,
+        "continuing",
+    )
     _run(causal_conv3d, case)
-    _run(causal_conv3d, causal_conv3d.own(Own((2, 4, 3, 9, 9), kernel=(1, 3, 3), stride=(1, 2, 2), time_mode="replicate")))
+    _run(
+        causal_conv3d,
+        causal_conv3d.own(Own((2, 4, 3, 9, 9), kernel=(1, 3, 3), stride=(1, 2, 2), time_mode="replicate")),
+    )
     _run(norm_act, norm_act.own(Own((2, 8, 3, 4, 4), kind="group", groups=4)))
     _run(norm_act, norm_act.own(Own((2, 8, 3, 4, 4))))
     _run(fsq, fsq.own(Own((2, 3, 2, 4, 4), levels=(8, 5, 5))))
@@ -113,19 +112,22 @@ def test_own_shapes(one_thread):
     _run(token_packing, token_packing.own(Own((2, 6, 2, 8, 8))))
 
 
-@pytest.mark.parametrize(("names", "wish", "said"), [
-    (["causal_conv3d"], Own(kernel=(3, 3, 3)), "expected --shape B,C,T,H,W"),
-    (["causal_conv3d"], Own((1, 2, 3)), "shape=1,2,3: expected B,C,T,H,W"),
-    (["causal_conv3d"], Own((1, 2, 3, 4, 5), kernel=(3, 3)), "kernel=3,3: expected three"),
-    (["causal_conv3d"], Own((1, 2, 3, 4, 5), time_mode="mirror"), "time_mode='mirror'"),
-    (["fsq"], Own((1, 2, 3, 4, 5), kernel=(3, 3, 3)), "fsq takes no such option"),
-    (["fsq"], Own((1, 2, 3, 4, 5), levels=(8,)), "levels=8"),
-    (["norm_act"], Own((1, 6, 3, 4, 5), groups=4), "groups=4: does not divide 6"),
-    (["scope_attention"], Own((1, 1, 24, 8), numbers=(3, 9)), "has 27 tokens"),
-    (["token_packing"], Own((1, 3, 4, 8, 8), kind="router"), "1 \\+ 4n frames"),
-    ([], Own((1, 2, 3, 4, 5)), "own shapes need one op"),
-    (["vidtok"], Own((1, 2, 3, 4, 5)), "own shapes need one op"),
-])
+@pytest.mark.parametrize(
+    ("names", "wish", "said"),
+    [
+        (["causal_conv3d"], Own(kernel=(3, 3, 3)), "expected --shape B,C,T,H,W"),
+        (["causal_conv3d"], Own((1, 2, 3)), "shape=1,2,3: expected B,C,T,H,W"),
+        (["causal_conv3d"], Own((1, 2, 3, 4, 5), kernel=(3, 3)), "kernel=3,3: expected three"),
+        (["causal_conv3d"], Own((1, 2, 3, 4, 5), time_mode="mirror"), "time_mode='mirror'"),
+        (["fsq"], Own((1, 2, 3, 4, 5), kernel=(3, 3, 3)), "fsq takes no such option"),
+        (["fsq"], Own((1, 2, 3, 4, 5), levels=(8,)), "levels=8"),
+        (["norm_act"], Own((1, 6, 3, 4, 5), groups=4), "groups=4: does not divide 6"),
+        (["scope_attention"], Own((1, 1, 24, 8), numbers=(3, 9)), "has 27 tokens"),
+        (["token_packing"], Own((1, 3, 4, 8, 8), kind="router"), "1 \\+ 4n frames"),
+        ([], Own((1, 2, 3, 4, 5)), "own shapes need one op"),
+        (["vidtok"], Own((1, 2, 3, 4, 5)), "own shapes need one op"),
+    ],
+)
 def test_own_shapes_that_do_not_fit(names, wish, said):
     with pytest.raises(ValueError, match=said):
         runner.choose(names, TINY, wish=wish)
@@ -145,9 +147,13 @@ def test_workloads_are_chosen_by_model_and_words():
 
 def test_listed_peers_are_those_that_run(one_thread):
     layer = layers.scaled(next(x for x in layers.load() if x.kernel[0] == 1), 0.002)
-    built = [(causal_conv3d, causal_conv3d.Case(layer, compile=True)), (norm_act, norm_act.cases(TINY)[0]),
-             (fsq, fsq.cases(TINY)[2]),
-             (token_packing, token_packing.cases(TINY)[0]), (token_packing, token_packing.cases(TINY)[-1])]
+    built = [
+        (causal_conv3d, causal_conv3d.Case(layer, compile=True)),
+        (norm_act, norm_act.cases(TINY)[0]),
+        (fsq, fsq.cases(TINY)[2]),
+        (token_packing, token_packing.cases(TINY)[0]),
+        (token_packing, token_packing.cases(TINY)[-1]),
+    ]
     for module, case in built:
         trial = module.build(case, replace(TINY, compile=False))
         peers = {c.name for c in trial.candidates if c.role not in ("ours", "variant")}

@@ -1,5 +1,5 @@
-"""The documentation says what is: every Python block runs, every command is one, every link leads somewhere, every file that is
-named exists, every table is what the results say."""
+"""The documentation says what is: every Python block runs, every command is one, every link leads somewhere,
+every file that is named exists, every table is what the results say."""
 
 import itertools
 import os
@@ -14,7 +14,8 @@ import pytest
 import torch
 import typer.main
 
-from vtok_fast import backends, cli
+from vtok_fast import cli
+from vtok_fast.dispatch import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(p for p in ROOT.glob("*.md"))])
@@ -32,7 +33,7 @@ def blocks(page):
     text = page.read_text()
     for match in BLOCK.finditer("\n" + text):
         if NOT_RUN not in match["before"]:
-            yield "\n" * (text[:max(match.start("code") - 1, 0)].count("\n")) + match["code"]
+            yield "\n" * (text[: max(match.start("code") - 1, 0)].count("\n")) + match["code"]
 
 
 RUN = [p for p in PAGES if any(blocks(p))]
@@ -54,7 +55,8 @@ def test_there_is_something_to_run():
 
 
 def commands(page):
-    """The lines of a page's shell blocks, each as words, without comments, settings in front, and what follows a pipe."""
+    """The lines of a page's shell blocks, each as words, without comments, settings in front, and what
+    follows a pipe."""
     for match in SHELL.finditer(page.read_text()):
         for line in match["code"].replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
@@ -121,7 +123,9 @@ def test_tables_come_from_results():
     docs = runpy.run_path(str(ROOT / "scripts" / "docs.py"))
     page = (ROOT / "docs" / "ops" / "fsq.md").read_text()
     for path in PAGES:
-        assert docs["filled"](path.read_text()) == path.read_text(), f"{path.name}: run python scripts/docs.py"
+        assert docs["filled"](path.read_text()) == path.read_text(), (
+            f"{path.name}: run python scripts/docs.py"
+        )
     spoiled = page.replace("| times eager |", "| times better than anything |")
     assert spoiled != page and "better than anything" not in docs["filled"](spoiled)
 
@@ -137,8 +141,13 @@ def test_pictures_are_drawn(tmp_path):
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
     pytest.importorskip("mkdocs")
-    result = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"], cwd=ROOT,
-                            capture_output=True, text=True, env=os.environ)
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "site" / "ops" / "fsq" / "index.html").is_file()
     assert "The first version." in (tmp_path / "site" / "changelog" / "index.html").read_text()

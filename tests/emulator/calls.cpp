@@ -12,7 +12,9 @@ void emu_prepare(int seed, int shared_limit, int multiprocessors, int capability
   emu::forget_globals();
 }
 
-void emu_register(const void* begin, uint64_t bytes, const char* name) { emu::register_global(begin, bytes, name); }
+void emu_register(const void* begin, uint64_t bytes, const char* name) {
+  emu::register_global(begin, bytes, name);
+}
 const char* emu_launched() { return emu::launched; }
 uint64_t emu_bank_conflicts() { return emu::bank_conflicts; }
 }

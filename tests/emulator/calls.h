@@ -1,4 +1,5 @@
-// How Python calls a launcher: an array of Args becomes the launcher's own parameters, and its Status a code and a message.
+// How Python calls a launcher: an array of Args becomes the launcher's own parameters, and its Status a code
+// and a message.
 #pragma once
 #include <array>
 #include <optional>
@@ -22,8 +23,10 @@ struct Arg {  // the same as in emulator.py
 template <class P>
 struct Read {  // numbers and enums
   static P from(const Arg& a) {
-    if constexpr (std::is_floating_point_v<P>) return static_cast<P>(a.real);
-    else return static_cast<P>(a.integer);
+    if constexpr (std::is_floating_point_v<P>)
+      return static_cast<P>(a.real);
+    else
+      return static_cast<P>(a.integer);
   }
 };
 template <>
@@ -36,12 +39,16 @@ struct Read<T*> {  // a stream
 };
 template <class T>
 struct Read<std::optional<T>> {
-  static std::optional<T> from(const Arg& a) { return a.present ? std::optional<T>(Read<T>::from(a)) : std::nullopt; }
+  static std::optional<T> from(const Arg& a) {
+    return a.present ? std::optional<T>(Read<T>::from(a)) : std::nullopt;
+  }
 };
 template <class T>
 T item(const Arg& a, int64_t i) {
-  if constexpr (std::is_floating_point_v<T>) return static_cast<T>(a.reals[i]);
-  else return static_cast<T>(a.integers[i]);
+  if constexpr (std::is_floating_point_v<T>)
+    return static_cast<T>(a.reals[i]);
+  else
+    return static_cast<T>(a.integers[i]);
 }
 template <class T>
 struct Read<std::vector<T>> {
@@ -67,7 +74,8 @@ int answer(const vtok::Status& status, char* message, size_t room);
 template <class... P>
 int call(vtok::Status (*launcher)(P...), const Arg* args, int count, char* message, size_t room) {
   if (count != int(sizeof...(P)))
-    return answer(vtok::Status::Invalid("expected " + std::to_string(sizeof...(P)) + " arguments, got " + std::to_string(count)),
+    return answer(vtok::Status::Invalid("expected " + std::to_string(sizeof...(P)) + " arguments, got " +
+                                        std::to_string(count)),
                   message, room);
   try {
     return [&]<size_t... I>(std::index_sequence<I...>) {
@@ -80,7 +88,7 @@ int call(vtok::Status (*launcher)(P...), const Arg* args, int count, char* messa
 
 }  // namespace emu
 
-#define EMU_EXPORT(name, ...)                                                                         \
-  extern "C" int emu_call_##name(const emu::Arg* args, int count, char* message, size_t room) {       \
-    return emu::call(__VA_ARGS__, args, count, message, room);                                        \
+#define EMU_EXPORT(name, ...)                                                                   \
+  extern "C" int emu_call_##name(const emu::Arg* args, int count, char* message, size_t room) { \
+    return emu::call(__VA_ARGS__, args, count, message, room);                                  \
   }

@@ -1,17 +1,20 @@
-// What the instructions of ptx.cuh do with exact values, word for word: the same source for a GPU and for the emulator, so that a
-// mistake that two parts of the emulator share cannot hide. test_conformance.py knows what each word must be.
+// What the instructions of ptx.cuh do with exact values, word for word: the same source for a GPU and for the
+// emulator, so that a mistake that two parts of the emulator share cannot hide. test_conformance.py knows
+// what each word must be.
 //
-// nvcc -std=c++17 -arch=native -I csrc tests/emulator/conformance.cu -o conformance && ./conformance     prints a word per line
+// nvcc -std=c++17 -arch=native -I csrc tests/emulator/conformance.cu -o conformance && ./conformance
+// prints a word per line
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "tensor.h"
 
 namespace vtok::cuda {
 
-constexpr int kValues = 2048;                                      // float32 bit patterns to convert
+constexpr int kValues = 2048;  // float32 bit patterns to convert
 constexpr int kWords = 12 * 32 + 3 * 4 * 32 + 6 * 32 + 64 + 3 * kValues;
 
-// Element (r, c) of 32 rows of 8 is 8 r + c. Row r lies at place 5 r % 32, and lane l gives the address of row l.
+// Element (r, c) of 32 rows of 8 is 8 r + c. Row r lies at place 5 r % 32, and lane l gives the address of
+// row l.
 __global__ void matrices(uint32_t* out) {
   const uint32_t base = ptx::smem_base(), lane = threadIdx.x, row = base + 16 * (5 * lane % 32);
   for (uint32_t c = 0; c < 8; ++c) ptx::st_shared(row + 2 * c, static_cast<uint16_t>(8 * lane + c));
@@ -21,14 +24,16 @@ __global__ void matrices(uint32_t* out) {
   ptx::ldmatrix_x4_trans(x4_trans, row);
   ptx::ldmatrix_x2(x2, row);
   ptx::ldmatrix_x2_trans(x2_trans, row);
-  for (int i = 0; i < 4; ++i) ptx::st_global(out + 32 * i + lane, x4[i]), ptx::st_global(out + 128 + 32 * i + lane, x4_trans[i]);
+  for (int i = 0; i < 4; ++i)
+    ptx::st_global(out + 32 * i + lane, x4[i]), ptx::st_global(out + 128 + 32 * i + lane, x4_trans[i]);
   for (int i = 0; i < 2; ++i)
     ptx::st_global(out + 256 + 32 * i + lane, x2[i]), ptx::st_global(out + 320 + 32 * i + lane, x2_trans[i]);
 }
 
 // A small integer for each register of a fragment: of which operand, which register, which half of it.
 __device__ float integer(int operand, int i, int half) {
-  return float(int(threadIdx.x * 7 + i * 13 + half * 5 + operand * 3 + threadIdx.x * threadIdx.x * i) % 9 - 4);
+  return float(int(threadIdx.x * 7 + i * 13 + half * 5 + operand * 3 + threadIdx.x * threadIdx.x * i) % 9 -
+               4);
 }
 
 template <class T>
@@ -62,17 +67,21 @@ __global__ void products(uint32_t* out) {
 
 __global__ void exchanges(uint32_t* out) {
   const uint32_t lane = threadIdx.x, value = 100 + lane;
-  const uint32_t got[6] = {__shfl_xor_sync(~0u, value, 9), __shfl_xor_sync(~0u, value, 17, 16), __shfl_sync(~0u, value, 11, 8),
-                           __shfl_down_sync(~0u, value, 5), __shfl_up_sync(~0u, value, 3, 16), __ballot_sync(~0u, lane % 3 == 1)};
+  const uint32_t got[6] = {__shfl_xor_sync(~0u, value, 9),    __shfl_xor_sync(~0u, value, 17, 16),
+                           __shfl_sync(~0u, value, 11, 8),    __shfl_down_sync(~0u, value, 5),
+                           __shfl_up_sync(~0u, value, 3, 16), __ballot_sync(~0u, lane % 3 == 1)};
   for (int i = 0; i < 6; ++i) ptx::st_global(out + 32 * i + lane, got[i]);
 }
 
 // out: 64 words, of which the first 32 hold 1, 2, ... and the others 0.5: copied, or zeros, and added up.
 __global__ void copies(uint32_t* out) {
   const uint32_t lane = threadIdx.x, base = ptx::smem_base();
-  if (lane < 4) ptx::cp_async<16>(base + 16 * lane, out + 4 * lane, lane != 2);
-  else if (lane < 10) ptx::cp_async<8>(base + 64 + 8 * (lane - 4), out + 16 + 2 * (lane - 4), lane != 5);
-  else if (lane < 14) ptx::cp_async<4>(base + 112 + 4 * (lane - 10), out + 28 + lane - 10, lane != 12);
+  if (lane < 4)
+    ptx::cp_async<16>(base + 16 * lane, out + 4 * lane, lane != 2);
+  else if (lane < 10)
+    ptx::cp_async<8>(base + 64 + 8 * (lane - 4), out + 16 + 2 * (lane - 4), lane != 5);
+  else if (lane < 14)
+    ptx::cp_async<4>(base + 112 + 4 * (lane - 10), out + 28 + lane - 10, lane != 12);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -87,7 +96,8 @@ __global__ void conversions(uint32_t* out) {
   memcpy(&value, &bits, 4);
   const __nv_bfloat16 bf16 = ptx::from_float<__nv_bfloat16>(value);
   // Around the ends of what float16 holds, too.
-  const __half half = ptx::from_float<__half>(i % 2 ? value : float(int(bits >> 8) - (1 << 23)) / float(1 << (i / 2 % 31)));
+  const __half half =
+      ptx::from_float<__half>(i % 2 ? value : float(int(bits >> 8) - (1 << 23)) / float(1 << (i / 2 % 31)));
   uint16_t words[2];
   memcpy(&words[0], &bf16, 2), memcpy(&words[1], &half, 2);
   ptx::st_global(out + 3 * i, words[0] | uint32_t(words[1]) << 16);
@@ -123,7 +133,9 @@ int main() {
   void* memory = nullptr;
   vtok::Tensor out;
   out.rank = 1, out.size[0] = kWords, out.stride[0] = 1, out.dtype = vtok::DType::i32;
-  auto tried = [](cudaError_t error) { if (error != cudaSuccess) std::printf("%s\n", cudaGetErrorString(error)), std::exit(1); };
+  auto tried = [](cudaError_t error) {
+    if (error != cudaSuccess) std::printf("%s\n", cudaGetErrorString(error)), std::exit(1);
+  };
   tried(cudaMalloc(&memory, kWords * 4));
   tried(cudaMemcpy(memory, words.data(), kWords * 4, cudaMemcpyHostToDevice));
   out.data = memory;

@@ -1,4 +1,5 @@
-// The emulator of the CUDA execution model, as kernels and launchers see it: see emulator.py for how to use it.
+// The emulator of the CUDA execution model, as kernels and launchers see it: see emulator.py for how to use
+// it.
 //
 //   types.h         qualifiers, vector types and half precision of CUDA C++
 //   machine.h .cpp  threads as fibers, the scheduler, barriers and shuffles, vector clocks
@@ -30,8 +31,8 @@ Status resident_clusters(void (*)(Parameters...), unsigned cluster, unsigned, si
 }
 
 template <class... Parameters, class... Arguments>
-Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-              cudaStream_t, Arguments&&... arguments) {
+Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+              size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "more bytes of parameters than every GPU takes");
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
   emu::launched = what;

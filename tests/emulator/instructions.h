@@ -37,9 +37,11 @@ void st_global(T* to, T value, Where where = Where::current()) {
   emu::write_global(to, &value, sizeof(T), alignof(T), "st_global", where);
 }
 
-inline void red_add(float* to, float value, Where where = Where::current()) { emu::add_global(to, value, where); }
+inline void red_add(float* to, float value, Where where = Where::current()) {
+  emu::add_global(to, value, where);
+}
 
-// ---- asynchronous copies -----------------------------------------------------------------------------------------------
+// ---- asynchronous copies ----------------------------------------------------------------------------------
 
 template <int Bytes>
 void cp_async(uint32_t smem, const void* gmem, bool valid, Where where = Where::current()) {
@@ -56,12 +58,14 @@ void cp_async_wait() {
   if (emu::self->groups > N) emu::finish_copies(*emu::self, emu::self->groups - N);
 }
 
-// ---- matrices ----------------------------------------------------------------------------------------------------------
+// ---- matrices ---------------------------------------------------------------------------------------------
 
 // Each lane reads what it gets, so that a row must be visible to all four lanes among which it is divided.
 template <int N>
 void ldmatrix(const char* what, uint32_t (&r)[N], uint32_t smem, bool transposed, const Where& where) {
-  struct Offer { uint32_t address, *r; };
+  struct Offer {
+    uint32_t address, *r;
+  };
   emu::collective(what, ~0u, Offer{smem, r}, where, [&](Offer** lanes) {
     for (int i = 0; i < N; ++i) {
       int rows_in_banks[8] = {};  // a row fills one of eight groups of four banks
@@ -74,12 +78,14 @@ void ldmatrix(const char* what, uint32_t (&r)[N], uint32_t smem, bool transposed
       for (int lane = 0; lane < 32; ++lane) {
         emu::Thread& by = emu::cluster.threads[32 * emu::self->warp + lane];
         if (!transposed) {
-          emu::read_shared(&lanes[lane]->r[i], lanes[8 * i + lane / 4]->address + 4 * (lane % 4), 4, 4, what, where, by);
+          emu::read_shared(&lanes[lane]->r[i], lanes[8 * i + lane / 4]->address + 4 * (lane % 4), 4, 4, what,
+                           where, by);
           continue;
         }
         for (int e = 0; e < 2; ++e)
           emu::read_shared(reinterpret_cast<uint16_t*>(&lanes[lane]->r[i]) + e,
-                           lanes[8 * i + 2 * (lane % 4) + e]->address + 2 * (lane / 4), 2, 2, what, where, by);
+                           lanes[8 * i + 2 * (lane % 4) + e]->address + 2 * (lane / 4), 2, 2, what, where,
+                           by);
       }
     }
   });
@@ -100,20 +106,26 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t smem, Where where = Whe
 
 inline float low(uint32_t bits, __nv_bfloat16) { return __bfloat162float({uint16_t(bits)}); }
 inline float low(uint32_t bits, __half) { return __half2float({uint16_t(bits)}); }
-inline float low(uint32_t bits, float) { return std::bit_cast<float>(bits & ~0x1fffu); }  // tf32: the lower bits do not count
+// tf32: the lower bits do not count
+inline float low(uint32_t bits, float) { return std::bit_cast<float>(bits & ~0x1fffu); }
 
-// d (16 x 8) += a (16 x kK) b (kK x 8), where a 4-byte register holds 4 / sizeof(T) neighbours along k; T float means tf32. Sums in
-// float32 in the order of k, which no GPU promises.
+// d (16 x 8) += a (16 x kK) b (kK x 8), where a 4-byte register holds 4 / sizeof(T) neighbours along k; T
+// float means tf32. Sums in float32 in the order of k, which no GPU promises.
 template <class T, int kK>
-void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Where& where) {
-  struct Offer { float* d; const uint32_t *a, *b; };
+void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+         const Where& where) {
+  struct Offer {
+    float* d;
+    const uint32_t *a, *b;
+  };
   emu::collective(what, ~0u, Offer{d, a, b}, where, [](Offer** lanes) {
     constexpr int kWide = sizeof(T) == 2 ? 2 : 1;
     float left[16][kK], right[8][kK];
     for (int lane = 0; lane < 32; ++lane)
       for (int e = 0; e < kWide; ++e) {
         const int g = lane / 4, k = lane % 4 * kWide + e;
-        for (int i = 0; i < 4; ++i) left[g + 8 * (i % 2)][k + 4 * kWide * (i / 2)] = low(lanes[lane]->a[i] >> 16 * e, T{});
+        for (int i = 0; i < 4; ++i)
+          left[g + 8 * (i % 2)][k + 4 * kWide * (i / 2)] = low(lanes[lane]->a[i] >> 16 * e, T{});
         for (int i = 0; i < 2; ++i) right[g][k + 4 * kWide * i] = low(lanes[lane]->b[i] >> 16 * e, T{});
       }
     for (int lane = 0; lane < 32; ++lane)
@@ -127,12 +139,14 @@ void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], const uint32_t
 }
 
 template <class T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  Where where = Where::current()) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
   mma<T, 16>("mma_m16n8k16", d, a, b, where);
 }
 
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             Where where = Where::current()) {
   mma<float, 8>("mma_m16n8k8_tf32", d, a, b, where);
 }
 

@@ -34,7 +34,8 @@ emu_switch:
 namespace emu {
 namespace {
 
-constexpr size_t kStack = 128 << 10, kGuard = 4096;  // bytes of a fiber's stack, and of what must not be touched below it
+// bytes of a fiber's stack, and of what must not be touched below it
+constexpr size_t kStack = 128 << 10, kGuard = 4096;
 
 void* scheduler_stack_pointer;
 const std::function<void()>* kernel;
@@ -87,7 +88,8 @@ void fiber_main() {
 char* stack_top(int id) {
   static std::vector<char*> tops;  // kept for the next block
   while (int(tops.size()) <= id) {
-    void* low = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* low = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (low == MAP_FAILED || mprotect(low, kGuard, PROT_NONE)) std::abort();
     tops.push_back(static_cast<char*>(low) + kStack + kGuard);
   }
@@ -104,7 +106,8 @@ void start(Thread& t, int id) {
   t.clock[id] = 1;
   auto** top = reinterpret_cast<void**>(stack_top(id));
 #ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(reinterpret_cast<char*>(top) - kStack, kStack);  // what an error has left there
+  // what an error has left there
+  __asan_unpoison_memory_region(reinterpret_cast<char*>(top) - kStack, kStack);
 #endif
   *--top = nullptr;  // so that the stack is aligned in fiber_main as after a call
   *--top = reinterpret_cast<void*>(&fiber_main);
@@ -134,8 +137,10 @@ std::string deadlock() {
   std::map<std::string, int> waiting;
   int ended = 0;
   for (const Thread& t : cluster.threads) {
-    if (t.state == Thread::State::ended) ++ended;
-    else ++waiting[std::string(t.waits_for) + " (" + place(t.where) + ")"];
+    if (t.state == Thread::State::ended)
+      ++ended;
+    else
+      ++waiting[std::string(t.waits_for) + " (" + place(t.where) + ")"];
   }
   std::string text = "deadlock: " + std::to_string(ended) + " threads have ended";
   for (const auto& [what, count] : waiting) text += ", " + std::to_string(count) + " wait at " + what;
@@ -143,9 +148,11 @@ std::string deadlock() {
 }
 
 void run_cluster(uint32_t number, dim3 size, dim3 block_size, size_t shared_bytes) {
-  const size_t threads = size_t(block_size.x) * block_size.y * block_size.z, blocks = size_t(size.x) * size.y * size.z;
+  const size_t threads = size_t(block_size.x) * block_size.y * block_size.z,
+               blocks = size_t(size.x) * size.y * size.z;
   const unsigned wide = grid.x / size.x, high = grid.y / size.y;  // the grid in clusters
-  const unsigned x = number % wide * size.x, y = number / wide % high * size.y, z = number / wide / high * size.z;
+  const unsigned x = number % wide * size.x, y = number / wide % high * size.y,
+                 z = number / wide / high * size.z;
   cluster.number = number, cluster.block_size = block_size, cluster.size = size;
   cluster.blocks.assign(blocks, {});
   for (unsigned i = 0; i < blocks; ++i) {
@@ -160,8 +167,8 @@ void run_cluster(uint32_t number, dim3 size, dim3 block_size, size_t shared_byte
   in_flight.clear();
   for (size_t i = 0; i < cluster.threads.size(); ++i) start(cluster.threads[i], int(i));
   while (error.empty() && !(ready.empty() && in_flight.empty())) {
-    if (ready.empty() &&
-        std::all_of(cluster.blocks.begin(), cluster.blocks.end(), [](const Block& b) { return b.running == 0; })) {
+    if (ready.empty() && std::all_of(cluster.blocks.begin(), cluster.blocks.end(),
+                                     [](const Block& b) { return b.running == 0; })) {
       error = "the kernel ends while TMA still writes to shared memory; " + name_of_cluster();
       break;
     }
@@ -181,20 +188,24 @@ void run_cluster(uint32_t number, dim3 size, dim3 block_size, size_t shared_byte
 }
 
 std::string impossible(dim3 g, dim3 c, dim3 b, size_t shared_bytes) {
-  if (!g.x || !g.y || !g.z || g.x > 0x7fffffff || g.y > 65535 || g.z > 65535 || uint64_t(g.x) * g.y * g.z > 1 << 30)
-    return "grid of " + std::to_string(g.x) + " x " + std::to_string(g.y) + " x " + std::to_string(g.z) + " blocks";
+  if (!g.x || !g.y || !g.z || g.x > 0x7fffffff || g.y > 65535 || g.z > 65535 ||
+      uint64_t(g.x) * g.y * g.z > 1 << 30)
+    return "grid of " + std::to_string(g.x) + " x " + std::to_string(g.y) + " x " + std::to_string(g.z) +
+           " blocks";
   if (!b.x || !b.y || !b.z || b.x > 1024 || b.y > 1024 || b.z > 64 || uint64_t(b.x) * b.y * b.z > 1024)
-    return "block of " + std::to_string(b.x) + " x " + std::to_string(b.y) + " x " + std::to_string(b.z) + " threads";
+    return "block of " + std::to_string(b.x) + " x " + std::to_string(b.y) + " x " + std::to_string(b.z) +
+           " threads";
   if (const unsigned blocks = c.x * c.y * c.z; blocks != 1) {
-    const std::string size =
-        "cluster of " + std::to_string(c.x) + " x " + std::to_string(c.y) + " x " + std::to_string(c.z) + " blocks";
+    const std::string size = "cluster of " + std::to_string(c.x) + " x " + std::to_string(c.y) + " x " +
+                             std::to_string(c.z) + " blocks";
     if (config.capability < 90) return size + ", which only sm_90 and newer have";
     if (blocks == 0 || blocks > 8 || g.x % c.x || g.y % c.y || g.z % c.z)
       return size + ": at most 8, and whole clusters in the grid";
     if (b.x * b.y * b.z % 32) return size + ": the emulator knows clusters of blocks of whole warps";
   }
   if (shared_bytes > size_t(config.shared_limit))
-    return std::to_string(shared_bytes) + " bytes of shared memory, at most " + std::to_string(config.shared_limit);
+    return std::to_string(shared_bytes) + " bytes of shared memory, at most " +
+           std::to_string(config.shared_limit);
   return "";
 }
 
@@ -207,8 +218,11 @@ std::string place(const Where& where) {
 
 void fail(const std::string& message, const Where& where) {
   const uint3 t = self->index, b = cluster.blocks[self->rank].index;
-  auto triple = [](uint3 v) { return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")"; };
-  if (error.empty()) error = message + "; thread " + triple(t) + " of block " + triple(b) + " at " + place(where);
+  auto triple = [](uint3 v) {
+    return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+  };
+  if (error.empty())
+    error = message + "; thread " + triple(t) + " of block " + triple(b) + " at " + place(where);
   switch_to_scheduler(true);  // the fibers are left as they are: kernels own nothing
   __builtin_unreachable();
 }
@@ -240,7 +254,8 @@ bool arrive(Meeting& meeting, size_t expected, const char* what, const Where& wh
     const Thread& first = *meeting.present.front();
     if (std::strcmp(first.waits_for, what) || first.where.line() != where.line() ||
         std::strcmp(first.where.file_name(), where.file_name()))
-      fail(std::string("divergence: meets others that are at ") + first.waits_for + " (" + place(first.where) + ") with " + what,
+      fail(std::string("divergence: meets others that are at ") + first.waits_for + " (" +
+               place(first.where) + ") with " + what,
            where);
   }
   meeting.present.push_back(self);
@@ -287,7 +302,8 @@ Meeting& warp_meeting(unsigned mask, const char* what, const Where& where) {
   for (auto& [m, meeting] : meetings)
     if (m == mask) return meeting;
   meetings.reserve(33);  // references to it stay valid
-  if (meetings.size() == 33) fail(std::string(what) + ": more masks in one kernel than the emulator keeps", where);
+  if (meetings.size() == 33)
+    fail(std::string(what) + ": more masks in one kernel than the emulator keeps", where);
   return meetings.emplace_back(mask, Meeting{}).second;
 }
 

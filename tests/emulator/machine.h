@@ -1,9 +1,12 @@
-// The threads of a block as fibers, which run one after the other and change only where they wait for each other. Blocks of a
+// The threads of a block as fibers, which run one after the other and change only where they wait for each
+// other. Blocks of a
 // cluster run together: a block that is alone is a cluster of one.
 //
-// A seed decides who runs next: 0 the one that has waited longest, 1 the one that has waited least, 2 and up at random; so for the
-// order of clusters. Time is counted by vector clocks: clock[i] of a thread is how much of what agent i did is known to have
-// happened before now. Agents are the threads of the cluster, 0 to n-1, their asynchronous copies, n to 2n-1, and what sm90.h adds.
+// A seed decides who runs next: 0 the one that has waited longest, 1 the one that has waited least, 2 and up
+// at random; so for the
+// order of clusters. Time is counted by vector clocks: clock[i] of a thread is how much of what agent i did
+// is known to have happened before now. Agents are the threads of the cluster, 0 to n-1, their asynchronous
+// copies, n to 2n-1, and what sm90.h adds.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -85,19 +88,22 @@ inline bool chance() { return config.seed >= 2 ? random_bits() & 1 : config.seed
 
 // Ends the launch with an error that names the thread and the place.
 [[noreturn]] void fail(const std::string& message, const Where& where);
-void report(const std::string& message, const Where& where);  // the same of an operation that no thread is about: returns
+// the same of an operation that no thread is about: returns
+void report(const std::string& message, const Where& where);
 std::string place(const Where& where);
 
 // Runs a kernel: "" or the error. cluster: in blocks.
-std::string run(dim3 grid, dim3 cluster, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+std::string run(dim3 grid, dim3 cluster, dim3 block, size_t shared_bytes,
+                const std::function<void()>& kernel);
 
 // The running thread waits until another wakes it.
 void park(const char* what, const Where& where);
 void wake(Thread* thread);
 
-// ---- meetings ----------------------------------------------------------------------------------------------------------
+// ---- meetings ---------------------------------------------------------------------------------------------
 
-// True for the last of `expected` threads: it does what is to be done and dismisses the others, which return false after that.
+// True for the last of `expected` threads: it does what is to be done and dismisses the others, which return
+// false after that.
 bool arrive(Meeting& meeting, size_t expected, const char* what, const Where& where, void* offer = nullptr);
 void dismiss(Meeting& meeting);
 void order_memory(const Meeting& meeting);  // all that those present did is known to all of them from now on
@@ -106,11 +112,13 @@ void barrier(int id, size_t threads, const char* what, const Where& where);
 
 // The lanes of `mask` meet, and one of them calls execute(offers by lane).
 template <class Offer, class Execute>
-void collective(const char* what, unsigned mask, Offer offer, const Where& where, Execute execute, bool orders_memory = false) {
+void collective(const char* what, unsigned mask, Offer offer, const Where& where, Execute execute,
+                bool orders_memory = false) {
   Meeting& meeting = warp_meeting(mask, what, where);
   if (!arrive(meeting, __popc(mask), what, where, &offer)) return;
   Offer* lanes[32] = {};
-  for (size_t i = 0; i < meeting.present.size(); ++i) lanes[meeting.present[i]->lane] = static_cast<Offer*>(meeting.offers[i]);
+  for (size_t i = 0; i < meeting.present.size(); ++i)
+    lanes[meeting.present[i]->lane] = static_cast<Offer*>(meeting.offers[i]);
   execute(lanes);
   if (orders_memory) order_memory(meeting);
   dismiss(meeting);
@@ -118,7 +126,10 @@ void collective(const char* what, unsigned mask, Offer offer, const Where& where
 
 template <class T>
 T shuffle(const char* what, unsigned mask, T value, int source, const Where& where) {
-  struct Offer { T value, *result; int source; };
+  struct Offer {
+    T value, *result;
+    int source;
+  };
   T result;
   collective(what, mask, Offer{value, &result, source}, where, [&](Offer** lanes) {
     for (int i = 0; i < 32; ++i) {
@@ -151,14 +162,16 @@ inline void __threadfence() {}
 
 // A lane outside of its segment of `width` lanes gets its own value, as on a GPU.
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int xor_with, int width = 32, emu::Where where = emu::Where::current()) {
+T __shfl_xor_sync(unsigned mask, T value, int xor_with, int width = 32,
+                  emu::Where where = emu::Where::current()) {
   const int lane = emu::self->lane, source = lane ^ xor_with;
   return emu::shuffle("__shfl_xor_sync", mask, value, source / width > lane / width ? lane : source, where);
 }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, emu::Where where = emu::Where::current()) {
-  return emu::shuffle("__shfl_sync", mask, value, emu::self->lane / width * width + (source & (width - 1)), where);
+  return emu::shuffle("__shfl_sync", mask, value, emu::self->lane / width * width + (source & (width - 1)),
+                      where);
 }
 
 template <class T>
@@ -174,12 +187,16 @@ T __shfl_up_sync(unsigned mask, T value, int by, int width = 32, emu::Where wher
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, emu::Where where = emu::Where::current()) {
-  struct Offer { int predicate; unsigned* result; };
+  struct Offer {
+    int predicate;
+    unsigned* result;
+  };
   unsigned result = 0;
   emu::collective("__ballot_sync", mask, Offer{predicate, &result}, where, [](Offer** lanes) {
     unsigned all = 0;
     for (int i = 0; i < 32; ++i) all |= unsigned(lanes[i] && lanes[i]->predicate) << i;
-    for (int i = 0; i < 32; ++i) if (lanes[i]) *lanes[i]->result = all;
+    for (int i = 0; i < 32; ++i)
+      if (lanes[i]) *lanes[i]->result = all;
   });
   return result;
 }

@@ -15,7 +15,8 @@ struct {
 } cluster_barrier;
 
 std::vector<std::map<int, Event>> reached;  // by rank and agent: the last access from outside
-std::vector<int> free_registers;            // by rank: of the multiprocessor's, what no warpgroup of the block has
+// by rank: of the multiprocessor's, what no warpgroup of the block has
+std::vector<int> free_registers;
 std::vector<Thread*> want_registers;
 
 // Threads that have ended do not hold the others up.
@@ -35,12 +36,15 @@ void end_cluster_phase_if_complete() {
 
 void arrive_at(uint32_t place, uint32_t bytes, const char* what, const Where& where) {
   Mbarrier& bar = barrier_at(place, what, where);
-  if (bar.pending == 0) fail(std::string(what) + ": more threads arrive than the mbarrier was initialised for", where);
+  if (bar.pending == 0)
+    fail(std::string(what) + ": more threads arrive than the mbarrier was initialised for", where);
   bar.bytes += bytes;
   if (bar.bytes >= 1 << 20) fail(std::string(what) + ": more than 2^20 - 1 bytes expected", where);
   join(bar.arriving, self->clock);
-  if (rank_of(place) == self->rank) join(bar.arriving_near, self->clock);
-  else sm90_reach(rank_of(place), {self->id, self->clock[self->id], where});
+  if (rank_of(place) == self->rank)
+    join(bar.arriving_near, self->clock);
+  else
+    sm90_reach(rank_of(place), {self->id, self->clock[self->id], where});
   ++self->clock[self->id];
   --bar.pending;
   end_phase_if_complete(bar, where);
@@ -74,7 +78,8 @@ void sm90_start_cluster() {
 }
 
 void sm90_end_thread() {
-  if (!state().stores.empty()) fail("the kernel ends while TMA may still read shared memory: no tma_store_wait_read", self->where);
+  if (!state().stores.empty())
+    fail("the kernel ends while TMA may still read shared memory: no tma_store_wait_read", self->where);
   for (const Accumulator& a : state().accumulators)
     if (!a.landed) fail("the kernel ends before a product has landed: no wgmma_wait", self->where);
   if (config.capability != 90) return;
@@ -85,7 +90,9 @@ void sm90_end_thread() {
     if (t.rank == self->rank) join(known, t.clock);
   for (const auto& [agent, event] : reached[self->rank])
     if (event.clock > known[agent])
-      fail("a block ends, and its shared memory with it, not ordered after what is done to it by " + name(event), self->where);
+      fail("a block ends, and its shared memory with it, not ordered after what is done to it by " +
+               name(event),
+           self->where);
 }
 
 bool sm90_visible(const Event& write, const Thread& by) {
@@ -106,15 +113,17 @@ Mbarrier& barrier_at(uint32_t place, const char* what, const Where& where) {
   const auto found = mbarriers.find(place);
   if (found == mbarriers.end()) fail(std::string(what) + ": no mbarrier was initialised here", where);
   if (found->second.init.clock > self->clock[found->second.init.agent])
-    fail(std::string("race in shared memory: ") + what + " is not ordered after the mbarrier's initialisation at " +
-             emu::place(found->second.init.where),
+    fail(std::string("race in shared memory: ") + what +
+             " is not ordered after the mbarrier's initialisation at " + emu::place(found->second.init.where),
          where);
   return found->second;
 }
 
 void end_phase_if_complete(Mbarrier& bar, const Where& where) {
   if (bar.pending || bar.bytes) return;
-  if (bar.loads) return report("mbarrier: a phase ends while TMA still writes for it (fewer bytes expected than come)", where);
+  if (bar.loads)
+    return report("mbarrier: a phase ends while TMA still writes for it (fewer bytes expected than come)",
+                  where);
   bar.arriving[bar.agent] = bar.arriving_near[bar.agent] = ++bar.phase;
   bar.ended = bar.arriving, bar.ended_near = bar.arriving_near;
   bar.pending = bar.count;
@@ -127,7 +136,9 @@ void set_registers(int count, bool more, const Where& where) {
   const char* what = more ? "setmaxnreg_inc" : "setmaxnreg_dec";
   warpgroup(what, count, where, [&](Warpgroup& group, int**) {
     if (more ? count < group.registers : count > group.registers)
-      fail(std::string(what) + ": to " + std::to_string(count) + " registers from " + std::to_string(group.registers), where);
+      fail(std::string(what) + ": to " + std::to_string(count) + " registers from " +
+               std::to_string(group.registers),
+           where);
     int& left = free_registers[self->rank];
     const int wanted = 128 * (count - group.registers);
     while (wanted > left) {
@@ -152,7 +163,8 @@ void mbarrier_init(uint32_t bar, uint32_t count, Where where) {
   const uint32_t place = check_shared(bar, 8, 8, "mbarrier_init", where);
   if (mbarriers.count(place)) fail("mbarrier_init: there is an mbarrier here already", where);
   if (count == 0 || count >= 1 << 20) fail("mbarrier_init: " + std::to_string(count) + " threads", where);
-  if (mbarriers.size() == kBarriers * cluster.blocks.size()) fail("mbarrier_init: more mbarriers than the emulator has", where);
+  if (mbarriers.size() == kBarriers * cluster.blocks.size())
+    fail("mbarrier_init: more mbarriers than the emulator has", where);
   Mbarrier& b = mbarriers[place];
   b.count = b.pending = count;
   b.agent = wgmma_agent(int(warpgroups.size())) + int(mbarriers.size()) - 1;
@@ -173,7 +185,8 @@ void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes, Where where) {
 }
 
 void mbarrier_arrive_cluster(uint32_t bar, Where where) {
-  arrive_at(check_shared(bar, 8, 8, "mbarrier_arrive_cluster", where, true), 0, "mbarrier_arrive_cluster", where);
+  arrive_at(check_shared(bar, 8, 8, "mbarrier_arrive_cluster", where, true), 0, "mbarrier_arrive_cluster",
+            where);
 }
 
 void mbarrier_wait(uint32_t address, uint32_t parity, Where where) {
@@ -186,9 +199,11 @@ void mbarrier_wait_cluster(uint32_t address, uint32_t parity, Where where) {
   if (bar.phase) join(self->clock, bar.ended);
 }
 
-// A first try may fail too early; a second waits, so that a loop of tries that can never succeed is found to be a deadlock.
+// A first try may fail too early; a second waits, so that a loop of tries that can never succeed is found to
+// be a deadlock.
 bool mbarrier_try_wait(uint32_t address, uint32_t parity, Where where) {
-  const Mbarrier& bar = barrier_at(check_shared(address, 8, 8, "mbarrier_try_wait", where), "mbarrier_try_wait", where);
+  const Mbarrier& bar =
+      barrier_at(check_shared(address, 8, 8, "mbarrier_try_wait", where), "mbarrier_try_wait", where);
   state().tried = !state().tried && (bar.phase & 1) == parity && (config.seed < 2 || chance());
   if (state().tried) return false;
   mbarrier_wait(address, parity, where);
@@ -196,14 +211,16 @@ bool mbarrier_try_wait(uint32_t address, uint32_t parity, Where where) {
 }
 
 void fence_proxy_async() {
-  for (size_t agent : {size_t(self->id), size_t(self->id + threads())}) self->clock[agents() + agent] = self->clock[agent];
+  for (size_t agent : {size_t(self->id), size_t(self->id + threads())})
+    self->clock[agents() + agent] = self->clock[agent];
   ++self->clock[self->id];
 }
 
 void cluster_arrive(Where where) {
   need_sm90("cluster_arrive", where);
   collective("cluster_arrive", ~0u, 0, where, [](int**) {});
-  if (state().cluster_arrivals > state().cluster_waits) fail("cluster_arrive: twice without cluster_wait", where);
+  if (state().cluster_arrivals > state().cluster_waits)
+    fail("cluster_arrive: twice without cluster_wait", where);
   join(cluster_barrier.arriving, self->clock);
   ++self->clock[self->id];
   ++state().cluster_arrivals;
@@ -213,7 +230,8 @@ void cluster_arrive(Where where) {
 void cluster_wait(Where where) {
   need_sm90("cluster_wait", where);
   collective("cluster_wait", ~0u, 0, where, [](int**) {});
-  if (state().cluster_arrivals == state().cluster_waits) fail("cluster_wait: no cluster_arrive before it", where);
+  if (state().cluster_arrivals == state().cluster_waits)
+    fail("cluster_wait: no cluster_arrive before it", where);
   ++state().cluster_waits;
   if (cluster_barrier.phase < state().cluster_waits) {
     cluster_barrier.waiting.push_back(self);

@@ -1,5 +1,6 @@
-// c = a b^T by tensor cores, in two stages of cp.async, with the sum of c by atomics; row 5 of b counts as zeros. Right where
-// bug is 0, and with one mistake for each other number. a (32 blocks, k), b (8, k), c (32 blocks, 8), all contiguous; total (1).
+// c = a b^T by tensor cores, in two stages of cp.async, with the sum of c by atomics; row 5 of b counts as
+// zeros. Right where bug is 0, and with one mistake for each other number. a (32 blocks, k), b (8, k), c (32
+// blocks, 8), all contiguous; total (1).
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "tensor.h"
@@ -8,7 +9,8 @@ using namespace vtok;
 
 namespace {
 
-constexpr uint32_t kA = 32 * 32, kB = 8 * 32, kStage = kA + kB, kResult = 2 * kStage, kShared = kResult + 32 * 8 * 4;
+constexpr uint32_t kA = 32 * 32, kB = 8 * 32, kStage = kA + kB, kResult = 2 * kStage,
+                   kShared = kResult + 32 * 8 * 4;
 
 template <class T>
 __global__ void gemm(const T* a, const T* b, float* c, float* total, int k, int bug) {
@@ -23,8 +25,10 @@ __global__ void gemm(const T* a, const T* b, float* c, float* total, int k, int 
       ptx::cp_async<16>(stage + 16 * t, rows + (t / 2 + 32 * beyond) * k + step * 16 + t % 2 * 8, true);
       const T* from = b + t / 2 * k + step * 16 + t % 2 * 8 + (bug == 4 && t == 3);
       const uint32_t to = stage + kA + 16 * t;
-      if (t == 7) ptx::cp_async<8>(to, from, true), ptx::cp_async<8>(to + 8, from + 4, true);
-      else if (t < (bug == 3 ? 15 : 16)) ptx::cp_async<16>(to, from, t / 2 != 5);
+      if (t == 7)
+        ptx::cp_async<8>(to, from, true), ptx::cp_async<8>(to + 8, from + 4, true);
+      else if (t < (bug == 3 ? 15 : 16))
+        ptx::cp_async<16>(to, from, t / 2 != 5);
     }
     if (bug != 5) ptx::cp_async_commit();
   };
@@ -33,16 +37,22 @@ __global__ void gemm(const T* a, const T* b, float* c, float* total, int k, int 
   load(0);
   for (int step = 0; step * 16 < k; ++step) {
     load(step + 1);
-    if (bug == 6) ptx::cp_async_wait<2>();
-    else ptx::cp_async_wait<1>();
-    if (bug == 7 && warp == 1 && step == 1) __syncthreads();
-    else if (bug != 8) __syncthreads();
+    if (bug == 6)
+      ptx::cp_async_wait<2>();
+    else
+      ptx::cp_async_wait<1>();
+    if (bug == 7 && warp == 1 && step == 1)
+      __syncthreads();
+    else if (bug != 8)
+      __syncthreads();
     const uint32_t stage = base + step % 2 * kStage;
     uint32_t left[4], right[2];
     ptx::ldmatrix_x4(left, stage + (warp * 16 + lane % 16) * 32 + lane / 16 * 16 + (bug == 9 ? 8 : 0));
     if (bug != 10 || lane < 16) ptx::ldmatrix_x2(right, stage + kA + lane % 8 * 32 + lane / 8 % 2 * 16);
-    if (bug == 11 && lane < 16) ptx::mma_m16n8k16<T>(d, left, right);
-    else ptx::mma_m16n8k16<T>(d, left, right);
+    if (bug == 11 && lane < 16)
+      ptx::mma_m16n8k16<T>(d, left, right);
+    else
+      ptx::mma_m16n8k16<T>(d, left, right);
     if (bug != 12) __syncthreads();
   }
 
@@ -54,7 +64,8 @@ __global__ void gemm(const T* a, const T* b, float* c, float* total, int k, int 
   float4 row = ptx::ld_shared<float4>(base + kResult + t * 16 + (bug == 16 && t == 5 ? 4 : 0));
   if (bug == 17 && t == 9) row = ptx::ld_shared<float4>(base + kResult + 40 * 16);
   const int64_t at = int64_t(bug == 18 ? 0 : blockIdx.x) * 256 + (bug == 19 && t == 63 ? 62 : t) * 4;
-  ptx::st_global(reinterpret_cast<float4*>(c + at + (bug == 20 && blockIdx.x == gridDim.x - 1 && t == 63 ? 4 : 0)), row);
+  ptx::st_global(
+      reinterpret_cast<float4*>(c + at + (bug == 20 && blockIdx.x == gridDim.x - 1 && t == 63 ? 4 : 0)), row);
   if (bug == 21 && blockIdx.x) row = ptx::ld_global(reinterpret_cast<const float4*>(c + at - 256));
   if (bug == 22) row = ptx::ld_global(reinterpret_cast<const float4*>(c + at - t * 4 + (t + 1) % 64 * 4));
 
@@ -73,8 +84,9 @@ Status run(Tensor a, Tensor b, Tensor c, Tensor total, int bug) {
   const size_t shared = bug == 28 ? 200 << 10 : kShared;
   auto* sum = static_cast<float*>(total.data);
   if (a.dtype == DType::bf16)
-    return VTOK_LAUNCH(gemm<__nv_bfloat16>, grid, block, shared, nullptr, static_cast<const __nv_bfloat16*>(a.data),
-                       static_cast<const __nv_bfloat16*>(b.data), static_cast<float*>(c.data), sum, k, bug);
+    return VTOK_LAUNCH(gemm<__nv_bfloat16>, grid, block, shared, nullptr,
+                       static_cast<const __nv_bfloat16*>(a.data), static_cast<const __nv_bfloat16*>(b.data),
+                       static_cast<float*>(c.data), sum, k, bug);
   return VTOK_LAUNCH(gemm<__half>, grid, block, shared, nullptr, static_cast<const __half*>(a.data),
                      static_cast<const __half*>(b.data), static_cast<float*>(c.data), sum, k, bug);
 }

@@ -1,23 +1,27 @@
-// c = a b^T by wgmma, in two stages filled by TMA, and stored by TMA: right where bug is 0 or 25, and with one mistake for each
-// other number. a (m, k), b (64, k), c (m, 64), all contiguous; k a multiple of 64, rows beyond m are neither read nor written.
+// c = a b^T by wgmma, in two stages filled by TMA, and stored by TMA: right where bug is 0 or 25, and with
+// one mistake for each other number. a (m, k), b (64, k), c (m, 64), all contiguous; k a multiple of 64, rows
+// beyond m are neither read nor written.
 #include "cuda/ptx_sm90.cuh"
 
 using namespace vtok;
 
 namespace {
 
-constexpr uint32_t kTile = 64 * 128, kStage = 2 * kTile, kBarriers = 2 * kStage, kShared = kBarriers + 64 + 1024;
+constexpr uint32_t kTile = 64 * 128, kStage = 2 * kTile, kBarriers = 2 * kStage,
+                   kShared = kBarriers + 64 + 1024;
 
 template <class T>
-__global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap c,
-                     int k, int bug) {
+__global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+                     const __grid_constant__ TensorMap c, int k, int bug) {
   const int t = threadIdx.x;
   const bool consumer = t >= 128;
-  const uint32_t base = bug == 1 ? ptx::smem_base() + 128 : (ptx::smem_base() + 1023) / 1024 * 1024, full = base + kBarriers,
-                 empty = full + 16;
+  const uint32_t base = bug == 1 ? ptx::smem_base() + 128 : (ptx::smem_base() + 1023) / 1024 * 1024,
+                 full = base + kBarriers, empty = full + 16;
   if (t == 0) {
     for (int s = 0; s < 2; ++s)
-      ptx::mbarrier_init(full + 8 * s, 1), ptx::mbarrier_init(empty + 8 * s, bug == 2 ? 129 : bug == 3 ? 64 : 128);
+      ptx::mbarrier_init(full + 8 * s, 1), ptx::mbarrier_init(empty + 8 * s, bug == 2   ? 129
+                                                                             : bug == 3 ? 64
+                                                                                        : 128);
     if (bug != 4) ptx::fence_mbarrier_init();
   }
   if (bug != 5) __syncthreads();
@@ -43,14 +47,16 @@ __global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant_
                      right = ptx::wgmma_descriptor<128>(base + s * kStage + kTile);
       for (int i = 0; i < 4; ++i)
         if (bug != 14 || t < 200)
-          ptx::wgmma_m64k16<T, 64>(d, left + 2 * i, right + 2 * i + (bug == 15 && t == 130 ? 1 : 0), step + i > 0);
+          ptx::wgmma_m64k16<T, 64>(d, left + 2 * i, right + 2 * i + (bug == 15 && t == 130 ? 1 : 0),
+                                   step + i > 0);
       ptx::wgmma_commit();
       if (bug != 16) ptx::wgmma_wait<0>();
       ptx::mbarrier_arrive(empty + 8 * s);
     }
     // The tile of c, as TMA takes it: two boxes of 32 floats' rows.
     for (int i = 0; i < 32; ++i) {
-      const int w = t % 128, row = 16 * (w / 32) + w % 32 / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (w % 4) + i % 2;
+      const int w = t % 128, row = 16 * (w / 32) + w % 32 / 4 + 8 * (i / 2 % 2),
+                column = 8 * (i / 4) + 2 * (w % 4) + i % 2;
       ptx::st_shared(ptx::swizzled<128>(base + column / 32 * kTile, row, column % 32 * 4), d[i]);
     }
     if (bug != 17) ptx::fence_proxy_async();
@@ -87,6 +93,8 @@ Status planted_sm90(Tensor a, Tensor b, Tensor c, int bug) {
   VTOK_RETURN_IF_ERROR(encode_rows(maps[2], c, 32, 0));
   const dim3 grid(unsigned((a.size[0] + 63) / 64));
   if (a.dtype == DType::bf16)
-    return VTOK_LAUNCH(gemm<__nv_bfloat16>, grid, 256, kShared, nullptr, maps[0], maps[1], maps[2], int(a.size[1]), bug);
-  return VTOK_LAUNCH(gemm<__half>, grid, 256, kShared, nullptr, maps[0], maps[1], maps[2], int(a.size[1]), bug);
+    return VTOK_LAUNCH(gemm<__nv_bfloat16>, grid, 256, kShared, nullptr, maps[0], maps[1], maps[2],
+                       int(a.size[1]), bug);
+  return VTOK_LAUNCH(gemm<__half>, grid, 256, kShared, nullptr, maps[0], maps[1], maps[2], int(a.size[1]),
+                     bug);
 }

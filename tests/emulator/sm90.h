@@ -1,9 +1,11 @@
-// The functions of csrc/cuda/ptx_sm90.cuh: mbarrier and clusters (mbarrier.cpp), TMA tiles (tma.cpp), wgmma (wgmma.cpp).
+// The functions of csrc/cuda/ptx_sm90.cuh: mbarrier and clusters (mbarrier.cpp), TMA tiles (tma.cpp), wgmma
+// (wgmma.cpp).
 //
-// Agents of the vector clocks, after the 2 n of machine.h: n, what the TMA stores of each thread read from shared memory; n, what
-// they write to global memory; one per warpgroup, what its wgmma read; 64 per block, what TMA wrote for each mbarrier. Behind them
-// a second clock of 2 n: how much of what the threads and their copies wrote is known to be visible to TMA and wgmma, which
-// fence_proxy_async advances.
+// Agents of the vector clocks, after the 2 n of machine.h: n, what the TMA stores of each thread read from
+// shared memory; n, what they write to global memory; one per warpgroup, what its wgmma read; 64 per block,
+// what TMA wrote for each mbarrier. Behind them
+// a second clock of 2 n: how much of what the threads and their copies wrote is known to be visible to TMA
+// and wgmma, which fence_proxy_async advances.
 //
 // Not found: that a thread gives up by a relaxed arrival what it has written, not only read.
 #pragma once
@@ -13,15 +15,15 @@
 
 namespace emu {
 
-// ---- what the parts share ------------------------------------------------------------------------------------------------
+// ---- what the parts share ---------------------------------------------------------------------------------
 
 using Clock = std::vector<uint32_t>;
 
 struct Mbarrier {
   uint32_t count, pending;
-  int64_t bytes = 0;       // expected and not yet come
-  uint32_t phase = 0;      // phases that have ended
-  Clock arriving, ended;   // clocks: of those that have arrived, and what the end of the last phase tells
+  int64_t bytes = 0;      // expected and not yet come
+  uint32_t phase = 0;     // phases that have ended
+  Clock arriving, ended;  // clocks: of those that have arrived, and what the end of the last phase tells
   Clock arriving_near, ended_near;  // the same without threads of other blocks
   std::vector<Thread*> waiting;
   int agent;
@@ -30,10 +32,12 @@ struct Mbarrier {
   int loads = 0;  // under way
 };
 
-// Of one thread of a warpgroup: registers that a product is still being added to, or was; and those that hold its left operand.
+// Of one thread of a warpgroup: registers that a product is still being added to, or was; and those that hold
+// its left operand.
 struct Accumulator {
   float* d;
-  std::vector<float> value, seen;  // the sum; and, where it has landed, the registers at the last wait or fence
+  // the sum; and, where it has landed, the registers at the last wait or fence
+  std::vector<float> value, seen;
   uint32_t group;
   bool landed;
 };
@@ -85,24 +89,27 @@ void end_phase_if_complete(Mbarrier& bar, const Where& where);
 template <class Offer, class Execute>
 void warpgroup(const char* what, Offer offer, const Where& where, Execute execute) {
   need_sm90(what, where);
-  if (cluster.block_threads() % 128) fail(std::string(what) + ": the block has a warpgroup of fewer than 128 threads", where);
+  if (cluster.block_threads() % 128)
+    fail(std::string(what) + ": the block has a warpgroup of fewer than 128 threads", where);
   Warpgroup& group = warpgroups[self->id / 128];
   if (!arrive(group.meeting, 128, what, where, &offer)) return;
   Offer* offers[128];
-  for (int i = 0; i < 128; ++i) offers[group.meeting.present[i]->id % 128] = static_cast<Offer*>(group.meeting.offers[i]);
+  for (int i = 0; i < 128; ++i)
+    offers[group.meeting.present[i]->id % 128] = static_cast<Offer*>(group.meeting.offers[i]);
   execute(group, offers);
   dismiss(group.meeting);
 }
 
-// ---- for machine.cpp and memory.cpp --------------------------------------------------------------------------------------
+// ---- for machine.cpp and memory.cpp -----------------------------------------------------------------------
 
 size_t sm90_clocks();
 void sm90_start_cluster();
 void sm90_end_thread();
 bool sm90_visible(const Event& write, const Thread& by);
-void sm90_reach(int rank, const Event& event);  // an access to a block's shared memory that the block must not end before
+// an access to a block's shared memory that the block must not end before
+void sm90_reach(int rank, const Event& event);
 
-// ---- TMA and wgmma -------------------------------------------------------------------------------------------------------
+// ---- TMA and wgmma ----------------------------------------------------------------------------------------
 
 struct TensorMap {
   uint64_t magic;
@@ -113,10 +120,11 @@ struct TensorMap {
 };
 
 // What is wrong with a tensor map, or "".
-std::string encode(TensorMap& map, const void* base, int element, int rank, const uint64_t* size, const uint64_t* stride,
-                   const uint32_t* box, const uint32_t* step, int swizzle);
+std::string encode(TensorMap& map, const void* base, int element, int rank, const uint64_t* size,
+                   const uint64_t* stride, const uint32_t* box, const uint32_t* step, int swizzle);
 void prefetch(const TensorMap* map, const Where& where);
-void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar, const int* at, int rank, unsigned blocks, const Where& where);
+void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar, const int* at, int rank, unsigned blocks,
+              const Where& where);
 void tma_store(const TensorMap* map, uint32_t smem, const int* at, int rank, const Where& where);
 void tma_store_wait(uint32_t left, bool written);
 
@@ -129,7 +137,8 @@ struct Operand {  // by a descriptor; or, the left one, in registers
 void wgmma_fence(const Where& where);
 void wgmma_commit(const Where& where);
 void wgmma_wait(uint32_t left, const Where& where);
-void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*element)(uint16_t), const Where& where);
+void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*element)(uint16_t),
+           const Where& where);
 void set_registers(int count, bool more, const Where& where);
 
 }  // namespace emu
@@ -144,7 +153,9 @@ void fence_mbarrier_init();
 void mbarrier_arrive(uint32_t bar, Where where = Where::current());
 void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes, Where where = Where::current());
 void mbarrier_arrive_cluster(uint32_t bar, Where where = Where::current());
-inline void mbarrier_arrive_cluster_relaxed(uint32_t bar, Where where = Where::current()) { mbarrier_arrive_cluster(bar, where); }
+inline void mbarrier_arrive_cluster_relaxed(uint32_t bar, Where where = Where::current()) {
+  mbarrier_arrive_cluster(bar, where);
+}
 bool mbarrier_try_wait(uint32_t bar, uint32_t parity, Where where = Where::current());
 void mbarrier_wait(uint32_t bar, uint32_t parity, Where where = Where::current());
 void mbarrier_wait_cluster(uint32_t bar, uint32_t parity, Where where = Where::current());
@@ -185,7 +196,10 @@ void setmaxnreg_dec(Where where = Where::current()) {
 // Each lane stores its part: lane l of register i elements 2 (l % 4) and the next of row l / 4 of matrix i.
 template <int N>
 void stmatrix(const char* what, uint32_t smem, const uint32_t (&r)[N], bool transposed, const Where& where) {
-  struct Offer { uint32_t address; const uint32_t* r; };
+  struct Offer {
+    uint32_t address;
+    const uint32_t* r;
+  };
   emu::need_sm90(what, where);
   emu::collective(what, ~0u, Offer{smem, r}, where, [&](Offer** lanes) {
     for (int i = 0; i < N; ++i)
@@ -193,7 +207,8 @@ void stmatrix(const char* what, uint32_t smem, const uint32_t (&r)[N], bool tran
         emu::Thread& by = emu::cluster.threads[32 * emu::self->warp + lane];
         emu::check_shared(lanes[8 * i + lane / 4]->address, 16, 16, what, where);
         for (int e = 0; e < 2; ++e) {
-          const int row = transposed ? 2 * (lane % 4) + e : lane / 4, column = transposed ? lane / 4 : 2 * (lane % 4) + e;
+          const int row = transposed ? 2 * (lane % 4) + e : lane / 4,
+                    column = transposed ? lane / 4 : 2 * (lane % 4) + e;
           const auto* halves = reinterpret_cast<const uint16_t*>(&lanes[lane]->r[i]);
           emu::write_shared(lanes[8 * i + row]->address + 2 * column, halves + e, 2, 2, what, where, by);
         }
@@ -210,14 +225,17 @@ inline void stmatrix_x4_trans(uint32_t smem, const uint32_t (&r)[4], Where where
   stmatrix("stmatrix_x4_trans", smem, r, true, where);
 }
 
-inline void prefetch_tensor_map(const TensorMap* map, Where where = Where::current()) { emu::prefetch(map, where); }
+inline void prefetch_tensor_map(const TensorMap* map, Where where = Where::current()) {
+  emu::prefetch(map, where);
+}
 template <int Rank>
-void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar, const int (&at)[Rank], Where where = Where::current()) {
+void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar, const int (&at)[Rank],
+              Where where = Where::current()) {
   emu::tma_load(smem, map, bar, at, Rank, 1u << emu::self->rank, where);
 }
 template <int Rank>
-void tma_load_multicast(uint32_t smem, const TensorMap* map, uint32_t bar, const int (&at)[Rank], uint16_t blocks,
-                        Where where = Where::current()) {
+void tma_load_multicast(uint32_t smem, const TensorMap* map, uint32_t bar, const int (&at)[Rank],
+                        uint16_t blocks, Where where = Where::current()) {
   emu::tma_load(smem, map, bar, at, Rank, blocks, where);
 }
 template <int Rank>
@@ -226,29 +244,39 @@ void tma_store(const TensorMap* map, uint32_t smem, const int (&at)[Rank], Where
 }
 void tma_store_commit();
 template <int N>
-void tma_store_wait_read() { emu::tma_store_wait(N, false); }
+void tma_store_wait_read() {
+  emu::tma_store_wait(N, false);
+}
 template <int N>
-void tma_store_wait() { emu::tma_store_wait(N, true); }
+void tma_store_wait() {
+  emu::tma_store_wait(N, true);
+}
 
 inline void wgmma_fence(Where where = Where::current()) { emu::wgmma_fence(where); }
 inline void wgmma_commit(Where where = Where::current()) { emu::wgmma_commit(where); }
 template <int N>
-void wgmma_wait(Where where = Where::current()) { emu::wgmma_wait(N, where); }
+void wgmma_wait(Where where = Where::current()) {
+  emu::wgmma_wait(N, where);
+}
 
 template <class T>
 float wgmma_element(uint16_t bits) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-  if constexpr (std::is_same_v<T, __half>) return __half2float({bits});
-  else return __bfloat162float({bits});
+  if constexpr (std::is_same_v<T, __half>)
+    return __half2float({bits});
+  else
+    return __bfloat162float({bits});
 }
 
 template <class T, int N, bool TransposeA = false, bool TransposeB = false>
-void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true, Where where = Where::current()) {
+void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true,
+                  Where where = Where::current()) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
   emu::wgmma(d, N, {a, TransposeA}, {b, TransposeB}, accumulate, wgmma_element<T>, where);
 }
 template <class T, int N, bool TransposeB = false>
-void wgmma_m64k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true, Where where = Where::current()) {
+void wgmma_m64k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true,
+                  Where where = Where::current()) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
   emu::wgmma(d, N, {0, false, a}, {b, TransposeB}, accumulate, wgmma_element<T>, where);
 }

@@ -5,20 +5,11 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-from vtok_fast import native
-from vtok_fast.ops import causal_conv3d as op
-from vtok_fast.ops import causal_conv3d_cuda as cuda
-from vtok_fast.ops import causal_conv3d_sm90 as sm90
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conv_sm90_emulated import Emulated, emulator  # noqa: E402
-from test_causal_conv3d_cuda import (  # noqa: E402
+from support.conv_cases import (  # noqa: E402
     KERNELS,
     checked_call,
     close,
@@ -26,9 +17,13 @@ from test_causal_conv3d_cuda import (  # noqa: E402
     expected_gradients,
     in_double,
     make_call,
-    parity,
-    poisoned_memory,  # noqa: F401
 )
+from support.conv_sm90_emulated import Emulated, emulator  # noqa: E402
+
+from vtok_fast import parity
+from vtok_fast.dispatch import native
+from vtok_fast.ops.causal_conv3d import launch, sm90
+from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall
 
 pytestmark = pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
 BF16, F16 = torch.bfloat16, torch.float16
@@ -40,13 +35,13 @@ CHIP = {"multiprocessors": 132}  # of an H200, where the plan matters
 
 
 def forward(call, seed=0, choice=sm90.ANY, **device):
-    out = op._empty_output(call, call.depth_to_space)
-    return sm90.forward(call, op._native_geometry(call), out, lib=Emulated(seed, **device), choice=choice)
+    out = call.empty_output()
+    return sm90.forward(call, out, lib=Emulated(seed, **device), choice=choice)
 
 
 def plan(call, choice=sm90.ANY, **device):
-    out = op._empty_output(call._replace(x=call.x.to("meta")), call.depth_to_space)
-    return sm90.plan(call, op._native_geometry(call), out, lib=Emulated(**{**CHIP, **device}), choice=choice)
+    out = call.empty_output(device="meta")
+    return sm90.plan(call, out, lib=Emulated(**{**CHIP, **device}), choice=choice)
 
 
 def untouched(*shape):
@@ -58,17 +53,22 @@ def untouched(*shape):
 
 def layer(kernel, channels, outputs, size, **options):
     """A call of this shape, to be planned and not to be run."""
-    return checked_call(untouched(1, channels, *size), torch.empty(outputs, channels, *kernel, dtype=BF16), **options)
+    return checked_call(
+        untouched(1, channels, *size), torch.empty(outputs, channels, *kernel, dtype=BF16), **options
+    )
 
 
-# ---- every tile ----------------------------------------------------------------------------------------------------------
+# ---- every tile --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cluster, seed", [
-    ("either", 0), *(pytest.param(c, s, marks=pytest.mark.slow) for c in (1, 2) for s in (0, 1, 2))])
+@pytest.mark.parametrize(
+    "cluster, seed",
+    [("either", 0), *(pytest.param(c, s, marks=pytest.mark.slow) for c in (1, 2) for s in (0, 1, 2))],
+)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_tile(tile, cluster, seed):
-    """More than one tile in every direction, the last of each partial; five slices of 16 channels; a residual and a SiLU."""
+    """More than one tile in every direction, the last of each partial; five slices of 16 channels; a residual
+    and a SiLU."""
     if cluster == "either":
         cluster = 1 + TILES.index(tile) % 2
     dtype = BF16 if (TILES.index(tile) // 2 + cluster + seed) % 2 else F16
@@ -79,7 +79,9 @@ def test_tile(tile, cluster, seed):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"alpha": 0.25}, {"alpha": 0.25, "activation": "silu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "silu"}, {"alpha": 0.25}, {"alpha": 0.25, "activation": "silu"}], ids=str
+)
 def test_epilogues(options, dtype):
     x, weight, bias = drawn(32, 72, (1, 3, 3), (2, 7, 9), dtype)
     residual = drawn(72, 1, (1, 1, 1), (2, 7, 9), dtype, seed=1)[0] if "alpha" in options else None
@@ -90,7 +92,8 @@ def test_epilogues(options, dtype):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("splits, cluster", [(2, 1), (5, 2)])
 def test_splits(splits, cluster, seed):
-    """Six steps of K where all three time taps exist, two at the first frame; the sum finishes with bias, SiLU and residual."""
+    """Six steps of K where all three time taps exist, two at the first frame; the sum finishes with bias,
+    SiLU and residual."""
     x, weight, bias = drawn(104, 136, (3, 1, 3), (3, 7, 9), BF16)
     residual = drawn(136, 1, (1, 1, 1), (3, 7, 9), BF16, seed=1)[0]
     call = checked_call(x, weight, bias, residual=residual, activation="silu")
@@ -108,14 +111,15 @@ def test_stages(stages, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_block_does_everything(seed):
-    """Every ring goes on from one tile to the next, and the store of a tile overlaps the products of the next."""
+    """Every ring goes on from one tile to the next, and the store of a tile overlaps the products of the
+    next."""
     x, weight, bias = drawn(64, 136, (3, 1, 3), (3, 11, 13), BF16)
     residual = drawn(136, 1, (1, 1, 1), (3, 11, 13), BF16, seed=1)[0]
     call = checked_call(x, weight, bias, residual=residual)
     close(forward(call, seed, (128, 64, 1, 1, 0), multiprocessors=1), call)
 
 
-# ---- every geometry ------------------------------------------------------------------------------------------------------
+# ---- every geometry ----------------------------------------------------------------------------------------
 
 REFUSED = {
     "replicate everywhere": "rows and columns padded",
@@ -171,7 +175,8 @@ def test_channels_that_tma_cannot_address(channels, outputs):
 
 
 def test_layouts():
-    """Padded strides, a batch apart, a crop of a larger video; and an input expanded over the batch, which is refused."""
+    """Padded strides, a batch apart, a crop of a larger video; and an input expanded over the batch, which is
+    refused."""
     whole = drawn(48, 32, (3, 3, 3), (4, 9, 11), BF16, batch=3)[0]
     _, weight, bias = drawn(32, 32, (3, 3, 3), (1, 1, 1), BF16)
     call = checked_call(whole[::2, 8:40, 1:, 1:-1, 2:], weight, bias)
@@ -196,7 +201,9 @@ def test_weights_are_read_in_place():
 def test_time_taps_before_the_first_frame_are_not_computed():
     x, weight, bias = drawn(64, 64, (3, 3, 3), (1, 9, 9), BF16)
     weight[:, :, :2] = torch.inf  # times zero they would be NaN
-    assert torch.equal(forward(checked_call(x, weight, bias)), forward(checked_call(x, weight[:, :, 2:].contiguous(), bias)))
+    assert torch.equal(
+        forward(checked_call(x, weight, bias)), forward(checked_call(x, weight[:, :, 2:].contiguous(), bias))
+    )
 
 
 def test_results_do_not_depend_on_the_order_of_blocks():
@@ -205,11 +212,14 @@ def test_results_do_not_depend_on_the_order_of_blocks():
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
-# ---- the input's gradient ------------------------------------------------------------------------------------------------
+# ---- the input's gradient ----------------------------------------------------------------------------------
 
 REFUSED_DGRAD = {
-    "stride 2": "strided", "upsampled, stride 2": "strided",
-    "two groups": "groups must be 1", "groups of 4": "groups must be 1", "depthwise": "groups must be 1",
+    "stride 2": "strided",
+    "upsampled, stride 2": "strided",
+    "two groups": "groups must be 1",
+    "groups of 4": "groups must be 1",
+    "depthwise": "groups must be 1",
 }
 
 
@@ -219,15 +229,22 @@ def test_input_gradient(name, seed):
     outputs = 16 if name == "large" else 32 if "groups" in KERNELS[name][1] else 40
     call = make_call(*KERNELS[name], BF16, outputs=outputs, size=(4, 6, 5) if name != "large" else (4, 5, 4))
     g = torch.Generator().manual_seed(9)
-    grad = torch.randn(op._empty_output(call).shape, generator=g).to(BF16).contiguous(memory_format=LAST)
-    x, cache = cuda._input(call.x, call.cache, call.groups)
-    found = torch.empty_like(x, memory_format=LAST), None if cache is None else torch.empty_like(cache, memory_format=LAST)
-    args = grad, x, call.weight, cache, op._native_geometry(call), *found
+    grad = (
+        torch.randn(call.empty_output((1, 1, 1)).shape, generator=g).to(BF16).contiguous(memory_format=LAST)
+    )
+    x, cache = launch.inputs(call.x, call.cache, call.geometry.groups)
+    found = (
+        torch.empty_like(x, memory_format=LAST),
+        None if cache is None else torch.empty_like(cache, memory_format=LAST),
+    )
+    backward = ConvBackwardCall(
+        grad, x, call.weight, cache, call.geometry, (True, False, False, cache is not None)
+    )
     if name in REFUSED_DGRAD:
         with pytest.raises(NotImplementedError, match=f"sm90: .*{REFUSED_DGRAD[name]}"):
-            sm90.dgrad(*args, lib=Emulated(seed))
+            sm90.dgrad(backward, *found, lib=Emulated(seed))
         return
-    sm90.dgrad(*args, lib=Emulated(seed))
+    sm90.dgrad(backward, *found, lib=Emulated(seed))
     call = call._replace(bias=torch.zeros(call.weight.shape[0], dtype=BF16))
     want, same = expected_gradients(in_double(call), grad.double()), expected_gradients(call, grad)
     for f, w, s in zip(found, (want[0], want[3]), (same[0], same[3])):
@@ -236,7 +253,7 @@ def test_input_gradient(name, seed):
             assert result.ok, result
 
 
-# ---- the plan ------------------------------------------------------------------------------------------------------------
+# ---- the plan ----------------------------------------------------------------------------------------------
 
 
 def test_channels_waste_little():
@@ -246,15 +263,27 @@ def test_channels_waste_little():
         assert -(-outputs // tile) * tile <= 1.1 * outputs, (outputs, tile)
 
 
-@pytest.mark.parametrize("kernel, channels, outputs, size", [
-    ((3, 3, 3), 512, 512, (1, 32, 32)), ((3, 3, 3), 384, 384, (1, 32, 32)), ((3, 3, 3), 96, 96, (1, 256, 256)),
-    ((3, 3, 3), 512, 512, (5, 32, 32)), ((3, 1, 1), 512, 512, (5, 32, 32)), ((1, 3, 3), 512, 512, (3, 32, 32)),
-    ((3, 3, 3), 512, 512, (5, 16, 16))], ids=str)
+@pytest.mark.parametrize(
+    "kernel, channels, outputs, size",
+    [
+        ((3, 3, 3), 512, 512, (1, 32, 32)),
+        ((3, 3, 3), 384, 384, (1, 32, 32)),
+        ((3, 3, 3), 96, 96, (1, 256, 256)),
+        ((3, 3, 3), 512, 512, (5, 32, 32)),
+        ((3, 1, 1), 512, 512, (5, 32, 32)),
+        ((1, 3, 3), 512, 512, (3, 32, 32)),
+        ((3, 3, 3), 512, 512, (5, 16, 16)),
+    ],
+    ids=str,
+)
 def test_small_problems_fill_the_chip(kernel, channels, outputs, size):
     """At least two thirds of the multiprocessors have work."""
     p = plan(layer(kernel, channels, outputs, size))
-    tiles = -(-size[0] // p.frames) * -(-size[1] // p.rows) * -(-size[2] // p.columns) if kernel[1] > 1 else \
-        -(-size[0] // p.frames) * -(-size[1] * size[2] // p.columns)
+    tiles = (
+        -(-size[0] // p.frames) * -(-size[1] // p.rows) * -(-size[2] // p.columns)
+        if kernel[1] > 1
+        else -(-size[0] // p.frames) * -(-size[1] * size[2] // p.columns)
+    )
     units = -(-tiles // p.cluster) * p.cluster * -(-outputs // p.tile_n) * p.splits
     assert units >= 88, p
 
@@ -270,15 +299,25 @@ def test_the_model_chooses_what_its_predictions_say():
     entries = json.loads(PREDICTIONS.read_text())["classes"]
     assert len(entries) >= 30
     for name, entry in entries.items():
-        call = layer(tuple(entry["kernel"]), entry["channels"], entry["outputs"], entry["size"], stride=tuple(entry["stride"]),
-                     time_pad=entry["time_pad"], spatial_pad=entry["spatial_pad"], time_mode="replicate")
+        call = layer(
+            tuple(entry["kernel"]),
+            entry["channels"],
+            entry["outputs"],
+            entry["size"],
+            stride=tuple(entry["stride"]),
+            time_pad=entry["time_pad"],
+            spatial_pad=entry["spatial_pad"],
+            time_mode="replicate",
+        )
         own = plan(call)
-        assert own.choice == tuple(entry["choice"]) and (own.frames, own.rows, own.columns) == tuple(entry["tile"]), name
+        assert own.choice == tuple(entry["choice"]) and (own.frames, own.rows, own.columns) == tuple(
+            entry["tile"]
+        ), name
 
 
 def test_reasons():
     x = drawn(16, 16, (1, 1, 1), (1, 2, 2), BF16)[0]
-    assert "on cpu" in sm90.why_not_machine(x)
+    assert "on cpu" in launch.why_not_hopper(x)
     with pytest.raises(NotImplementedError, match="capability is not 9.0"):
         plan(checked_call(*drawn(16, 16, (1, 1, 1), (1, 2, 2), BF16)), capability=80)
     with pytest.raises(NotImplementedError, match="bfloat16 and float16 only"):

@@ -1,10 +1,9 @@
-"""conformance.cu and conformance_sm90.cu word for word: in the emulator, and on a GPU where there is one, against the layouts that
-the PTX manual draws."""
+"""conformance.cu and conformance_sm90.cu word for word: in the emulator, and on a GPU where there is one,
+against the layouts that the PTX manual draws."""
 
 import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import emulator  # noqa: E402
+from support import emulator  # noqa: E402
 
 LANES = range(32)
 VALUES = 2048
@@ -22,13 +20,14 @@ COPIED = 12 * 32 + 3 * 128 + 6 * 32
 
 
 def matrices():
-    """Lane l holds row l // 4, elements 2 (l % 4) and the next, of matrix i; of its transpose where it is transposed."""
+    """Lane l holds row l // 4, elements 2 (l % 4) and the next, of matrix i; of its transpose where it is
+    transposed."""
     for count, transposed in ((4, False), (4, True), (2, False), (2, True)):
         for i in range(count):
             matrix = 64 * i + np.arange(64).reshape(8, 8)
             matrix = matrix.T if transposed else matrix
             for lane in LANES:
-                low, high = matrix[lane // 4, lane % 4 * 2:][:2]
+                low, high = matrix[lane // 4, lane % 4 * 2 :][:2]
                 yield int(low) | int(high) << 16
 
 
@@ -37,25 +36,37 @@ def integer(lane, operand, i, half):
 
 
 def products(wide, k):
-    """d + a b with a, b, d put together from the registers: groups of four lanes are rows of a and d and columns of b."""
+    """d + a b with a, b, d put together from the registers: groups of four lanes are rows of a and d and
+    columns of b."""
     a, b, d = np.full((16, k), 99), np.full((k, 8), 99), np.full((16, 8), 99)
     for lane in LANES:
         group, within = divmod(lane, 4)
         for half in range(wide):
             column = within * wide + half
             a[group, column], a[group + 8, column] = integer(lane, 0, 0, half), integer(lane, 0, 1, half)
-            a[group, column + k // 2], a[group + 8, column + k // 2] = integer(lane, 0, 2, half), integer(lane, 0, 3, half)
+            a[group, column + k // 2], a[group + 8, column + k // 2] = (
+                integer(lane, 0, 2, half),
+                integer(lane, 0, 3, half),
+            )
             b[column, group], b[column + k // 2, group] = integer(lane, 1, 0, half), integer(lane, 1, 1, half)
         d[group, 2 * within], d[group, 2 * within + 1] = integer(lane, 2, 0, 0), integer(lane, 2, 1, 0)
-        d[group + 8, 2 * within], d[group + 8, 2 * within + 1] = integer(lane, 2, 2, 0), integer(lane, 2, 3, 0)
+        d[group + 8, 2 * within], d[group + 8, 2 * within + 1] = (
+            integer(lane, 2, 2, 0),
+            integer(lane, 2, 3, 0),
+        )
     d = d + a @ b
     for row, column in ((0, 0), (0, 1), (8, 0), (8, 1)):
         yield from (int(d[lane // 4 + row, lane % 4 * 2 + column]) & 0xFFFFFFFF for lane in LANES)
 
 
 def exchanges():
-    sources = (lambda n: n ^ 9, lambda n: n ^ 17 if (n ^ 17) // 16 <= n // 16 else n, lambda n: n // 8 * 8 + 3,
-               lambda n: n + 5 if n + 5 < 32 else n, lambda n: n - 3 if n % 16 >= 3 else n)
+    sources = (
+        lambda n: n ^ 9,
+        lambda n: n ^ 17 if (n ^ 17) // 16 <= n // 16 else n,
+        lambda n: n // 8 * 8 + 3,
+        lambda n: n + 5 if n + 5 < 32 else n,
+        lambda n: n - 3 if n % 16 >= 3 else n,
+    )
     for source in sources:
         yield from (100 + source(lane) for lane in LANES)
     yield from [sum(1 << lane for lane in LANES if lane % 3 == 1)] * 32
@@ -72,16 +83,26 @@ def conversions():
     i = np.arange(VALUES, dtype=np.uint64)
     bits = ((i * 2654435761) & 0xFFFFFFFF).astype(np.uint32)
     value = torch.from_numpy(bits.view(np.float32))
-    small = torch.from_numpy((((bits >> 8).astype(np.int64) - (1 << 23)) / 2.0 ** (i // 2 % 31)).astype(np.float32))
+    small = torch.from_numpy(
+        (((bits >> 8).astype(np.int64) - (1 << 23)) / 2.0 ** (i // 2 % 31)).astype(np.float32)
+    )
     half = torch.where(torch.from_numpy(i % 2 == 1), value, small).half()
-    sixteen = [np.where(v.isnan(), 0x7FFF, v.view(torch.int16).numpy().view(np.uint16)) for v in (value.bfloat16(), half)]
-    # To the nearest of 10 mantissa bits, ties away from zero: in float64, where half a unit can be added to the size.
+    sixteen = [
+        np.where(v.isnan(), 0x7FFF, v.view(torch.int16).numpy().view(np.uint16))
+        for v in (value.bfloat16(), half)
+    ]
+    # To the nearest of 10 mantissa bits, ties away from zero: in float64, where half a unit can be added to
+    # the size.
     with np.errstate(all="ignore"):
         exact = value.numpy().astype(np.float64)
         wide = np.abs(exact)
         unit = 2.0 ** (np.maximum(np.floor(np.log2(np.where(wide > 0, wide, 1))), -126) - 10)
-        tf32 = np.where(np.isfinite(wide), np.floor(wide / unit + 0.5) * unit * np.sign(exact), 0).astype(np.float32)
-    tf32 = np.where(value.isnan() | value.isinf(), bits & 0xFFFFE000, tf32.view(np.uint32) | bits & 0x80000000)
+        tf32 = np.where(np.isfinite(wide), np.floor(wide / unit + 0.5) * unit * np.sign(exact), 0).astype(
+            np.float32
+        )
+    tf32 = np.where(
+        value.isnan() | value.isinf(), bits & 0xFFFFE000, tf32.view(np.uint32) | bits & 0x80000000
+    )
     back = np.where(half.isnan(), 0x7FFFFFFF, half.float().numpy().view(np.uint32))
     for a, b, c, d in zip(*sixteen, tf32, back):
         yield from (int(a) | int(b) << 16, int(c), int(d))
@@ -91,12 +112,13 @@ TENSOR = np.arange(1, 80 * 7 * 5 + 1).reshape(5, 7, 80)
 
 
 def box(at, swizzle):
-    """Rows of W bytes; the 16-byte chunk c of row r lies at chunk c ^ (r W / 128 % (W / 16)) of its row, but for swizzle 0."""
+    """Rows of W bytes; the 16-byte chunk c of row r lies at chunk c ^ (r W / 128 % (W / 16)) of its row, but
+    for swizzle 0."""
     padded = np.zeros((5 + 8, 7 + 8, 80 + 64), dtype=np.int64)
     padded[:5, 4:11, :80] = TENSOR
     x, y, z = at
     width = swizzle or 32
-    rows = padded[z:z + 6, 4 + y:4 + y + 3, x:x + width // 2].reshape(18, width // 16, 8)
+    rows = padded[z : z + 6, 4 + y : 4 + y + 3, x : x + width // 2].reshape(18, width // 16, 8)
     for r, row in enumerate(rows):
         for chunk in range(width // 16):
             place = chunk ^ (r * width // 128 % (width // 16)) if swizzle else chunk
@@ -119,7 +141,10 @@ def registers(c):
     """Of a warpgroup that holds these sums and has begun with its threads' numbers."""
     for i in range(c.shape[1] // 2):
         for t in range(128):
-            yield int(c[t // 32 * 16 + t % 32 // 4 + i // 2 % 2 * 8, i // 4 * 8 + t % 4 * 2 + i % 2] + t) & 0xFFFFFFFF
+            yield (
+                int(c[t // 32 * 16 + t % 32 // 4 + i // 2 % 2 * 8, i // 4 * 8 + t % 4 * 2 + i % 2] + t)
+                & 0xFFFFFFFF
+            )
 
 
 def taps():
@@ -151,11 +176,24 @@ def clusters():
     yield from (int(low) | int(high) << 16 for low, high in stored.reshape(-1, 2))
 
 
-PARTS = {"matrices": matrices, "bf16 products": lambda: products(2, 16), "fp16 products": lambda: products(2, 16),
-         "tf32 products": lambda: products(1, 8), "exchanges": exchanges, "copies": copies, "conversions": conversions}
-PARTS_SM90 = {"boxes": boxes, "products": warpgroup_products, "products from registers": warpgroup_products,
-              "transposed products": lambda: warpgroup_products(128), "taps": taps, "stored matrices": stored_matrices,
-              "clusters": clusters}
+PARTS = {
+    "matrices": matrices,
+    "bf16 products": lambda: products(2, 16),
+    "fp16 products": lambda: products(2, 16),
+    "tf32 products": lambda: products(1, 8),
+    "exchanges": exchanges,
+    "copies": copies,
+    "conversions": conversions,
+}
+PARTS_SM90 = {
+    "boxes": boxes,
+    "products": warpgroup_products,
+    "products from registers": warpgroup_products,
+    "transposed products": lambda: warpgroup_products(128),
+    "taps": taps,
+    "stored matrices": stored_matrices,
+    "clusters": clusters,
+}
 WORDS_SM90 = 18 * 64 + (64 + 64 + 128 + 192 + 8) * 64 + 256 + 2 * (2 * 18 * 32 + 128) + 1400
 
 
@@ -163,7 +201,7 @@ def check(words, parts):
     at = 0
     for name, part in parts.items():
         want = list(part())
-        got = words[at:at + len(want)]
+        got = words[at : at + len(want)]
         wrong = [f"word {i}: {g:08x}, not {w:08x}" for i, (g, w) in enumerate(zip(got, want)) if g != w]
         assert not wrong and len(got) == len(want), f"{name}: {len(wrong)} words differ, {wrong[:8]}"
         at += len(want)
@@ -173,11 +211,14 @@ def check(words, parts):
 @pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
 @pytest.mark.parametrize("seed", range(3))
 def test_emulator(seed):
-    library = emulator.build("tests/emulator/conformance.cu", exports={"run": "vtok::cuda::conformance"},
-                             glue="namespace vtok::cuda { Status conformance(const Tensor&); }")
+    library = emulator.build(
+        "tests/emulator/conformance.cu",
+        exports={"run": "vtok::cuda::conformance"},
+        glue="namespace vtok::cuda { Status conformance(const Tensor&); }",
+    )
     words = torch.full((WORDS,), -1, dtype=torch.int32)
-    words[COPIED:COPIED + 32] = torch.arange(1, 33)
-    words[COPIED + 32:COPIED + 64] = 0x3F000000
+    words[COPIED : COPIED + 32] = torch.arange(1, 33)
+    words[COPIED + 32 : COPIED + 64] = 0x3F000000
     library.run(words, seed=seed)
     check([n & 0xFFFFFFFF for n in words.tolist()], PARTS)
 
@@ -185,8 +226,11 @@ def test_emulator(seed):
 @pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
 @pytest.mark.parametrize("seed", range(3))
 def test_emulator_sm90(seed):
-    library = emulator.build("tests/emulator/conformance_sm90.cu", exports={"run": "vtok::cuda::conformance_sm90"},
-                             glue="namespace vtok::cuda { Status conformance_sm90(const Tensor&, const Tensor&); }")
+    library = emulator.build(
+        "tests/emulator/conformance_sm90.cu",
+        exports={"run": "vtok::cuda::conformance_sm90"},
+        glue="namespace vtok::cuda { Status conformance_sm90(const Tensor&, const Tensor&); }",
+    )
     elements = torch.arange(1, 80 * 7 * 5 + 1, dtype=torch.int16).view(torch.float16)
     words = torch.full((WORDS_SM90,), -1, dtype=torch.int32)
     library.run(elements, words, seed=seed, capability=90)
@@ -194,7 +238,9 @@ def test_emulator_sm90(seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or shutil.which("nvcc") is None, reason="needs a GPU and nvcc")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or shutil.which("nvcc") is None, reason="needs a GPU and nvcc"
+)
 @pytest.mark.parametrize("name, parts", (("conformance", PARTS), ("conformance_sm90", PARTS_SM90)))
 def test_gpu(tmp_path, name, parts):
     capability = torch.cuda.get_device_capability()
@@ -202,6 +248,23 @@ def test_gpu(tmp_path, name, parts):
         pytest.skip("needs compute capability 9.0")
     arch = "90a" if capability == (9, 0) else "".join(map(str, capability))
     program = tmp_path / name
-    subprocess.run(["nvcc", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-I", HERE.parents[1] / "csrc",
-                    HERE / f"{name}.cu", "-o", program], check=True)
-    check([int(line, 16) for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()], parts)
+    subprocess.run(
+        [
+            "nvcc",
+            "-std=c++17",
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            "-I",
+            HERE.parents[1] / "csrc",
+            HERE / f"{name}.cu",
+            "-o",
+            program,
+        ],
+        check=True,
+    )
+    check(
+        [
+            int(line, 16)
+            for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+        ],
+        parts,
+    )

@@ -2,15 +2,11 @@
 
 import itertools
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import emulator  # noqa: E402
+from support import emulator  # noqa: E402
 
 from vtok_fast.ops import fsq as op  # noqa: E402
 from vtok_fast.ops.fsq import threshold_table  # noqa: E402
@@ -24,8 +20,12 @@ SEEDS = (0, 1, 2)
 @pytest.fixture(scope="module")
 def fsq():
     names = {"quantize": "fsq_quantize", "decode": "fsq_decode", "backward": "fsq_backward"}
-    return emulator.build("csrc/cuda/fsq.cu", "csrc/cuda/fsq_backward.cu", includes=["cuda/fsq.h"],
-                          exports={name: f"vtok::cuda::{function}" for name, function in names.items()})
+    return emulator.build(
+        "csrc/cuda/fsq/fsq.cu",
+        "csrc/cuda/fsq/fsq_backward.cu",
+        includes=["cuda/fsq/fsq.h"],
+        exports={name: f"vtok::cuda::{function}" for name, function in names.items()},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,11 @@ def fresh_numbers():
 
 
 def same(a, b):
-    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
+    return (
+        a.dtype == b.dtype
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
+    )
 
 
 def poisoned(like):
@@ -71,9 +75,16 @@ def layouts(z):
 
 
 def test_layouts_reach_the_kernel_made_for_them(fsq):
-    want = {"planar": "planar", "channels last": "rows", "channels last in rank": "rows", "rows of a longer frame": "rows",
-            "positions first": "rows", "half of the channels' storage": "planar", "every second of it": "planar",
-            "expanded": "planar"}
+    want = {
+        "planar": "planar",
+        "channels last": "rows",
+        "channels last in rank": "rows",
+        "rows of a longer frame": "rows",
+        "positions first": "rows",
+        "half of the channels' storage": "planar",
+        "every second of it": "planar",
+        "expanded": "planar",
+    }
     for name, (z, dim) in layouts(torch.randn(2, 4, 3, 32, 24)).items():
         check(fsq, z, [8] * 4, dim=dim)
         assert f"quantize_{want.get(name, 'any')}<" in fsq.launched, name
@@ -83,17 +94,33 @@ def test_layouts_reach_the_kernel_made_for_them(fsq):
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 def test_next_to_every_threshold(fsq, variant, dtype):
     up, down = torch.tensor(math.inf), torch.tensor(-math.inf)
-    for levels in (*([n] for n in range(2, 65)), [8, 5, 64], [8] * 6, [8, 8, 8, 5, 5, 5], [2, 64, 33, 17, 9], [26, 500]):
+    for levels in (
+        *([n] for n in range(2, 65)),
+        [8, 5, 64],
+        [8] * 6,
+        [8, 8, 8, 5, 5, 5],
+        [2, 64, 33, 17, 9],
+        [26, 500],
+    ):
         t = torch.cat([reference.thresholds(n, variant) for n in sorted(set(levels))])
-        near = torch.cat([t.to(dtype), torch.nextafter(t.to(dtype), up.to(dtype)), torch.nextafter(t.to(dtype), down.to(dtype)),
-                          torch.nextafter(t, up).to(dtype), torch.nextafter(t, down).to(dtype),
-                          torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan]).to(dtype)])
+        near = torch.cat(
+            [
+                t.to(dtype),
+                torch.nextafter(t.to(dtype), up.to(dtype)),
+                torch.nextafter(t.to(dtype), down.to(dtype)),
+                torch.nextafter(t, up).to(dtype),
+                torch.nextafter(t, down).to(dtype),
+                torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan]).to(dtype),
+            ]
+        )
         z = torch.stack([near.roll(3 * c) for c in range(len(levels))], 1)  # every channel sees every value
         check(fsq, z, levels, variant)
         check(fsq, z.T.contiguous(), levels, variant, 0)
 
 
-@pytest.mark.parametrize("levels", ([8] * 4, [8] * 5, [8, 8, 8, 5, 5, 5], [4, 3, 2], [64, 26], [300], [2] * 31), ids=str)
+@pytest.mark.parametrize(
+    "levels", ([8] * 4, [8] * 5, [8, 8, 8, 5, 5, 5], [4, 3, 2], [64, 26], [300], [2] * 31), ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_layout(fsq, dtype, levels):
     z = torch.randn(2, len(levels), 3, 8, 24).mul(1.5).to(dtype)
@@ -115,7 +142,9 @@ def test_offsets_beyond_32_bits(fsq):
     """Two batches 2**31 + 64 elements apart; the memory between them is never touched."""
     apart = 2**31 + 64
     for dim, sizes, strides in ((1, (2, 5, 64), (apart, 64, 1)), (2, (2, 64, 5), (apart, 5, 1))):
-        z, codes = (torch.empty(apart + 5 * 64, dtype=torch.bfloat16).as_strided(sizes, strides) for _ in range(2))
+        z, codes = (
+            torch.empty(apart + 5 * 64, dtype=torch.bfloat16).as_strided(sizes, strides) for _ in range(2)
+        )
         z.copy_(torch.randn(sizes))
         codes.fill_(math.nan)
         indices = torch.full((2, 64), -7, dtype=torch.int32)
@@ -130,10 +159,18 @@ def test_decode(fsq, levels, dtype):
     codebook = math.prod(levels)
     indices = torch.randint(0, codebook, (2, 3, 100), dtype=torch.int64)
     indices[0, 0, :4] = torch.tensor([-1, codebook, 0, codebook - 1])
-    for index in (indices, indices.clamp_max(2**31 - 1).int(), indices.transpose(0, 2), indices[..., ::3].int()):
+    for index in (
+        indices,
+        indices.clamp_max(2**31 - 1).int(),
+        indices.transpose(0, 2),
+        indices[..., ::3].int(),
+    ):
         for dim, seed in ((1, 0), (3, 1), (0, 2)):
             want = reference.fsq_decode(index, levels, dtype=dtype, dim=dim)
-            for codes in (torch.empty_strided(want.shape, want.stride(), dtype=dtype), torch.empty(want.shape, dtype=dtype)):
+            for codes in (
+                torch.empty_strided(want.shape, want.stride(), dtype=dtype),
+                torch.empty(want.shape, dtype=dtype),
+            ):
                 codes.fill_(math.nan)
                 fsq.decode(index, codes, levels, dim, None, seed=seed)
                 assert same(codes, want)
@@ -155,11 +192,15 @@ def test_backward(fsq, levels, dtype):
     slopes = [h / (level // 2) for h, level in zip(half_l, levels)]
     for seed, (value, dim) in zip(itertools.cycle(SEEDS), layouts(z).values()):
         dim %= value.dim()
-        for grad in (torch.randn_like(value), torch.randn(value.shape[::-1]).to(dtype).permute(*reversed(range(value.dim())))):
+        for grad in (
+            torch.randn_like(value),
+            torch.randn(value.shape[::-1]).to(dtype).permute(*reversed(range(value.dim()))),
+        ):
             got = torch.empty_like(value).fill_(math.nan)
             fsq.backward(grad, value, got, list(shift), slopes, dim, None, seed=seed)
             want = reference.fsq_quantize_backward(grad.double(), value.double(), levels, dim=dim)
-            # The sum z + shift and the slope lose an eps each relative to sizes up to 8, tanh two more, 1 - t * t is at most 1.
+            # The sum z + shift and the slope lose an eps each relative to sizes up to 8, tanh two more, 1 - t
+            # * t is at most 1.
             error = (got.double() - want).abs()
             eps, of = torch.finfo(torch.float32).eps, torch.finfo(dtype)
             bound = grad.double().abs() * 16 * eps + want.abs() * of.eps + of.smallest_normal * of.eps
@@ -168,8 +209,14 @@ def test_backward(fsq, levels, dtype):
 
 def test_the_op_on_these_kernels(fsq):
     """What vtok_fast.ops.fsq does on a GPU, with the emulator in place of the native module."""
-    lib = SimpleNamespace(fsq_cuda_quantize=fsq.quantize, fsq_cuda_decode=fsq.decode, fsq_cuda_backward=fsq.backward)
-    for levels, dtype in (([8] * 5, torch.float32), ([8, 8, 8, 5, 5, 5], torch.bfloat16), ([40], torch.float16)):
+    lib = SimpleNamespace(
+        fsq_sm80_quantize=fsq.quantize, fsq_sm80_decode=fsq.decode, fsq_sm80_backward=fsq.backward
+    )
+    for levels, dtype in (
+        ([8] * 5, torch.float32),
+        ([8, 8, 8, 5, 5, 5], torch.bfloat16),
+        ([40], torch.float16),
+    ):
         z = torch.randn(2, len(levels), 3, 8, 24).mul(1.5).to(dtype)
         for value, dim in layouts(z).values():
             call = op.FSQCall(value, tuple(levels), "vidtok", dim % value.dim())
@@ -180,7 +227,9 @@ def test_the_op_on_these_kernels(fsq):
             assert same(got, want) and got.stride() == want.stride()
             backward = op.FSQBackwardCall(torch.randn_like(value), *call)
             got, want = op._sm80_backward(backward, lib), op._reference_backward(backward)
-            torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=32 * torch.finfo(torch.float32).eps)
+            torch.testing.assert_close(
+                got, want, rtol=2 * torch.finfo(dtype).eps, atol=32 * torch.finfo(torch.float32).eps
+            )
             assert got.stride() == torch.empty_like(value).stride()
 
 

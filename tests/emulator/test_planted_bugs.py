@@ -1,14 +1,11 @@
-"""That the emulator computes, and finds each kind of mistake: planted.cu is right, and wrong in one way per number."""
+"""That the emulator computes, and finds each kind of mistake: planted.cu is right, and wrong in one way per
+number."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import emulator  # noqa: E402
+from support import emulator  # noqa: E402
 
 pytestmark = pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
 
@@ -46,8 +43,11 @@ BUGS = {
 
 @pytest.fixture(scope="module")
 def gemm():
-    return emulator.build("tests/emulator/planted.cu", exports={"run": "planted"},
-                          glue="vtok::Status planted(vtok::Tensor, vtok::Tensor, vtok::Tensor, vtok::Tensor, int);")
+    return emulator.build(
+        "tests/emulator/planted.cu",
+        exports={"run": "planted"},
+        glue="vtok::Status planted(vtok::Tensor, vtok::Tensor, vtok::Tensor, vtok::Tensor, int);",
+    )
 
 
 def operands(dtype, blocks=3, k=80):

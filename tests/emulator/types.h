@@ -1,6 +1,6 @@
-// The words of CUDA C++ that kernels and launchers use, for a host compiler: qualifiers, vector types, half precision.
-// Conversions round to nearest even, as the instructions do. Words that are missing here are not used by the kernels: static
-// __shared__ arrays, for one, which could not be checked.
+// The words of CUDA C++ that kernels and launchers use, for a host compiler: qualifiers, vector types, half
+// precision. Conversions round to nearest even, as the instructions do. Words that are missing here are not
+// used by the kernels: static __shared__ arrays, for one, which could not be checked.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -20,16 +20,18 @@
 using std::max;
 using std::min;
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+  unsigned x, y, z;
+};
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define EMU_VECTORS(name, type)                                                                       \
-  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                            \
-  struct alignas(4 * sizeof(type)) name##4 { type x, y, z, w; };                                      \
-  constexpr name##2 make_##name##2(type x, type y) { return {x, y}; }                                 \
+#define EMU_VECTORS(name, type)                                       \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };            \
+  struct alignas(4 * sizeof(type)) name##4 { type x, y, z, w; };      \
+  constexpr name##2 make_##name##2(type x, type y) { return {x, y}; } \
   constexpr name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMU_VECTORS(float, float)
 EMU_VECTORS(int, int)
@@ -39,12 +41,20 @@ EMU_VECTORS(ushort, unsigned short)
 
 using cudaStream_t = struct EmulatedStream*;
 
-// ---- half precision: storage, and conversions -------------------------------------------------------------------------
+// ---- half precision: storage, and conversions -------------------------------------------------------------
 
-struct __nv_bfloat16 { uint16_t bits; };
-struct __half { uint16_t bits; };
-struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
-struct alignas(4) __half2 { __half x, y; };
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+struct alignas(4) __half2 {
+  __half x, y;
+};
 
 inline float __bfloat162float(__nv_bfloat16 v) { return std::bit_cast<float>(uint32_t(v.bits) << 16); }
 
@@ -66,19 +76,22 @@ inline __half __float2half_rn(float v) {
   const uint16_t sign = std::bit_cast<uint32_t>(v) >> 16 & 0x8000;
   const float size = std::fabs(v);
   if (v != v) return {0x7fff};
-  if (size < 0x1p-14f) return {uint16_t(sign | int(std::nearbyint(size * 0x1p24f)))};  // below the normal numbers
+  // below the normal numbers
+  if (size < 0x1p-14f) return {uint16_t(sign | int(std::nearbyint(size * 0x1p24f)))};
   const uint32_t bits = std::bit_cast<uint32_t>(size), rounded = bits + 0xfff + (bits >> 13 & 1);
   return {uint16_t(sign | std::min((rounded >> 13) - (112u << 10), 31u << 10))};
 }
 
 inline __nv_bfloat16 __float2bfloat16(float v) { return __float2bfloat16_rn(v); }
 inline __half __float2half(float v) { return __float2half_rn(v); }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
 inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 
-// ---- arithmetic by intrinsics ------------------------------------------------------------------------------------------
+// ---- arithmetic by intrinsics -----------------------------------------------------------------------------
 
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -4,11 +4,12 @@
 namespace emu {
 namespace {
 
-// A tile in shared memory by its descriptor, of rows (of M or N) by 16 of k; in chunks of 16 bytes, which are 8 of k, or 8 rows
-// where it is transposed.
+// A tile in shared memory by its descriptor, of rows (of M or N) by 16 of k; in chunks of 16 bytes, which are
+// 8 of k, or 8 rows where it is transposed.
 struct Tile {
-  uint32_t start, lead, stride;  // bytes; a chunk's place follows from them as the PTX manual's canonical layouts say
-  uint32_t width;                // of a swizzled line
+  // bytes; a chunk's place follows from them as the PTX manual's canonical layouts say
+  uint32_t start, lead, stride;
+  uint32_t width;  // of a swizzled line
   bool transposed;
 
   Tile(const Operand& operand, const Where& where) : transposed(operand.transposed) {
@@ -24,19 +25,20 @@ struct Tile {
                std::to_string(8 * width),
            where);
   }
-  // k innermost: lines of one row, 8 rows to the next by `stride`. Transposed: lines of one k, 8 of k to the next by `stride`, and
-  // a line's rows to the next ones by `lead`.
+  // k innermost: lines of one row, 8 rows to the next by `stride`. Transposed: lines of one k, 8 of k to the
+  // next by `stride`, and a line's rows to the next ones by `lead`.
   uint32_t chunk(int row, int k) const {
     const int line = width / 2;  // elements
-    const uint32_t address = transposed ? start + row / line * lead + k / 8 * stride + k % 8 * width + row % line * 2
-                                        : start + row / 8 * stride + row % 8 * width + k * 2;
+    const uint32_t address = transposed
+                                 ? start + row / line * lead + k / 8 * stride + k % 8 * width + row % line * 2
+                                 : start + row / 8 * stride + row % 8 * width + k * 2;
     return address ^ (address >> 3 & (width - 16));
   }
 };
 
 // values[row * 16 + k]. A warp reads its 16 rows of the left operand, each warp all of the right one.
-std::vector<float> read_tile(const Tile& tile, int rows, float (*element)(uint16_t), int group, bool all_warps,
-                             const Where& where) {
+std::vector<float> read_tile(const Tile& tile, int rows, float (*element)(uint16_t), int group,
+                             bool all_warps, const Where& where) {
   std::vector<float> values(rows * 16);
   const Event event{wgmma_agent(group), warpgroups[group].groups + 1, where};
   const int rows_of_chunk = tile.transposed ? 8 : 1, k_of_chunk = tile.transposed ? 1 : 8;
@@ -69,7 +71,8 @@ std::vector<float> read_registers(const Offers& offers, float (*element)(uint16_
 
 bool same(const Fragment& f) { return !std::memcmp(f.seen, f.a, sizeof f.seen); }
 
-// Registers of the left operand must be as they were at the last fence, and stay so until the product is waited for.
+// Registers of the left operand must be as they were at the last fence, and stay so until the product is
+// waited for.
 void check_fragment(const uint32_t* a, uint32_t group, const Where& where) {
   auto& known = state().fragments;
   auto own = std::find_if(known.begin(), known.end(), [&](const Fragment& x) { return x.a == a; });
@@ -77,8 +80,10 @@ void check_fragment(const uint32_t* a, uint32_t group, const Where& where) {
     known.push_back({a, {}, 0, true});
     own = known.end() - 1;
   } else if (!same(*own)) {
-    fail(own->landed ? "wgmma: registers of the left operand changed since the last wgmma_fence"
-                     : "wgmma: registers of the left operand changed before the product has read them: no wgmma_wait", where);
+    fail(own->landed
+             ? "wgmma: registers of the left operand changed since the last wgmma_fence"
+             : "wgmma: registers of the left operand changed before the product has read them: no wgmma_wait",
+         where);
   }
   own->group = group, own->landed = false;
   std::memcpy(own->seen, a, sizeof own->seen);
@@ -118,7 +123,8 @@ void wgmma_wait(uint32_t left, const Where& where) {
   clock = std::max(clock, up_to);
 }
 
-void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*element)(uint16_t), const Where& where) {
+void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*element)(uint16_t),
+           const Where& where) {
   struct Offer {
     float* d;
     Operand a, b;
@@ -141,17 +147,20 @@ void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*eleme
   if (a.registers) check_fragment(a.registers, warpgroups[group_number].groups + 1, where);
   warpgroup("wgmma", Offer{d, a, b, accumulate}, where, [&](Warpgroup& group, Offer** offers) {
     for (int i = 0; i < 128; ++i)
-      if (offers[i]->a.descriptor != a.descriptor || offers[i]->b.descriptor != b.descriptor || offers[i]->accumulate != accumulate)
+      if (offers[i]->a.descriptor != a.descriptor || offers[i]->b.descriptor != b.descriptor ||
+          offers[i]->accumulate != accumulate)
         fail("wgmma: threads have different descriptors", where);
-    const auto left =
-        a.registers ? read_registers(offers, element) : read_tile(Tile(a, where), 64, element, group_number, false, where);
+    const auto left = a.registers ? read_registers(offers, element)
+                                  : read_tile(Tile(a, where), 64, element, group_number, false, where);
     const auto right = read_tile(Tile(b, where), n, element, group_number, true, where);
     for (int t = 0; t < 128; ++t) {
       auto& all = states[128 * group_number + t].accumulators;
-      Accumulator& to = *std::find_if(all.begin(), all.end(), [&](const Accumulator& x) { return x.d == offers[t]->d; });
+      Accumulator& to =
+          *std::find_if(all.begin(), all.end(), [&](const Accumulator& x) { return x.d == offers[t]->d; });
       to.value.resize(n / 2);
       for (int i = 0; i < n / 2; ++i) {
-        const int row = 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (t % 4) + i % 2;
+        const int row = 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2),
+                  column = 8 * (i / 4) + 2 * (t % 4) + i % 2;
         float sum = accumulate ? to.value[i] : 0;
         for (int k = 0; k < 16; ++k) sum += left[row * 16 + k] * right[column * 16 + k];
         to.value[i] = sum;

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
 from adversary import Adversary, Discriminator  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,8 +25,8 @@ def test_the_adversarial_gradient_is_a_share_of_the_other(weight):
     adversary, y, x = Adversary(weight=weight), videos(0).requires_grad_(), videos(1)
     loss = (y - x).abs().mean()
     adversary.discriminator.zero_grad()
-    ours, = torch.autograd.grad(adversary.term(y, loss), y, retain_graph=True)
-    other, = torch.autograd.grad(loss, y)
+    (ours,) = torch.autograd.grad(adversary.term(y, loss), y, retain_graph=True)
+    (other,) = torch.autograd.grad(loss, y)
     torch.testing.assert_close(ours.norm(), weight * other.norm())
     assert all(p.grad is None and p.requires_grad for p in adversary.discriminator.parameters())
 
@@ -60,5 +54,9 @@ def test_lecam_holds_the_logits_together():
         for step in range(20):
             adversary.learn(videos(step), videos(step).flip(1) * 0.3)
         with torch.no_grad():
-            gaps.append((adversary.discriminator(videos(50).flip(1) * 0.3) - adversary.discriminator(videos(50))).mean())
+            gaps.append(
+                (
+                    adversary.discriminator(videos(50).flip(1) * 0.3) - adversary.discriminator(videos(50))
+                ).mean()
+            )
     assert gaps[1] < 0.7 * gaps[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 
 import miniature  # noqa: E402
 
@@ -27,7 +25,13 @@ class Noise:
     """Stands in for the clips: batches that depend on the dice alone."""
 
     def sample(self, dice, shape):
-        return torch.rand(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(dice.randrange(1 << 30))) * 2 - 1
+        return (
+            torch.rand(
+                shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(dice.randrange(1 << 30))
+            )
+            * 2
+            - 1
+        )
 
 
 def small(**fields) -> VidTok:
@@ -41,8 +45,16 @@ def test_training_depends_on_the_seed_alone_and_spares_what_is_frozen():
         model = small(levels=(8,) * 4)
         model.encoder.requires_grad_(False)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        runs.append(miniature.train(model, Noise(), 4, (1, 5, 16, 16), lr=1e-3, loss=miniature.plain_loss(), label="noise"))
-        changed = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+        runs.append(
+            miniature.train(
+                model, Noise(), 4, (1, 5, 16, 16), lr=1e-3, loss=miniature.plain_loss(), label="noise"
+            )
+        )
+        changed = {
+            key.split(".")[0]
+            for key, value in model.state_dict().items()
+            if not torch.equal(value, before[key])
+        }
         assert changed == {"decoder"} and not model.training
     assert runs[0] == runs[1] and miniature.CURVES.pop("noise") == runs[0]
 
@@ -61,7 +73,10 @@ def test_a_section_is_added_once_and_then_replaced(tmp_path, monkeypatch):
 
 
 def test_tables():
-    assert miniature.table(("a", "b"), [("x", 1.234), ("y", 5)]) == "| a | b |\n| --- | --- |\n| x | 1.23 |\n| y | 5 |"
+    assert (
+        miniature.table(("a", "b"), [("x", 1.234), ("y", 5)])
+        == "| a | b |\n| --- | --- |\n| x | 1.23 |\n| y | 5 |"
+    )
 
 
 def test_the_rate_of_a_gaussian_is_steered():
@@ -73,7 +88,9 @@ def test_the_rate_of_a_gaussian_is_steered():
     before = steer.weight
     steer(model, x, 0)
     assert steer.weight < before  # too few bits: pay less attention to them
-    assert steer.rate == pytest.approx(result.loss.item() * 2 / 0.6931472 / result.codes[:, 0].numel(), rel=1e-4)
+    assert steer.rate == pytest.approx(
+        result.loss.item() * 2 / 0.6931472 / result.codes[:, 0].numel(), rel=1e-4
+    )
     steer = claims.EqualRate(1e-9)
     steer(model, x, 0)
     assert steer.weight > before

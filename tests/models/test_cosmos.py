@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import tokenizer_contract as contract
 
 import vtok_fast
-from vtok_fast import native, parity
+from vtok_fast import parity
+from vtok_fast.dispatch import native
 from vtok_fast.models import Cosmos, CosmosConfig
-from vtok_fast.models import cosmos_blocks as blocks
-from vtok_fast.models.cosmos_checkpoint import CONSTANTS
-from vtok_fast.models.cosmos_patcher import Patcher, UnPatcher, haar
-from vtok_fast.models.windows import WindowStream
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import tokenizer_face as face  # noqa: E402
+from vtok_fast.models.common.windows import WindowStream
+from vtok_fast.models.cosmos import blocks
+from vtok_fast.models.cosmos.checkpoint import CONSTANTS
+from vtok_fast.models.cosmos.patcher import Patcher, UnPatcher, haar
 
 SMALL = {"channels": 8, "channels_mult": (1, 2, 2), "num_res_blocks": 1, "patch_size": 2, "temporal_compression": 4,
          "z_channels": 8}  # fmt: skip
@@ -34,7 +31,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(kind: str = "FSQ", **fields) -> Cosmos:
-    return face.randomise(Cosmos(**{**KINDS[kind], **fields}), std=0.3)  # so that frames differ behind the quantiser
+    return contract.randomise(
+        Cosmos(**{**KINDS[kind], **fields}), std=0.3
+    )  # so that frames differ behind the quantiser
 
 
 # Structure
@@ -75,7 +74,10 @@ def test_presets(name):
         ({"patch_size": 3}, "patch_size=3"),
         ({"temporal_compression": 1}, "temporal_compression=1"),
         ({"spatial_compression": 32}, "spatial_compression=32: the encoder gives 8"),
-        ({"channels_mult": (1, 2)}, "temporal_compression=4: the decoder gives 2|spatial_compression=8: the encoder gives 4"),
+        (
+            {"channels_mult": (1, 2)},
+            "temporal_compression=4: the decoder gives 2|spatial_compression=8: the encoder gives 4",
+        ),
         ({"decoder_channels_mult": (1, 2)}, "the decoder gives"),
         ({"colour": "blue"}, "colour"),
     ],
@@ -116,17 +118,17 @@ def test_patches_and_back(method, patch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_common_face(kind, tmp_path):
-    face.check_tokens(make(kind), face.clip(2, 3, 5, 16, 8), tmp_path / "clip.tokens")
-    face.check_refusals(make(kind), face.clip(1, 3, 5, 16, 8))
+    contract.check_tokens(make(kind), contract.clip(2, 3, 5, 16, 8), tmp_path / "clip.tokens")
+    contract.check_refusals(make(kind), contract.clip(1, 3, 5, 16, 8))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind):
-    face.check_gradients(make(kind), face.clip(1, 3, 5, 16, 16))
+    contract.check_gradients(make(kind), contract.clip(1, 3, 5, 16, 16))
 
 
 def test_gaussian_latent_is_sampled_in_training_only():
-    model, video = make("VAE"), face.clip(1, 3, 5, 16, 16)
+    model, video = make("VAE"), contract.clip(1, 3, 5, 16, 16)
     assert torch.equal(model.reconstruct(video).video, model(video))
     model.train()
     assert not torch.equal(model.reconstruct(video).video, model.reconstruct(video).video)
@@ -135,7 +137,7 @@ def test_gaussian_latent_is_sampled_in_training_only():
 
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 7])
 def test_every_length_comes_back(frames):
-    model, video = make(), face.clip(1, 3, frames, 8, 8)
+    model, video = make(), contract.clip(1, 3, frames, 8, 8)
     assert model.encode(video).grid == (1 + -(-(frames - 1) // 4), 1, 1)
     assert model(video).shape == video.shape
     filled = torch.cat((video, *[video[:, :, -1:]] * (-(frames - 1) % 4)), dim=2)
@@ -143,7 +145,7 @@ def test_every_length_comes_back(frames):
 
 
 def test_a_later_frame_changes_no_earlier_one():
-    model, video = make(), face.clip(1, 3, 9, 16, 8)
+    model, video = make(), contract.clip(1, 3, 9, 16, 8)
     changed = video.clone()
     changed[:, :, 5:] *= -1
     before, after = model.encode(video).indices, model.encode(changed).indices
@@ -155,19 +157,22 @@ def test_a_later_frame_changes_no_earlier_one():
 
 
 def test_files(tmp_path):
-    face.check_files(make(), face.clip(1, 3, 5, 16, 8), tmp_path)
+    contract.check_files(make(), contract.clip(1, 3, 5, 16, 8), tmp_path)
 
 
 def test_constants_of_the_other_layout(tmp_path):
-    """A file with constants is read into a model without, and the other way round; values of the model's own are kept."""
-    with_them, video = make("FSQ predict1"), face.clip(1, 3, 5, 16, 8)
+    """A file with constants is read into a model without, and the other way round; values of the model's own
+    are kept."""
+    with_them, video = make("FSQ predict1"), contract.clip(1, 3, 5, 16, 8)
     constants = {key for key in with_them.state_dict() if key.rpartition(".")[2] in CONSTANTS}
     assert len(constants) == 8
     state = {key: value for key, value in with_them.state_dict().items() if key not in constants}
     torch.save(state, tmp_path / "without.pt")
     loaded = Cosmos.from_checkpoint(tmp_path / "without.pt", with_them.config)
     assert loaded.state_dict().keys() == with_them.state_dict().keys()
-    assert all(torch.equal(loaded.state_dict()[key], with_them.state_dict()[key]) for key in loaded.state_dict())
+    assert all(
+        torch.equal(loaded.state_dict()[key], with_them.state_dict()[key]) for key in loaded.state_dict()
+    )
     assert torch.equal(loaded(video), with_them(video))
 
 
@@ -178,9 +183,12 @@ class Part(torch.nn.Sequential):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_torchscript_files(tmp_path):
     tiny = {"channels": 4, "channels_mult": (1, 1), "spatial_compression": 4, "legacy_mode": True}
-    model, video = make("AE", **tiny), face.clip(1, 3, 5, 8, 8)
+    model, video = make("AE", **tiny), contract.clip(1, 3, 5, 8, 8)
     latent = model.encode(video).latents
-    halves = {"encoder": (("encoder", "quant_conv"), video), "decoder": (("post_quant_conv", "decoder"), latent)}
+    halves = {
+        "encoder": (("encoder", "quant_conv"), video),
+        "decoder": (("post_quant_conv", "decoder"), latent),
+    }
     for name, (parts, example) in halves.items():
         part = Part()
         for key in parts:
@@ -204,14 +212,17 @@ def test_torchscript_files(tmp_path):
 
 def run(stream: WindowStream, video: torch.Tensor) -> list[torch.Tensor]:
     tokens = [stream.encode_chunk(video[:, :, a:b]) for a, b in stream.chunks(video.shape[2])]
-    return [stream.decode_chunk(part, lookahead=after) for part, after in zip(tokens, [*tokens[1:], None], strict=True)]
+    return [
+        stream.decode_chunk(part, lookahead=after)
+        for part, after in zip(tokens, [*tokens[1:], None], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("frames", [1, 3, 5, 6, 8, 14])
 @pytest.mark.parametrize("overlap", [0, 2])
 def test_windows(frames, overlap):
     """Frames of one window alone are its own; shared ones are mixed with weights that fall linearly."""
-    model, video = make(), face.clip(1, 3, frames, 8, 8)
+    model, video = make(), contract.clip(1, 3, frames, 8, 8)
     stream = model.stream(5, overlap)
     result = torch.cat(run(stream, video), dim=2)
     expected, weights = torch.zeros_like(video), torch.zeros(frames)
@@ -223,7 +234,7 @@ def test_windows(frames, overlap):
         if i:
             weight[:overlap] = ramp
         if i + 1 < len(windows):
-            weight[-overlap or end:] *= 1 - ramp
+            weight[-overlap or end :] *= 1 - ramp
         expected[:, :, start:end] += weight[:, None, None] * part
         weights[start:end] += weight
     torch.testing.assert_close(weights, torch.ones(frames))
@@ -239,11 +250,11 @@ def test_windows_refuse():
     with pytest.raises(ValueError, match="frames=0"):
         stream.chunks(0)
     with pytest.raises(ValueError, match="at most 5 frames, not 9"):
-        stream.encode_chunk(face.clip(1, 3, 9, 8, 8))
-    tokens = stream.encode_chunk(face.clip(1, 3, 5, 8, 8))
+        stream.encode_chunk(contract.clip(1, 3, 9, 8, 8))
+    tokens = stream.encode_chunk(contract.clip(1, 3, 5, 8, 8))
     stream.decode_chunk(tokens, lookahead=tokens)
     with pytest.raises(ValueError, match="reset"):
-        stream.decode_chunk(stream.encode_chunk(face.clip(1, 3, 5, 16, 8)))
+        stream.decode_chunk(stream.encode_chunk(contract.clip(1, 3, 5, 16, 8)))
 
 
 # Acceleration
@@ -264,13 +275,17 @@ BLOCKS = {
 
 
 def outputs(module: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The result and all gradients. A bias of k moves every score of a softmax by the same amount: its gradient is rounding
-    noise."""
+    """The result and all gradients. A bias of k moves every score of a softmax by the same amount: its
+    gradient is rounding noise."""
     module.zero_grad()
     x = x.clone().requires_grad_()
     y = module(x)
-    y.backward(face.clip(*y.shape, seed=2).to(y.dtype))
-    grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None and name != "k.conv3d.bias"}
+    y.backward(contract.clip(*y.shape, seed=2).to(y.dtype))
+    grads = {
+        name: p.grad.clone()
+        for name, p in module.named_parameters()
+        if p.grad is not None and name != "k.conv3d.bias"
+    }
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
@@ -278,7 +293,7 @@ def outputs(module: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_each_accelerated_block_is_close(name, frames):
-    module, x = face.randomise(BLOCKS[name](), std=0.3), face.clip(2, 16, frames, 12, 10)
+    module, x = contract.randomise(BLOCKS[name](), std=0.3), contract.clip(2, 16, frames, 12, 10)
     with vtok_fast.backend("reference"):
         eager, ref64 = outputs(module, x), outputs(copy.deepcopy(module).double(), x.double())
     with vtok_fast.accelerated(module, check=False) as report:
@@ -294,23 +309,36 @@ def test_each_accelerated_block_is_close(name, frames):
 @pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 @pytest.mark.parametrize("kind", ["FSQ", "VAE"])
 def test_acceleration(kind):
-    """A whole model: every block swapped within its contract, tokens equal but for latents at a threshold, and gradients as near to
-    those in float64 as a float32 implementation must come (errors of forty layers add up: the contract is each layer's)."""
-    model, video = make(kind, channels=16, attn_resolutions=(512,)), face.clip(1, 3, 5, 32, 32)
+    """A whole model: every block swapped within its contract, tokens equal but for latents at a threshold,
+    and gradients as near to those in float64 as a float32 implementation must come (errors of forty layers
+    add up: the contract is each layer's)."""
+    model, video = make(kind, channels=16, attn_resolutions=(512,)), contract.clip(1, 3, 5, 32, 32)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     expected = outputs(copy.deepcopy(model).double(), video.double())
     before = model(video)
     report = vtok_fast.accelerate(model, example=video)
     assert not [entry for entry in report.skipped if entry.error is not None], report
     kinds = {entry.kind for entry in report.swapped}
-    assert {"ResBlock", "SpatialAttention", "TemporalAttention", "HybridDown", "HybridUp", "CausalConv3d"} <= kinds
+    assert {
+        "ResBlock",
+        "SpatialAttention",
+        "TemporalAttention",
+        "HybridDown",
+        "HybridUp",
+        "CausalConv3d",
+    } <= kinds
     assert (kind == "FSQ") == ("FSQuantizer" in kinds)
-    assert not [entry for entry in report.skipped if entry.kind in kinds and "passes" not in entry.why], report
+    assert not [entry for entry in report.skipped if entry.kind in kinds and "passes" not in entry.why], (
+        report
+    )
     for tokens in report.tokens:
         assert tokens.ok and tokens.total == 2 * 4 * 4
     fast = outputs(model, video)
     for part in ("y", "x", "encoder", "decoder"):
-        a, b = (torch.cat([v.double().flatten() for k, v in values.items() if k.startswith(part)]) for values in (fast, expected))
+        a, b = (
+            torch.cat([v.double().flatten() for k, v in values.items() if k.startswith(part)])
+            for values in (fast, expected)
+        )
         assert (a - b).norm() <= 1e-5 * b.norm(), part
     report.revert()
     assert torch.equal(model(video), before)
@@ -319,7 +347,7 @@ def test_acceleration(kind):
 
 @pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 def test_acceleration_in_bfloat16():
-    model, video = make().bfloat16(), face.clip(1, 3, 5, 16, 16, dtype=torch.bfloat16)
+    model, video = make().bfloat16(), contract.clip(1, 3, 5, 16, 16, dtype=torch.bfloat16)
     report = vtok_fast.accelerate(model)
     assert not [entry for entry in report.skipped if entry.error is not None], report
     assert model(video).isfinite().all()

@@ -12,21 +12,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vtok_fast import native
+from vtok_fast.dispatch import native
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-import golden  # noqa: E402
+from support import golden  # noqa: E402
 
-FOLDERS = [TESTS / "golden_data", Path(os.environ.get("VTOK_FAST_GOLDEN", TESTS.parents[1] / "shared" / "golden"))]
+FOLDERS = [
+    TESTS / "golden_data",
+    Path(os.environ.get("VTOK_FAST_GOLDEN", TESTS.parents[1] / "shared" / "golden")),
+]
 PREFIXES = ("vidtok_", "cosmos_", "infotok_")  # of the files' names, by system
-FILES = {path.name: path for folder in reversed(FOLDERS)
-         for path in sorted(folder.glob("*.safetensors")) if path.name.startswith(PREFIXES)}
+FILES = {
+    path.name: path
+    for folder in reversed(FOLDERS)
+    for path in sorted(folder.glob("*.safetensors"))
+    if path.name.startswith(PREFIXES)
+}
 CONV = "vidtok_causal_conv.safetensors"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", sorted(FILES) or [pytest.param("none", marks=pytest.mark.skip("no golden files found"))])
+@pytest.mark.parametrize(
+    "name", sorted(FILES) or [pytest.param("none", marks=pytest.mark.skip("no golden files found"))]
+)
 def test_golden_file(name):
     checks = golden.check_file(FILES[name])
     assert {check.case for check in checks} >= set(golden.Golden.load(FILES[name]).cases)
@@ -35,7 +43,9 @@ def test_golden_file(name):
 
 @pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 @pytest.mark.parametrize("algorithm", ["direct", "winograd2", "winograd4"])
-@pytest.mark.parametrize("name", sorted(FILES) or [pytest.param("none", marks=pytest.mark.skip("no golden files found"))])
+@pytest.mark.parametrize(
+    "name", sorted(FILES) or [pytest.param("none", marks=pytest.mark.skip("no golden files found"))]
+)
 def test_golden_file_accelerated(name, algorithm):
     assert [check for check in golden.check_file(FILES[name], "cpu", algorithm) if not check.passed] == []
 
@@ -51,7 +61,9 @@ def rewrite(source: Path, target: Path, *, key: str = "", change=None, meta: dic
 
 
 def test_a_difference_fails(tmp_path, capsys):
-    path = rewrite(FILES[CONV], tmp_path / "changed.safetensors", key="out/conv03/v11/y", change=lambda y: y * (1 + 3e-5))
+    path = rewrite(
+        FILES[CONV], tmp_path / "changed.safetensors", key="out/conv03/v11/y", change=lambda y: y * (1 + 3e-5)
+    )
     failed = [check for check in golden.check_file(path) if not check.passed]
     assert [(check.case, check.what) for check in failed] == [("conv03", "v11/y")]
     assert failed[0].error == pytest.approx(3e-5, rel=0.05)
@@ -122,9 +134,11 @@ def test_what_cannot_be_checked(tmp_path, capsys):
 
 
 def test_command_line():
-    command = [sys.executable, str(TESTS / "golden.py"), str(FILES[CONV])]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "support.golden", str(FILES[CONV])]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("ok ") == len(golden.Golden.load(FILES[CONV]).cases)
-    result = subprocess.run([*command, "--algorithm", "direct"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, "--algorithm", "direct"], capture_output=True, text=True, check=False, cwd=TESTS
+    )
     assert result.returncode == 2

@@ -6,23 +6,20 @@ test_golden.py compares it with the official code.
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import tokenizer_contract as contract
 
 import vtok_fast
-from vtok_fast import native, parity
+from vtok_fast import parity
+from vtok_fast.dispatch import native
 from vtok_fast.models import Cosmos, InfoTok, InfoTokConfig
-from vtok_fast.models.infotok import DROPPED, frame_budgets, frame_rates
-from vtok_fast.models.infotok_transformer import Attention, Block, block_causal_mask, rotary_angles
-from vtok_fast.ops.packed_tokens import PackedTokens
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import tokenizer_face as face  # noqa: E402
+from vtok_fast.models.infotok.model import DROPPED, frame_budgets, frame_rates
+from vtok_fast.models.infotok.transformer import Attention, Block, block_causal_mask, rotary_angles
+from vtok_fast.ops.token_packing.packed_tokens import PackedTokens
 
 SMALL = {"channels": 8, "channels_mult": (1, 1, 2), "num_res_blocks": 1, "z_channels": 16, "hidden_size": 16,
          "intermediate_size": 24, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2,
@@ -31,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> InfoTok:
-    return face.randomise(InfoTok(**{**SMALL, **fields}), std=0.3)  # so that frames differ behind the quantiser
+    return contract.randomise(
+        InfoTok(**{**SMALL, **fields}), std=0.3
+    )  # so that frames differ behind the quantiser
 
 
 def kept(tokens) -> list[int]:
@@ -45,7 +44,11 @@ def test_the_released_model():
     with torch.device("meta"):
         model = InfoTok("flex-4x8x8")
     assert sum(p.numel() for p in model.parameters()) == 123_142_646 and len(model.state_dict()) == 473
-    assert model.codebook_size == 64000 and model.num_tokens(33, 256, 256) == 9216 and model.num_tokens(81, 240, 432) == 34_020
+    assert (
+        model.codebook_size == 64000
+        and model.num_tokens(33, 256, 256) == 9216
+        and model.num_tokens(81, 240, 432) == 34_020
+    )
     state = model.state_dict()
     for key, shape in {"temporal_embed": (49, 256), "vit_encoder.7.attention.mha.in_proj_weight": (768, 256), "save_loss": (128,),
                        "vit_decoder.0.mlp.w2.weight": (256, 512), "quantizer.implicit_codebook": (64000, 6)}.items():  # fmt: skip
@@ -73,7 +76,7 @@ def test_impossible_structures(fields, message):
 
 def test_choices_are_no_part_of_the_model():
     """Tokens say which model made them, not how many it was asked for."""
-    video = face.clip(1, 3, 5, 16, 16)
+    video = contract.clip(1, 3, 5, 16, 16)
     tokens = make(rate=0.25, selection="topk", router="latent").encode(video)
     assert make(rate=1.0).decode(tokens).shape == video.shape
     with pytest.raises(ValueError, match="tokens come from"):
@@ -84,10 +87,10 @@ def test_choices_are_no_part_of_the_model():
 
 
 def test_attention_is_block_causal_and_projects_twice():
-    """Against torch's own module: q and k projected and turned, v projected, all three handed to the module that holds the
-    weights."""
-    layer, angles = face.randomise(Attention(16, 2)), rotary_angles(2, 3, 8, 10000.0)
-    x = face.clip(2, 18, 16)
+    """Against torch's own module: q and k projected and turned, v projected, all three handed to the module
+    that holds the weights."""
+    layer, angles = contract.randomise(Attention(16, 2)), rotary_angles(2, 3, 8, 10000.0)
+    x = contract.clip(2, 18, 16)
     mha, blocked = layer.mha, ~block_causal_mask(3, 6)
     q, k, v = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=-1)
     complex_turn = torch.polar(torch.ones_like(angles), angles).repeat(3, 1)[:, None].to(torch.complex64)
@@ -112,8 +115,9 @@ def test_attention_is_block_causal_and_projects_twice():
 @pytest.mark.parametrize("selection", ["threshold", "topk", "order", "order_strided"])
 @pytest.mark.parametrize("router", ["decode", "latent"])
 def test_rates(selection, router):
-    """Exact counts, that of the released code for its own threshold; what is kept scored at least as high as what is not."""
-    model, video = make(selection=selection, router=router), face.clip(2, 3, 9, 32, 32)
+    """Exact counts, that of the released code for its own threshold; what is kept scored at least as high as
+    what is not."""
+    model, video = make(selection=selection, router=router), contract.clip(2, 3, 9, 32, 32)
     scores = model.scores(video)
     n = scores[0].numel()
     previous = torch.zeros_like(scores, dtype=torch.bool)
@@ -127,7 +131,11 @@ def test_rates(selection, router):
         if not selection.startswith("order"):
             for clip in (0, 1):
                 dropped = scores[clip][~keep[clip]]
-                assert not len(dropped) or not keep[clip].any() or scores[clip][keep[clip]].min() >= dropped.max()
+                assert (
+                    not len(dropped)
+                    or not keep[clip].any()
+                    or scores[clip][keep[clip]].min() >= dropped.max()
+                )
         assert (keep | ~previous).all()  # more of the same
         previous = keep
     full = model.encode(video, rate=1.0, selection="topk").indices
@@ -135,21 +143,22 @@ def test_rates(selection, router):
 
 
 def test_scores_are_the_error_of_a_full_decode():
-    model, video = make(), face.clip(1, 3, 9, 16, 24)
+    model, video = make(), contract.clip(1, 3, 9, 16, 24)
     full = model.encode(video, rate=1.0, selection="topk")
     error = (video - model.decode(full)).abs().mean(1)
     frames = torch.cat((error[:, :1], error[:, 1:].unflatten(1, (-1, 4)).mean(2)), dim=1)
     expected = F.avg_pool2d(frames, 8)
     torch.testing.assert_close(model.scores(video), expected, rtol=1e-5, atol=1e-6)
-    assert model.mean_score([video, face.clip(2, 3, 5, 8, 8)]) == pytest.approx(
-        (expected.mean().item() + sum(model.scores(face.clip(2, 3, 5, 8, 8)).flatten(1).mean(1).tolist())) / 3
+    assert model.mean_score([video, contract.clip(2, 3, 5, 8, 8)]) == pytest.approx(
+        (expected.mean().item() + sum(model.scores(contract.clip(2, 3, 5, 8, 8)).flatten(1).mean(1).tolist()))
+        / 3
     )
     with pytest.raises(ValueError, match="there are none"):
         model.mean_score([])
 
 
 def test_the_latent_router_needs_no_decode():
-    model, video = make(router="latent", selection="topk"), face.clip(1, 3, 9, 16, 16)
+    model, video = make(router="latent", selection="topk"), contract.clip(1, 3, 9, 16, 16)
     video[:, :, 5:] = video[:, :, 4:5]
     calls = []
     model.decoder.register_forward_hook(lambda *_: calls.append(1))
@@ -158,13 +167,13 @@ def test_the_latent_router_needs_no_decode():
     assert (tokens.indices[:, 0] != DROPPED).all()  # the first frame has nothing before it
     scores = model.scores(video, router="latent")
     assert torch.equal(scores, model.scores(video)) and scores[:, 0].amin() == scores.amax()
-    assert model.scores(face.clip(1, 3, 1, 16, 16)).shape == (1, 1, 2, 2)
+    assert model.scores(contract.clip(1, 3, 1, 16, 16)).shape == (1, 1, 2, 2)
 
 
 @pytest.mark.parametrize("selection", ["order", "order_strided"])
 def test_the_even_router_does_not_look(selection):
     model = make(router="even", selection=selection)
-    videos = torch.cat((face.clip(1, 3, 9, 32, 32), 0.1 * face.clip(1, 3, 9, 32, 32, seed=2)))
+    videos = torch.cat((contract.clip(1, 3, 9, 32, 32), 0.1 * contract.clip(1, 3, 9, 32, 32, seed=2)))
     keep = model.encode(videos, rate=0.5).indices != DROPPED
     assert torch.equal(keep, keep[:1, :1].expand_as(keep))  # whatever the clip and the frame
     uneven = model.encode(videos, rate=0.55).indices[0] != DROPPED
@@ -174,11 +183,14 @@ def test_the_even_router_does_not_look(selection):
 
 def test_a_running_mean_that_never_ran():
     with pytest.raises(ValueError, match="no running mean"):
-        make(rate_strategy="elbo_ema").encode(face.clip(1, 3, 5, 16, 16))
+        make(rate_strategy="elbo_ema").encode(contract.clip(1, 3, 5, 16, 16))
 
 
 def test_strategies():
-    model, videos = make(), torch.cat((face.clip(1, 3, 5, 32, 32), 0.1 * face.clip(1, 3, 5, 32, 32, seed=2)))
+    model, videos = (
+        make(),
+        torch.cat((contract.clip(1, 3, 5, 32, 32), 0.1 * contract.clip(1, 3, 5, 32, 32, seed=2))),
+    )
     scores = model.scores(videos)
     means, n = scores.flatten(1).double().mean(1), scores[0].numel()
     mean = means.mean().item()
@@ -199,7 +211,7 @@ def test_strategies():
 
 def test_running_mean():
     """Training moves it, evaluation reads it."""
-    model, video = make(rate_strategy="elbo_ema", decay=0.75), face.clip(1, 3, 5, 16, 16)
+    model, video = make(rate_strategy="elbo_ema", decay=0.75), contract.clip(1, 3, 5, 16, 16)
     assert model.ema_loss.item() == 0
     model.train()
     model.reconstruct(video)
@@ -215,17 +227,25 @@ def test_running_mean():
 
 
 def test_training_draws_the_rate_of_each_clip():
-    model, video = make(rate_bins=(0.25, 0.75), selection="topk").train(), face.clip(4, 3, 5, 16, 16)
-    seen = {count for _ in range(6) for count in (model.reconstruct(video).indices != DROPPED).flatten(1).sum(1).tolist()}
+    model, video = make(rate_bins=(0.25, 0.75), selection="topk").train(), contract.clip(4, 3, 5, 16, 16)
+    seen = {
+        count
+        for _ in range(6)
+        for count in (model.reconstruct(video).indices != DROPPED).flatten(1).sum(1).tolist()
+    }
     assert seen == {2, 6}
     assert (model.reconstruct(video, rate=0.5).indices != DROPPED).flatten(1).sum(1).tolist() == [4] * 4
 
 
 def test_shares_of_frames():
     """Proportional to the mean score, at most 1, with the rate as their mean."""
-    scores = torch.tensor([[8.0, 1.0, 1.0], [2.0, 1.0, 3.0], [0.0, 0.0, 0.0]])[:, :, None, None].expand(-1, -1, 2, 5)
+    scores = torch.tensor([[8.0, 1.0, 1.0], [2.0, 1.0, 3.0], [0.0, 0.0, 0.0]])[:, :, None, None].expand(
+        -1, -1, 2, 5
+    )
     share = frame_rates(scores, torch.tensor([0.6, 0.5, 1.0]))
-    torch.testing.assert_close(share, torch.tensor([[1.0, 0.4, 0.4], [0.5, 0.25, 0.75], [1.0, 1.0, 1.0]], dtype=torch.float64))
+    torch.testing.assert_close(
+        share, torch.tensor([[1.0, 0.4, 0.4], [0.5, 0.25, 0.75], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    )
     assert frame_budgets(scores, torch.tensor([18, 15, 30])).tolist() == [[10, 5, 5], [6, 3, 8], [10, 10, 10]]
 
 
@@ -233,15 +253,17 @@ def test_shares_of_frames():
 
 
 def test_the_common_face(tmp_path):
-    face.check_tokens(make(), face.clip(2, 3, 7, 16, 8), tmp_path / "clip.tokens")
-    face.check_refusals(make(), face.clip(1, 3, 5, 16, 16))
+    contract.check_tokens(make(), contract.clip(2, 3, 7, 16, 8), tmp_path / "clip.tokens")
+    contract.check_refusals(make(), contract.clip(1, 3, 5, 16, 16))
 
 
 def test_a_dropped_token_is_zero_to_the_decoder():
-    model, video = make(), face.clip(1, 3, 5, 16, 16)
+    model, video = make(), contract.clip(1, 3, 5, 16, 16)
     tokens = model.encode(video, rate=0.5)
     keep = tokens.indices != DROPPED
-    codes = model.quantizer.decode(model.encode(video, rate=1.0, selection="topk").indices) * keep.unsqueeze(1)
+    codes = model.quantizer.decode(model.encode(video, rate=1.0, selection="topk").indices) * keep.unsqueeze(
+        1
+    )
     expected = model.decoder(model.transform(model.vit_decoder, model.post_quant_conv(codes)))
     torch.testing.assert_close(model.decode(tokens), expected)
     result = model.reconstruct(video, rate=0.5)
@@ -249,7 +271,7 @@ def test_a_dropped_token_is_zero_to_the_decoder():
 
 
 def test_packed_stream():
-    model, video = make(), face.clip(2, 3, 7, 16, 16)
+    model, video = make(), contract.clip(2, 3, 7, 16, 16)
     tokens = model.encode(video, rate=0.5)
     packed = model.pack(tokens)
     data = packed.to_bytes(model.codebook_size)
@@ -265,36 +287,43 @@ def test_packed_stream():
     with pytest.raises(ValueError, match="codebook has 200"):
         model.decode(packed.with_values(packed.values + 200))
     with pytest.raises(ValueError, match="one size"):
-        model.unpack(PackedTokens.cat([packed, model.pack(model.encode(face.clip(1, 3, 1, 16, 16)))]))
+        model.unpack(PackedTokens.cat([packed, model.pack(model.encode(contract.clip(1, 3, 1, 16, 16)))]))
 
 
 def test_too_long_for_the_temporal_embedding():
     model = make(max_num_video_frames=2)
-    assert model(face.clip(1, 3, 5, 8, 8)).shape[2] == 5
+    assert model(contract.clip(1, 3, 5, 8, 8)).shape[2] == 5
     with pytest.raises(ValueError, match="6 frames, which are 3 latent ones"):
-        model.encode(face.clip(1, 3, 6, 8, 8))
+        model.encode(contract.clip(1, 3, 6, 8, 8))
 
 
 def test_windows():
     """Three frames are shared, the earlier window weighing 3/4, 2/4, 1/4 in them."""
-    model, video = make(), face.clip(1, 3, 19, 8, 8)
+    model, video = make(), contract.clip(1, 3, 19, 8, 8)
     stream = model.stream(9)
     windows = stream.chunks(19)
     assert windows == [(0, 9), (6, 15), (12, 19)]
     tokens = [stream.encode_chunk(video[:, :, a:b], rate=0.5) for a, b in windows]
-    result = torch.cat([stream.decode_chunk(part, lookahead=after) for part, after in zip(tokens, [*tokens[1:], None])], dim=2)
+    result = torch.cat(
+        [stream.decode_chunk(part, lookahead=after) for part, after in zip(tokens, [*tokens[1:], None])],
+        dim=2,
+    )
     parts = [model(video[:, :, a:b], rate=0.5) for a, b in windows]
     assert result.shape == video.shape
-    assert torch.equal(result[:, :, :6], parts[0][:, :, :6]) and torch.equal(result[:, :, 9:12], parts[1][:, :, 3:6])
+    assert torch.equal(result[:, :, :6], parts[0][:, :, :6]) and torch.equal(
+        result[:, :, 9:12], parts[1][:, :, 3:6]
+    )
     for i, weight in enumerate((0.75, 0.5, 0.25)):
-        torch.testing.assert_close(result[:, :, 6 + i], weight * parts[0][:, :, 6 + i] + (1 - weight) * parts[1][:, :, i])
+        torch.testing.assert_close(
+            result[:, :, 6 + i], weight * parts[0][:, :, 6 + i] + (1 - weight) * parts[1][:, :, i]
+        )
 
 
 # Files
 
 
 def test_files(tmp_path):
-    face.check_files(make(), face.clip(1, 3, 5, 16, 8), tmp_path)
+    contract.check_files(make(), contract.clip(1, 3, 5, 16, 8), tmp_path)
 
 
 def test_a_files_way_of_choosing_holds_unless_another_is_given(tmp_path):
@@ -304,12 +333,16 @@ def test_a_files_way_of_choosing_holds_unless_another_is_given(tmp_path):
     assert (loaded.name, loaded.rate, loaded.router) == ("tiny", 0.3, "latent")
     loaded = InfoTok.from_checkpoint(tmp_path / "a.safetensors", {**config.to_dict(), "rate": 0.5}).config
     assert (loaded.rate, loaded.router) == (0.5, "latent")
-    assert InfoTok.from_checkpoint(tmp_path / "a.safetensors", InfoTokConfig.get("tiny")).config.router == "decode"
+    assert (
+        InfoTok.from_checkpoint(tmp_path / "a.safetensors", InfoTokConfig.get("tiny")).config.router
+        == "decode"
+    )
 
 
 def test_released_checkpoint_format(tmp_path):
-    """The state dict under "model", its keys behind "network.", with an exponential mean of it that is not read."""
-    model, video = make(), face.clip(1, 3, 5, 16, 8)
+    """The state dict under "model", its keys behind "network.", with an exponential mean of it that is not
+    read."""
+    model, video = make(), contract.clip(1, 3, 5, 16, 8)
     state = {f"network.{key}": value for key, value in model.state_dict().items()}
     torch.save({"model": {**state, "ema.whatever": torch.zeros(1)}, "iteration": 7}, tmp_path / "infotok.pt")
     assert torch.equal(InfoTok.from_checkpoint(tmp_path / "infotok.pt", model.config)(video), model(video))
@@ -324,21 +357,23 @@ def test_cosmos_is_another_system(tmp_path):
 # Training and acceleration
 
 
-@pytest.mark.parametrize("choice", [{}, {"router": "latent", "selection": "topk"}, {"double_projection": False}])
+@pytest.mark.parametrize(
+    "choice", [{}, {"router": "latent", "selection": "topk"}, {"double_projection": False}]
+)
 def test_gradients(choice):
     torch.manual_seed(0)
     model = make(rate_bins=(0.75,), max_num_video_frames=2, **choice)
-    face.check_gradients(model, face.clip(1, 3, 5, 16, 16))
+    contract.check_gradients(model, contract.clip(1, 3, 5, 16, 16))
 
 
 def test_it_learns():
     torch.manual_seed(0)
-    smooth = F.interpolate(face.clip(1, 3, 3, 4, 4), (5, 16, 16), mode="trilinear")
-    face.check_learning(InfoTok(**SMALL), smooth, 30, 1e-2)
+    smooth = F.interpolate(contract.clip(1, 3, 3, 4, 4), (5, 16, 16), mode="trilinear")
+    contract.check_learning(InfoTok(**SMALL), smooth, 30, 1e-2)
 
 
 def test_router_gets_no_gradient():
-    model, video = make(), face.clip(1, 3, 5, 16, 16).requires_grad_()
+    model, video = make(), contract.clip(1, 3, 5, 16, 16).requires_grad_()
     assert not model.scores(video).requires_grad
     codes, indices = model._bottleneck(video, {"rate": 0.5})
     (grad,) = torch.autograd.grad(codes.square().sum(), video)
@@ -349,13 +384,13 @@ def outputs(module, *inputs) -> dict[str, torch.Tensor]:
     module.zero_grad()
     x = inputs[0].clone().requires_grad_()
     y = module(x, *inputs[1:])
-    y.backward(face.clip(*y.shape, seed=2).to(y.dtype))
+    y.backward(contract.clip(*y.shape, seed=2).to(y.dtype))
     return {"y": y.detach(), "x": x.grad, **{name: p.grad.clone() for name, p in module.named_parameters()}}
 
 
 def test_autocast():
     """The router compares a float32 video with a bfloat16 reconstruction."""
-    model, video = make(), face.clip(1, 3, 5, 16, 16)
+    model, video = make(), contract.clip(1, 3, 5, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.encode(video, rate=0.5).grid == (2, 2, 2)
         model.train().reconstruct(video, rate=0.75).video.float().square().mean().backward()
@@ -365,10 +400,13 @@ def test_autocast():
 @pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 @pytest.mark.parametrize("twice", [True, False])
 def test_the_accelerated_block_is_close(twice):
-    module = face.randomise(Block(32, 4, 48, eps=1e-5, twice=twice), std=0.3)
-    x, angles = face.clip(2, 3 * 15, 32), rotary_angles(3, 5, 8, 10000.0)
+    module = contract.randomise(Block(32, 4, 48, eps=1e-5, twice=twice), std=0.3)
+    x, angles = contract.clip(2, 3 * 15, 32), rotary_angles(3, 5, 8, 10000.0)
     with vtok_fast.backend("reference"):
-        eager, ref64 = outputs(module, x, angles, 3), outputs(copy.deepcopy(module).double(), x.double(), angles, 3)
+        eager, ref64 = (
+            outputs(module, x, angles, 3),
+            outputs(copy.deepcopy(module).double(), x.double(), angles, 3),
+        )
     with vtok_fast.accelerated(module) as report:
         assert [entry.path for entry in report.swapped] == ["", "attention"], report
         fast = outputs(module, x, angles, 3)
@@ -379,19 +417,25 @@ def test_the_accelerated_block_is_close(twice):
 
 @pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 def test_acceleration():
-    """Every block within its contract, tokens equal but for latents at a threshold, gradients as near to those in float64 as a
+    """Every block within its contract, tokens equal but for latents at a threshold, gradients as near to
+    those in float64 as a
     float32 implementation must come. All tokens are kept: a score at the bound may fall to either side."""
-    model, video = make(channels=16, rate=1.0, selection="topk"), face.clip(1, 3, 5, 32, 32)
+    model, video = make(channels=16, rate=1.0, selection="topk"), contract.clip(1, 3, 5, 32, 32)
     expected = outputs(copy.deepcopy(model).double(), video.double())
     before, indices = model(video), model.encode(video).indices
     report = vtok_fast.accelerate(model, example=video)
     assert not [entry for entry in report.skipped if entry.error is not None], report
-    assert {"Block", "Attention", "ResBlock", "HybridDown", "HybridUp", "FSQuantizer"} <= {entry.kind for entry in report.swapped}
+    assert {"Block", "Attention", "ResBlock", "HybridDown", "HybridUp", "FSQuantizer"} <= {
+        entry.kind for entry in report.swapped
+    }
     assert report.tokens and all(tokens.ok for tokens in report.tokens)
     assert torch.equal(model.encode(video).indices, indices)
     fast = outputs(model, video)
     for part in ("y", "x", "encoder", "decoder", "vit"):
-        a, b = (torch.cat([v.double().flatten() for k, v in values.items() if k.startswith(part)]) for values in (fast, expected))
+        a, b = (
+            torch.cat([v.double().flatten() for k, v in values.items() if k.startswith(part)])
+            for values in (fast, expected)
+        )
         assert (a - b).norm() <= 1e-5 * b.norm(), part
     report.revert()
     assert torch.equal(model(video), before)

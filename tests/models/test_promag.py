@@ -1,22 +1,14 @@
-"""ProMAG: latent sizes of the paper, causality, growth, the norm without mean, tiles, chunks, and the common face."""
+"""ProMAG: latent sizes of the paper, causality, growth, the norm without mean, tiles, chunks, and the common
+face."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-import vtok_fast
-from vtok_fast import native, parity
-from vtok_fast.models import ProMAG, ProMAGConfig
-from vtok_fast.models import promag_blocks as blocks
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_face import (  # noqa: E402
+from support.tokenizer_contract import (  # noqa: E402
     check_acceleration,
     check_autocast,
     check_compile,
@@ -29,10 +21,31 @@ from tokenizer_face import (  # noqa: E402
     randomise,
 )
 
-SMALL = {"ch": 4, "ch_mult": (1, 2, 1), "strides": ((2, 2, 2), (1, 2, 2)), "num_res_blocks": 1, "mid_blocks": 1, "groups": 2,
-         "z_channels": 3, "chunk_frames": 9, "overlap": 2}
-KINDS = [{}, {"growth": 1}, {"growth": 2, "key_embedding": "position"}, {"norm": "group"}, {"per_frame": True, "growth": 1},
-         {"chunk_frames": None}]
+import vtok_fast
+from vtok_fast import parity
+from vtok_fast.dispatch import native
+from vtok_fast.models import ProMAG, ProMAGConfig
+from vtok_fast.models.promag import blocks
+
+SMALL = {
+    "ch": 4,
+    "ch_mult": (1, 2, 1),
+    "strides": ((2, 2, 2), (1, 2, 2)),
+    "num_res_blocks": 1,
+    "mid_blocks": 1,
+    "groups": 2,
+    "z_channels": 3,
+    "chunk_frames": 9,
+    "overlap": 2,
+}
+KINDS = [
+    {},
+    {"growth": 1},
+    {"growth": 2, "key_embedding": "position"},
+    {"norm": "group"},
+    {"per_frame": True, "growth": 1},
+    {"chunk_frames": None},
+]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -44,19 +57,35 @@ def make(**fields) -> ProMAG:
 
 
 @pytest.mark.parametrize(
-    ("name", "frames"), [("4x_8chn", 5), ("8x_8chn", 3), ("16x_16chn", 2), ("direct_8x_8chn", 3), ("direct_16x_8chn", 2)]
+    ("name", "frames"),
+    [("4x_8chn", 5), ("8x_8chn", 3), ("16x_16chn", 2), ("direct_8x_8chn", 3), ("direct_16x_8chn", 2)],
 )
 def test_latent_sizes_of_the_paper(name, frames):
     """17x256x256 has 5, 3 and 2 latent frames of 32x32."""
     with torch.device("meta"):
         model = ProMAG(name)
-        assert model.encode_latent(torch.empty(1, 3, 17, 256, 256)).shape == (1, 2 * model.config.z_channels, frames, 32, 32)
-        assert model.decode_latent(torch.empty(1, model.config.z_channels, frames, 32, 32)).shape == (1, 3, 17, 256, 256)
-    assert model.token_grid(17, 256, 256) == (frames, 32, 32) and model.num_tokens(17, 256, 256) == frames * 1024
+        assert model.encode_latent(torch.empty(1, 3, 17, 256, 256)).shape == (
+            1,
+            2 * model.config.z_channels,
+            frames,
+            32,
+            32,
+        )
+        assert model.decode_latent(torch.empty(1, model.config.z_channels, frames, 32, 32)).shape == (
+            1,
+            3,
+            17,
+            256,
+            256,
+        )
+    assert (
+        model.token_grid(17, 256, 256) == (frames, 32, 32) and model.num_tokens(17, 256, 256) == frames * 1024
+    )
 
 
 def test_long_videos_of_the_paper():
-    """340 frames are 26 chunks of 17 that overlap by 4, the last one of 15 frames; 16x needs 2 latent frames for each."""
+    """340 frames are 26 chunks of 17 that overlap by 4, the last one of 15 frames; 16x needs 2 latent frames
+    for each."""
     with torch.device("meta"):
         model = ProMAG("16x_8chn")
     plan = model.plan(340)
@@ -70,7 +99,9 @@ def test_long_videos_of_the_paper():
 @pytest.mark.parametrize("kind", ["group", "group_rms"])
 def test_norm_by_its_formula(kind, per_frame):
     torch.manual_seed(0)
-    layer = blocks.GroupNorm(ProMAGConfig(**{**SMALL, "norm": kind, "per_frame": per_frame, "eps": 0.1}), 6).double()
+    layer = blocks.GroupNorm(
+        ProMAGConfig(**{**SMALL, "norm": kind, "per_frame": per_frame, "eps": 0.1}), 6
+    ).double()
     torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
     x = torch.randn(2, 6, 3, 4, 5, dtype=torch.float64) + 2
     expected = torch.empty_like(x)
@@ -114,7 +145,8 @@ def test_depth_to_space_position_by_position():
 
 
 def test_a_later_frame_changes_no_earlier_one():
-    """With statistics per frame nothing else looks ahead, also in a grown model: its second latent frame ends with frame 4."""
+    """With statistics per frame nothing else looks ahead, also in a grown model: its second latent frame ends
+    with frame 4."""
     model, video = make(per_frame=True, growth=1), clip(1, 3, 9, 8, 8)
     changed = video.clone()
     changed[:, :, 5:] *= -1
@@ -137,7 +169,9 @@ def test_a_grown_model_starts_as_the_lower_one_on_every_second_frame():
         latents = grown.encode(video).latents
         assert torch.equal(latents, lower.encode(video[:, :, ::2]).latents)
         twice = latents.repeat_interleave(2, dim=2)[:, :, 1:]
-        torch.testing.assert_close(grown.decode_latent(latents), lower.decode_latent(twice), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(
+            grown.decode_latent(latents), lower.decode_latent(twice), rtol=1e-11, atol=1e-12
+        )
         lower = randomise(grown, std=0.2)
 
 
@@ -154,7 +188,9 @@ def test_features_by_the_figure():
     stage = model.encoder_growth[0]
     f, k = model.encoder(video), model.encoder(video[:, :, [0, 2, 4, 6, 8]])
     assert (f.shape[2], k.shape[2]) == (5, 3)
-    scale = F.conv3d(k.mean((3, 4), keepdim=True), stage.modulate.affine.weight, stage.modulate.affine.bias) + 1
+    scale = (
+        F.conv3d(k.mean((3, 4), keepdim=True), stage.modulate.affine.weight, stage.modulate.affine.bias) + 1
+    )
     scale = torch.stack([scale[:, :, t] for t in (0, 1, 1, 2, 2)], dim=2)
     groups = f.unflatten(1, (2, -1))
     normal = (groups / (groups.square().mean((2, 3, 4, 5), keepdim=True) + 1e-6).sqrt()).flatten(1, 2)
@@ -165,7 +201,9 @@ def test_features_by_the_figure():
 def test_each_frame_rate_is_encoded_once(monkeypatch):
     model, seen = make(growth=2, chunk_frames=17), []
     forward = blocks.Encoder.forward
-    monkeypatch.setattr(blocks.Encoder, "forward", lambda self, x: (seen.append(x.shape[2]), forward(self, x))[1])
+    monkeypatch.setattr(
+        blocks.Encoder, "forward", lambda self, x: (seen.append(x.shape[2]), forward(self, x))[1]
+    )
     model.encode(clip(1, 3, 17, 8, 8))
     assert seen == [17, 9, 5]
 
@@ -173,9 +211,19 @@ def test_each_frame_rate_is_encoded_once(monkeypatch):
 def test_what_a_grown_model_leaves_as_it_was():
     model = make().grow().grow()
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert not any(name.startswith(("encoder.", "encoder_growth.0.", "decoder.levels.2.", "decoder.out.")) for name in learns)
-    for part in ("encoder_growth.1.", "decoder_growth.0.", "decoder_growth.1.", "decoder.mid", "decoder.levels.0", "to_latent",
-                 "from_latent"):
+    assert not any(
+        name.startswith(("encoder.", "encoder_growth.0.", "decoder.levels.2.", "decoder.out."))
+        for name in learns
+    )
+    for part in (
+        "encoder_growth.1.",
+        "decoder_growth.0.",
+        "decoder_growth.1.",
+        "decoder.mid",
+        "decoder.levels.0",
+        "to_latent",
+        "from_latent",
+    ):
         assert any(name.startswith(part) for name in learns), part
     assert all(p.requires_grad for p in make(growth=1, freeze_lower=False).parameters())
 
@@ -199,8 +247,14 @@ def test_tiles_do_tile():
     model, sizes = make(), []
     for module in model.modules():
         if isinstance(module, blocks.CausalConv3d):
-            module.conv.register_forward_pre_hook(lambda conv, args: sizes.append(max((n - k + s) // s for n, k, s in zip(
-                args[0].shape[3:], conv.kernel_size[1:], conv.stride[1:]))))
+            module.conv.register_forward_pre_hook(
+                lambda conv, args: sizes.append(
+                    max(
+                        (n - k + s) // s
+                        for n, k, s in zip(args[0].shape[3:], conv.kernel_size[1:], conv.stride[1:])
+                    )
+                )
+            )
     with torch.no_grad():
         model.tiling(4)(clip(1, 3, 5, 16, 24))
     assert max(sizes) == 4 and len(sizes) > 100
@@ -224,7 +278,8 @@ def test_gradients_through_tiles():
 
 @pytest.mark.parametrize("frames", [1, 9, 10, 16, 27])
 def test_chunks_are_encoded_apart_and_blended(frames):
-    """Chunks of 9 frames, every 7: latents are those of each chunk alone, frames those of each chunk, mixed 2:1 and 1:2."""
+    """Chunks of 9 frames, every 7: latents are those of each chunk alone, frames those of each chunk, mixed
+    2:1 and 1:2."""
     model, video = make().double(), clip(1, 3, frames, 8, 8, dtype=torch.float64)
     starts = [0] if frames <= 9 else list(range(0, frames - 2, 7))
     parts = [video[:, :, start : start + 9] for start in starts]
@@ -252,7 +307,9 @@ def test_stream_is_the_whole(frames):
     tokens = [stream.encode_chunk(video[:, :, start:end]) for start, end in stream.chunks(frames)]
     assert torch.equal(torch.cat([part.latents for part in tokens], dim=2), model.encode(video).latents)
     parts = [stream.decode_chunk(part, lookahead=after) for part, after in zip(tokens, [*tokens[1:], None])]
-    torch.testing.assert_close(torch.cat(parts, dim=2), model.decode(model.encode(video)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        torch.cat(parts, dim=2), model.decode(model.encode(video)), rtol=1e-6, atol=1e-6
+    )
 
 
 # The common face
@@ -276,14 +333,23 @@ def test_acceleration(fields):
     model = make(**{**fields, "ch": 16, "groups": 4})
     report = check_acceleration(model, clip(1, 3, 9, 16, 24))
     swapped = {entry.kind for entry in report.swapped}
-    assert {"ResBlock", "NormConv", "NormSiLU", "CausalConv3d"} <= swapped and ("AdaNorm" in swapped) == (model.config.growth > 0)
-    assert not [entry for entry in report.skipped if entry.kind in ("GroupNorm", "CausalConv3d", "ResBlock", "AdaNorm")]
+    assert {"ResBlock", "NormConv", "NormSiLU", "CausalConv3d"} <= swapped and ("AdaNorm" in swapped) == (
+        model.config.growth > 0
+    )
+    assert not [
+        entry
+        for entry in report.skipped
+        if entry.kind in ("GroupNorm", "CausalConv3d", "ResBlock", "AdaNorm")
+    ]
 
 
 @pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 def test_acceleration_without_an_example():
     """Every kind of layer is checked on inputs of its own."""
-    for fields in ({"growth": 1}, {"growth": 1, "key_embedding": "position", "norm": "group", "per_frame": True}):
+    for fields in (
+        {"growth": 1},
+        {"growth": 1, "key_embedding": "position", "norm": "group", "per_frame": True},
+    ):
         report = vtok_fast.accelerate(make(**{**fields, "ch": 16, "groups": 4}))
         assert not [entry for entry in report.skipped if entry.error is not None], report
         measured = {entry.kind for entry in report.swapped if entry.error is not None}
@@ -315,7 +381,11 @@ def test_learning(name):
     model = ProMAG(name)
     assert sum(p.numel() for p in model.parameters()) < 1_500_000
     ramp = torch.linspace(-1, 1, 16)
-    video = (ramp[:, None] * torch.linspace(0.5, 1, 9)[:, None, None] + 0 * ramp).expand(1, 3, 9, 16, 16).contiguous()
+    video = (
+        (ramp[:, None] * torch.linspace(0.5, 1, 9)[:, None, None] + 0 * ramp)
+        .expand(1, 3, 9, 16, 16)
+        .contiguous()
+    )
     check_learning(model, video, steps=12, learning_rate=2e-3)
 
 

@@ -1,21 +1,12 @@
-"""TivTok: the paper's token counts, what each token sees, chunks that share invariant tokens, SoftVQ, and the common face."""
+"""TivTok: the paper's token counts, what each token sees, chunks that share invariant tokens, SoftVQ, and the
+common face."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-import vtok_fast
-from vtok_fast.models import TivTok, TivTokConfig
-from vtok_fast.models import tivtok as implementation
-from vtok_fast.models.tivtok_quantizer import SoftVQ
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_face import (  # noqa: E402
+from support.tokenizer_contract import (  # noqa: E402
     check_acceleration,
     check_autocast,
     check_compile,
@@ -29,13 +20,35 @@ from tokenizer_face import (  # noqa: E402
     randomise,
 )
 
-SMALL = {"frames": 8, "patch": (2, 4, 4), "dim": 24, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "tiv": 6, "tv": 2, "latent_dim": 5,
-         "codebook": 32}
+import vtok_fast
+from vtok_fast.models import TivTok, TivTokConfig
+from vtok_fast.models.tivtok import model as implementation
+from vtok_fast.models.tivtok.quantizer import SoftVQ
+
+SMALL = {
+    "frames": 8,
+    "patch": (2, 4, 4),
+    "dim": 24,
+    "depth": 2,
+    "heads": 2,
+    "mlp_ratio": 2.0,
+    "tiv": 6,
+    "tv": 2,
+    "latent_dim": 5,
+    "codebook": 32,
+}
 FSQ = {"quantizer": "fsq", "levels": (8, 8, 5, 5, 5)}
-KINDS = [{}, FSQ, {"quantizer": "none"}, {"scope": "dense"}, {"patch_scope": "patches"}, {"patch_scope": "all"},
-         {"chunks_per_set": 1, "merge": "after", "normalize": False},
-         {"rotary_split": (8, 2, 2), "tv_position": "none", "decoder_time": True},
-         {"tiv_position": "cell", "tv_position": "cell", "decoder_time": True}]
+KINDS = [
+    {},
+    FSQ,
+    {"quantizer": "none"},
+    {"scope": "dense"},
+    {"patch_scope": "patches"},
+    {"patch_scope": "all"},
+    {"chunks_per_set": 1, "merge": "after", "normalize": False},
+    {"rotary_split": (8, 2, 2), "tv_position": "none", "decoder_time": True},
+    {"tiv_position": "cell", "tv_position": "cell", "decoder_time": True},
+]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -46,7 +59,9 @@ def make(**fields) -> TivTok:
 # The paper
 
 
-@pytest.mark.parametrize(("name", "counts"), [("t128", (128, 160, 352)), ("t512", (512, 640, 1408)), ("t1024", (1024, 1280, 2816))])
+@pytest.mark.parametrize(
+    ("name", "counts"), [("t128", (128, 160, 352)), ("t512", (512, 640, 1408)), ("t1024", (1024, 1280, 2816))]
+)
 def test_token_counts_of_the_paper(name, counts):
     with torch.device("meta"):
         model = TivTok(name)
@@ -60,7 +75,9 @@ def test_token_counts_of_the_paper(name, counts):
 def test_sets_of_invariant_tokens():
     """Table 4 of the paper: 1, 2, 4, 8 sets for the 8 chunks of 128 frames."""
     with torch.device("meta"):
-        models = [TivTok(TivTokConfig(**TivTokConfig.presets["t128"], chunks_per_set=n)) for n in (8, 4, 2, 1)]
+        models = [
+            TivTok(TivTokConfig(**TivTokConfig.presets["t128"], chunks_per_set=n)) for n in (8, 4, 2, 1)
+        ]
     counts = [model.num_tokens(128, 256, 256) for model in models]
     assert counts == [352, 448, 640, 1024]
 
@@ -81,12 +98,19 @@ def test_scopes_token_by_token(patch_scope):
     table = {  # key kind -> whether it is seen from the same slice, from another slice
         "TIV": {"TIV": (1, 1), "TV": (1, 1), "X": (1, 1)},
         "TV": {"TIV": (1, 1), "TV": (1, 0), "X": (1, 0)},
-        "X": {"slice": {"TIV": (1, 1), "TV": (1, 0), "X": (1, 0)}, "patches": {"TIV": (0, 0), "TV": (0, 0), "X": (1, 0)},
-              "all": {"TIV": (1, 1), "TV": (1, 1), "X": (1, 1)}}[patch_scope],
+        "X": {
+            "slice": {"TIV": (1, 1), "TV": (1, 0), "X": (1, 0)},
+            "patches": {"TIV": (0, 0), "TV": (0, 0), "X": (1, 0)},
+            "all": {"TIV": (1, 1), "TV": (1, 1), "X": (1, 1)},
+        }[patch_scope],
     }
     expected = [[bool(table[q][k][0 if tq == tk else 1]) for k, tk in kinds] for q, tq in kinds]
-    assert torch.equal(implementation.encoder_scope(6, 2, patches, slices, patch_scope).mask(), torch.tensor(expected))
-    q, k, v = torch.randn(3, 2, 2, len(kinds), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        implementation.encoder_scope(6, 2, patches, slices, patch_scope).mask(), torch.tensor(expected)
+    )
+    q, k, v = torch.randn(
+        3, 2, 2, len(kinds), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     y = implementation.attend_by_scope(config, slices, patches)(q, k, v)
     for i, seen in enumerate(expected):
         keys = torch.tensor(seen)
@@ -117,7 +141,10 @@ def test_a_slice_is_decoded_from_its_own_tokens():
     tokens = model.encode(clip(1, 3, 8, 8, 12, dtype=torch.float64))
     video = model.decode(tokens)
     row = tokens.latents.clone()
-    row[..., 6:8], row[..., 10:12] = tokens.latents[..., 10:12], tokens.latents[..., 6:8]  # TV of slices 0 and 2
+    row[..., 6:8], row[..., 10:12] = (
+        tokens.latents[..., 10:12],
+        tokens.latents[..., 6:8],
+    )  # TV of slices 0 and 2
     swapped = model._decode(row, (8, 8, 12))
     expected = torch.cat((video[:, :, 4:6], video[:, :, 2:4], video[:, :, 0:2], video[:, :, 6:8]), dim=2)
     torch.testing.assert_close(swapped, expected, rtol=1e-12, atol=1e-12)
@@ -125,7 +152,8 @@ def test_a_slice_is_decoded_from_its_own_tokens():
 
 
 def test_order_of_rows_and_columns_matters():
-    """The rotary embedding tells positions apart: a mirrored clip has other tokens, and not the same ones in another order."""
+    """The rotary embedding tells positions apart: a mirrored clip has other tokens, and not the same ones in
+    another order."""
     model, video = make(quantizer="none"), clip(1, 3, 2, 8, 12)
     a, b = model.encode(video).latents, model.encode(video.flip(3)).latents
     assert not torch.isclose(a, b, rtol=1e-3).all()
@@ -134,10 +162,14 @@ def test_order_of_rows_and_columns_matters():
 def test_a_decoder_that_knows_the_time_makes_other_frames_of_the_same_tokens():
     for decoder_time in (False, True):
         model = make(decoder_time=decoder_time, quantizer="none").double()
-        row = torch.randn(1, 5, 1, 1, 6 + 5 * 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        row = torch.randn(
+            1, 5, 1, 1, 6 + 5 * 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
         row[..., 6:] = row[..., 6:8].repeat(1, 1, 1, 1, 5)
         video = model._decode(row, (10, 8, 8))
-        torch.testing.assert_close(video[:, :, :2], video[:, :, 8:], rtol=1e-12, atol=1e-12)  # the first slices of two chunks
+        torch.testing.assert_close(
+            video[:, :, :2], video[:, :, 8:], rtol=1e-12, atol=1e-12
+        )  # the first slices of two chunks
         assert torch.isclose(video[:, :, :2], video[:, :, 2:4]).all() == (not decoder_time)
 
 
@@ -154,7 +186,8 @@ def test_learned_queries_are_for_one_size():
 
 @pytest.mark.parametrize("frames", [16, 24, 21])
 def test_chunks_share_the_mean_of_their_invariant_tokens(frames):
-    """Tokens of a long clip = the mean of the chunks' TIV, and each chunk's TV; frames = each chunk decoded with that mean."""
+    """Tokens of a long clip = the mean of the chunks' TIV, and each chunk's TV; frames = each chunk decoded
+    with that mean."""
     model, video = make(quantizer="none").double(), clip(2, 3, frames, 8, 8, dtype=torch.float64)
     parts = [video[:, :, start : start + 8] for start in range(0, frames, 8)]
     latents = [model.encode(part).latents[:, :, 0, 0] for part in parts]
@@ -163,8 +196,10 @@ def test_chunks_share_the_mean_of_their_invariant_tokens(frames):
     tokens = model.encode(video)
     torch.testing.assert_close(tokens.latents[:, :, 0, 0], expected, rtol=1e-12, atol=1e-12)
     assert tokens.latents.shape[-1] == 6 + -(-frames // 2) * 2
-    decoded = [model._decode(torch.cat((tiv, part[..., 6:]), -1)[:, :, None, None], tuple(clip_part.shape[2:]))
-               for part, clip_part in zip(latents, parts)]
+    decoded = [
+        model._decode(torch.cat((tiv, part[..., 6:]), -1)[:, :, None, None], tuple(clip_part.shape[2:]))
+        for part, clip_part in zip(latents, parts)
+    ]
     torch.testing.assert_close(model.decode(tokens), torch.cat(decoded, dim=2), rtol=1e-12, atol=1e-12)
 
 
@@ -189,7 +224,9 @@ def test_groups_of_chunks_and_slices_change_nothing(monkeypatch):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_softvq_by_its_formula(normalize):
     torch.manual_seed(0)
-    layer = SoftVQ(2, 7, 3, temperature=0.3, normalize=normalize, entropy_weight=0.5, entropy_temperature=0.8).double()
+    layer = SoftVQ(
+        2, 7, 3, temperature=0.3, normalize=normalize, entropy_weight=0.5, entropy_temperature=0.8
+    ).double()
     z = torch.randn(2, 6, 3, dtype=torch.float64)
     codes, loss = layer(z, loss=True)
     token_entropy, mean = [], torch.zeros(2, 7, dtype=torch.float64)
@@ -254,7 +291,10 @@ def test_acceleration():
     """The attention's backends, and the quantiser's swap."""
     check_acceleration(make(), clip(1, 3, 10, 8, 12))
     report = vtok_fast.accelerate(make(**FSQ), example=clip(1, 3, 10, 8, 12))
-    assert "quantizer.fsq" in [entry.path for entry in report.swapped] and [tokens.ok for tokens in report.tokens] == [True] * 2
+    assert (
+        "quantizer.fsq" in [entry.path for entry in report.swapped]
+        and [tokens.ok for tokens in report.tokens] == [True] * 2
+    )
 
 
 def test_half_precision():
@@ -281,7 +321,11 @@ def test_learning():
     model = TivTok("tiny")
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     ramp = torch.linspace(-1, 1, 32)
-    video = (ramp[:, None] * torch.linspace(0.5, 1, 16)[:, None, None] + 0 * ramp).expand(1, 3, 16, 32, 32).contiguous()
+    video = (
+        (ramp[:, None] * torch.linspace(0.5, 1, 16)[:, None, None] + 0 * ramp)
+        .expand(1, 3, 16, 32, 32)
+        .contiguous()
+    )
     check_learning(model, video, steps=24, learning_rate=2e-3)
 
 

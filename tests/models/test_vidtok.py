@@ -1,4 +1,5 @@
-"""VidTok: structure, files, tokens, what it refuses, gradients. tests/models/test_golden.py compares it with the official code."""
+"""VidTok: structure, files, tokens, what it refuses, gradients. tests/models/test_golden.py compares it with
+the official code."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vtok_fast.io.files import write_atomically
+from vtok_fast.io.tokens import Tokens
 from vtok_fast.models import ProMAG, VidTok, VidTokConfig
-from vtok_fast.models.vidtok_configs import CONFIGS
-from vtok_fast.models.vidtok_regularizers import FSQRegularizer, KLRegularizer
-from vtok_fast.tokens import Tokens, write_atomically
+from vtok_fast.models.common.regularizers import FSQRegularizer, KLRegularizer
+from vtok_fast.models.vidtok.config import CONFIGS
 
 # Millions of parameters of the released models, by what their names say.
 PARAMETERS = {"288": 148.8, "444": 154.9, "888": 164.9, "488": 157.4, "41616": 199.0}
@@ -272,7 +274,8 @@ def test_a_file_of_before_the_systems_had_one_format(tmp_path):
 
 
 def test_what_a_tokenizer_says_of_its_tokens():
-    """As of every system: the size of the codebook, or the channels of a latent; a token for each position of the grid."""
+    """As of every system: the size of the codebook, or the channels of a latent; a token for each position of
+    the grid."""
     fsq, kl = make(), make(regularizer="kl", levels=None)
     assert fsq.codebook_size == 8 * 8 * 5 * 5 and not hasattr(fsq, "latent_channels")
     assert kl.latent_channels == 4 and not hasattr(kl, "codebook_size")
@@ -302,8 +305,11 @@ def test_bad_checkpoints(tmp_path):
     torch.save(changed, path)
     with pytest.raises(ValueError, match="does not fit") as caught:
         VidTok.from_checkpoint(path, FSQ)
-    for part in ("1 missing: encoder.conv_in.conv.bias", "1 unknown: encoder.extra",
-                 r"decoder.conv_out.conv.bias (5,) instead of (3,)"):
+    for part in (
+        "1 missing: encoder.conv_in.conv.bias",
+        "1 unknown: encoder.extra",
+        r"decoder.conv_out.conv.bias (5,) instead of (3,)",
+    ):
         assert part in str(caught.value)
 
 
@@ -312,7 +318,12 @@ def test_bad_checkpoints(tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"version": "1.1", "interpolation_mode": "trilinear"}, {"causal": False}, {"regularizer": "kl", "levels": None}],
+    [
+        {},
+        {"version": "1.1", "interpolation_mode": "trilinear"},
+        {"causal": False},
+        {"regularizer": "kl", "levels": None},
+    ],
     ids=["1.0", "1.1", "non-causal", "kl"],
 )
 def test_gradients_reach_every_parameter(fields):
@@ -332,7 +343,9 @@ def test_forward_is_differentiable_in_the_video():
 def test_large_latents_give_finite_losses():
     """At 2 * 100 * z . code most probabilities underflow to zero."""
     for clamp in (False, True):
-        layer = FSQRegularizer((8, 8, 5), entropy_loss_weight=0.1, commitment_loss_weight=0.25, clamp_entropy=clamp)
+        layer = FSQRegularizer(
+            (8, 8, 5), entropy_loss_weight=0.1, commitment_loss_weight=0.25, clamp_entropy=clamp
+        )
         z = (100 * torch.randn(1, 3, 2, 4, 4)).requires_grad_()
         loss = layer(z, step=0).loss
         loss.backward()
@@ -395,4 +408,6 @@ def test_a_file_that_is_no_file_is_not_replaced(tmp_path):
 def test_thresholds_survive_a_narrower_model():
     layer = FSQRegularizer((8, 8, 5))
     expected = layer.reach.clone()
-    assert torch.equal(layer.bfloat16().reach, expected) and torch.equal(layer.half().shift, FSQRegularizer((8, 8, 5)).shift)
+    assert torch.equal(layer.bfloat16().reach, expected) and torch.equal(
+        layer.half().shift, FSQRegularizer((8, 8, 5)).shift
+    )

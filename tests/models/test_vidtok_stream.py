@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from vtok_fast.io.tokens import Tokens
 from vtok_fast.models import VidTok
-from vtok_fast.tokens import Tokens
 
 FSQ = {"ch": 8, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "z_channels": 4, "levels": (8, 8, 5, 5)}
 V1_1 = {"version": "1.1", "interpolation_mode": "trilinear"}
@@ -39,10 +39,14 @@ def encode(stream, video, size=8) -> list[Tokens]:
 
 def decode(stream, tokens, *, overlap=False) -> torch.Tensor:
     ahead = [*tokens[1:], None] if overlap else [None] * len(tokens)
-    return torch.cat([stream.decode_chunk(part, lookahead=after) for part, after in zip(tokens, ahead, strict=True)], dim=2)
+    return torch.cat(
+        [stream.decode_chunk(part, lookahead=after) for part, after in zip(tokens, ahead, strict=True)], dim=2
+    )
 
 
-@pytest.mark.parametrize("fields", [{}, V1_1, {**V1_1, **TWICE}, {"version": "1.1"}], ids=["1.0", "1.1", "1.1 2x", "1.1 nearest"])
+@pytest.mark.parametrize(
+    "fields", [{}, V1_1, {**V1_1, **TWICE}, {"version": "1.1"}], ids=["1.0", "1.1", "1.1 2x", "1.1 nearest"]
+)
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_encoding_equals_the_whole(fields, size):
     for regulariser in ({}, KL):
@@ -69,7 +73,8 @@ def test_encoding_equals_the_whole(fields, size):
     ids=["1.0", "nearest", "nearest ahead", "2x ahead", "2x", "4x ahead", "4x"],
 )
 def test_decoding(fields, overlap, bounds):
-    """Equal where the documentation says so; elsewhere the known difference, which look-ahead makes smaller."""
+    """Equal where the documentation says so; elsewhere the known difference, which look-ahead makes
+    smaller."""
     model, video = make(**fields), clip(25)
     stream = model.stream()
     result = decode(stream, encode(stream, video), overlap=overlap)
@@ -82,7 +87,11 @@ def test_irregular_last_chunk():
     model, video = make(version="1.1"), clip(15)
     stream = model.stream()
     tokens = encode(stream, video)
-    assert [part.video_shape[0] for part in tokens] == [1, 8, 6] and [part.grid[0] for part in tokens] == [1, 2, 2]
+    assert [part.video_shape[0] for part in tokens] == [1, 8, 6] and [part.grid[0] for part in tokens] == [
+        1,
+        2,
+        2,
+    ]
     assert decode(stream, tokens).shape == video.shape
     with pytest.raises(ValueError, match="6 frames.*next one needs a multiple of 4"):
         encode(make().stream(), video)
@@ -99,7 +108,9 @@ def test_a_failed_chunk_leaves_the_stream_as_it_was():
     def fail(*_):
         raise RuntimeError("out of luck")
 
-    hook = model.encoder.conv_out.register_forward_hook(fail)  # the last layer: all others have updated their caches by then
+    hook = model.encoder.conv_out.register_forward_hook(
+        fail
+    )  # the last layer: all others have updated their caches by then
     with pytest.raises(RuntimeError, match="out of luck"):
         stream.encode_chunk(video[:, :, 9:])
     hook.remove()
@@ -168,4 +179,6 @@ def test_memory_does_not_grow_with_the_length(fields):
     short = peak_bytes(lambda: run(33))
     assert short > 100_000
     assert peak_bytes(lambda: run(257)) <= 1.2 * short
-    assert peak_bytes(lambda: model(torch.zeros(1, 3, 257, 16, 16))) > 5 * short  # the measure does see length
+    assert (
+        peak_bytes(lambda: model(torch.zeros(1, 3, 257, 16, 16))) > 5 * short
+    )  # the measure does see length

@@ -1,22 +1,14 @@
-"""VTok: token counts, the mean-difference identity, backbones, what a residual token changes, and the common face."""
+"""VTok: token counts, the mean-difference identity, backbones, what a residual token changes, and the common
+face."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from vtok_fast.models import VTok, VTokConfig
-from vtok_fast.models import vtok as implementation
-from vtok_fast.models.vtok_backbones import CLIP_MEAN, CLIP_STD, CLIPBackbone
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_face import (  # noqa: E402
+from support.tokenizer_contract import (  # noqa: E402
     check_acceleration,
     check_autocast,
     check_compile,
@@ -29,9 +21,26 @@ from tokenizer_face import (  # noqa: E402
     clip,
     randomise,
 )
+from torch import nn
 
-SMALL = {"dim": 16, "depth": 1, "heads": 2, "freeze_backbone": False, "key_grid": (2, 3), "token_dim": 10, "motion_hidden": 12,
-         "patch": 4, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "mlp_ratio": 2.0}
+from vtok_fast.models import VTok, VTokConfig
+from vtok_fast.models.vtok import model as implementation
+from vtok_fast.models.vtok.backbones import CLIP_MEAN, CLIP_STD, CLIPBackbone
+
+SMALL = {
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+    "freeze_backbone": False,
+    "key_grid": (2, 3),
+    "token_dim": 10,
+    "motion_hidden": 12,
+    "patch": 4,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "mlp_ratio": 2.0,
+}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -51,7 +60,8 @@ class Patches(nn.Module):
 
 
 class StandInCLIP(nn.Module):
-    """What CLIPBackbone uses of a CLIPVisionModel: its config, its call, and hidden states with a class token in front."""
+    """What CLIPBackbone uses of a CLIPVisionModel: its config, its call, and hidden states with a class token
+    in front."""
 
     def __init__(self, size: int = 8, patch: int = 4, dim: int = 16):
         super().__init__()
@@ -63,15 +73,20 @@ class StandInCLIP(nn.Module):
         self.seen = pixel_values
         patches = self.conv(pixel_values).flatten(2).mT
         states = torch.cat((torch.full_like(patches[:, :1], 1e6), patches), dim=1)
-        return SimpleNamespace(hidden_states=(states * 0, states, states * 0) if output_hidden_states else None)
+        return SimpleNamespace(
+            hidden_states=(states * 0, states, states * 0) if output_hidden_states else None
+        )
 
 
 # Tokens
 
 
-@pytest.mark.parametrize(("frames", "stride", "count"), [(1, 1, 16), (30, 1, 16 + 29), (30, 6, 16 + 4), (121, 4, 46), (4, 6, 16)])
+@pytest.mark.parametrize(
+    ("frames", "stride", "count"), [(1, 1, 16), (30, 1, 16 + 29), (30, 6, 16 + 4), (121, 4, 46), (4, 6, 16)]
+)
 def test_token_counts(frames, stride, count):
-    """S + (T - 1); 30 frames at stride 6 are 16 + 4; five seconds at 24 frames per second and 6 tokens per second are 46."""
+    """S + (T - 1); 30 frames at stride 6 are 16 + 4; five seconds at 24 frames per second and 6 tokens per
+    second are 46."""
     model = VTok(VTokConfig(**VTokConfig.presets["tiny"], stride=stride))
     assert model.num_tokens(frames, 64, 64) == count
     assert model.encode(clip(1, 3, frames, 8, 8)).latents.shape == (1, 64, 1, 1, count)
@@ -79,18 +94,22 @@ def test_token_counts(frames, stride, count):
 
 @pytest.mark.parametrize("stride", [1, 3])
 def test_mean_of_differences_is_difference_of_means(stride, monkeypatch):
-    """The residual token by its definition, from the map F(x_t) - F(x_1); also when frames go through in groups."""
+    """The residual token by its definition, from the map F(x_t) - F(x_1); also when frames go through in
+    groups."""
     model, video = make(stride=stride).double(), clip(2, 3, 10, 8, 12, dtype=torch.float64)
     maps = torch.stack([model.features(video[:, :, t]) for t in range(0, 10, stride)], dim=1)
     residual = (maps[:, 1:] - maps[:, :1]).mean((3, 4))
-    expected = torch.cat((model.key(F.adaptive_avg_pool2d(maps[:, 0], (2, 3)).flatten(2).mT), model.motion(residual)), dim=1)
+    expected = torch.cat(
+        (model.key(F.adaptive_avg_pool2d(maps[:, 0], (2, 3)).flatten(2).mT), model.motion(residual)), dim=1
+    )
     for at_once in (16, 2):
         monkeypatch.setattr(implementation, "FRAMES_AT_ONCE", at_once)
         torch.testing.assert_close(model.sequence(model.encode(video)), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_residual_tokens_by_hand():
-    """With an identity for a head: the residual token is the change of the mean feature, nothing for a clip that stands still."""
+    """With an identity for a head: the residual token is the change of the mean feature, nothing for a clip
+    that stands still."""
     model = VTok(backbone=Patches(), **{**SMALL, "feature_dim": 16, "token_dim": 16})
     model.motion = nn.Sequential(nn.Linear(16, 16))
     nn.init.eye_(model.motion[0].weight), nn.init.zeros_(model.motion[0].bias)
@@ -116,7 +135,9 @@ def test_a_residual_token_changes_its_own_frame():
 
 def test_frames_between_residual_tokens_are_interpolated():
     motion = torch.tensor([0.0, 3.0, 9.0])[None, :, None]
-    assert torch.equal(implementation.at_frames(motion, 9, 3)[0, :, 0], torch.tensor([0.0, 1, 2, 3, 5, 7, 9, 9, 9]))
+    assert torch.equal(
+        implementation.at_frames(motion, 9, 3)[0, :, 0], torch.tensor([0.0, 1, 2, 3, 5, 7, 9, 9, 9])
+    )
     assert torch.equal(implementation.at_frames(motion, 3, 1), motion)
 
 
@@ -127,8 +148,15 @@ def test_external_backbone(tmp_path):
     backbone = Patches()
     model = VTok(backbone=backbone, **{**SMALL, "feature_dim": 16, "freeze_backbone": True})
     video = clip(2, 3, 4, 8, 8)
-    assert not any(p.requires_grad for p in backbone.parameters()) and not model.train().backbone.training and model.motion.training
-    assert not any(key.startswith("backbone") for key in model.own_state()) and model.config.backbone == "external"
+    assert (
+        not any(p.requires_grad for p in backbone.parameters())
+        and not model.train().backbone.training
+        and model.motion.training
+    )
+    assert (
+        not any(key.startswith("backbone") for key in model.own_state())
+        and model.config.backbone == "external"
+    )
     check_gradients(model, video)
     model.eval()
     check_tokens(model, video, tmp_path / "tokens.safetensors")
@@ -176,11 +204,19 @@ def test_clip_gets_normalised_frames_and_loses_its_class_token():
 
 def test_clip_of_transformers():
     transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                           image_size=28, patch_size=14)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
     torch.manual_seed(0)
     tower = transformers.CLIPVisionModel(config).eval()
-    model = VTok(backbone=CLIPBackbone(tower), **{**SMALL, "feature_dim": 16, "key_grid": (2, 2), "token_dim": 16}).eval()
+    model = VTok(
+        backbone=CLIPBackbone(tower), **{**SMALL, "feature_dim": 16, "key_grid": (2, 2), "token_dim": 16}
+    ).eval()
     video = clip(1, 3, 3, 28, 28)
     mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     states = tower(((video[:, :, 0] + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states
@@ -191,7 +227,9 @@ def test_clip_of_transformers():
 # The common face
 
 
-@pytest.mark.parametrize("fields", [{}, {"stride": 3}, {"token_dim": 16}, {"key_pool": "max", "motion_layers": 3}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"stride": 3}, {"token_dim": 16}, {"key_pool": "max", "motion_layers": 3}], ids=str
+)
 def test_face(fields, tmp_path):
     model = make(**fields)
     for frames in (1, 2, 8):
@@ -230,7 +268,11 @@ def test_learning():
     model = VTok("tiny")
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     ramp = torch.linspace(-1, 1, 32)
-    video = (ramp[:, None] * torch.linspace(0.5, 1, 8)[:, None, None] + 0 * ramp).expand(1, 3, 8, 32, 32).contiguous()
+    video = (
+        (ramp[:, None] * torch.linspace(0.5, 1, 8)[:, None, None] + 0 * ramp)
+        .expand(1, 3, 8, 32, 32)
+        .contiguous()
+    )
     check_learning(model, video, steps=24, learning_rate=2e-3)
 
 

@@ -1,69 +1,52 @@
-"""The Triton kernels of norm_act on a machine without a GPU: their results, and that they compile for every generation."""
+"""The Triton kernels of norm_act on a machine without a GPU: their results, and that they compile for every
+generation."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton  # noqa: E402
-from triton_harness import CAPABILITIES, assert_fits, compile_for, run_interpreted  # noqa: E402
+from support.triton_harness import CAPABILITIES, run_interpreted  # noqa: E402
+from support.triton_signatures import AFTER, OPTIONAL, compiled  # noqa: E402
 
 import vtok_fast  # noqa: E402
 from vtok_fast.kernels import norm_act as kernels  # noqa: E402
 from vtok_fast.kernels import norm_act_backward as backward  # noqa: E402
 
-INTERPRETED = Path(__file__).with_name("norm_act_interpreted.py")
-OPTIONAL = ("residual", "weight", "bias", "scale", "shift", "tail", "grad_scale", "grad_shift")
-STATISTICS = ("origins", "origin", "means", "squares", "mean", "rstd", "sums", "sums_along", "average", "along", "grad_weight",
-              "grad_bias")
-AFTER = {name: None for name in ("AFTER_NORM", "AFTER_WEIGHT", "AFTER_BIAS", "AFTER_SCALE", "AFTER_SHIFT")}
+INTERPRETED = Path(__file__).resolve().parents[1] / "support" / "norm_act_interpreted.py"
 
 
 def test_results_under_the_interpreter():
     assert "passed" in run_interpreted(INTERPRETED)
 
 
-def compiled(kernel, cc, element, width, *, planar=False, present=("weight", "bias"), warps=None, **constants):
-    """The kernel for contiguous or channels-last videos whose sizes are multiples of 16, flat in time unless told otherwise."""
-    values = {kernels.sums_kernel: kernels.SUMS, backward.position_backward_kernel: backward.VALUES["positions"],
-              backward.group_sums_kernel: backward.VALUES["groups"], backward.group_backward_kernel: backward.VALUES["groups"]}
-    block, usual = kernels.tile(width, 1 << 20, planar, values.get(kernel, 8192))
-    if "CHAIN" in kernel.arg_names or "WAN" in kernel.arg_names:
-        constants["groups"] = 1
-    constants = {"FLAT": True, "BLOCK": block, "BLOCK_C": width} | constants
-    constants |= {name: None for name in OPTIONAL if name in kernel.arg_names and name not in present}
-    constants |= {f"{letter}{'p' if planar else 'c'}": 1 for letter in "xrgshyo"}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature, aligned = {}, []
-    for name in kernel.arg_names:
-        if name not in constants:
-            video = name in ("x", "y", "grad", "grad_x", *OPTIONAL)
-            signature[name] = f"*{element}" if video else "*fp32" if name in STATISTICS else "fp32" if name == "eps" else "i32"
-            if video or name in ("plane", "channels") or (len(name) == 2 and name[0] in "xrgshyot"):
-                aligned.append(name)
-    resources = compile_for(kernel, signature, constants, cc, num_warps=warps or usual, aligned=aligned)
-    assert_fits(resources, cc)
-    return resources
-
-
 @pytest.mark.parametrize("cc", CAPABILITIES)
 def test_forward_compiles(cc):
     everything, wide = OPTIONAL[:6], r"{}\.global[.\w]*\.v4"
     once = {"CENTRE": True, "SILU": True, "CHAIN": 0, **AFTER}
-    for element, width, planar, present in (("bf16", 512, False, OPTIONAL[1:3]), ("fp32", 1024, False, OPTIONAL[1:3]),
-                                            ("fp16", 128, True, OPTIONAL[1:3]), ("bf16", 128, False, everything)):
-        resources = compiled(kernels.position_kernel, cc, element, width, planar=planar, present=present, **once)
+    for element, width, planar, present in (
+        ("bf16", 512, False, OPTIONAL[1:3]),
+        ("fp32", 1024, False, OPTIONAL[1:3]),
+        ("fp16", 128, True, OPTIONAL[1:3]),
+        ("bf16", 128, False, everything),
+    ):
+        resources = compiled(
+            kernels.position_kernel, cc, element, width, planar=planar, present=present, **once
+        )
         assert resources.has(wide.format("ld")) and resources.has(wide.format("st")), (width, planar)
     for planar in (False, True):
         width = 16 if planar else 128
-        assert compiled(kernels.sums_kernel, cc, "bf16", width, planar=planar, CENTRE=True).has(wide.format("ld"))
-        resources = compiled(kernels.group_kernel, cc, "bf16", width, planar=planar, present=everything, SILU=True)
+        assert compiled(kernels.sums_kernel, cc, "bf16", width, planar=planar, CENTRE=True).has(
+            wide.format("ld")
+        )
+        resources = compiled(
+            kernels.group_kernel, cc, "bf16", width, planar=planar, present=everything, SILU=True
+        )
         assert resources.has(wide.format("st"))
     compiled(kernels.statistics_kernel, cc, "bf16", 32, CENTRE=True, BLOCK_PARTS=32, warps=4)
 
@@ -73,8 +56,17 @@ def test_forward_compiles(cc):
 def test_chains_compile(cc, chain):
     x = torch.empty(1, dtype=torch.bfloat16)
     types = kernels.chain_types(x, x, None, None, None, chain)
-    resources = compiled(kernels.position_kernel, cc, "bf16", 128, present=("weight",), CENTRE=False, SILU=True,
-                         CHAIN=kernels.CHAINS[chain], **dict(zip(AFTER, types)))
+    resources = compiled(
+        kernels.position_kernel,
+        cc,
+        "bf16",
+        128,
+        present=("weight",),
+        CENTRE=False,
+        SILU=True,
+        CHAIN=kernels.CHAINS[chain],
+        **dict(zip(AFTER, types)),
+    )
     if chain == "wan":  # as exact as ATen's own division and root
         assert resources.has(r"div\.rn\.f32") and resources.has(r"sqrt\.rn\.f32")
 
@@ -82,31 +74,81 @@ def test_chains_compile(cc, chain):
 @pytest.mark.parametrize("cc", CAPABILITIES)
 def test_backward_compiles(cc):
     for element, width, planar in (("bf16", 512, False), ("fp32", 128, True)):
-        compiled(backward.position_backward_kernel, cc, element, width, planar=planar, CENTRE=True, SILU=True, WAN=False)
-    compiled(backward.position_backward_kernel, cc, "bf16", 128, present=OPTIONAL, CENTRE=True, SILU=True, WAN=True)
+        compiled(
+            backward.position_backward_kernel,
+            cc,
+            element,
+            width,
+            planar=planar,
+            CENTRE=True,
+            SILU=True,
+            WAN=False,
+        )
+    compiled(
+        backward.position_backward_kernel, cc, "bf16", 128, present=OPTIONAL, CENTRE=True, SILU=True, WAN=True
+    )
     for planar in (False, True):
         width = 16 if planar else 128
         compiled(backward.group_sums_kernel, cc, "bf16", width, planar=planar, present=OPTIONAL, SILU=True)
-        compiled(backward.group_backward_kernel, cc, "fp32", width, planar=planar, present=OPTIONAL, CENTRE=True, SILU=True,
-                 FLAT=False)
+        compiled(
+            backward.group_backward_kernel,
+            cc,
+            "fp32",
+            width,
+            planar=planar,
+            present=OPTIONAL,
+            CENTRE=True,
+            SILU=True,
+            FLAT=False,
+        )
 
 
-ALL = [k for module in (kernels, backward) for k in vars(module).values()
-       if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")]
+ALL = [
+    k
+    for module in (kernels, backward)
+    for k in vars(module).values()
+    if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")
+]
 
 
 @pytest.mark.parametrize("kernel", ALL, ids=lambda k: k.__name__)
 def test_sizes_of_one_compile(kernel):
     """The compiler sees an argument of value 1 as a constant, which can do less than a variable."""
-    sizes = "frames", "span", "plane", "channels", "groups", "parts", "steps", "positions", "programs", "clips"
+    sizes = (
+        "frames",
+        "span",
+        "plane",
+        "channels",
+        "groups",
+        "parts",
+        "steps",
+        "positions",
+        "programs",
+        "clips",
+    )
     chain = {name: triton.language.float16 for name in AFTER} if kernel is kernels.position_kernel else {}
     for flat in (True, False):
-        compiled(kernel, 90, "fp16", 1, present=OPTIONAL, warps=4, CENTRE=True, SILU=True, CHAIN=1, WAN=True, BLOCK_PARTS=1,
-                 FLAT=flat, **chain, **dict.fromkeys(sizes, 1))
+        compiled(
+            kernel,
+            90,
+            "fp16",
+            1,
+            present=OPTIONAL,
+            warps=4,
+            CENTRE=True,
+            SILU=True,
+            CHAIN=1,
+            WAN=True,
+            BLOCK_PARTS=1,
+            FLAT=flat,
+            **chain,
+            **dict.fromkeys(sizes, 1),
+        )
 
 
 def test_the_statistics_see_the_same_parts_as_the_sums():
-    """Both derive from positions and parts how many blocks a part has: the last ones may be empty, none may be left out."""
+    """Both derive from positions and parts how many blocks a part has: the last ones may be empty, none may
+    be left out."""
     for blocks in range(1, 200):
         for wanted in (1, 3, 64, 1024):
             steps = triton.cdiv(blocks, min(blocks, wanted))

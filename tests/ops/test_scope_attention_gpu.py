@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scope_cases import by_hand  # noqa: E402
+from support.scope_cases import by_hand  # noqa: E402
 
 from vtok_fast import parity  # noqa: E402
 from vtok_fast.kernels import scope_attention as kernels  # noqa: E402
-from vtok_fast.ops.packed_tokens import raise_device_errors  # noqa: E402
 from vtok_fast.ops.scope_attention import scope_attention  # noqa: E402
+from vtok_fast.ops.scope_attention.scope import Scope  # noqa: E402
+from vtok_fast.ops.token_packing.packed_tokens import raise_device_errors  # noqa: E402
 from vtok_fast.reference import scope_attention as reference  # noqa: E402
-from vtok_fast.scope import Scope  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SCOPES = {
@@ -40,7 +36,9 @@ def exact_float32():
 
 
 def inputs(scope, dim, dtype, heads=2, kv_heads=2, batch=2):
-    make = lambda h, n: torch.randn(batch, n, h, dim, device="cuda").to(dtype).transpose(1, 2).requires_grad_()  # noqa: E731
+    make = lambda h, n: (
+        torch.randn(batch, n, h, dim, device="cuda").to(dtype).transpose(1, 2).requires_grad_()
+    )  # noqa: E731
     return make(heads, scope.q_len), make(kv_heads, scope.k_len), make(kv_heads, scope.k_len)
 
 
@@ -60,22 +58,31 @@ def test_is_close_in_both_directions(name, dtype, dim):
     got = both_ways(lambda *x: scope_attention(*x, scope, backend="triton"), tensors, grad)
     want = both_ways(lambda *x: reference.scope_attention(*x, mask, dim**-0.5)[0], wide, grad)
     seen = mask | ~mask.any(1, keepdim=True)
-    theirs = both_ways(lambda *x: F.scaled_dot_product_attention(*x, seen, enable_gqa=True) * mask.any(1)[:, None], tensors, grad)
+    theirs = both_ways(
+        lambda *x: F.scaled_dot_product_attention(*x, seen, enable_gqa=True) * mask.any(1)[:, None],
+        tensors,
+        grad,
+    )
     for ours, exact, other in zip(got, want, theirs):
         measured = parity.close(ours.detach(), exact.detach(), other.detach())
         assert measured.ok, str(measured)
 
 
 def compiled():
-    return sum(len(cache[0]) for kernel in (*kernels.KERNELS.values(), kernels.delta_kernel)
-               for cache in kernel.device_caches.values())
+    return sum(
+        len(cache[0])
+        for kernel in (*kernels.KERNELS.values(), kernels.delta_kernel)
+        for cache in kernel.device_caches.values()
+    )
 
 
 def test_a_new_length_compiles_nothing():
     def run(slices, patches):
         scope = Scope.time_invariant(tiv=96, tv=8, patches=patches, slices=slices)
         tensors = inputs(scope, 64, torch.bfloat16, batch=1)
-        both_ways(lambda *x: scope_attention(*x, scope, backend="triton"), tensors, torch.randn_like(tensors[0]))
+        both_ways(
+            lambda *x: scope_attention(*x, scope, backend="triton"), tensors, torch.randn_like(tensors[0])
+        )
 
     run(4, 256)
     before = compiled()
@@ -96,7 +103,9 @@ def test_nothing_waits_for_the_device(where):
     try:
         scope = Scope.packed(cu, q_len=1100)
         got = both_ways(lambda *x: scope_attention(*x, scope, backend="triton"), tensors, grad)
-        raw = Scope(*(t.clone() for t in scope.csr), 1100, 1100)  # of a device: without what the builder knows
+        raw = Scope(
+            *(t.clone() for t in scope.csr), 1100, 1100
+        )  # of a device: without what the builder knows
         again = both_ways(lambda *x: scope_attention(*x, raw, backend="triton"), tensors, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -122,7 +131,9 @@ def test_gradients_do_not_depend_on_chance():
     scope = SCOPES["block causal"]
     tensors = inputs(scope, 64, torch.bfloat16)
     grad = torch.randn_like(tensors[0])
-    first, second = (both_ways(lambda *x: scope_attention(*x, scope, backend="triton"), tensors, grad) for _ in range(2))
+    first, second = (
+        both_ways(lambda *x: scope_attention(*x, scope, backend="triton"), tensors, grad) for _ in range(2)
+    )
     assert all(map(torch.equal, first, second))
 
 

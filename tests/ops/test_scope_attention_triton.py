@@ -12,15 +12,14 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from triton_harness import CAPABILITIES, ROOT, assert_fits, compile_for, run_interpreted  # noqa: E402
+from support.triton_harness import CAPABILITIES, ROOT, assert_fits, compile_for, run_interpreted  # noqa: E402
 
 import vtok_fast  # noqa: E402
 from vtok_fast.kernels import scope_attention as kernels  # noqa: E402
-from vtok_fast.ops import scope_attention_triton as launcher  # noqa: E402
-from vtok_fast.scope import Scope  # noqa: E402
+from vtok_fast.ops.scope_attention import gpu as launcher  # noqa: E402
+from vtok_fast.ops.scope_attention.scope import Scope  # noqa: E402
 
-INTERPRETED = Path(__file__).with_name("scope_attention_interpreted.py")
+INTERPRETED = Path(__file__).resolve().parents[1] / "support" / "scope_attention_interpreted.py"
 TENSORS = {"q", "k", "v", "out", "grad", "dq", "dk", "dv"}
 TYPES = {"lse": "*fp32", "delta": "*fp32", "blocks": "*i32", "ranges": "*i32", "scale": "fp32"}
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -40,7 +39,9 @@ def compile_kernel(kernel, dim, element, cc, short=False, c=None):
     function = kernels.KERNELS[kernel]
     c = c or kernels.config(kernel, dim, ELEMENTS[element], cc, short)
     constants = {"D": dim, "BLOCK_D": c.block_d, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "CHUNK": c.chunk}
-    signature = {name: f"*{element}" if name in TENSORS else TYPES.get(name, "i32") for name in function.arg_names}
+    signature = {
+        name: f"*{element}" if name in TENSORS else TYPES.get(name, "i32") for name in function.arg_names
+    }
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
     return compile_for(function, signature, constants, cc, c.num_warps, c.num_stages, aligned=pointers)
 
@@ -48,7 +49,9 @@ def compile_kernel(kernel, dim, element, cc, short=False, c=None):
 def judge(resources, dim, cc, element, short=False):
     assert_fits(resources, cc)
     if element != "fp32":  # blocks of 32 rows are too small for the instructions of 9.0 and 10.0
-        assert resources.has("mma.sync" if short else {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}[cc])
+        assert resources.has(
+            "mma.sync" if short else {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}[cc]
+        )
         if dim >= 64:  # rows are known to be aligned although no length is: threads copy 16 bytes at a time
             assert resources.has(r"cp\.async\.cg\.shared\.global.* 0x10")
 
@@ -104,28 +107,46 @@ def test_kernels_fit_gpus_with_less_shared_memory(kernel, dim, cc):
 def test_the_kernel_of_delta_fits(cc, dim):
     block_d = triton.next_power_of_2(dim)
     constants = {"D": dim, "BLOCK_D": block_d, "BLOCK_M": max(1, 4096 // block_d)}
-    signature = {name: "*bf16" if name in ("out", "grad") else "*fp32" if name == "delta" else "i32"
-                 for name in kernels.delta_kernel.arg_names}
-    assert_fits(compile_for(kernels.delta_kernel, signature, constants, cc, aligned=("out", "grad", "delta")), cc)
+    signature = {
+        name: "*bf16" if name in ("out", "grad") else "*fp32" if name == "delta" else "i32"
+        for name in kernels.delta_kernel.arg_names
+    }
+    assert_fits(
+        compile_for(kernels.delta_kernel, signature, constants, cc, aligned=("out", "grad", "delta")), cc
+    )
 
 
 def test_no_length_is_specialised_on():
-    """What Triton compiles anew for: constants, the alignment of pointers, and integers, of which there are none."""
+    """What Triton compiles anew for: constants, the alignment of pointers, and integers, of which there are
+    none."""
     for function in (*kernels.KERNELS.values(), kernels.delta_kernel):
-        integers = [p for p in function.params if not p.is_constexpr and p.name not in TENSORS and p.name not in TYPES]
+        integers = [
+            p for p in function.params if not p.is_constexpr and p.name not in TENSORS and p.name not in TYPES
+        ]
         assert len(integers) > 5 and all(p.do_not_specialize for p in integers)
         constants = {p.name for p in function.params if p.is_constexpr}
         assert constants <= {"D", "BLOCK_D", "BLOCK_M", "BLOCK_N", "CHUNK"}
 
 
 def test_configurations_do_not_depend_on_lengths_but_for_short_segments():
-    scopes = [Scope.time_invariant(tiv=96, tv=8, patches=64 * i, slices=s) for i, s in itertools.product(range(1, 6), (1, 4, 32))]
+    scopes = [
+        Scope.time_invariant(tiv=96, tv=8, patches=64 * i, slices=s)
+        for i, s in itertools.product(range(1, 6), (1, 4, 32))
+    ]
     assert not any(map(launcher.is_short, scopes))
     assert launcher.is_short(Scope.per_frame(100, 16)) and not launcher.is_short(Scope.per_frame(100, 33))
 
 
-@pytest.mark.parametrize("scope", (Scope.block_causal(3, 50), Scope.time_invariant(tiv=20, tv=3, patches=33, slices=3),
-                                   Scope.packed([0, 5, 5, 64], q_len=99), Scope.from_segments([], 7, 9)), ids=repr)
+@pytest.mark.parametrize(
+    "scope",
+    (
+        Scope.block_causal(3, 50),
+        Scope.time_invariant(tiv=20, tv=3, patches=33, slices=3),
+        Scope.packed([0, 5, 5, 64], q_len=99),
+        Scope.from_segments([], 7, 9),
+    ),
+    ids=repr,
+)
 @pytest.mark.parametrize("exact", (True, False))
 def test_work_list_covers_each_row_once_and_heavy_blocks_first(scope, exact):
     work = launcher.work_list(scope, 16, exact).tolist()

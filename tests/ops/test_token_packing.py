@@ -1,4 +1,5 @@
-"""token_packing: the router's definition; counts, order and ties; inverses, gradients, stored bytes; and InfoTok's own numbers."""
+"""token_packing: the router's definition; counts, order and ties; inverses, gradients, stored bytes; and
+InfoTok's own numbers."""
 
 import math
 import struct
@@ -11,16 +12,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import golden  # noqa: E402
 
 import vtok_fast
-from vtok_fast import native
-from vtok_fast.ops import token_selection
+from vtok_fast.dispatch import native
 from vtok_fast.ops.fsq import fsq_quantize
-from vtok_fast.ops.token_packing import PackedTokens, pack_tokens, router_scores, select_tokens, token_budget, unpack_tokens
+from vtok_fast.ops.token_packing import (
+    PackedTokens,
+    pack_tokens,
+    router_scores,
+    select_tokens,
+    token_budget,
+    unpack_tokens,
+)
+from vtok_fast.ops.token_packing import selection as token_selection
 from vtok_fast.reference import token_packing as reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import golden  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden_data" / "token_packing_infotok.safetensors"
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,12 +57,14 @@ def poison():
     return [torch.full((n,), float("nan")) for n in (1 << 10, 1 << 14, 1 << 18)]
 
 
-# ---- scores --------------------------------------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------------------
 
 
 def exact_score(a: torch.Tensor, b: torch.Tensor) -> float:
     """The definition in Python integers, one value after the other."""
-    total = sum(int(min(abs(x - y), 4096.0) * 2**30) for x, y in zip(a.flatten().tolist(), b.flatten().tolist()))
+    total = sum(
+        int(min(abs(x - y), 4096.0) * 2**30) for x, y in zip(a.flatten().tolist(), b.flatten().tolist())
+    )
     return total / (a.numel() * 2**30)
 
 
@@ -70,7 +78,9 @@ def test_scores_are_what_the_definition_says(backend):
             for y in range(2):
                 for x in range(2):
                     cell = b, slice(None), frames, slice(4 * y, 4 * y + 4), slice(6 * x, 6 * x + 6)
-                    assert scores[b, i, y, x] == torch.tensor(exact_score(video[cell], other[cell]), dtype=torch.float32)
+                    assert scores[b, i, y, x] == torch.tensor(
+                        exact_score(video[cell], other[cell]), dtype=torch.float32
+                    )
 
 
 @needs_native
@@ -98,7 +108,10 @@ def test_scores_are_the_same_bits_on_every_instance(isa, dtype):
 def test_many_values_under_one_mean_stay_exact(isa):
     # 3 x 16 x 32 x 512 values of nearly 4096: more than a double adds up without rounding.
     a, b = 4096 - torch.rand(1, 3, 17, 32, 512), torch.zeros(1, 3, 17, 32, 512)
-    assert torch.equal(router_scores(a, b, (16, 32, 512), backend="cpu"), router_scores(a, b, (16, 32, 512), backend="reference"))
+    assert torch.equal(
+        router_scores(a, b, (16, 32, 512), backend="cpu"),
+        router_scores(a, b, (16, 32, 512), backend="reference"),
+    )
 
 
 def test_scores_are_close_to_the_plain_mean(backend):
@@ -113,12 +126,15 @@ def test_scores_are_close_to_the_plain_mean(backend):
     assert not router_scores(a.requires_grad_(), b).requires_grad
 
 
-# ---- budget --------------------------------------------------------------------------------------------------------------
+# ---- budget ------------------------------------------------------------------------------------------------
 
 
 def test_budgets():
     scores = torch.rand(3, 2, 3, 4) * torch.tensor([1.0, 2.0, 8.0]).view(3, 1, 1, 1)
-    assert token_budget(scores, 0.5).tolist() == [12] * 3 and token_budget(scores, 1.0, released=True).tolist() == [23] * 3
+    assert (
+        token_budget(scores, 0.5).tolist() == [12] * 3
+        and token_budget(scores, 1.0, released=True).tolist() == [23] * 3
+    )
     assert token_budget(scores, torch.tensor([0.0, 0.27, 7.0])).tolist() == [0, 6, 24]
     mean = scores.double().mean((1, 2, 3))
     share = lambda rate: [math.floor(24 * min(max(r, 1 / 16), 1) + 0.5) for r in rate.tolist()]  # noqa: E731
@@ -126,10 +142,14 @@ def test_budgets():
     assert token_budget(scores, 0.5, strategy="bin", elbo_mean=1.0).tolist() == share((2 * mean).round() / 4)
     running = torch.tensor(math.nan)
     first = token_budget(scores, 0.5, strategy="elbo_ema", elbo_mean=running, decay=0.9)
-    assert running.item() == pytest.approx(mean.mean().item()) and first.tolist() == share(0.5 * mean / mean.mean())
+    assert running.item() == pytest.approx(mean.mean().item()) and first.tolist() == share(
+        0.5 * mean / mean.mean()
+    )
     token_budget(scores * 3, 0.5, strategy="elbo_ema", elbo_mean=running, decay=0.9)
     assert running.item() == pytest.approx(mean.mean().item() * (0.9 + 0.1 * 3))
-    assert token_budget(torch.empty(2, 0), 0.5).tolist() == [0, 0] and token_budget(torch.empty(0, 4), 0.5).shape == (0,)
+    assert token_budget(torch.empty(2, 0), 0.5).tolist() == [0, 0] and token_budget(
+        torch.empty(0, 4), 0.5
+    ).shape == (0,)
     scores[0, 0, 0, 0] = math.nan
     assert token_budget(scores, 0.5, strategy="global_elbo", elbo_mean=1.0)[0] == 24
 
@@ -143,7 +163,7 @@ def test_released_count_is_that_of_the_released_threshold(tokens):
         assert torch.equal(select_tokens(scores, budget, method="threshold"), scores > bound)
 
 
-# ---- selection -----------------------------------------------------------------------------------------------------------
+# ---- selection ---------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -162,7 +182,9 @@ def scored(draw):
 
 def order_of(row: list[float]) -> list[int]:
     """Positions from the highest score down, NaN first, equals by position."""
-    return sorted(range(len(row)), key=lambda i: (not math.isnan(row[i]), -row[i] if not math.isnan(row[i]) else 0.0, i))
+    return sorted(
+        range(len(row)), key=lambda i: (not math.isnan(row[i]), -row[i] if not math.isnan(row[i]) else 0.0, i)
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -209,9 +231,18 @@ def test_34020_tokens(backend):
     assert torch.equal(unpack_tokens(packed, shape=z.shape, backend=backend), z * keep.unsqueeze(1))
 
 
-# ---- packing -------------------------------------------------------------------------------------------------------------
+# ---- packing -----------------------------------------------------------------------------------------------
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64)
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+)
 
 
 @st.composite
@@ -245,7 +276,9 @@ def test_pack_and_unpack_are_inverse(case, room):
         assert packed.values.dtype == tokens.dtype and torch.equal(packed.values, last[keep])
         assert packed.cu_seqlens.tolist() == [0, *keep.flatten(1).sum(1).cumsum(0).tolist()]
         assert packed.cu_seqlens.dtype == packed.indices.dtype == torch.int32
-        assert packed.indices.tolist() == [i for row in keep.flatten(1).tolist() for i, kept in enumerate(row) if kept]
+        assert packed.indices.tolist() == [
+            i for row in keep.flatten(1).tolist() for i, kept in enumerate(row) if kept
+        ]
         assert torch.equal(bounded.values[:total], packed.values) and not bounded.values[total:].any()
         assert bounded.indices.tolist() == packed.indices.tolist() + [-1] * room
         where = keep.unsqueeze(1) if tokens.dim() > keep.dim() else keep
@@ -277,7 +310,10 @@ def test_fused_quantisation_is_that_of_the_dense_video(capacity, backend):
     z, keep = torch.randn(2, 3, 3, 4, 5), torch.rand(2, 3, 4, 5) < 0.3
     packed = pack_tokens(z, keep, levels=[8, 5, 4], capacity=capacity, backend=backend)
     total = int(keep.sum())
-    assert torch.equal(packed.values[:total], fsq_quantize(z, [8, 5, 4]).indices[keep]) and not packed.values[total:].any()
+    assert (
+        torch.equal(packed.values[:total], fsq_quantize(z, [8, 5, 4]).indices[keep])
+        and not packed.values[total:].any()
+    )
 
 
 def test_clips_of_different_sizes():
@@ -292,18 +328,28 @@ def test_clips_of_different_sizes():
     ids = [torch.randint(100, keep.shape) for keep in keeps]
     stored = pack_tokens(ids, keeps)
     back = PackedTokens.from_bytes(stored.to_bytes(100))
-    assert back.grids == grids and torch.equal(back.values, stored.values.int()) and torch.equal(back.indices, stored.indices)
+    assert (
+        back.grids == grids
+        and torch.equal(back.values, stored.values.int())
+        and torch.equal(back.indices, stored.indices)
+    )
 
 
 def test_gradients(backend):
     keep = torch.rand(2, 3, 4, 5) < 0.5
     z = torch.randn(2, 4, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: pack_tokens(z, keep, backend=backend).values.square(), z)
-    assert torch.autograd.gradcheck(lambda z: pack_tokens(z, keep, capacity=70, backend=backend).values.square(), z)
+    assert torch.autograd.gradcheck(
+        lambda z: pack_tokens(z, keep, capacity=70, backend=backend).values.square(), z
+    )
     packed = pack_tokens(z.detach(), keep)
     values = packed.values.requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: unpack_tokens(packed.with_values(v), fill=2.0, backend=backend).square(), values)
-    assert torch.autograd.gradgradcheck(lambda z: unpack_tokens(pack_tokens(z, keep, backend=backend)).square(), z)
+    assert torch.autograd.gradcheck(
+        lambda v: unpack_tokens(packed.with_values(v), fill=2.0, backend=backend).square(), values
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda z: unpack_tokens(pack_tokens(z, keep, backend=backend)).square(), z
+    )
     (grad,) = torch.autograd.grad(unpack_tokens(pack_tokens(z, keep, backend=backend)).sum(), z)
     assert torch.equal(grad, keep.unsqueeze(1).expand_as(z).double())
 
@@ -314,9 +360,13 @@ def test_opcheck_and_compile(backend):
     torch.library.opcheck(ops.pack_tokens, (z, keep, 30, None, "vidtok", backend))
     torch.library.opcheck(ops.pack_tokens, (z, keep, None, None, "vidtok", backend))
     torch.library.opcheck(ops.pack_tokens, (z.detach(), keep, 30, [8, 5, 4, 4, 4], "vidtok", backend))
-    torch.library.opcheck(ops.unpack_tokens, (torch.randn(int(keep.sum()), 5, requires_grad=True), keep, 1.0, backend))
+    torch.library.opcheck(
+        ops.unpack_tokens, (torch.randn(int(keep.sum()), 5, requires_grad=True), keep, 1.0, backend)
+    )
     torch.library.opcheck(ops.select_tokens, (scores, torch.tensor([3, 9]), "topk", 4, backend))
-    torch.library.opcheck(ops.router_scores, (torch.randn(1, 3, 5, 8, 8), torch.randn(1, 3, 5, 8, 8), [4, 8, 8], backend))
+    torch.library.opcheck(
+        ops.router_scores, (torch.randn(1, 3, 5, 8, 8), torch.randn(1, 3, 5, 8, 8), [4, 8, 8], backend)
+    )
 
     def chain(video, other, z):
         scores = router_scores(video, other, (4, 4, 4))
@@ -327,7 +377,7 @@ def test_opcheck_and_compile(backend):
     assert torch.equal(torch.compile(chain, fullgraph=True, backend="aot_eager")(*args), chain(*args))
 
 
-# ---- bytes ---------------------------------------------------------------------------------------------------------------
+# ---- bytes -------------------------------------------------------------------------------------------------
 
 
 def stored(codes=64000, clips=2, rate=0.5):
@@ -362,19 +412,26 @@ def test_truncated_and_damaged_bytes_are_rejected():
             PackedTokens.from_bytes(data[:size])
     for at in range(len(data)):
         with pytest.raises(ValueError, match="data: "):
-            PackedTokens.from_bytes(data[:at] + bytes([data[at] ^ (1 + at % 255)]) + data[at + 1:])
+            PackedTokens.from_bytes(data[:at] + bytes([data[at] ^ (1 + at % 255)]) + data[at + 1 :])
     with pytest.raises(ValueError, match="data: "):
         PackedTokens.from_bytes(data + b"\0")
 
 
-@pytest.mark.parametrize("at, change, message", [
-    (4, b"\x02", "version 2"), (8, struct.pack("<I", 2**31), "impossible header"), (12, struct.pack("<Q", 0), "impossible header"),
-    (12, struct.pack("<Q", 2**40), "impossible header"), (20, struct.pack("<I", 2**32 - 1), "do not fit"),
-    (20, struct.pack("<I", 4), "expected .* bytes"), (12, struct.pack("<Q", 40000), "of 40000 codes"),
-])
+@pytest.mark.parametrize(
+    "at, change, message",
+    [
+        (4, b"\x02", "version 2"),
+        (8, struct.pack("<I", 2**31), "impossible header"),
+        (12, struct.pack("<Q", 0), "impossible header"),
+        (12, struct.pack("<Q", 2**40), "impossible header"),
+        (20, struct.pack("<I", 2**32 - 1), "do not fit"),
+        (20, struct.pack("<I", 4), "expected .* bytes"),
+        (12, struct.pack("<Q", 40000), "of 40000 codes"),
+    ],
+)
 def test_impossible_headers_with_a_right_checksum_are_rejected(at, change, message):
     data = bytearray(stored().to_bytes(64000))
-    data[at:at + len(change)] = change
+    data[at : at + len(change)] = change
     data[-4:] = struct.pack("<I", zlib.crc32(bytes(data[:-4])))
     with pytest.raises(ValueError, match=f"data: .*{message}"):
         PackedTokens.from_bytes(bytes(data))
@@ -394,7 +451,7 @@ def test_what_cannot_be_stored_is_named():
     assert PackedTokens.from_bytes(bounded.to_bytes(2)).values.tolist() == [1] * 4
 
 
-# ---- InfoTok's own numbers -----------------------------------------------------------------------------------------------
+# ---- InfoTok's own numbers ---------------------------------------------------------------------------------
 
 
 def test_scores_masks_and_counts_of_the_official_code(backend):
@@ -406,11 +463,20 @@ def test_scores_masks_and_counts_of_the_official_code(backend):
     assert len(rules) == 13
     for rule in rules:
         name, rate = rule.rsplit("_r", 1)
-        strategy = {"forward": "elbo", "elbo": "elbo", "global_elbo": "global_elbo", "global_elbo_bin": "bin"}[name]
-        budget = token_budget(scores, float(rate), strategy=strategy, elbo_mean=given["elbo_mean"], released=True)
+        strategy = {
+            "forward": "elbo",
+            "elbo": "elbo",
+            "global_elbo": "global_elbo",
+            "global_elbo_bin": "bin",
+        }[name]
+        budget = token_budget(
+            scores, float(rate), strategy=strategy, elbo_mean=given["elbo_mean"], released=True
+        )
         assert budget.tolist() == want[f"{rule}/kept"].tolist(), rule
         for method in ("threshold", "topk"):  # no ties here, so both keep the same
-            assert torch.equal(select_tokens(scores, budget, method=method, backend=backend), want[f"{rule}/mask"]), rule
+            assert torch.equal(
+                select_tokens(scores, budget, method=method, backend=backend), want[f"{rule}/mask"]
+            ), rule
 
 
 def test_orders_of_the_official_code():
@@ -422,44 +488,103 @@ def test_orders_of_the_official_code():
         assert torch.equal(mask.unsqueeze(1).expand(-1, 2, -1, -1), want[name])
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------------------
 
 VIDEO = torch.zeros(1, 3, 5, 8, 8)
 
 
-@pytest.mark.parametrize("error, message, call", [
-    (TypeError, "video: .*int64", lambda: router_scores(VIDEO.long(), VIDEO.long())),
-    (TypeError, "reconstruction: .*float16", lambda: router_scores(VIDEO, VIDEO.half())),
-    (ValueError, r"video: .*\(3, 5, 8, 8\)", lambda: router_scores(VIDEO[0], VIDEO[0])),
-    (ValueError, r"reconstruction: .*\(1, 3, 5, 8, 4\)", lambda: router_scores(VIDEO, VIDEO[..., :4])),
-    (ValueError, r"grid: .*frames after the first are 3", lambda: router_scores(VIDEO[:, :, :4], VIDEO[:, :, :4])),
-    (ValueError, r"grid: .*columns are 8", lambda: router_scores(VIDEO, VIDEO, (4, 8, 3))),
-    (ValueError, r"grid: .*\(4, 8\)", lambda: router_scores(VIDEO, VIDEO, (4, 8))),
-    (ValueError, "strategy: .*'best'", lambda: token_budget(torch.zeros(1, 4), 0.5, strategy="best")),
-    (ValueError, "rate: .*1.5", lambda: token_budget(torch.zeros(1, 4), 1.5)),
-    (ValueError, "rate: .*nan", lambda: token_budget(torch.zeros(1, 4), math.nan)),
-    (ValueError, "elbo_mean: .*None", lambda: token_budget(torch.zeros(1, 4), 0.5, strategy="bin")),
-    (ValueError, "elbo_mean: .*0.0", lambda: token_budget(torch.zeros(1, 4), 0.5, strategy="global_elbo", elbo_mean=0.0)),
-    (TypeError, "elbo_mean: .*0.5", lambda: token_budget(torch.zeros(1, 4), 0.5, strategy="elbo_ema", elbo_mean=0.5)),
-    (ValueError, "decay: .*2.0",
-     lambda: token_budget(torch.zeros(1, 4), 0.5, strategy="elbo_ema", elbo_mean=torch.ones(1), decay=2.0)),
-    (ValueError, "method: .*'random'", lambda: select_tokens(torch.zeros(1, 4), 2, method="random")),
-    (ValueError, "budget: .*0 to 4.*got 5", lambda: select_tokens(torch.zeros(1, 4), 5)),
-    (ValueError, "budget: .*0 to 4.*got -1", lambda: select_tokens(torch.zeros(1, 4), torch.tensor([-1]))),
-    (ValueError, "budget: .*0 to 4.*got 7", lambda: select_tokens(torch.zeros(1, 3, 4), [7], method="order")),
-    (ValueError, r"budget: .*\(3,\)", lambda: select_tokens(torch.zeros(1, 4), [1, 2, 3])),
-    (TypeError, "budget: .*float32", lambda: select_tokens(torch.zeros(1, 4), 1.5)),
-    (TypeError, "scores: .*int64", lambda: select_tokens(torch.zeros(1, 4).long(), 1)),
-    (ValueError, "stride: .*0", lambda: select_tokens(torch.zeros(1, 3, 4), 1, method="order_strided", stride=0)),
-    (ValueError, r"keep: .*\(1, 5\)", lambda: pack_tokens(torch.zeros(1, 3, 4), torch.ones(1, 5, dtype=torch.bool))),
-    (ValueError, "capacity: 4 tokens are kept, got 3",
-     lambda: pack_tokens(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), capacity=3)),
-    (ValueError, "capacity: .*-1", lambda: pack_tokens(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), capacity=-1)),
-    (ValueError, r"levels: .*\(1, 4\)", lambda: pack_tokens(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), levels=[8])),
-    (ValueError, "keep: expected 2 masks", lambda: pack_tokens([torch.zeros(1, 4)] * 2, [torch.ones(1, 4, dtype=torch.bool)])),
-    (TypeError, "keep: expected a tensor, as tokens is one, got list", lambda: pack_tokens(torch.zeros(1, 4), [True] * 4)),
-    (vtok_fast.BackendError, "backend='sm90' does not exist", lambda: select_tokens(torch.zeros(1, 4), 1, backend="sm90")),
-])
+@pytest.mark.parametrize(
+    "error, message, call",
+    [
+        (TypeError, "video: .*int64", lambda: router_scores(VIDEO.long(), VIDEO.long())),
+        (TypeError, "reconstruction: .*float16", lambda: router_scores(VIDEO, VIDEO.half())),
+        (ValueError, r"video: .*\(3, 5, 8, 8\)", lambda: router_scores(VIDEO[0], VIDEO[0])),
+        (ValueError, r"reconstruction: .*\(1, 3, 5, 8, 4\)", lambda: router_scores(VIDEO, VIDEO[..., :4])),
+        (
+            ValueError,
+            r"grid: .*frames after the first are 3",
+            lambda: router_scores(VIDEO[:, :, :4], VIDEO[:, :, :4]),
+        ),
+        (ValueError, r"grid: .*columns are 8", lambda: router_scores(VIDEO, VIDEO, (4, 8, 3))),
+        (ValueError, r"grid: .*\(4, 8\)", lambda: router_scores(VIDEO, VIDEO, (4, 8))),
+        (ValueError, "strategy: .*'best'", lambda: token_budget(torch.zeros(1, 4), 0.5, strategy="best")),
+        (ValueError, "rate: .*1.5", lambda: token_budget(torch.zeros(1, 4), 1.5)),
+        (ValueError, "rate: .*nan", lambda: token_budget(torch.zeros(1, 4), math.nan)),
+        (ValueError, "elbo_mean: .*None", lambda: token_budget(torch.zeros(1, 4), 0.5, strategy="bin")),
+        (
+            ValueError,
+            "elbo_mean: .*0.0",
+            lambda: token_budget(torch.zeros(1, 4), 0.5, strategy="global_elbo", elbo_mean=0.0),
+        ),
+        (
+            TypeError,
+            "elbo_mean: .*0.5",
+            lambda: token_budget(torch.zeros(1, 4), 0.5, strategy="elbo_ema", elbo_mean=0.5),
+        ),
+        (
+            ValueError,
+            "decay: .*2.0",
+            lambda: token_budget(
+                torch.zeros(1, 4), 0.5, strategy="elbo_ema", elbo_mean=torch.ones(1), decay=2.0
+            ),
+        ),
+        (ValueError, "method: .*'random'", lambda: select_tokens(torch.zeros(1, 4), 2, method="random")),
+        (ValueError, "budget: .*0 to 4.*got 5", lambda: select_tokens(torch.zeros(1, 4), 5)),
+        (
+            ValueError,
+            "budget: .*0 to 4.*got -1",
+            lambda: select_tokens(torch.zeros(1, 4), torch.tensor([-1])),
+        ),
+        (
+            ValueError,
+            "budget: .*0 to 4.*got 7",
+            lambda: select_tokens(torch.zeros(1, 3, 4), [7], method="order"),
+        ),
+        (ValueError, r"budget: .*\(3,\)", lambda: select_tokens(torch.zeros(1, 4), [1, 2, 3])),
+        (TypeError, "budget: .*float32", lambda: select_tokens(torch.zeros(1, 4), 1.5)),
+        (TypeError, "scores: .*int64", lambda: select_tokens(torch.zeros(1, 4).long(), 1)),
+        (
+            ValueError,
+            "stride: .*0",
+            lambda: select_tokens(torch.zeros(1, 3, 4), 1, method="order_strided", stride=0),
+        ),
+        (
+            ValueError,
+            r"keep: .*\(1, 5\)",
+            lambda: pack_tokens(torch.zeros(1, 3, 4), torch.ones(1, 5, dtype=torch.bool)),
+        ),
+        (
+            ValueError,
+            "capacity: 4 tokens are kept, got 3",
+            lambda: pack_tokens(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), capacity=3),
+        ),
+        (
+            ValueError,
+            "capacity: .*-1",
+            lambda: pack_tokens(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), capacity=-1),
+        ),
+        (
+            ValueError,
+            r"levels: .*\(1, 4\)",
+            lambda: pack_tokens(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), levels=[8]),
+        ),
+        (
+            ValueError,
+            "keep: expected 2 masks",
+            lambda: pack_tokens([torch.zeros(1, 4)] * 2, [torch.ones(1, 4, dtype=torch.bool)]),
+        ),
+        (
+            TypeError,
+            "keep: expected a tensor, as tokens is one, got list",
+            lambda: pack_tokens(torch.zeros(1, 4), [True] * 4),
+        ),
+        (
+            vtok_fast.BackendError,
+            "backend='sm90' does not exist",
+            lambda: select_tokens(torch.zeros(1, 4), 1, backend="sm90"),
+        ),
+    ],
+)
 def test_bad_arguments_are_named(error, message, call):
     with pytest.raises(error, match=message):
         call()
@@ -477,16 +602,18 @@ def test_a_mask_that_does_not_fit_the_values_is_named(backend):
 
 
 def test_everything_works_where_triton_does_not():
-    code = ("import sys; sys.modules['triton'] = None; import torch, vtok_fast; x = torch.randn(1, 3, 5, 8, 8); "
-            "s = vtok_fast.router_scores(x, -x); k = vtok_fast.select_tokens(s, 1); vtok_fast.norm_act(x); "
-            "p = vtok_fast.pack_tokens(s, k); assert vtok_fast.unpack_tokens(p).shape == s.shape; "
-            "assert 'Triton cannot be imported' in vtok_fast.available_backends()['norm_act']['triton']")
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, vtok_fast; x = torch.randn(1, 3, 5, 8, 8); "
+        "s = vtok_fast.router_scores(x, -x); k = vtok_fast.select_tokens(s, 1); vtok_fast.norm_act(x); "
+        "p = vtok_fast.pack_tokens(s, k); assert vtok_fast.unpack_tokens(p).shape == s.shape; "
+        "assert 'Triton cannot be imported' in vtok_fast.available_backends()['norm_act']['triton']"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
 
 
 def test_late_errors_are_raised_once():
     """What a GPU reports late, here with the flag of the CPU."""
-    from vtok_fast.ops.packed_tokens import BUDGET, CAPACITY, note_error, raise_device_errors
+    from vtok_fast.ops.token_packing.packed_tokens import BUDGET, CAPACITY, note_error, raise_device_errors
 
     device = torch.device("cpu")
     raise_device_errors(device)

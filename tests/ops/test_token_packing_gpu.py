@@ -1,10 +1,11 @@
-"""token_packing on a GPU: the bits of the reference, no wait for the device, CUDA graphs, and errors that come late."""
+"""token_packing on a GPU: the bits of the reference, no wait for the device, CUDA graphs, and errors that
+come late."""
 
 import pytest
 import torch
 
-from vtok_fast.ops.packed_tokens import PackedTokens, raise_device_errors
 from vtok_fast.ops.token_packing import pack_tokens, router_scores, select_tokens, token_budget, unpack_tokens
+from vtok_fast.ops.token_packing.packed_tokens import PackedTokens, raise_device_errors
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -42,12 +43,20 @@ def test_the_bits_of_the_reference(dtype, layout):
     a, b = videos(dtype, layout)
     scores = router_scores(a, b, backend="triton")
     assert torch.equal(scores.cpu(), router_scores(a.cpu(), b.cpu(), backend="reference"))
-    for options in ({}, {"strategy": "global_elbo", "elbo_mean": 0.09}, {"strategy": "bin", "elbo_mean": 0.07}):
+    for options in (
+        {},
+        {"strategy": "global_elbo", "elbo_mean": 0.09},
+        {"strategy": "bin", "elbo_mean": 0.07},
+    ):
         for rate in (0.37, torch.tensor([0.3, 0.9])):
-            assert torch.equal(token_budget(scores, rate, **options).cpu(), token_budget(scores.cpu(), rate, **options))
+            assert torch.equal(
+                token_budget(scores, rate, **options).cpu(), token_budget(scores.cpu(), rate, **options)
+            )
     for method in ("topk", "threshold"):
         keep = select_tokens(scores, [100, 17], method=method, backend="triton")
-        assert torch.equal(keep.cpu(), select_tokens(scores.cpu(), [100, 17], method=method, backend="reference"))
+        assert torch.equal(
+            keep.cpu(), select_tokens(scores.cpu(), [100, 17], method=method, backend="reference")
+        )
     for channels in (1, 6, 256, 300):
         z = torch.randn(2, channels, 3, 8, 12).to(dtype).contiguous(memory_format=layout).cuda()
         for capacity in (None, 200):
@@ -58,8 +67,10 @@ def test_the_bits_of_the_reference(dtype, layout):
             dense = unpack_tokens(packed, fill=3.0, backend="triton").cpu()
             assert torch.equal(dense, unpack_tokens(want, fill=3.0, backend="reference"))
     z = torch.randn(2, 3, 3, 8, 12).to(dtype).cuda()
-    got, want = (pack_tokens(v, k, levels=[8, 5, 4], backend=name) for v, k, name in
-                 ((z, keep, "triton"), (z.cpu(), keep.cpu(), "reference")))
+    got, want = (
+        pack_tokens(v, k, levels=[8, 5, 4], backend=name)
+        for v, k, name in ((z, keep, "triton"), (z.cpu(), keep.cpu(), "reference"))
+    )
     assert torch.equal(got.values.cpu(), want.values)
     assert torch.equal(PackedTokens.from_bytes(got.to_bytes(160)).values, want.values)
 
@@ -77,11 +88,14 @@ def test_gradients():
     packed = pack_tokens(z, keep, capacity=700)
     upstream = torch.randn_like(packed.values)
     (grad,) = torch.autograd.grad(packed.values, z, upstream)
-    assert torch.equal(grad.movedim(1, -1)[keep], upstream[:int(keep.sum())]) and not grad.movedim(1, -1)[~keep].any()
+    assert (
+        torch.equal(grad.movedim(1, -1)[keep], upstream[: int(keep.sum())])
+        and not grad.movedim(1, -1)[~keep].any()
+    )
     values = packed.values.detach().requires_grad_()
     dense = unpack_tokens(packed.with_values(values))
     (grad,) = torch.autograd.grad(dense, values, z.detach())
-    assert torch.equal(grad[:int(keep.sum())], z.movedim(1, -1)[keep]) and not grad[int(keep.sum()):].any()
+    assert torch.equal(grad[: int(keep.sum())], z.movedim(1, -1)[keep]) and not grad[int(keep.sum()) :].any()
 
 
 def test_nothing_waits(no_waiting):
@@ -100,11 +114,15 @@ def test_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = chain(*inputs)
-    for fresh, old in zip((*videos(torch.float32, torch.contiguous_format), torch.randn_like(inputs[2])), inputs):
+    for fresh, old in zip(
+        (*videos(torch.float32, torch.contiguous_format), torch.randn_like(inputs[2])), inputs
+    ):
         old.copy_(fresh)
     graph.replay()
     want = chain(*inputs)
-    for got, expected in zip((*result[:3], result[3].values, result[4]), (*want[:3], want[3].values, want[4])):
+    for got, expected in zip(
+        (*result[:3], result[3].values, result[4]), (*want[:3], want[3].values, want[4])
+    ):
         assert torch.equal(got, expected)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import conv3d
 
-from vtok_fast import native
+from vtok_fast.dispatch import native
 
 lib = native.lib()
 pytestmark = pytest.mark.skipif(lib is None, reason=f"{native.why_missing()}")
@@ -28,8 +28,26 @@ def fresh_cache():
 
 def run(x, weight, m=4):
     out = torch.empty(x.shape[0], weight.shape[0], *x.shape[2:]).to(memory_format=torch.channels_last_3d)
-    lib.causal_conv3d(native.arg(x), native.arg(weight), None, None, None, native.arg(out), (1, 1, 1), (1, 1, 1), 1,
-                      (weight.shape[2] - 1, 0, 1, 1, 1, 1), 0, 0, (1, 1, 1), False, None, 0, m, 1)
+    lib.causal_conv3d(
+        native.arg(x),
+        native.arg(weight),
+        None,
+        None,
+        None,
+        native.arg(out),
+        (1, 1, 1),
+        (1, 1, 1),
+        1,
+        (weight.shape[2] - 1, 0, 1, 1, 1, 1),
+        0,
+        0,
+        (1, 1, 1),
+        False,
+        None,
+        0,
+        m,
+        1,
+    )
     return out
 
 
@@ -59,9 +77,17 @@ def test_hits_are_counted_and_the_result_stays_the_same():
     assert stats()["entries"] == 2
 
 
-@pytest.mark.parametrize("change", [
-    lambda w: w.data.mul_(2), lambda w: w.data.neg_(), lambda w: w.data.view(-1)[-1:].add_(1), lambda w: w.data[0, 0].neg_(),
-    lambda w: w.data.copy_(w.data.flip(0)), lambda w: w.data.copy_(torch.randn_like(w))])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.data.mul_(2),
+        lambda w: w.data.neg_(),
+        lambda w: w.data.view(-1)[-1:].add_(1),
+        lambda w: w.data[0, 0].neg_(),
+        lambda w: w.data.copy_(w.data.flip(0)),
+        lambda w: w.data.copy_(torch.randn_like(w)),
+    ],
+)
 def test_writes_that_bump_no_version_are_seen(change):
     x, w = make()
     run(x, w)

@@ -1,4 +1,5 @@
-"""What a long-running program meets: many threads at once, a fork after use, memory that runs out in the middle of an op."""
+"""What a long-running program meets: many threads at once, a fork after use, memory that runs out in the
+middle of an op."""
 
 import multiprocessing
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import vtok_fast
-from vtok_fast import Scope, native
+from vtok_fast import Scope
+from vtok_fast.dispatch import native
 
 needs_native = pytest.mark.skipif(native.lib() is None, reason="no native module")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -24,10 +26,16 @@ def calls(seed: int) -> list[torch.Tensor]:
     scores = torch.rand(2, 400, generator=g)
     keep = vtok_fast.select_tokens(scores, vtok_fast.token_budget(scores, 0.4))
     packed = vtok_fast.pack_tokens(torch.randn(2, 8, 400, generator=g), keep)
-    return [vtok_fast.causal_conv3d(x, weight, time_mode="replicate", activation="silu"),
-            vtok_fast.causal_conv3d(x, weight[..., :1, :1]), vtok_fast.norm_act(x, kind="group", groups=4),
-            vtok_fast.norm_act(x, activation="silu"), vtok_fast.fsq_quantize(x, (3,) * 16).indices,
-            vtok_fast.scope_attention(q, q, q, Scope.block_causal(4, 12)), packed.values, vtok_fast.unpack_tokens(packed)]
+    return [
+        vtok_fast.causal_conv3d(x, weight, time_mode="replicate", activation="silu"),
+        vtok_fast.causal_conv3d(x, weight[..., :1, :1]),
+        vtok_fast.norm_act(x, kind="group", groups=4),
+        vtok_fast.norm_act(x, activation="silu"),
+        vtok_fast.fsq_quantize(x, (3,) * 16).indices,
+        vtok_fast.scope_attention(q, q, q, Scope.block_causal(4, 12)),
+        packed.values,
+        vtok_fast.unpack_tokens(packed),
+    ]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -62,14 +70,20 @@ def test_threads_that_call_ops_at_once_do_not_disturb_each_other(two_threads):
 
 
 def native_calls(seed: int) -> list[torch.Tensor]:
-    """Of every native kernel, so small that torch's own operations do not start threads: those hang in a child by themselves."""
+    """Of every native kernel, so small that torch's own operations do not start threads: those hang in a
+    child by themselves."""
     g = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(1, 8, 3, 24, 24, generator=g), torch.randn(8, 8, 3, 3, 3, generator=g) / 20
     keep = torch.rand(2, 400, generator=g) < 0.5
     packed = vtok_fast.pack_tokens(torch.randn(2, 8, 400, generator=g), keep)
-    return [vtok_fast.causal_conv3d(x, weight, backend="cpu"), vtok_fast.causal_conv3d(x, weight[:, :, :, :1, :1], backend="cpu"),
-            vtok_fast.norm_act(x, kind="group", groups=4, backend="cpu"),
-            vtok_fast.fsq_quantize(x, (3,) * 8, backend="cpu").indices, packed.values, vtok_fast.unpack_tokens(packed)]
+    return [
+        vtok_fast.causal_conv3d(x, weight, backend="cpu"),
+        vtok_fast.causal_conv3d(x, weight[:, :, :, :1, :1], backend="cpu"),
+        vtok_fast.norm_act(x, kind="group", groups=4, backend="cpu"),
+        vtok_fast.fsq_quantize(x, (3,) * 8, backend="cpu").indices,
+        packed.values,
+        vtok_fast.unpack_tokens(packed),
+    ]
 
 
 def _child(queue, expected) -> None:
@@ -97,7 +111,7 @@ def test_a_child_forked_after_use_computes_the_same(two_threads):
 OUT_OF_MEMORY = textwrap.dedent("""
     import gc, resource, sys
     import torch, vtok_fast
-    from vtok_fast import native
+    from vtok_fast.dispatch import native
 
     torch.set_num_threads(int(sys.argv[2]))
     x, w = torch.randn(1, 256, 2, 12, 12).contiguous(memory_format=torch.channels_last_3d), torch.randn(256, 256, 3, 3, 3)
@@ -137,9 +151,21 @@ OUT_OF_MEMORY = textwrap.dedent("""
 
 @LINUX
 @needs_native
-@pytest.mark.parametrize("algorithm,threads", [("winograd", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-    ("winograd", 1), ("direct", 1), ("direct", 2)))])
+@pytest.mark.parametrize(
+    "algorithm,threads",
+    [
+        ("winograd", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("winograd", 1), ("direct", 1), ("direct", 2))
+        ),
+    ],
+)
 def test_memory_that_runs_out_in_an_op_is_an_error_and_no_leak(algorithm, threads):
-    result = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, algorithm, str(threads)], capture_output=True, text=True,
-                            timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, algorithm, str(threads)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0 and "survived" in result.stdout, result.stderr[-2000:]

@@ -1,30 +1,30 @@
-"""The fuzzer itself: what it spoils was sound before, it finds what is planted, and a short run of each target holds."""
+"""The fuzzer itself: what it spoils was sound before, it finds what is planted, and a short run of each
+target holds."""
 
 from __future__ import annotations
 
 import collections
-import importlib.util
 import random
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import fuzz
 
-from vtok_fast import native
+from vtok_fast.dispatch import native
 
-spec = importlib.util.spec_from_file_location("fuzz", Path(__file__).with_name("fuzz.py"))
-fuzz = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fuzz)
 needs_native = pytest.mark.skipif(native.lib() is None, reason="no native module")
 
 
 @pytest.fixture(autouse=True)
 def as_before(tmp_path, monkeypatch):
-    """A run changes settings of the native module, and notes its last case for whoever finds the process dead."""
+    """A run changes settings of the native module, and notes its last case for whoever finds the process
+    dead."""
     monkeypatch.setattr(fuzz, "SEED", tmp_path / "seed")
     monkeypatch.setattr(fuzz, "LAST", tmp_path / "call")
-    isa, bound = (native.lib().isa(), native.lib().weight_cache_stats()["bound"]) if native.lib() else (None, None)
+    isa, bound = (
+        (native.lib().isa(), native.lib().weight_cache_stats()["bound"]) if native.lib() else (None, None)
+    )
     yield
     if native.lib():
         native.lib().set_isa(isa)
@@ -50,7 +50,9 @@ def test_calls_are_sound_before_they_are_spoilt():
     assert len(taking) > 8 and taking <= set(ran) and sum(refused.values()) < 10, (taking - set(ran), refused)
 
 
-@pytest.mark.parametrize("target", [pytest.param("native", marks=needs_native), "packed", "tokens", "results"])
+@pytest.mark.parametrize(
+    "target", [pytest.param("native", marks=needs_native), "packed", "tokens", "results"]
+)
 def test_a_short_run(target, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fuzz.py", target, "--cases", "150", "--seed", "11"])
     assert fuzz.main() == 0
@@ -61,6 +63,7 @@ def test_a_short_run(target, monkeypatch, capsys):
 
 def test_what_a_reader_should_not_raise_ends_the_run_with_its_seed(monkeypatch, capsys):
     """A reader that lets one damaged byte through as another kind of error."""
+
     def fragile(r: random.Random) -> str:
         if r.random() < 0.1:
             raise IndexError("planted")

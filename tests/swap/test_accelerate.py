@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import vtok_fast
-from vtok_fast import native, parity
+from vtok_fast import parity
+from vtok_fast.dispatch import native
 from vtok_fast.models import VidTok
-from vtok_fast.models import vidtok_blocks as blocks
-from vtok_fast.swap import vidtok as adapter
+from vtok_fast.models.vidtok import blocks
+from vtok_fast.swap.adapters import vidtok as adapter
 
 pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 
@@ -30,14 +31,16 @@ def video():
 
 
 def snapshot(model):
-    """Everything that revert() must restore: the very objects, their classes and their instance attributes."""
+    """Everything that revert() must restore: the very objects, their classes and their instance
+    attributes."""
     return {name: (id(m), type(m), dict(m.__dict__)) for name, m in model.named_modules()}
 
 
 def same(before, after):
     return before.keys() == after.keys() and all(
         b[:2] == a[:2] and b[2].keys() == a[2].keys() and all(b[2][k] is a[2][k] for k in b[2])
-        for b, a in zip(before.values(), after.values()))
+        for b, a in zip(before.values(), after.values())
+    )
 
 
 @torch.no_grad()
@@ -131,21 +134,32 @@ def test_blocks_with_hooks_or_replaced_parts_are_left_alone(model):
 
 
 def test_unknown_modules_are_named():
-    net = nn.Sequential(nn.Linear(4, 4), nn.Conv3d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 8, 3, padding=1))
+    net = nn.Sequential(
+        nn.Linear(4, 4), nn.Conv3d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 8, 3, padding=1)
+    )
     report = vtok_fast.accelerate(net)
-    assert {e.path: e.why for e in report.skipped} == {"0": "no adapter knows this kind of module",
-                                                      "1": "padding_mode 'circular' has no kernel"}
+    assert {e.path: e.why for e in report.skipped} == {
+        "0": "no adapter knows this kind of module",
+        "1": "padding_mode 'circular' has no kernel",
+    }
     assert [e.path for e in report.swapped] == ["2"]
     x = torch.randn(2, 4, 9, 11)
     torch.testing.assert_close(net[2](x), nn.Conv2d.forward(net[2], x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("module", [
-    nn.Conv3d(6, 8, 3, padding=(1, 0, 1)), nn.Conv3d(6, 8, 3, stride=2, padding=1, padding_mode="replicate"),
-    nn.Conv3d(6, 8, (1, 3, 5), padding="same", padding_mode="reflect", bias=False),
-    nn.Conv3d(6, 6, 3, groups=3, dilation=(1, 2, 1)), nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(6, 8, 4, stride=2, padding="valid"),
-    nn.Conv2d(6, 8, 3, padding=2, padding_mode="reflect"),
-], ids=str)
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv3d(6, 8, 3, padding=(1, 0, 1)),
+        nn.Conv3d(6, 8, 3, stride=2, padding=1, padding_mode="replicate"),
+        nn.Conv3d(6, 8, (1, 3, 5), padding="same", padding_mode="reflect", bias=False),
+        nn.Conv3d(6, 6, 3, groups=3, dilation=(1, 2, 1)),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.Conv2d(6, 8, 4, stride=2, padding="valid"),
+        nn.Conv2d(6, 8, 3, padding=2, padding_mode="reflect"),
+    ],
+    ids=str,
+)
 def test_torch_convolutions(module):
     report = vtok_fast.accelerate(module)
     assert len(report.swapped) == 1 and not report.skipped
@@ -195,8 +209,11 @@ def test_compiles_without_graph_breaks(model, video):
     vtok_fast.accelerate(model, check=False)
     with torch.no_grad():
         expected = model.decoder(model.regularization(model.encoder(video)).codes)
-        compiled = torch.compile(lambda v: model.decoder(model.regularization(model.encoder(v)).codes), fullgraph=True,
-                                 backend="aot_eager")
+        compiled = torch.compile(
+            lambda v: model.decoder(model.regularization(model.encoder(v)).codes),
+            fullgraph=True,
+            backend="aot_eager",
+        )
         torch.testing.assert_close(compiled(video), expected)
 
 
@@ -245,13 +262,16 @@ def test_threads_share_one_model(model, video):
 def test_report_is_readable(model, tmp_path):
     report = vtok_fast.accelerate(model)
     text = str(report)
-    assert "Swapped" in text and "encoder.conv_in" in text and f"{len(report.swapped)} modules swapped" in text
+    assert (
+        "Swapped" in text and "encoder.conv_in" in text and f"{len(report.swapped)} modules swapped" in text
+    )
     import json
 
     data = json.loads(report.to_json())
     assert data["active"] and {"path", "kind", "what", "why", "error"} <= data["swapped"][0].keys()
     measured = [e for e in report.swapped if e.fast_bytes is not None]
-    # A block made of a padded copy, a norm, an activation and a sum takes less memory when it is one or two kernels.
+    # A block made of a padded copy, a norm, an activation and a sum takes less memory when it is one or two
+    # kernels.
     assert measured and all(e.eager_bytes > 0 for e in measured)
     assert sum(e.fast_bytes for e in measured) < 0.8 * sum(e.eager_bytes for e in measured)
     report.plot(tmp_path / "report.png")
@@ -282,7 +302,10 @@ def test_autocast(model, video, dtype):
     (eager, eager_grads), _ = run(), vtok_fast.accelerate(model, check=False)
     fast, fast_grads = run()
     assert fast.dtype == dtype
-    error = {name: parity.relative_errors(z, ref.detach())["whole"] for name, z in (("fast", fast), ("eager", eager))}
+    error = {
+        name: parity.relative_errors(z, ref.detach())["whole"]
+        for name, z in (("fast", fast), ("eager", eager))
+    }
     assert error["fast"] <= 2 * error["eager"]
     assert (fast_grads - eager_grads).norm() <= 0.1 * eager_grads.norm()
 

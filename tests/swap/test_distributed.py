@@ -1,9 +1,8 @@
-"""Accelerated models under DistributedDataParallel and FSDP2 on two processes, and under gradient checkpointing."""
+"""Accelerated models under DistributedDataParallel and FSDP2 on two processes, and under gradient
+checkpointing."""
 
 import copy
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +11,28 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import vtok_fast
-from vtok_fast import native
+from vtok_fast.dispatch import native
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import swap_face as face  # noqa: E402
+from support import swap_contract as contract  # noqa: E402
 
-pytestmark = [pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing())),
-              pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")]
-KINDS = {"CogVideoX": ("AutoencoderKLCogVideoX", {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
-                                                  "block_out_channels": (8, 16, 16, 16)}),
-         "Wan": ("AutoencoderKLWan", {"base_dim": 8, "num_res_blocks": 1})}
+pytestmark = [
+    pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing())),
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
+]
+KINDS = {
+    "CogVideoX": (
+        "AutoencoderKLCogVideoX",
+        {
+            "latent_channels": 4,
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "block_out_channels": (8, 16, 16, 16),
+        },
+    ),
+    "Wan": ("AutoencoderKLWan", {"base_dim": 8, "num_res_blocks": 1}),
+}
 BLOCKS = ("CogVideoXResnetBlock3D", "WanResidualBlock")
 
 
@@ -41,7 +50,7 @@ class RoundTrip(nn.Module):
 def make(kind):
     name, options = KINDS[kind]
     torch.manual_seed(0)
-    return RoundTrip(face.randomise(getattr(diffusers, name)(**options)))
+    return RoundTrip(contract.randomise(getattr(diffusers, name)(**options)))
 
 
 def wrap(model, how):
@@ -66,8 +75,9 @@ def train(rank, kind, how, order, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        x = face.noise(2, 3, 5, 32, 32)[rank:rank + 1]
-        # Not of one process alone: FSDP2 keeps only part of the gradients of blocks that Wan's loop over chunks calls repeatedly.
+        x = contract.noise(2, 3, 5, 32, 32)[rank : rank + 1]
+        # Not of one process alone: FSDP2 keeps only part of the gradients of blocks that Wan's loop over
+        # chunks calls repeatedly.
         want = gradients(wrap(make(kind), how), x)
         model = make(kind)
         if order == "accelerate first":
@@ -94,7 +104,7 @@ def test_gradients_of_two_processes(kind, how, order, tmp_path):
 
 
 def test_gradient_checkpointing():
-    model, x = make("CogVideoX").train(), face.noise(1, 3, 5, 32, 32)
+    model, x = make("CogVideoX").train(), contract.noise(1, 3, 5, 32, 32)
     want = gradients(copy.deepcopy(model), x)
     vtok_fast.accelerate(model, check=False)
     model.model.enable_gradient_checkpointing()

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtok_fast import native
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import models_page  # noqa: E402
-from vtok_fast.bench import harness, models, report  # noqa: E402
+from vtok_fast.bench import harness, report  # noqa: E402
+from vtok_fast.bench.cases import models  # noqa: E402
+from vtok_fast.dispatch import native
 
 pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 TINY = harness.Settings(quick=True, min_rounds=1, min_seconds=0.0, max_seconds=0.0)
@@ -47,12 +46,27 @@ def test_the_page_is_what_is_swapped(name):
 
 def test_measured_results_get_a_table():
     spread = {"median": 2.5, "q1": 2.0, "q3": 3.0}
-    case = {"case": "Wan 2.1 9x64x64", "group": "Wan 2.1", "eager": "eager", "ours": "vtok_fast", "facts": {"difference": 1e-6},
-            "ratios": {"vtok_fast": {"eager": spread}, "vtok_fast, no weight cache": {"eager": spread}}}
-    memory = {"case": "Wan 2.1 9x128x128 memory", "variants": {"eager": {"peak": 10}, "vtok_fast": {"peak": 6},
-                                                               "vtok_fast, no weight cache": {"peak": 5}}}
+    case = {
+        "case": "Wan 2.1 9x64x64",
+        "group": "Wan 2.1",
+        "eager": "eager",
+        "ours": "vtok_fast",
+        "facts": {"difference": 1e-6},
+        "ratios": {"vtok_fast": {"eager": spread}, "vtok_fast, no weight cache": {"eager": spread}},
+    }
+    memory = {
+        "case": "Wan 2.1 9x128x128 memory",
+        "variants": {
+            "eager": {"peak": 10},
+            "vtok_fast": {"peak": 6},
+            "vtok_fast, no weight cache": {"peak": 5},
+        },
+    }
     state = {"threads": 2, "torch": "2.13", "commit": "abc"}
-    results = {"machine": {"cpu": "some CPU"}, "sections": {"models": state | {"cases": [case]}, "memory": {"cases": [memory]}}}
+    results = {
+        "machine": {"cpu": "some CPU"},
+        "sections": {"models": state | {"cases": [case]}, "memory": {"cases": [memory]}},
+    }
     table = models_page.measured(results)
     assert "| Wan 2.1 9x64x64 | 2.50 (2.00 to 3.00) | 2.50 (2.00 to 3.00) | 0.60 | 0.50 | 1.0e-06 |" in table
 
@@ -67,7 +81,13 @@ def test_peak_memory_is_measured_in_a_process_of_its_own():
 
 def test_a_library_that_is_not_there_is_named(monkeypatch):
     model = models.Model("diffusers_of_the_future", "AutoencoderKLNext")
-    assert models_page.section("Next", model).endswith("Not looked at: No module named 'diffusers_of_the_future'.\n")
-    done = subprocess.run([sys.executable, "-m", "vtok_fast.bench.models", "{}"], capture_output=True, text=True,
-                          cwd=Path(__file__).resolve().parents[2])
+    assert models_page.section("Next", model).endswith(
+        "Not looked at: No module named 'diffusers_of_the_future'.\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "vtok_fast.bench.cases.models", "{}"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     assert done.returncode

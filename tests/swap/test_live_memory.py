@@ -10,10 +10,18 @@ MIB = 2**20
 X = torch.zeros(1024, 256)  # 1 MiB
 
 
-@pytest.mark.parametrize("function, mebibytes", [
-    (lambda x: x + 1, 1), (lambda x: x.relu_(), 0), (lambda x: x.view(-1), 0), (lambda x: (x + 1).mul(2).add(3), 2),
-    (lambda x: [x.clone() for _ in range(4)], 4), (lambda x: x.t().contiguous(), 1), (lambda x: F.silu(x + 1, inplace=True), 1),
-])
+@pytest.mark.parametrize(
+    "function, mebibytes",
+    [
+        (lambda x: x + 1, 1),
+        (lambda x: x.relu_(), 0),
+        (lambda x: x.view(-1), 0),
+        (lambda x: (x + 1).mul(2).add(3), 2),
+        (lambda x: [x.clone() for _ in range(4)], 4),
+        (lambda x: x.t().contiguous(), 1),
+        (lambda x: F.silu(x + 1, inplace=True), 1),
+    ],
+)
 def test_what_lives_at_the_same_time_counts(function, mebibytes):
     with torch.no_grad():
         assert peak_bytes(function, X.clone()) == mebibytes * MIB

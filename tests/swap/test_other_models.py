@@ -1,41 +1,85 @@
 """Models that no adapter was made for come out correct: swapped by the general rule, or untouched."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import vtok_fast
-from vtok_fast import native, parity
+from vtok_fast import parity
+from vtok_fast.dispatch import native
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import swap_face as face  # noqa: E402
+from support import swap_contract as contract  # noqa: E402
 
 pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 FOUR = (16, 16, 16, 16)
-LTX = {"latent_channels": 8, "block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4, "layers_per_block": (1,) * 5,
-       "decoder_layers_per_block": (1,) * 5, "patch_size": 1, "spatio_temporal_scaling": (True, True, False, False),
-       "decoder_spatio_temporal_scaling": (True, True, False, False)}
+LTX = {
+    "latent_channels": 8,
+    "block_out_channels": (8,) * 4,
+    "decoder_block_out_channels": (8,) * 4,
+    "layers_per_block": (1,) * 5,
+    "decoder_layers_per_block": (1,) * 5,
+    "patch_size": 1,
+    "spatio_temporal_scaling": (True, True, False, False),
+    "decoder_spatio_temporal_scaling": (True, True, False, False),
+}
 MODELS = {
-    "QwenImage": ("AutoencoderKLQwenImage", {"base_dim": 16, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4,
-                                             "latents_std": [1.0] * 4}, (1, 3, 5, 32, 32), "QwenImageCausalConv3d"),
+    "QwenImage": (
+        "AutoencoderKLQwenImage",
+        {
+            "base_dim": 16,
+            "z_dim": 4,
+            "num_res_blocks": 1,
+            "latents_mean": [0.0] * 4,
+            "latents_std": [1.0] * 4,
+        },
+        (1, 3, 5, 32, 32),
+        "QwenImageCausalConv3d",
+    ),
     "LTX": ("AutoencoderKLLTXVideo", LTX, (1, 3, 9, 32, 32), "LTXVideoCausalConv3d"),
-    "Mochi": ("AutoencoderKLMochi",
-              {"latent_channels": 4, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
-                                     "layers_per_block": (1,) * 5}, (1, 3, 7, 32, 32), "CogVideoXCausalConv3d"),
-    "EasyAnimate": ("AutoencoderKLMagvit", {
-        "latent_channels": 4, "block_out_channels": FOUR, "layers_per_block": 1, "norm_num_groups": 4,
-        "down_block_types": ("SpatialDownBlock3D",) + ("SpatialTemporalDownBlock3D",) * 3,
-        "up_block_types": ("SpatialUpBlock3D",) + ("SpatialTemporalUpBlock3D",) * 3}, (1, 3, 9, 32, 32), None),
-    "HunyuanVideo 1.5": ("AutoencoderKLHunyuanVideo15", {"latent_channels": 4, "block_out_channels": (16, 16, 32, 32, 32),
-                                                         "layers_per_block": 1}, (1, 3, 5, 32, 32), "HunyuanVideo15CausalConv3d"),
-    "Stable Diffusion": ("AutoencoderKL", {"block_out_channels": (16, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
-                                           "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}, (2, 3, 32, 32),
-                         "Conv2d"),
+    "Mochi": (
+        "AutoencoderKLMochi",
+        {
+            "latent_channels": 4,
+            "encoder_block_out_channels": (32,) * 4,
+            "decoder_block_out_channels": (32,) * 4,
+            "layers_per_block": (1,) * 5,
+        },
+        (1, 3, 7, 32, 32),
+        "CogVideoXCausalConv3d",
+    ),
+    "EasyAnimate": (
+        "AutoencoderKLMagvit",
+        {
+            "latent_channels": 4,
+            "block_out_channels": FOUR,
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "down_block_types": ("SpatialDownBlock3D",) + ("SpatialTemporalDownBlock3D",) * 3,
+            "up_block_types": ("SpatialUpBlock3D",) + ("SpatialTemporalUpBlock3D",) * 3,
+        },
+        (1, 3, 9, 32, 32),
+        None,
+    ),
+    "HunyuanVideo 1.5": (
+        "AutoencoderKLHunyuanVideo15",
+        {"latent_channels": 4, "block_out_channels": (16, 16, 32, 32, 32), "layers_per_block": 1},
+        (1, 3, 5, 32, 32),
+        "HunyuanVideo15CausalConv3d",
+    ),
+    "Stable Diffusion": (
+        "AutoencoderKL",
+        {
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "norm_num_groups": 4,
+        },
+        (2, 3, 32, 32),
+        "Conv2d",
+    ),
 }
 
 
@@ -44,7 +88,7 @@ def make(name):
     if not hasattr(diffusers, kind):
         pytest.skip(f"this diffusers has no {kind}")
     torch.manual_seed(0)
-    return face.randomise(getattr(diffusers, kind)(**options)), face.noise(*size), swapped
+    return contract.randomise(getattr(diffusers, kind)(**options)), contract.noise(*size), swapped
 
 
 @torch.no_grad()
@@ -65,14 +109,17 @@ def test_they_stay_correct(name):
         for y, e, r in zip(results(model, x, z), eager, ref64):
             # Each module meets its contract; a chain of fifty is allowed what fifty may add up to.
             errors, bound = parity.relative_errors(y, r), parity.relative_errors(e, r)
-            assert all(errors[k] <= max(4 * bound[k], 64 * torch.finfo(torch.float32).eps) for k in errors), errors
+            assert all(errors[k] <= max(4 * bound[k], 64 * torch.finfo(torch.float32).eps) for k in errors), (
+                errors
+            )
     report.revert()
     for y, e in zip(results(model, x, z), eager):
         assert torch.equal(y, e)
 
 
 def test_convolutions_are_still_counted_by_class():
-    """QwenImage counts them at each call: a module of another class would leave its feature cache too short."""
+    """QwenImage counts them at each call: a module of another class would leave its feature cache too
+    short."""
     model, x, _ = make("QwenImage")
     vtok_fast.accelerate(model, check=False)
     before = model.clear_cache()
@@ -89,8 +136,8 @@ def test_noise_that_a_decoder_adds_is_the_same():
         pytest.skip("this diffusers has no AutoencoderKLLTXVideo")
     torch.manual_seed(0)
     options = LTX | {"decoder_inject_noise": (True,) * 5, "timestep_conditioning": True}
-    model = face.randomise(diffusers.AutoencoderKLLTXVideo(**options))
-    z, temb = face.noise(1, 8, 3, 8, 8), torch.tensor([0.05])
+    model = contract.randomise(diffusers.AutoencoderKLLTXVideo(**options))
+    z, temb = contract.noise(1, 8, 3, 8, 8), torch.tensor([0.05])
 
     def decode():
         torch.manual_seed(3)

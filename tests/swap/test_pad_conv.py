@@ -1,4 +1,5 @@
-"""The general rule: what a module pads is read off, and anything that is more than padding and convolving is left alone."""
+"""The general rule: what a module pads is read off, and anything that is more than padding and convolving is
+left alone."""
 
 import copy
 import itertools
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import vtok_fast
-from vtok_fast import native, parity
+from vtok_fast import parity
+from vtok_fast.dispatch import native
 
 pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 
@@ -42,12 +44,21 @@ def check(module, x, paths=("",)):
     return report
 
 
-@pytest.mark.parametrize("time_mode,mode", list(itertools.product(("zeros", "replicate", "reflect"), repeat=2)))
-@pytest.mark.parametrize("kernel,pads,options", [
-    (3, ((2, 0), (1, 1), (1, 1)), {}), ((3, 1, 1), ((1, 1), (0, 0), (0, 0)), {"stride": (2, 1, 1)}),
-    ((1, 3, 3), ((0, 0), (0, 1), (0, 1)), {"stride": (1, 2, 2)}), ((2, 3, 5), ((1, 0), (2, 2), (3, 1)), {"dilation": (1, 2, 1)}),
-    (1, ((0, 0), (0, 0), (0, 0)), {"bias": False}), (3, ((2, 0), (0, 0), (0, 0)), {"padding": (0, 1, 1), "groups": 2}),
-], ids=str)
+@pytest.mark.parametrize(
+    "time_mode,mode", list(itertools.product(("zeros", "replicate", "reflect"), repeat=2))
+)
+@pytest.mark.parametrize(
+    "kernel,pads,options",
+    [
+        (3, ((2, 0), (1, 1), (1, 1)), {}),
+        ((3, 1, 1), ((1, 1), (0, 0), (0, 0)), {"stride": (2, 1, 1)}),
+        ((1, 3, 3), ((0, 0), (0, 1), (0, 1)), {"stride": (1, 2, 2)}),
+        ((2, 3, 5), ((1, 0), (2, 2), (3, 1)), {"dilation": (1, 2, 1)}),
+        (1, ((0, 0), (0, 0), (0, 0)), {"bias": False}),
+        (3, ((2, 0), (0, 0), (0, 0)), {"padding": (0, 1, 1), "groups": 2}),
+    ],
+    ids=str,
+)
 def test_the_padding_is_read_off(kernel, pads, options, time_mode, mode):
     torch.manual_seed(0)
     module = PadThenConv(kernel, pads, time_mode, mode, **options)
@@ -110,7 +121,9 @@ def test_more_than_padding_is_left_alone_with_its_reason(kind):
     before = dict(module.__dict__)
     report = vtok_fast.accelerate(module)
     assert [e.path for e in report.swapped] in ([], ["conv"])  # the convolution inside is an ordinary one
-    assert next(e for e in report.skipped if e.path == "").why.startswith("pads or convolves in a way of its own: ")
+    assert next(e for e in report.skipped if e.path == "").why.startswith(
+        "pads or convolves in a way of its own: "
+    )
     report.revert()
     assert module.__dict__ == before
     torch.manual_seed(1)
@@ -144,9 +157,15 @@ def test_calls_with_more_arguments_go_to_the_class():
     assert torch.equal(fast, module(x, cache))
 
 
-@pytest.mark.parametrize("module",
-                         [nn.Conv1d(4, 6, 3, padding=1), nn.Conv1d(4, 6, 5, stride=2, padding=2, padding_mode="replicate"),
-                                    nn.Conv1d(4, 4, 3, groups=4, padding="same", padding_mode="reflect", bias=False)], ids=str)
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv1d(4, 6, 3, padding=1),
+        nn.Conv1d(4, 6, 5, stride=2, padding=2, padding_mode="replicate"),
+        nn.Conv1d(4, 4, 3, groups=4, padding="same", padding_mode="reflect", bias=False),
+    ],
+    ids=str,
+)
 def test_one_dimension(module):
     torch.manual_seed(0)
     check(module, torch.randn(3, 4, 11))
@@ -156,7 +175,9 @@ def test_one_dimension(module):
     torch.testing.assert_close(fast, module(torch.ones(4, 11)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("pads,swapped", [(((2, 0), (1, 1), (1, 1)), []), (((0, 0), (0, 0), (0, 0)), [("", "exact", 0.0)])])
+@pytest.mark.parametrize(
+    "pads,swapped", [(((2, 0), (1, 1), (1, 1)), []), (((0, 0), (0, 0), (0, 0)), [("", "exact", 0.0)])]
+)
 def test_exact_contract_saves_the_copies_that_pad_nothing(pads, swapped):
     torch.manual_seed(0)
     module = PadThenConv(3, pads, "replicate", "zeros")

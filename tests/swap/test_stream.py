@@ -1,48 +1,59 @@
 """vtok_fast.stream: the state of a pass is the stream's, and the results are those of the whole video."""
 
 import copy
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from support import swap_contract as contract
 from torch import nn
 
 import vtok_fast
 from vtok_fast import parity
 from vtok_fast.models import VidTok
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import swap_face as face  # noqa: E402
-
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 
 def wan21():
-    return diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    return diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
 
 
 def wan22():
-    return diffusers.AutoencoderKLWan(base_dim=8, decoder_base_dim=12, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4,
-                                      latents_std=[1.0] * 4, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
-                                      scale_factor_spatial=16)
+    return diffusers.AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=12,
+        z_dim=4,
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    )
 
 
 def cogvideox():
-    return diffusers.AutoencoderKLCogVideoX(block_out_channels=(8, 16, 16, 16), latent_channels=4, layers_per_block=1,
-                                            norm_num_groups=4)
+    return diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(8, 16, 16, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4
+    )
 
 
 def vidtok(**options):
     if not hasattr(diffusers, "AutoencoderVidTok"):
         pytest.skip("this diffusers has no AutoencoderVidTok")
-    return diffusers.AutoencoderVidTok(**{"ch": 8, "ch_mult": [1, 2, 2, 2], "z_channels": 4, "num_res_blocks": 1} | options)
+    return diffusers.AutoencoderVidTok(
+        **{"ch": 8, "ch_mult": [1, 2, 2, 2], "z_channels": 4, "num_res_blocks": 1} | options
+    )
 
 
 def make(kind, fast=True):
     torch.manual_seed(0)
-    model = face.randomise(kind())
+    model = contract.randomise(kind())
     if fast:
         vtok_fast.accelerate(model, check=False)
     return model
@@ -64,8 +75,12 @@ def run(stream, x, chunks, direction):
 
 
 def state_of(model):
-    return [(n, k, id(v)) for n, m in model.named_modules() for k, v in m.__dict__.items()
-            if isinstance(v, (torch.Tensor, list, dict, bool)) and not k.startswith("_")]
+    return [
+        (n, k, id(v))
+        for n, m in model.named_modules()
+        for k, v in m.__dict__.items()
+        if isinstance(v, (torch.Tensor, list, dict, bool)) and not k.startswith("_")
+    ]
 
 
 @kinds
@@ -73,7 +88,7 @@ def state_of(model):
 @torch.no_grad()
 def test_chunks_are_the_whole_video(kind, fast):
     model, shipped = make(kind, fast), make(kind, False)
-    x, z = face.noise(1, 3, 17, *SIZE), face.noise(1, 4, 5, 2 if kind is wan22 else 4, 4)
+    x, z = contract.noise(1, 3, 17, *SIZE), contract.noise(1, 4, 5, 2 if kind is wan22 else 4, 4)
     stream, double = vtok_fast.stream(model), copy.deepcopy(shipped).double()
     padded = x if kind is not vidtok else torch.cat([x[:, :, :1].expand(-1, -1, 3, -1, -1), x], 2)
     expected, ref64 = (latent_of(m.encode(v)) for m, v in ((shipped, padded), (double, padded.double())))
@@ -87,17 +102,19 @@ def test_chunks_are_the_whole_video(kind, fast):
 @pytest.mark.parametrize("plan", [(1, 4, 4, 4), (1, 8, 4), (1, 12), (13,), (5, 8)], ids=str)
 def test_the_plan_does_not_matter_where_the_model_allows_it(kind, plan):
     model = make(kind)
-    x, ends = face.noise(1, 3, 13, *SIZE), torch.tensor(plan).cumsum(0).tolist()
+    x, ends = contract.noise(1, 3, 13, *SIZE), torch.tensor(plan).cumsum(0).tolist()
     chunks = list(zip([0, *ends], ends))
     expected = run(vtok_fast.stream(model), x, [(0, 13)], "encode")
-    torch.testing.assert_close(run(vtok_fast.stream(model), x, chunks, "encode"), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        run(vtok_fast.stream(model), x, chunks, "encode"), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", [wan21, wan22], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("plan", [(1, 1, 1, 1), (1, 3), (2, 2), (4,)], ids=str)
 def test_wan_decodes_any_plan(kind, plan):
     model = make(kind)
-    z, ends = face.noise(1, 4, 4, 4, 4), torch.tensor(plan).cumsum(0).tolist()
+    z, ends = contract.noise(1, 4, 4, 4, 4), torch.tensor(plan).cumsum(0).tolist()
     y = run(vtok_fast.stream(model), z, list(zip([0, *ends], ends)), "decode")
     with torch.no_grad():
         torch.testing.assert_close(y, model.decode(z).sample, rtol=1e-4, atol=1e-4)
@@ -106,22 +123,27 @@ def test_wan_decodes_any_plan(kind, plan):
 
 def test_vidtok_with_lookahead_is_the_librarys_own_chunks():
     model = make(vidtok)
-    z = face.noise(1, 4, 5, 4, 4)
+    z = contract.noise(1, 4, 5, 4, 4)
     model.enable_tiling(64, 64)
     model.num_latent_frames_batch_size = 2
     with torch.no_grad():
         expected = model.decode(z)  # chunks [0, 1), [1, 3), [3, 5), each with one latent ahead
     stream = vtok_fast.stream(model)
-    parts = [stream.decode_chunk(z[:, :, :1], lookahead=z[:, :, 1:]), stream.decode_chunk(z[:, :, 1:3], lookahead=z[:, :, 3:]),
-             stream.decode_chunk(z[:, :, 3:])]
+    parts = [
+        stream.decode_chunk(z[:, :, :1], lookahead=z[:, :, 1:]),
+        stream.decode_chunk(z[:, :, 1:3], lookahead=z[:, :, 3:]),
+        stream.decode_chunk(z[:, :, 3:]),
+    ]
     torch.testing.assert_close(torch.cat(parts, 2), expected, rtol=1e-4, atol=1e-4)
     assert [p.shape[2] for p in parts] == [1, 8, 8]
 
 
 def test_vidtok_gives_tokens():
     model = make(lambda: vidtok(double_z=False, regularizer="fsq", codebook_size=4096))
-    x, stream = face.noise(1, 3, 9, *SIZE), vtok_fast.stream(model)
-    tokens = torch.cat([stream.encode_chunk(x[:, :, start:end])[1] for start, end in ((0, 1), (1, 5), (5, 9))], 1)
+    x, stream = contract.noise(1, 3, 9, *SIZE), vtok_fast.stream(model)
+    tokens = torch.cat(
+        [stream.encode_chunk(x[:, :, start:end])[1] for start, end in ((0, 1), (1, 5), (5, 9))], 1
+    )
     with torch.no_grad():
         _, expected = model.encode(torch.cat([x[:, :, :1].expand(-1, -1, 3, -1, -1), x], 2))
     assert torch.equal(tokens, expected)
@@ -130,12 +152,17 @@ def test_vidtok_gives_tokens():
 @kinds
 def test_two_streams_do_not_disturb_each_other_or_the_model(kind):
     model = make(kind)
-    a, b = face.noise(1, 3, 9, *SIZE), face.noise(2, 3, 9, *SIZE, seed=5)
-    za, zb = face.noise(1, 4, 3, 4, 4), face.noise(2, 4, 3, 4, 4, seed=6)
+    a, b = contract.noise(1, 3, 9, *SIZE), contract.noise(2, 3, 9, *SIZE, seed=5)
+    za, zb = contract.noise(1, 4, 3, 4, 4), contract.noise(2, 4, 3, 4, 4, seed=6)
     plans = ((0, 1), (1, 9)), ((0, 1), (1, 3))
     with torch.no_grad():
-        alone = [(run(vtok_fast.stream(model), x, plans[0], "encode"), run(vtok_fast.stream(model), z, plans[1], "decode"))
-                 for x, z in ((a, za), (b, zb))]
+        alone = [
+            (
+                run(vtok_fast.stream(model), x, plans[0], "encode"),
+                run(vtok_fast.stream(model), z, plans[1], "decode"),
+            )
+            for x, z in ((a, za), (b, zb))
+        ]
         before = state_of(model)
         first, second = vtok_fast.stream(model), vtok_fast.stream(model)
         parts = [[], [], [], []]
@@ -155,14 +182,19 @@ def test_two_streams_do_not_disturb_each_other_or_the_model(kind):
 @kinds
 def test_an_exception_leaves_the_stream_and_the_model_as_they_were(kind):
     model = make(kind)
-    x, z = face.noise(1, 3, 9, *SIZE), face.noise(1, 4, 3, 4, 4)
+    x, z = contract.noise(1, 3, 9, *SIZE), contract.noise(1, 4, 3, 4, 4)
     plans = ((0, 1), (1, 9)), ((0, 1), (1, 3))
-    expected = run(vtok_fast.stream(model), x, plans[0], "encode"), run(vtok_fast.stream(model), z, plans[1], "decode")
+    expected = (
+        run(vtok_fast.stream(model), x, plans[0], "encode"),
+        run(vtok_fast.stream(model), z, plans[1], "decode"),
+    )
     stream, parts = vtok_fast.stream(model), ([], [])
     for (s, e), (zs, ze) in zip(*plans):
         before = state_of(model)
-        handles = [m.register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(KeyError("stop")))
-                   for m in (model.encoder.conv_out, model.decoder.conv_out)]
+        handles = [
+            m.register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(KeyError("stop")))
+            for m in (model.encoder.conv_out, model.decoder.conv_out)
+        ]
         if kind not in (wan21, wan22):  # there conv_out is part of a swap, which calls no hooks
             for call, chunk in ((stream.encode_chunk, x[:, :, s:e]), (stream.decode_chunk, z[:, :, zs:ze])):
                 with pytest.raises(KeyError):
@@ -180,7 +212,7 @@ def test_an_exception_leaves_the_stream_and_the_model_as_they_were(kind):
 @kinds
 def test_streams_in_threads(kind):
     model = make(kind)
-    videos = [face.noise(1, 3, 9, *SIZE, seed=i) for i in range(3)]
+    videos = [contract.noise(1, 3, 9, *SIZE, seed=i) for i in range(3)]
     expected = [run(vtok_fast.stream(model), x, ((0, 1), (1, 5), (5, 9)), "encode") for x in videos]
     results = [None] * 3
 
@@ -196,12 +228,14 @@ def test_streams_in_threads(kind):
 
 def test_reset_begins_a_new_video():
     stream = vtok_fast.stream(make(wan21))
-    x = face.noise(1, 3, 5, *SIZE)
+    x = contract.noise(1, 3, 5, *SIZE)
     expected = latent_of(stream.encode_chunk(x))
-    with pytest.raises(ValueError, match=r"video: \(B, H, W\) is \(1, 16, 16\), in the chunk before it was \(1, 32, 32\)"):
-        stream.encode_chunk(face.noise(1, 3, 4, 16, 16))
+    with pytest.raises(
+        ValueError, match=r"video: \(B, H, W\) is \(1, 16, 16\), in the chunk before it was \(1, 32, 32\)"
+    ):
+        stream.encode_chunk(contract.noise(1, 3, 4, 16, 16))
     stream.reset()
-    face.near(latent_of(stream.encode_chunk(x)), expected)
+    contract.near(latent_of(stream.encode_chunk(x)), expected)
 
 
 def test_impossible_chunks_are_named():
@@ -223,8 +257,9 @@ def test_impossible_chunks_are_named():
 
 
 def test_models_that_cannot_stream_say_why():
-    hunyuan = diffusers.AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1,
-                                                  norm_num_groups=4)
+    hunyuan = diffusers.AutoencoderKLHunyuanVideo(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4
+    )
     with pytest.raises(TypeError, match="AutoencoderKLHunyuanVideo cannot stream: its norms"):
         vtok_fast.stream(hunyuan)
     with pytest.raises(TypeError, match="model: Conv3d cannot stream: no way"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import vtok_fast
-from vtok_fast import native
-from vtok_fast.swap.quantisers import compare
+from vtok_fast.dispatch import native
+from vtok_fast.swap.adapters.fsq_parity import compare
 
 library = pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
 pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
@@ -25,16 +25,24 @@ def near_a_threshold(levels):
     return torch.stack(columns, -1)[None]
 
 
-FSQS = [({"levels": [8, 5, 5, 5]}, (2, 30, 4)), ({"levels": [8, 8, 8, 5, 5, 5]}, (2, 6, 3, 4, 5)),
-        ({"levels": [5, 3]}, (2, 2, 4, 5)), ({"levels": [8, 5], "dim": 7}, (2, 30, 7)),
-        ({"levels": [8, 5], "num_codebooks": 3}, (2, 6, 4, 5)),
-        ({"levels": [8, 5], "num_codebooks": 2, "dim": 5, "projection_has_bias": False}, (2, 5, 3, 4, 5)),
-        ({"levels": [8, 5], "keep_num_codebooks_dim": True}, (2, 30, 2)), ({"levels": [8, 5], "return_indices": False}, (2, 30, 2)),
-        ({"levels": [8, 5], "channel_first": True}, (2, 2, 30)), ({"levels": [7, 26, 100]}, (2, 30, 3))]
-SYMMETRIC = [({"levels": [8, 5, 2], "preserve_symmetry": True}, (2, 30, 3)),
-             ({"levels": [8, 5, 5], "preserve_symmetry": True, "bound_hard_clamp": True}, (2, 3, 4, 5, 6)),
-             ({"levels": [8, 5], "preserve_symmetry": True, "num_codebooks": 2, "dim": 5}, (2, 30, 5)),
-             ({"levels": [8, 5], "preserve_symmetry": True, "return_indices": False}, (2, 30, 2))]
+FSQS = [
+    ({"levels": [8, 5, 5, 5]}, (2, 30, 4)),
+    ({"levels": [8, 8, 8, 5, 5, 5]}, (2, 6, 3, 4, 5)),
+    ({"levels": [5, 3]}, (2, 2, 4, 5)),
+    ({"levels": [8, 5], "dim": 7}, (2, 30, 7)),
+    ({"levels": [8, 5], "num_codebooks": 3}, (2, 6, 4, 5)),
+    ({"levels": [8, 5], "num_codebooks": 2, "dim": 5, "projection_has_bias": False}, (2, 5, 3, 4, 5)),
+    ({"levels": [8, 5], "keep_num_codebooks_dim": True}, (2, 30, 2)),
+    ({"levels": [8, 5], "return_indices": False}, (2, 30, 2)),
+    ({"levels": [8, 5], "channel_first": True}, (2, 2, 30)),
+    ({"levels": [7, 26, 100]}, (2, 30, 3)),
+]
+SYMMETRIC = [
+    ({"levels": [8, 5, 2], "preserve_symmetry": True}, (2, 30, 3)),
+    ({"levels": [8, 5, 5], "preserve_symmetry": True, "bound_hard_clamp": True}, (2, 3, 4, 5, 6)),
+    ({"levels": [8, 5], "preserve_symmetry": True, "num_codebooks": 2, "dim": 5}, (2, 30, 5)),
+    ({"levels": [8, 5], "preserve_symmetry": True, "return_indices": False}, (2, 30, 2)),
+]
 
 
 @pytest.mark.parametrize("options,shape", FSQS, ids=str)
@@ -79,8 +87,16 @@ def test_symmetric_fsq_is_bit_equal(options, shape, contract):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("options", [{}, {"force_quantization_f32": False}, {"allowed_dtypes": (torch.float32, torch.bfloat16)},
-                                     {"preserve_symmetry": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"force_quantization_f32": False},
+        {"allowed_dtypes": (torch.float32, torch.bfloat16)},
+        {"preserve_symmetry": True},
+    ],
+    ids=str,
+)
 def test_dtypes(dtype, options):
     torch.manual_seed(0)
     fsq, z = library.FSQ([8, 5, 5], **options), torch.randn(2, 50, 3).to(dtype)
@@ -119,7 +135,9 @@ def test_a_wrong_token_far_from_a_threshold_fails():
     assert not compare(z, [8, 5], -1, right, right + 1).ok  # eager's cannot be explained by its roundings
 
 
-@pytest.mark.parametrize("options", [{}, {"dim": 7}, {"is_channel_first": True}, {"bound_hard_clamp": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dim": 7}, {"is_channel_first": True}, {"bound_hard_clamp": False}], ids=str
+)
 def test_residual_fsq_is_bit_equal(options):
     torch.manual_seed(0)
     model = library.ResidualFSQ(levels=[8, 5, 5], num_quantizers=3, **options).eval()
@@ -147,9 +165,16 @@ def test_quantise_dropout_and_noise_in_training_are_the_librarys():
         assert not torch.equal(noisy(x)[0], noisy(x)[0])
 
 
-@pytest.mark.parametrize("model", [library.LFQ(codebook_size=16, dim=4), library.FSQ([5, 5], orthogonal_rotation=True),
-                                   library.FSQ([8, 5], bound_hard_clamp=True), library.FSQ([1200, 5], return_indices=False)],
-                         ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "model",
+    [
+        library.LFQ(codebook_size=16, dim=4),
+        library.FSQ([5, 5], orthogonal_rotation=True),
+        library.FSQ([8, 5], bound_hard_clamp=True),
+        library.FSQ([1200, 5], return_indices=False),
+    ],
+    ids=lambda m: type(m).__name__,
+)
 def test_the_others_are_named(model):
     report = vtok_fast.accelerate(model)
     assert not report.swapped and report.skipped[0].path == "" and report.skipped[0].why

@@ -1,34 +1,39 @@
-"""diffusers' AutoencoderVidTok: the state that its layers keep on themselves still means what it did, and is no larger."""
+"""diffusers' AutoencoderVidTok: the state that its layers keep on themselves still means what it did, and is
+no larger."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import vtok_fast
-from vtok_fast import native, parity
+from vtok_fast import parity
+from vtok_fast.dispatch import native
 
-library = pytest.importorskip("diffusers.models.autoencoders.autoencoder_vidtok",
-                              reason="diffusers is not installed, or has no AutoencoderVidTok")
+library = pytest.importorskip(
+    "diffusers.models.autoencoders.autoencoder_vidtok",
+    reason="diffusers is not installed, or has no AutoencoderVidTok",
+)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import swap_face as face  # noqa: E402
+from support import swap_contract as contract  # noqa: E402
 
 pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 
 
 def caches(model):
-    return {n: m.causal_cache for n, m in model.named_modules() if getattr(m, "causal_cache", None) is not None}
+    return {
+        n: m.causal_cache for n, m in model.named_modules() if getattr(m, "causal_cache", None) is not None
+    }
 
 
-class VidTok(face.Face):
+class VidTok(contract.Face):
     part = "decoder.mid.block_1"
     options: dict = {}
 
     def make(self):
-        return library.AutoencoderVidTok(**{"ch": 16, "ch_mult": [1, 2, 2, 2], "z_channels": 4, "num_res_blocks": 1} | self.options)
+        return library.AutoencoderVidTok(
+            **{"ch": 16, "ch_mult": [1, 2, 2, 2], "z_channels": 4, "num_res_blocks": 1} | self.options
+        )
 
     def encode(self, model, x):
         return model._encode(x)
@@ -59,14 +64,14 @@ class TestCausal(VidTok):
         parts, start = [], 0
         for i, size in enumerate(plan):
             model._set_first_chunk(i == 0)
-            parts.append(network(x[:, :, start:start + size]))
+            parts.append(network(x[:, :, start : start + size]))
             start += size
         model._set_first_chunk(True)
         return torch.cat(parts, 2)
 
     @pytest.mark.parametrize("plan", [(4, 4, 4, 4), (4, 8, 4), (8, 8), (4, 12)], ids=str)
     def test_encoding_does_not_depend_on_the_chunk_plan(self, model, plan):
-        x = face.noise(1, 3, 16, 24, 16)
+        x = contract.noise(1, 3, 16, 24, 16)
         eager, double = self.stream(model, model.encoder, x, plan), copy.deepcopy(model).double()
         ref64 = self.stream(double, double.encoder, x.double(), (16,))
         vtok_fast.accelerate(model, check=False)
@@ -74,7 +79,7 @@ class TestCausal(VidTok):
 
     @pytest.mark.parametrize("plan", [(1, 1, 1, 1), (1, 2, 1), (4,)], ids=str)
     def test_decoding_chunk_by_chunk_is_what_it_was(self, model, plan):
-        z = face.noise(1, 4, 4, 4, 3)
+        z = contract.noise(1, 4, 4, 4, 3)
         eager = self.stream(model, model.decoder, z, plan)
         double = copy.deepcopy(model).double()
         ref64 = self.stream(double, double.decoder, z.double(), plan)
@@ -82,7 +87,7 @@ class TestCausal(VidTok):
         assert (p := parity.close(self.stream(model, model.decoder, z, plan), ref64, eager)).ok, p
 
     def test_caches_are_short_and_change_hands(self, model):
-        x, fast = face.noise(1, 3, 8, 24, 16), copy.deepcopy(model)
+        x, fast = contract.noise(1, 3, 8, 24, 16), copy.deepcopy(model)
         vtok_fast.accelerate(fast, check=False)
         with torch.no_grad():
             expected = self.stream(model, model.encoder, x, (4, 4))[:, :, 1:]
@@ -98,13 +103,14 @@ class TestCausal(VidTok):
                 torch.testing.assert_close(second.encoder(x[:, :, 4:]), expected, rtol=1e-4, atol=1e-4)
 
     def test_tiles_in_space_and_time(self, model):
-        """The library's own tiling: chunks, and a decoder that looks one latent frame ahead (``cache_offset``)."""
+        """The library's own tiling: chunks, and a decoder that looks one latent frame ahead
+        (``cache_offset``)."""
         for m in (model, fast := copy.deepcopy(model)):
             m.enable_slicing()
             m.enable_tiling(32, 32, 0.25, 0.25)
             m.num_sample_frames_batch_size, m.num_latent_frames_batch_size = 4, 1
         vtok_fast.accelerate(fast, check=False)
-        x, z = face.noise(2, 3, 12, 40, 32), face.noise(2, 4, 4, 5, 4)
+        x, z = contract.noise(2, 3, 12, 40, 32), contract.noise(2, 4, 4, 5, 4)
         for y, e in zip(self.results(fast, x, z), self.results(model, x, z)):
             torch.testing.assert_close(y, e, rtol=1e-3, atol=1e-3)
         assert not caches(fast)
@@ -113,7 +119,7 @@ class TestCausal(VidTok):
         vtok_fast.accelerate(model, check=False)
         model._set_first_chunk(False)
         with pytest.raises(TypeError), torch.no_grad():
-            model.encoder(face.noise(1, 3, 4, 16, 16))
+            model.encoder(contract.noise(1, 3, 4, 16, 16))
 
     def test_gradient_checkpointing(self, model, x):
         fast = copy.deepcopy(model)
@@ -144,7 +150,7 @@ class TestNotCausal(VidTok):
     exact_swaps = False
 
     def test_batches(self, model):
-        self.check(model, face.noise(2, 3, 16, 16, 16), face.noise(2, 4, 4, 2, 2))
+        self.check(model, contract.noise(2, 3, 16, 16, 16), contract.noise(2, 4, 4, 2, 2))
 
     def test_the_exact_contract_is_bit_equal(self, model, x, z):
         expected = self.results(model, x, z)
@@ -166,24 +172,31 @@ class TestTokens(VidTok):
         assert measured.ok and tokens.dtype == expected.dtype and tokens.shape == expected.shape
         assert int((tokens != expected).sum()) <= measured.total - measured.equal + measured.flips
         (entry,) = [e for e in report.swapped if e.kind == "FSQRegularizer"]
-        assert entry.note.endswith("tokens differ from eager's float32") or "ulp from a threshold" in entry.note
+        assert (
+            entry.note.endswith("tokens differ from eager's float32") or "ulp from a threshold" in entry.note
+        )
 
     def test_decoding_from_tokens(self, model):
         tokens = torch.randint(0, 4096, (1, 3, 4, 3), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected = model.decode(tokens, decode_from_indices=True)
             vtok_fast.accelerate(model, check=False)
-            torch.testing.assert_close(model.decode(tokens, decode_from_indices=True), expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                model.decode(tokens, decode_from_indices=True), expected, rtol=1e-3, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("frames", [2, 4, 7])
 def test_time_resampling(causal, frames):
     torch.manual_seed(0)
-    modules = [library.VidTokDownsample3D(8, 8, is_causal=causal), library.VidTokUpsample3D(8, 8, is_causal=causal)]
+    modules = [
+        library.VidTokDownsample3D(8, 8, is_causal=causal),
+        library.VidTokUpsample3D(8, 8, is_causal=causal),
+    ]
     for module in modules:
         module.mix_factor.data.fill_(0.3)
-        fast, x = copy.deepcopy(module), face.noise(2, 8, frames, 9, 7)
+        fast, x = copy.deepcopy(module), contract.noise(2, 8, frames, 9, 7)
         assert [e.path for e in vtok_fast.accelerate(fast).swapped] == [""]
         with torch.no_grad():
             eager = module(x)
@@ -203,7 +216,9 @@ def test_quantiser(shape):
     ours, indices = fast(z)
     ours.square().sum().backward()
     assert ours.shape == out.shape and indices.shape == tokens.shape and indices.dtype == tokens.dtype
-    assert torch.equal(indices, tokens) and torch.equal(ours, out)  # no latent of this seed is near a threshold
+    assert torch.equal(indices, tokens) and torch.equal(
+        ours, out
+    )  # no latent of this seed is near a threshold
     torch.testing.assert_close(z.grad, gradient, rtol=1e-4, atol=1e-5)
     assert not vtok_fast.accelerate(copy.deepcopy(fsq), contract="exact").swapped
 

@@ -1,6 +1,8 @@
-"""The two ceilings of a machine, measured before anything else: the bandwidth of a large copy, and the rate of a matrix product.
+"""The two ceilings of a machine, measured before anything else: the bandwidth of a large copy, and the rate
+of a matrix product.
 
-Everything is compared with these and not with a data sheet. Both are the best of several runs, on random data: zeros are faster.
+Everything is compared with these and not with a data sheet. Both are the best of several runs, on random
+data: zeros are faster.
 """
 
 from __future__ import annotations
@@ -17,11 +19,16 @@ MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """``copy_gb_s``, reads and writes counted; ``matmul_tflop_s`` by dtype: that of the settings, and float32 (in TF32 where the
-    convolutions of cuDNN may use it)."""
+    """``copy_gb_s``, reads and writes counted; ``matmul_tflop_s`` by dtype: that of the settings, and float32
+    (in TF32 where the convolutions of cuDNN may use it)."""
     kind = torch.device(settings.device).type
-    short = Settings(settings.quick, min_rounds=3 if settings.quick else 7, min_seconds=0.1, max_seconds=5.0,
-                     device=settings.device)
+    short = Settings(
+        settings.quick,
+        min_rounds=3 if settings.quick else 7,
+        min_seconds=0.1,
+        max_seconds=5.0,
+        device=settings.device,
+    )
     source = torch.randn(COPY_BYTES[kind] // 4, device=settings.device)
     copy = 2e-9 * source.numel() * 4 / _best(torch.Tensor.copy_, (torch.empty_like(source), source), short)
     del source

@@ -1,4 +1,5 @@
-"""The commands ``vtok-fast bench`` and ``vtok-fast bench compare``. What needs torch is imported inside them."""
+"""The commands ``vtok-fast bench`` and ``vtok-fast bench compare``. What needs torch is imported inside
+them."""
 
 from __future__ import annotations
 
@@ -26,47 +27,93 @@ class _RunByDefault(TyperGroup):
         run.format_help(run.context_class(run, info_name="run", parent=context), formatter)
 
 
-app = typer.Typer(cls=_RunByDefault,
-                  help="Time each op beside its strongest peers (bench run, or just bench), or compare two results.")
+app = typer.Typer(
+    cls=_RunByDefault,
+    help="Time each op beside its strongest peers (bench run, or just bench), or compare two results.",
+)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 @app.command()
 def run(
-    names: Annotated[list[str] | None, typer.Argument(help="causal_conv3d, norm_act, fsq, scope_attention, token_packing, vidtok, "
-                                                              "models. Default: all.")] = None,
-    op: Annotated[str | None, typer.Option(help="The same as a name; with --shape a workload of your own.")] = None,
-    model: Annotated[str | None, typer.Option(help="Only workloads of this model: vidtok, wan2.1, cosmos, tivtok, ...")] = None,
-    match: Annotated[str | None, typer.Option("-k", help="Only cases whose name has all of these words.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Own shape: B,C,T,H,W; scope_attention: B,heads,tokens,head size.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="causal_conv3d, norm_act, fsq, scope_attention, token_packing, vidtok, models. Default: all."
+        ),
+    ] = None,
+    op: Annotated[
+        str | None, typer.Option(help="The same as a name; with --shape a workload of your own.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only workloads of this model: vidtok, wan2.1, cosmos, tivtok, ...")
+    ] = None,
+    match: Annotated[
+        str | None, typer.Option("-k", help="Only cases whose name has all of these words.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Own shape: B,C,T,H,W; scope_attention: B,heads,tokens,head size.")
+    ] = None,
     kernel: Annotated[str | None, typer.Option(help="causal_conv3d: kt,kh,kw.")] = None,
     stride: Annotated[str | None, typer.Option(help="causal_conv3d: time,height,width.")] = None,
-    channels: Annotated[int | None, typer.Option(help="causal_conv3d: output channels. Default: as the input.")] = None,
-    time_mode: Annotated[str | None, typer.Option(help="causal_conv3d: zeros, replicate, or cache (earlier frames given).")] = None,
-    kind: Annotated[str | None, typer.Option(help="norm_act: layer, rms, group; scope_attention: time invariant, block causal, "
-                                                     "per frame; token_packing: router, pack, unpack; fsq: planar, ...")] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="causal_conv3d: output channels. Default: as the input.")
+    ] = None,
+    time_mode: Annotated[
+        str | None, typer.Option(help="causal_conv3d: zeros, replicate, or cache (earlier frames given).")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="norm_act: layer, rms, group; scope_attention: time invariant, block causal, "
+            "per frame; token_packing: router, pack, unpack; fsq: planar, ..."
+        ),
+    ] = None,
     groups: Annotated[int | None, typer.Option(help="norm_act: groups.")] = None,
     levels: Annotated[str | None, typer.Option(help="fsq: levels, as 8,8,8,5,5,5.")] = None,
-    numbers: Annotated[str | None, typer.Option(help="scope_attention: frames,tokens per frame; or tiv,tv,patches,slices.")] = None,
-    compiled: Annotated[bool,
-                        typer.Option("--compile", help="Own shape: torch.compile (and FlexAttention) among the peers.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16. Default: fp32 on a CPU, bf16 on a GPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")] = None,
+    numbers: Annotated[
+        str | None, typer.Option(help="scope_attention: frames,tokens per frame; or tiv,tv,patches,slices.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Own shape: torch.compile (and FlexAttention) among the peers.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16, fp16. Default: fp32 on a CPU, bf16 on a GPU.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few, small cases and few rounds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Also what takes minutes.")] = False,
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="Without torch.compile and FlexAttention.")] = False,
-    graphs: Annotated[bool, typer.Option("--graphs", help="On a GPU also the replay of each call as a CUDA graph, without the "
-                                                          "host's launches.")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="On a CPU also the peak memory of each call, in a process of its own "
-                                                          "(on a GPU it always stands there).")] = False,
+    no_compile: Annotated[
+        bool, typer.Option("--no-compile", help="Without torch.compile and FlexAttention.")
+    ] = False,
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--graphs",
+            help="On a GPU also the replay of each call as a CUDA graph, without the host's launches.",
+        ),
+    ] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="On a CPU also the peak memory of each call, in a process of its own "
+            "(on a GPU it always stands there).",
+        ),
+    ] = False,
     seconds: Annotated[float | None, typer.Option(help="Measure each case for at least so long.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A results file to write (or to add to).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A results file to write (or to add to).")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture to write: roofline and speed-up bars.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time ops and models beside their strongest peers, in one run; exit code 1 if a result of ours is wrong."""
+    """Time ops and models beside their strongest peers, in one run; exit code 1 if a result of ours is
+    wrong."""
     import torch
 
     from vtok_fast.bench import harness, report
@@ -77,14 +124,34 @@ def run(
     device = device or runner.default_device()
     if torch.device(device).type == "cuda" and not dry_run and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch sees no GPU")
-    settings = harness.Settings.of(quick=quick, full=full, seconds=seconds, device=device, dtype=dtype_of(dtype),
-                                   compile=not no_compile, graphs=graphs, memory=memory)
+    settings = harness.Settings.of(
+        quick=quick,
+        full=full,
+        seconds=seconds,
+        device=device,
+        dtype=dtype_of(dtype),
+        compile=not no_compile,
+        graphs=graphs,
+        memory=memory,
+    )
     wish = None
     given = (shape, kernel, stride, channels, time_mode, kind, groups, levels, numbers)
     if any(value is not None for value in given) or compiled:
-        wish = Own(parse(shape, "shape"), parse(kernel, "kernel"), parse(stride, "stride"), channels, time_mode, kind, groups,
-                   parse(levels, "levels"), parse(numbers, "numbers"), compiled)
-    chosen = runner.choose([*(names or ()), *([op] if op else [])], settings, model=model, match=match, wish=wish)
+        wish = Own(
+            parse(shape, "shape"),
+            parse(kernel, "kernel"),
+            parse(stride, "stride"),
+            channels,
+            time_mode,
+            kind,
+            groups,
+            parse(levels, "levels"),
+            parse(numbers, "numbers"),
+            compiled,
+        )
+    chosen = runner.choose(
+        [*(names or ()), *([op] if op else [])], settings, model=model, match=match, wish=wish
+    )
     if dry_run:
         _list(runner.listing(chosen, settings), as_json)
         return
@@ -118,8 +185,17 @@ def compare(
 
     found = comparing.compare(report.load(before), report.load(after))
     if as_json:
-        print(json.dumps({"changes": [c.as_json() for c in found.changes], "only_before": found.only_before,
-                          "only_after": found.only_after, "remarks": found.remarks}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "changes": [c.as_json() for c in found.changes],
+                    "only_before": found.only_before,
+                    "only_after": found.only_after,
+                    "remarks": found.remarks,
+                },
+                indent=1,
+            )
+        )
     else:
         from rich.console import Console
 
@@ -128,16 +204,25 @@ def compare(
             console.print(f"note: {remark}", markup=False)
         if (table := comparing.table(found, everything=everything)).row_count:
             console.print(table)
-        console.print(f"{report.counted(len(found.changes))} in both, {len(found.regressions)} slower; {len(found.only_before)} "
-                      f"only before, {len(found.only_after)} only after")
+        console.print(
+            f"{report.counted(len(found.changes))} in both, {len(found.regressions)} slower; "
+            f"{len(found.only_before)} "
+            f"only before, {len(found.only_after)} only after"
+        )
     raise typer.Exit(int(bool(found.regressions)))
 
 
 def dtype_of(name: str | None) -> Any:
     import torch
 
-    known = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
-             "fp16": torch.float16, "float16": torch.float16}
+    known = {
+        "fp32": torch.float32,
+        "float32": torch.float32,
+        "bf16": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "fp16": torch.float16,
+        "float16": torch.float16,
+    }
     if name is not None and name not in known:
         raise ValueError(f"dtype={name!r}: expected one of fp32, bf16, fp16")
     return known.get(name)
@@ -158,7 +243,9 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
     console = Console()
     console.print(table)
     for name in dict.fromkeys(row["section"] for row in rows):
-        console.print(f"{name}: beside {next(row['peers'] for row in rows if row['section'] == name)}", markup=False)
+        console.print(
+            f"{name}: beside {next(row['peers'] for row in rows if row['section'] == name)}", markup=False
+        )
     console.print(report.counted(len(rows)))
 
 

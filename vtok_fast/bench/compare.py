@@ -12,11 +12,13 @@ LEAST_CHANGE = 0.03
 
 @dataclass(frozen=True)
 class Change:
-    """One case in both results. ``before`` and ``after`` are figures of which more is better, with their quartiles: on a CPU times
-    faster than the same run's eager peer, because the machine's own speed moves; on a GPU calls per second. ``change`` is
-    after / before - 1; ``noise`` the larger half interquartile range of the two, relative.
+    """One case in both results. ``before`` and ``after`` are figures of which more is better, with their
+    quartiles: on a CPU times faster than the same run's eager peer, because the machine's own speed moves; on
+    a GPU calls per second. ``change`` is after / before - 1; ``noise`` the larger half interquartile range of
+    the two, relative.
 
-    ``verdict``: ``slower`` or ``faster`` where the quartiles of the two do not overlap and the change is 3 % or more; ``same``.
+    ``verdict``: ``slower`` or ``faster`` where the quartiles of the two do not overlap and the change is 3 %
+        or more; ``same``.
     """
 
     section: str
@@ -41,13 +43,21 @@ class Change:
         return "faster" if self.after["q1"] > self.before["q3"] else "same"
 
     def as_json(self) -> dict[str, Any]:
-        return {"section": self.section, "case": self.case, "before": self.before, "after": self.after, "change": self.change,
-                "noise": self.noise, "verdict": self.verdict}
+        return {
+            "section": self.section,
+            "case": self.case,
+            "before": self.before,
+            "after": self.after,
+            "change": self.change,
+            "noise": self.noise,
+            "verdict": self.verdict,
+        }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All changes, what only one of the two has (section and case), and what to keep in mind: other machines or versions."""
+    """All changes, what only one of the two has (section and case), and what to keep in mind: other machines
+    or versions."""
 
     changes: list[Change]
     only_before: list[str]
@@ -60,10 +70,13 @@ class Comparison:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
-    """Compares two results as :func:`vtok_fast.bench.report.load` gives them. Raises ValueError for a CPU's and a GPU's."""
+    """Compares two results as :func:`vtok_fast.bench.report.load` gives them. Raises ValueError for a CPU's
+    and a GPU's."""
     if kind(before["machine"]) != kind(after["machine"]):
-        raise ValueError(f"compare: the first has results of a {kind(before['machine']).upper()}, the second of a "
-                         f"{kind(after['machine']).upper()}")
+        raise ValueError(
+            f"compare: the first has results of a {kind(before['machine']).upper()}, the second of a "
+            f"{kind(after['machine']).upper()}"
+        )
     first, second = _figures(before), _figures(after)
     changes = [Change(*key, first[key], second[key]) for key in first if key in second]
     remarks = [] if same_machine(before["machine"], after["machine"]) else ["these are two machines"]
@@ -72,8 +85,12 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
             old, new = (r["sections"][name].get(key) for r in (before, after))
             if old != new and f"{key}: {old}, then {new}" not in remarks:
                 remarks.append(f"{key}: {old}, then {new}")
-    return Comparison(changes, [" ".join(k) for k in first if k not in second], [" ".join(k) for k in second if k not in first],
-                      remarks)
+    return Comparison(
+        changes,
+        [" ".join(k) for k in first if k not in second],
+        [" ".join(k) for k in second if k not in first],
+        remarks,
+    )
 
 
 def _figures(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
@@ -84,7 +101,11 @@ def _figures(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]
                 continue
             own = case["seconds"][case["ours"]]
             if on_gpu:
-                found[name, case["case"]] = {"median": 1 / own["median"], "q1": 1 / own["q3"], "q3": 1 / own["q1"]}
+                found[name, case["case"]] = {
+                    "median": 1 / own["median"],
+                    "q1": 1 / own["q3"],
+                    "q3": 1 / own["q1"],
+                }
             elif case["eager"] in case["ratios"][case["ours"]]:
                 found[name, case["case"]] = case["ratios"][case["ours"]][case["eager"]]
     return found
@@ -98,6 +119,14 @@ def table(comparison: Comparison, *, everything: bool = False) -> Any:
     for c in sorted(comparison.changes, key=lambda c: c.change):
         if everything or c.verdict != "same":
             style = {"slower": "red", "faster": "green"}.get(c.verdict)
-            result.add_row(c.section, c.case, f"{c.before['median']:.4g}", f"{c.after['median']:.4g}", f"{c.change:+.1%}",
-                           f"±{c.noise:.1%}", c.verdict, style=style)
+            result.add_row(
+                c.section,
+                c.case,
+                f"{c.before['median']:.4g}",
+                f"{c.after['median']:.4g}",
+                f"{c.change:+.1%}",
+                f"±{c.noise:.1%}",
+                c.verdict,
+                style=style,
+            )
     return result

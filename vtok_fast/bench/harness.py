@@ -1,8 +1,8 @@
 """How everything here is timed.
 
-The candidates of a trial take turns, A B C A B C ..., so that whatever else the machine does falls on all of them alike. The
-result is the median over rounds of the ratio *within* a round; its spread is the interquartile range of those ratios. What one
-sample is, on a CPU and on a GPU, is in timers.py.
+The candidates of a trial take turns, A B C A B C ..., so that whatever else the machine does falls on all of
+them alike. The result is the median over rounds of the ratio *within* a round; its spread is the
+interquartile range of those ratios. What one sample is, on a CPU and on a GPU, is in timers.py.
 """
 
 from __future__ import annotations
@@ -19,23 +19,30 @@ from typing import Any
 
 import torch
 
-from vtok_fast import backends
 from vtok_fast.bench import timers
+from vtok_fast.dispatch import backends
 
-# Fresh outputs come from memory that the process already holds: with glibc's defaults every large one is a new mapping, and its
-# page faults (up to half of the time of an op) would be measured instead of the op.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-             "MALLOC_TOP_PAD_": str(1 << 28)}
+# Fresh outputs come from memory that the process already holds: with glibc's defaults every large one is a
+# new mapping, and its page faults (up to half of the time of an op) would be measured instead of the op.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
 SAMPLE_SECONDS = 2e-3  # a sample repeats its call until it lasts so long
 MOST_REPEATS = 1 << 14
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure on, and how long. A trial ends after ``min_rounds`` and ``min_seconds``, or past ``max_seconds``, but never
-    before three rounds. ``dtype`` None: each case's own, which is float32 on a CPU and bfloat16 on a GPU. ``compile``: whether
-    ``torch.compile`` and FlexAttention, which take long to start, are among the peers. ``graphs``: on a GPU also the time of a
-    replay as a CUDA graph. ``memory``: on a CPU also the peak memory, in a process of its own (a GPU tells it anyway)."""
+    """What to measure on, and how long. A trial ends after ``min_rounds`` and ``min_seconds``, or past
+    ``max_seconds``, but never
+    before three rounds. ``dtype`` None: each case's own, which is float32 on a CPU and bfloat16 on a GPU.
+    ``compile``: whether ``torch.compile`` and FlexAttention, which take long to start, are among the peers.
+        ``graphs``: on a GPU also the time of a
+    replay as a CUDA graph. ``memory``: on a CPU also the peak memory, in a process of its own (a GPU tells it
+    anyway)."""
 
     quick: bool = False
     full: bool = False
@@ -49,8 +56,18 @@ class Settings:
     memory: bool = False
 
     @classmethod
-    def of(cls, *, quick: bool = False, full: bool = False, seconds: float | None = None, device: str = "cpu",
-           dtype: torch.dtype | None = None, compile: bool = True, graphs: bool = False, memory: bool = False) -> Settings:
+    def of(
+        cls,
+        *,
+        quick: bool = False,
+        full: bool = False,
+        seconds: float | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        compile: bool = True,
+        graphs: bool = False,
+        memory: bool = False,
+    ) -> Settings:
         if torch.device(device).type == "cuda":  # a GPU does not share its time: fewer seconds do
             rounds, least, most = (5, 0.02, 5.0) if quick else (15, 0.3, 20.0)
         else:
@@ -75,8 +92,9 @@ class Missing(Exception):
 class Candidate:
     """One way to do a trial's work: ``function(*inputs)``. On a GPU the tensors among ``inputs`` rotate.
 
-    ``role``: ``ours`` (exactly one), ``variant`` (ours, set up differently), ``eager`` (as the model ships), ``peer``, or
-    ``floor`` (no competitor, but a limit, like a plain copy). ``prepare`` runs before each round's sample, untimed.
+    ``role``: ``ours`` (exactly one), ``variant`` (ours, set up differently), ``eager`` (as the model ships),
+    ``peer``, or ``floor`` (no competitor, but a limit, like a plain copy). ``prepare`` runs before each
+    round's sample, untimed.
     """
 
     name: str
@@ -91,8 +109,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """One case: what is compared, what is known about it, and why a peer is absent. ``wrong`` says how ours computes something
-    else than the reference, None where it does not; such a trial counts as failed."""
+    """One case: what is compared, what is known about it, and why a peer is absent. ``wrong`` says how ours
+    computes something else than the reference, None where it does not; such a trial counts as failed."""
 
     name: str
     group: str
@@ -111,22 +129,30 @@ def allocator_is_pinned() -> bool:
 
 
 def pin_allocator() -> None:
-    """Starts this program again with the allocator pinned; returns where it is already. Linux with glibc; harmless elsewhere."""
+    """Starts this program again with the allocator pinned; returns where it is already. Linux with glibc;
+    harmless elsewhere."""
     if not allocator_is_pinned() and sys.platform == "linux":
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | ALLOCATOR)
 
 
-def interleave(candidates: Sequence[Candidate], settings: Settings) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Seconds per call of each candidate in each round; and what else its timer tells: page faults per call on a CPU, peak memory
-    in bytes, the host's seconds per call and those of a replay as a CUDA graph on a GPU."""
-    timer = timers.DeviceTimer(settings.device, graphs=settings.graphs) if settings.on_gpu else timers.HostTimer()
+def interleave(
+    candidates: Sequence[Candidate], settings: Settings
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Seconds per call of each candidate in each round; and what else its timer tells: page faults per call
+    on a CPU, peak memory in bytes, the host's seconds per call and those of a replay as a CUDA graph on a
+    GPU."""
+    timer = (
+        timers.DeviceTimer(settings.device, graphs=settings.graphs) if settings.on_gpu else timers.HostTimer()
+    )
     calls, repeats = {}, {}
     for c in candidates:  # warm-up: two calls each, the second one tells how often to repeat
         if c.prepare:
             c.prepare()
         calls[c.name] = timer.calls(c.function, c.inputs)
         c.call()
-        repeats[c.name] = min(MOST_REPEATS, math.ceil(SAMPLE_SECONDS / max(timer.sample(calls[c.name], 1), 1e-7)))
+        repeats[c.name] = min(
+            MOST_REPEATS, math.ceil(SAMPLE_SECONDS / max(timer.sample(calls[c.name], 1), 1e-7))
+        )
     seconds: dict[str, list[float]] = {c.name: [] for c in candidates}
     timer.reset()
     begin, rounds = time.perf_counter(), 0
@@ -144,14 +170,19 @@ def interleave(candidates: Sequence[Candidate], settings: Settings) -> tuple[dic
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
+    q1, median, q3 = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
+    )
     return {"median": median, "q1": q1, "q3": q3}
 
 
 def ratios(seconds: dict[str, list[float]], subject: str) -> dict[str, dict[str, float]]:
     """How many times faster ``subject`` is than each of the others, by the ratios within each round."""
-    return {name: spread([other / own for other, own in zip(times, seconds[subject])])
-            for name, times in seconds.items() if name != subject}
+    return {
+        name: spread([other / own for other, own in zip(times, seconds[subject])])
+        for name, times in seconds.items()
+        if name != subject
+    }
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -163,15 +194,18 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def floor_seconds(facts: dict[str, Any], ceilings: dict[str, Any] | None) -> float | None:
-    """What the trial takes at the least on this machine: its operations at the rate of a matrix product, or its bytes (each input
-    read once, each output written once) at the bandwidth of a copy, whichever is longer. None where either is not known.
+    """What the trial takes at the least on this machine: its operations at the rate of a matrix product, or
+    its bytes (each input read once, each output written once) at the bandwidth of a copy, whichever is
+    longer. None where either is not known.
 
     A Winograd convolution does fewer operations than are counted, and may take less.
     """
     if not ceilings or not (facts.get("gflop") or facts.get("megabytes")):
         return None
     rates = ceilings["matmul_tflop_s"]
-    compute = facts.get("gflop", 0.0) / 1e3 / rates[facts.get("dtype")] if facts.get("dtype") in rates else 0.0
+    compute = (
+        facts.get("gflop", 0.0) / 1e3 / rates[facts.get("dtype")] if facts.get("dtype") in rates else 0.0
+    )
     return max(compute, facts.get("megabytes", 0.0) / 1e3 / ceilings["copy_gb_s"]) or None
 
 
@@ -188,29 +222,42 @@ def rates(seconds: float, facts: dict[str, Any], ceilings: dict[str, Any] | None
 
 @torch.no_grad()
 def measure(trial: Trial, settings: Settings, ceilings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Times a trial. The result is plain JSON: per candidate its times and rates, and per way of ours the ratios to all others."""
+    """Times a trial. The result is plain JSON: per candidate its times and rates, and per way of ours the
+    ratios to all others."""
     seconds, extras = interleave(trial.candidates, settings)
     times = {c.name: {"role": c.role, **spread(seconds[c.name]), **extras[c.name]} for c in trial.candidates}
     for entry in times.values():
         entry |= rates(entry["median"], trial.facts, ceilings)
     rivals = [c.name for c in trial.candidates if c.role in ("eager", "peer")]
     return {
-        "case": trial.name, "group": trial.group, "facts": trial.facts, "missing": trial.missing, "wrong": trial.wrong,
-        "rounds": len(seconds[trial.ours.name]), "seconds": times, "ours": trial.ours.name,
+        "case": trial.name,
+        "group": trial.group,
+        "facts": trial.facts,
+        "missing": trial.missing,
+        "wrong": trial.wrong,
+        "rounds": len(seconds[trial.ours.name]),
+        "seconds": times,
+        "ours": trial.ours.name,
         "eager": next((c.name for c in trial.candidates if c.role == "eager"), None),
         "best": min(rivals, key=lambda name: times[name]["median"], default=None),
-        "ratios": {c.name: ratios(seconds, c.name) for c in trial.candidates if c.role in ("ours", "variant")},
+        "ratios": {
+            c.name: ratios(seconds, c.name) for c in trial.candidates if c.role in ("ours", "variant")
+        },
     }
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any] | None, str]:
-    """``torch.compile(function)``, already compiled for ``args``; or None and the reason why this machine cannot.
+    """``torch.compile(function)``, already compiled for ``args``; or None and the reason why this machine
+    cannot.
 
-    On a GPU with max-autotune, but without the CUDA graphs of that mode: they would copy every input that rotates.
+    On a GPU with max-autotune, but without the CUDA graphs of that mode: they would copy every input that
+    rotates.
     """
     on_gpu = any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args)
     torch._dynamo.reset()
-    fast = torch.compile(function, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs" if on_gpu else None)
+    fast = torch.compile(
+        function, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs" if on_gpu else None
+    )
     try:
         with torch.no_grad():
             fast(*args)
@@ -220,7 +267,9 @@ def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., An
     return fast, ""
 
 
-def with_compiled(candidates: Sequence[Candidate], settings: Settings) -> tuple[list[Candidate], dict[str, str]]:
+def with_compiled(
+    candidates: Sequence[Candidate], settings: Settings
+) -> tuple[list[Candidate], dict[str, str]]:
     """``torch.compile`` of each candidate, and why those that are missing are."""
     found, missing = [], {}
     for of in candidates:

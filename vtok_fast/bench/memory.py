@@ -1,8 +1,9 @@
 """Peak memory of a case's candidates on a CPU: ``vtok-fast bench --memory``.
 
-A process of its own, with the allocator as a user has it, builds the case and calls each candidate twice. The figure is of the
-second call: the most that was resident, its result included, beyond what was before it, inputs and warm caches among that. So it
-counts what torch allocates and what the native module does.
+A process of its own, with the allocator as a user has it, builds the case and calls each candidate twice. The
+figure is of the
+second call: the most that was resident, its result included, beyond what was before it, inputs and warm
+caches among that. So it counts what torch allocates and what the native module does.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from typing import Any
 
 import torch
 
-from vtok_fast import peak_memory
+from vtok_fast.bench import peak_memory
 from vtok_fast.bench.harness import Candidate, Settings
 
 
 def of_case(section: str, case: Any, settings: Settings) -> dict[str, float]:
-    """Bytes by the name of a candidate. Raises RuntimeError where the process fails, as where there is no Linux to tell."""
+    """Bytes by the name of a candidate. Raises RuntimeError where the process fails, as where there is no
+    Linux to tell."""
     job = base64.b85encode(pickle.dumps((section, case, settings, torch.get_num_threads()))).decode()
-    return peak_memory.in_process("vtok_fast.bench.memory", {"variant": str(case), "job": job}, weight_cache=True)
+    return peak_memory.in_process(
+        "vtok_fast.bench.memory", {"variant": str(case), "job": job}, weight_cache=True
+    )
 
 
 @torch.no_grad()
@@ -38,7 +42,7 @@ def of_candidate(candidate: Candidate) -> int:
 
 
 def _measure(task: dict[str, Any]) -> dict[str, float]:
-    from vtok_fast.bench.run import section
+    from vtok_fast.bench.sections import section
 
     name, case, settings, threads = pickle.loads(base64.b85decode(task["job"]))  # what of_case made
     torch.set_num_threads(threads)

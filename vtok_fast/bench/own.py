@@ -9,9 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Own:
-    """What the options of ``vtok-fast bench`` say; each op takes what it needs and refuses what it does not know.
+    """What the options of ``vtok-fast bench`` say; each op takes what it needs and refuses what it does not
+    know.
 
-    ``shape``: the input's, (B, C, T, H, W), for scope_attention (B, heads, tokens, head size). ``numbers``: those of a scope.
+    ``shape``: the input's, (B, C, T, H, W), for scope_attention (B, heads, tokens, head size). ``numbers``:
+        those of a scope.
     """
 
     shape: tuple[int, ...] | None = None
@@ -39,7 +41,10 @@ class Own:
         if value is None:
             return default
         if len(value) != 3 or min(value) < 1:
-            raise ValueError(f"{name}={','.join(map(str, value))}: expected three positive numbers, of time, height and width")
+            raise ValueError(
+                f"{name}={','.join(map(str, value))}: expected three positive numbers, of time, height and "
+                f"width"
+            )
         return value
 
     def one_of(self, name: str, known: tuple[str, ...], default: str) -> str:
@@ -52,7 +57,10 @@ class Own:
         """Refuses options that the op does not have."""
         for name in self.__dataclass_fields__:
             if name not in ("compile", "shape", *names) and getattr(self, name) is not None:
-                raise ValueError(f"{name}={getattr(self, name)}: {op} takes no such option (it takes shape, {', '.join(names)})")
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: {op} takes no such option (it takes shape, "
+                    f"{', '.join(names)})"
+                )
 
 
 def numbers(text: str | None, name: str) -> tuple[int, ...] | None:

@@ -16,8 +16,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Target:
-    """What a section is meant to reach on a ``machine``, "cpu" or "gpu": the geometric ``mean`` or the ``least`` of its ratios to
-    ``against``; against ``roofline`` it is our own share of what this machine can do. ``case`` is a part of the case's name."""
+    """What a section is meant to reach on a ``machine``, "cpu" or "gpu": the geometric ``mean`` or the
+    ``least`` of its ratios to ``against``; against ``roofline`` it is our own share of what this machine can
+    do. ``case`` is a part of the case's name."""
 
     section: str
     against: str
@@ -57,11 +58,12 @@ TARGETS = (
 MEMORY_TARGETS = {"vtok_fast, no weight cache": 0.6, "vtok_fast": 1.0}
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def save(path: str | os.PathLike, machine: dict[str, Any], sections: dict[str, Any]) -> None:
-    """Writes results; sections of an existing file of the same machine that are not among them stay. The file is replaced whole.
+    """Writes results; sections of an existing file of the same machine that are not among them stay. The file
+    is replaced whole.
 
     Raises ValueError where the file belongs to another machine.
     """
@@ -70,11 +72,16 @@ def save(path: str | os.PathLike, machine: dict[str, Any], sections: dict[str, A
     if path.exists():
         old = load(path)
         if not same_machine(old["machine"], machine):
-            raise ValueError(f"{path} holds the results of another machine, {old['machine'].get('gpu') or old['machine']['cpu']}")
+            raise ValueError(
+                f"{path} holds the results of another machine, "
+                f"{old['machine'].get('gpu') or old['machine']['cpu']}"
+            )
         kept = old["sections"]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps({"version": VERSION, "machine": machine, "sections": kept | sections}, indent=1) + "\n")
+    temporary.write_text(
+        json.dumps({"version": VERSION, "machine": machine, "sections": kept | sections}, indent=1) + "\n"
+    )
     os.replace(temporary, path)
 
 
@@ -95,11 +102,12 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     return results
 
 
-# ---- figures -------------------------------------------------------------------------------------------------------------
+# ---- figures -----------------------------------------------------------------------------------------------
 
 
 def ratio(record: dict[str, Any], against: str, subject: str | None = None) -> dict[str, float] | None:
-    """How many times faster ``subject`` (ours) is than ``against`` (a name, ``eager`` or ``best``); None where that is missing."""
+    """How many times faster ``subject`` (ours) is than ``against`` (a name, ``eager`` or ``best``); None
+    where that is missing."""
     name = record.get(against, against)
     return record["ratios"].get(subject or record["ours"], {}).get(name)
 
@@ -110,15 +118,24 @@ def figures(cases: list[dict[str, Any]], against: str, subject: str | None = Non
 
 def reached(target: Target, sections: dict[str, Any]) -> float | None:
     """The figure that belongs to a target, None where nothing was measured."""
-    cases = [c for c in sections.get(target.section, {"cases": []})["cases"]
-             if target.group in (None, c["group"]) and c["case"].startswith(target.case) and not c["case"].startswith("own ")]
+    cases = [
+        c
+        for c in sections.get(target.section, {"cases": []})["cases"]
+        if target.group in (None, c["group"])
+        and c["case"].startswith(target.case)
+        and not c["case"].startswith("own ")
+    ]
     values = shares(cases) if target.against == "roofline" else figures(cases, target.against)
     return None if not values else geometric_mean(values) if target.statistic == "mean" else min(values)
 
 
 def shares(cases: list[dict[str, Any]]) -> list[float]:
     """Our shares of the roofline, where they were measured."""
-    return [case["seconds"][case["ours"]]["roofline"] for case in cases if "roofline" in case["seconds"][case["ours"]]]
+    return [
+        case["seconds"][case["ours"]]["roofline"]
+        for case in cases
+        if "roofline" in case["seconds"][case["ours"]]
+    ]
 
 
 def kind(machine: dict[str, Any]) -> str:
@@ -142,13 +159,16 @@ def _variants(cases: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for c in cases for name in c["ratios"] if name != c["ours"]))
 
 
-# ---- terminal ------------------------------------------------------------------------------------------------------------
+# ---- terminal ----------------------------------------------------------------------------------------------
 
 
 def line(section: str, record: dict[str, Any]) -> str:
     """One case in one line, for the running output."""
     if "variants" in record:
-        peaks = ", ".join(f"{name} {v['peak'] / 2**30:.2f} GiB {v['seconds']:.1f} s" for name, v in record["variants"].items())
+        peaks = ", ".join(
+            f"{name} {v['peak'] / 2**30:.2f} GiB {v['seconds']:.1f} s"
+            for name, v in record["variants"].items()
+        )
         return f"{section}: {record['case']}: {peaks}"
     texts = [f"{against} {r['median']:.2f}" for against in ("best", "eager") if (r := ratio(record, against))]
     own = record["seconds"][record["ours"]]
@@ -170,7 +190,9 @@ def show(results: dict[str, Any]) -> None:
                 console.print(f"missing: {peer} ({case['case']}): {why}", markup=False)
             for name, entry in case.get("seconds", {}).items():
                 if "no_graph" in entry:
-                    console.print(f"no CUDA graph: {name} ({case['case']}): {entry['no_graph']}", markup=False)
+                    console.print(
+                        f"no CUDA graph: {name} ({case['case']}): {entry['no_graph']}", markup=False
+                    )
     if (targets := _target_table(results)).row_count:  # own shapes have none
         console.print(targets)
 
@@ -189,9 +211,13 @@ def _spread(r: dict[str, float] | None) -> str:
 
 # What was measured of ours beside its time: heading, key, and how to print it.
 _RATES: list[tuple[str, str, Callable[[float], str]]] = [
-    ("GB/s", "gb_s", "{:.3g}".format), ("TFLOP/s", "tflop_s", "{:.3g}".format), ("of roofline", "roofline", "{:.0%}".format),
-    ("graph ms", "graph_seconds", _ms), ("peak MB", "peak_bytes", lambda n: f"{n / 1e6:.0f}"),
-    ("host ms", "host_seconds", lambda s: f"{s * 1e3:.2g}")]
+    ("GB/s", "gb_s", "{:.3g}".format),
+    ("TFLOP/s", "tflop_s", "{:.3g}".format),
+    ("of roofline", "roofline", "{:.0%}".format),
+    ("graph ms", "graph_seconds", _ms),
+    ("peak MB", "peak_bytes", lambda n: f"{n / 1e6:.0f}"),
+    ("host ms", "host_seconds", lambda s: f"{s * 1e3:.2g}"),
+]
 
 # Facts of a case that get a column of their own: heading, and how to print the record.
 _COLUMNS: dict[str, list[tuple[str, Callable[[dict], str]]]] = {
@@ -200,12 +226,21 @@ _COLUMNS: dict[str, list[tuple[str, Callable[[dict], str]]]] = {
         ("cache MB", lambda c: f"{c['facts']['cached_bytes'] / 1e6:.1f}"),
     ],
     "norm_act": [],
-    "fsq": [("/ copy", lambda c: _spread(ratio(c, "plain copy"))),
-            ("differ (eager)", lambda c: f"{c['facts']['differ_from_float64']} ({c['facts']['eager_differ_from_float64']})")],
-    "vidtok": [("tokens equal", lambda c: f"{c['facts']['tokens_equal']} of {c['facts']['tokens']}"),
-               ("difference", lambda c: f"{c['facts']['decoded_difference']:.1e}")],
+    "fsq": [
+        ("/ copy", lambda c: _spread(ratio(c, "plain copy"))),
+        (
+            "differ (eager)",
+            lambda c: f"{c['facts']['differ_from_float64']} ({c['facts']['eager_differ_from_float64']})",
+        ),
+    ],
+    "vidtok": [
+        ("tokens equal", lambda c: f"{c['facts']['tokens_equal']} of {c['facts']['tokens']}"),
+        ("difference", lambda c: f"{c['facts']['decoded_difference']:.1e}"),
+    ],
 }
-_COLUMNS["causal_conv3d"].append(("error / eager's", lambda c: f"{c['facts']['error']:.1e} / {c['facts']['eager_error']:.1e}"))
+_COLUMNS["causal_conv3d"].append(
+    ("error / eager's", lambda c: f"{c['facts']['error']:.1e} / {c['facts']['eager_error']:.1e}")
+)
 _COLUMNS["norm_act"].append(_COLUMNS["causal_conv3d"][-1])
 
 
@@ -215,29 +250,65 @@ def _table(name: str, section: dict[str, Any]) -> Any:
 
     cases = section["cases"]
     device = section.get("device", "cpu")
-    where = f"{section['threads']} threads, load before {section['load_before']}" if device == "cpu" else device
-    table = Table(title=f"{name}: {where}, torch {section['torch']}, commit {section['commit']}", title_justify="left")
+    where = (
+        f"{section['threads']} threads, load before {section['load_before']}" if device == "cpu" else device
+    )
+    table = Table(
+        title=f"{name}: {where}, torch {section['torch']}, commit {section['commit']}", title_justify="left"
+    )
     variants, columns = _variants(cases), _COLUMNS.get(name, [])
-    rates = [(heading, key, form) for heading, key, form in _RATES if any(key in c["seconds"][c["ours"]] for c in cases)]
-    for heading in ("case", "eager ms", "best peer", "ms", "ours ms", escape("x best [quartiles]"),
-                    *(f"x best, {v.partition(', ')[2]}" for v in variants),
-                    "x eager", *(r[0] for r in rates), *(c[0] for c in columns)):
-        table.add_column(heading, justify="left" if heading in ("case", "best peer", "algorithm") else "right")
+    rates = [
+        (heading, key, form)
+        for heading, key, form in _RATES
+        if any(key in c["seconds"][c["ours"]] for c in cases)
+    ]
+    for heading in (
+        "case",
+        "eager ms",
+        "best peer",
+        "ms",
+        "ours ms",
+        escape("x best [quartiles]"),
+        *(f"x best, {v.partition(', ')[2]}" for v in variants),
+        "x eager",
+        *(r[0] for r in rates),
+        *(c[0] for c in columns),
+    ):
+        table.add_column(
+            heading, justify="left" if heading in ("case", "best peer", "algorithm") else "right"
+        )
     for group, members in _groups(cases).items():
         for c in members:
             seconds = c["seconds"]
             style = "red" if c["wrong"] else None
             own = seconds[c["ours"]]
-            table.add_row(c["case"], _ms(seconds[c["eager"]]["median"]), escape(c["best"]), _ms(seconds[c["best"]]["median"]),
-                          _ms(own["median"]), _spread(ratio(c, "best")),
-                          *(_spread(ratio(c, "best", v)).partition(" ")[0] for v in variants),
-                          _spread(ratio(c, "eager")).partition(" ")[0],
-                          *(form(own[key]) if key in own else "-" for _, key, form in rates),
-                          *(show(c) for _, show in columns), style=style)
+            table.add_row(
+                c["case"],
+                _ms(seconds[c["eager"]]["median"]),
+                escape(c["best"]),
+                _ms(seconds[c["best"]]["median"]),
+                _ms(own["median"]),
+                _spread(ratio(c, "best")),
+                *(_spread(ratio(c, "best", v)).partition(" ")[0] for v in variants),
+                _spread(ratio(c, "eager")).partition(" ")[0],
+                *(form(own[key]) if key in own else "-" for _, key, form in rates),
+                *(show(c) for _, show in columns),
+                style=style,
+            )
         best = [figures(members, "best", v) for v in (None, *variants)]
         row = [f"{geometric_mean(v):.2f}" if v else "-" for v in best]
-        table.add_row(f"geometric mean, {group} ({len(members)})", "", "", "", "", f"{row[0]} (least {min(best[0]):.2f})", *row[1:],
-                      f"{geometric_mean(figures(members, 'eager')):.2f}", style="bold", end_section=True)
+        table.add_row(
+            f"geometric mean, {group} ({len(members)})",
+            "",
+            "",
+            "",
+            "",
+            f"{row[0]} (least {min(best[0]):.2f})",
+            *row[1:],
+            f"{geometric_mean(figures(members, 'eager')):.2f}",
+            style="bold",
+            end_section=True,
+        )
     for case, reason in section.get("failed", {}).items():
         table.add_row(escape(f"{case}: not measured: {reason}"), style="red")
     return table
@@ -246,39 +317,76 @@ def _table(name: str, section: dict[str, Any]) -> Any:
 def _memory_table(section: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table("case", "variant", "peak GiB", "of eager's", "weight cache GiB", "model GiB", "s, one pass", title="peak memory",
-                  title_justify="left")
+    table = Table(
+        "case",
+        "variant",
+        "peak GiB",
+        "of eager's",
+        "weight cache GiB",
+        "model GiB",
+        "s, one pass",
+        title="peak memory",
+        title_justify="left",
+    )
     for record in section["cases"]:
         shares = memory_ratios(record)
         for name, v in record["variants"].items():
             share = f"{shares[name]:.2f}" if name in shares else ""
-            table.add_row(record["case"], name, *(f"{x:.2f}" if isinstance(x, float) else x for x in (
-                v["peak"] / 2**30, share, v["weight_cache"] / 2**30, v["model"] / 2**30, v["seconds"])))
+            table.add_row(
+                record["case"],
+                name,
+                *(
+                    f"{x:.2f}" if isinstance(x, float) else x
+                    for x in (
+                        v["peak"] / 2**30,
+                        share,
+                        v["weight_cache"] / 2**30,
+                        v["model"] / 2**30,
+                        v["seconds"],
+                    )
+                ),
+            )
     return table
 
 
 def _target_table(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table, sections = Table("target", "wanted", "measured", "", title="targets", title_justify="left"), results["sections"]
+    table, sections = (
+        Table("target", "wanted", "measured", "", title="targets", title_justify="left"),
+        results["sections"],
+    )
     for t in TARGETS:
         if t.machine == kind(results["machine"]) and (value := reached(t, sections)) is not None:
-            table.add_row(str(t), f">= {t.value}", f"{value:.2f}", "yes" if value >= t.value else "[red]no[/red]")
+            table.add_row(
+                str(t), f">= {t.value}", f"{value:.2f}", "yes" if value >= t.value else "[red]no[/red]"
+            )
     for record in sections.get("memory", {"cases": []})["cases"]:
         for name, value in memory_ratios(record).items():
-            table.add_row(f"peak memory of {name}, share of eager's", f"<= {MEMORY_TARGETS[name]}", f"{value:.2f}",
-                          "yes" if value <= MEMORY_TARGETS[name] else "[red]no[/red]")
+            table.add_row(
+                f"peak memory of {name}, share of eager's",
+                f"<= {MEMORY_TARGETS[name]}",
+                f"{value:.2f}",
+                "yes" if value <= MEMORY_TARGETS[name] else "[red]no[/red]",
+            )
     return table
 
 
-# ---- README --------------------------------------------------------------------------------------------------------------
+# ---- README ------------------------------------------------------------------------------------------------
 
 
 def _machine_line(machine: dict[str, Any]) -> str:
-    kind = f" (family {machine['family']}, model {machine['model']})" if machine.get("family") is not None else ""
+    kind = (
+        f" (family {machine['family']}, model {machine['model']})"
+        if machine.get("family") is not None
+        else ""
+    )
     if machine.get("gpu"):
-        return (f"{machine['gpu']} ({machine['gpu_memory_gib']} GiB, compute capability {machine['capability']}, kernels "
-                f"{', '.join(machine['cuda_archs']) or 'none'})")
+        return (
+            f"{machine['gpu']} ({machine['gpu_memory_gib']} GiB, compute capability "
+            f"{machine['capability']}, kernels "
+            f"{', '.join(machine['cuda_archs']) or 'none'})"
+        )
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
     return f"{machine['cpu']}{kind}, {counted(machine['cores'], 'core')}, kernels {machine['isa']}, {caches}"
 
@@ -287,10 +395,19 @@ def markdown(results: dict[str, Any]) -> str:
     """The measured table of the README."""
     sections = results["sections"]
     states = {(s["torch"], s["threads"], s["commit"], s["date"][:10]) for s in sections.values()}
-    lines = [f"Measured on {_machine_line(results['machine'])}; "
-             + "; ".join(f"torch {t}, {n} threads, commit {c}, {d}" for t, n, c, d in sorted(states, key=str)) + "."
-             + (" A quick run: few small cases, figures mean little." if any(s["quick"] for s in sections.values()) else ""),
-             "", "| | cases | times the best PyTorch | least | times eager |", "|---|---|---|---|---|"]
+    lines = [
+        f"Measured on {_machine_line(results['machine'])}; "
+        + "; ".join(f"torch {t}, {n} threads, commit {c}, {d}" for t, n, c, d in sorted(states, key=str))
+        + "."
+        + (
+            " A quick run: few small cases, figures mean little."
+            if any(s["quick"] for s in sections.values())
+            else ""
+        ),
+        "",
+        "| | cases | times the best PyTorch | least | times eager |",
+        "|---|---|---|---|---|",
+    ]
     for name, section in sections.items():
         if name == "memory":
             continue
@@ -300,14 +417,26 @@ def markdown(results: dict[str, Any]) -> str:
                 label = f"{name}, {group}" + (f" ({subject.partition(', ')[2]})" if subject else "")
                 means = f"{geometric_mean(best):.2f} | {min(best):.2f} | {geometric_mean(eager):.2f}"
                 lines.append(f"| {label} | {len(cases)} | {means} |")
-    copies = {group: figures(cases, "plain copy") for group, cases in _groups(sections.get("fsq", {"cases": []})["cases"]).items()}
-    if copies := [f"{1 / geometric_mean(values):.2f} times ({group})" for group, values in copies.items() if values]:
+    copies = {
+        group: figures(cases, "plain copy")
+        for group, cases in _groups(sections.get("fsq", {"cases": []})["cases"]).items()
+    }
+    if copies := [
+        f"{1 / geometric_mean(values):.2f} times ({group})" for group, values in copies.items() if values
+    ]:
         lines += ["", f"fsq takes {', '.join(copies)} as long as a plain copy of the same bytes."]
     if "memory" in sections:
-        lines += ["", "| peak memory of one pass | GiB | of eager's | weight cache, GiB |", "|---|---|---|---|"]
+        lines += [
+            "",
+            "| peak memory of one pass | GiB | of eager's | weight cache, GiB |",
+            "|---|---|---|---|",
+        ]
         for record in sections["memory"]["cases"]:
             shares = memory_ratios(record)
             case = record["case"].removesuffix(" memory")
-            lines += [f"| {case}, {name} | {v['peak'] / 2**30:.2f} | {shares.get(name, 1.0):.2f} | "
-                      f"{v['weight_cache'] / 2**30:.2f} |" for name, v in record["variants"].items()]
+            lines += [
+                f"| {case}, {name} | {v['peak'] / 2**30:.2f} | {shares.get(name, 1.0):.2f} | "
+                f"{v['weight_cache'] / 2**30:.2f} |"
+                for name, v in record["variants"].items()
+            ]
     return "\n".join(lines) + "\n"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,9 +12,8 @@ import torch
 from vtok_fast.bench import ceilings, harness, machine, memory, report
 from vtok_fast.bench.harness import Settings
 from vtok_fast.bench.own import Own
+from vtok_fast.bench.sections import OPS, SECTIONS, section
 
-OPS = ("causal_conv3d", "norm_act", "fsq", "scope_attention", "token_packing")
-SECTIONS = (*OPS, "vidtok", "models")
 Chosen = list[tuple[str, Any]]  # sections with cases
 
 
@@ -24,20 +21,20 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def section(name: str) -> ModuleType:
-    """The module of a section. Raises ValueError for an unknown one."""
-    if name not in SECTIONS:
-        raise ValueError(f"bench: expected one of {', '.join(SECTIONS)}, got {name!r}")
-    return importlib.import_module(f"vtok_fast.bench.{name}")
-
-
-def choose(names: Sequence[str], settings: Settings, *, model: str | None = None, match: str | None = None,
-           wish: Own | None = None) -> Chosen:
+def choose(
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    model: str | None = None,
+    match: str | None = None,
+    wish: Own | None = None,
+) -> Chosen:
     """The cases to run.
 
     Args:
         names: sections; none: all of them.
-        model: only workloads of this model, by the start of its name: ``vidtok``, ``wan2.1``, ``cosmos``, ``tivtok``, ...
+        model: only workloads of this model, by the start of its name: ``vidtok``, ``wan2.1``, ``cosmos``,
+            ``tivtok``, ...
         match: only cases whose section and name have all of these words.
         wish: instead of the built-in cases one of the user's own, for the single op in ``names``.
 
@@ -46,7 +43,9 @@ def choose(names: Sequence[str], settings: Settings, *, model: str | None = None
     """
     if wish is not None:
         if len(names) != 1 or names[0] not in OPS:
-            raise ValueError(f"op: own shapes need one op, of {', '.join(OPS)}, got {', '.join(names) or 'none'}")
+            raise ValueError(
+                f"op: own shapes need one op, of {', '.join(OPS)}, got {', '.join(names) or 'none'}"
+            )
         return [(names[0], section(names[0]).own(wish))]
     chosen = [(name, case) for name in names or SECTIONS for case in section(name).cases(settings)]
     if model is not None:
@@ -54,8 +53,12 @@ def choose(names: Sequence[str], settings: Settings, *, model: str | None = None
     for word in (match or "").lower().split():
         chosen = [(name, case) for name, case in chosen if word in f"{name} {case}".lower()]
     if not chosen:
-        known = sorted({case.model for name in SECTIONS for case in section(name).cases(settings)}, key=str.lower)
-        raise ValueError(f"bench: no case has model={model!r} and match={match!r}; the models are {', '.join(known)}")
+        known = sorted(
+            {case.model for name in SECTIONS for case in section(name).cases(settings)}, key=str.lower
+        )
+        raise ValueError(
+            f"bench: no case has model={model!r} and match={match!r}; the models are {', '.join(known)}"
+        )
     return chosen
 
 
@@ -65,13 +68,26 @@ def _plain(name: str) -> str:
 
 def listing(chosen: Chosen, settings: Settings) -> list[dict[str, Any]]:
     """What would run, without making any tensor."""
-    return [{"section": name, "case": str(case), "model": case.model, "device": settings.device,
-             "dtype": harness.dtype_name(getattr(case, "dtype", None) or settings.working_dtype), "peers": section(name).PEERS}
-            for name, case in chosen]
+    return [
+        {
+            "section": name,
+            "case": str(case),
+            "model": case.model,
+            "device": settings.device,
+            "dtype": harness.dtype_name(getattr(case, "dtype", None) or settings.working_dtype),
+            "peers": section(name).PEERS,
+        }
+        for name, case in chosen
+    ]
 
 
-def run(chosen: Chosen, settings: Settings, *, file: str | os.PathLike | None = None,
-        say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    chosen: Chosen,
+    settings: Settings,
+    *,
+    file: str | os.PathLike | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Measures the ceilings, then every case; what fails is noted and the rest goes on.
 
     Returns and, after every case, writes to ``file`` the results as :func:`vtok_fast.bench.report.save` does.
@@ -84,8 +100,11 @@ def run(chosen: Chosen, settings: Settings, *, file: str | os.PathLike | None = 
         of_memory = getattr(case, "memory", False)
         kept = sections.setdefault("memory" if of_memory else name, new_section(settings, limits))
         try:
-            record = {"case": str(case), "variants": section(name).memory(case)} if of_memory else measure(name, case, settings,
-                                                                                                           limits)
+            record = (
+                {"case": str(case), "variants": section(name).memory(case)}
+                if of_memory
+                else measure(name, case, settings, limits)
+            )
         except (harness.Missing, RuntimeError, MemoryError) as error:  # out of memory, most of the time
             kept["failed"][str(case)] = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             say(f"{name}: {case}: not measured: {kept['failed'][str(case)]}")
@@ -107,7 +126,12 @@ def prepare(settings: Settings) -> None:
 
 
 def new_section(settings: Settings, limits: dict[str, Any] | None) -> dict[str, Any]:
-    return machine.state(settings.device) | {"quick": settings.quick, "ceilings": limits, "failed": {}, "cases": []}
+    return machine.state(settings.device) | {
+        "quick": settings.quick,
+        "ceilings": limits,
+        "failed": {},
+        "cases": [],
+    }
 
 
 @torch.no_grad()

@@ -16,10 +16,13 @@ class FSQ(nn.Module):
 
     Options as in :func:`vtok_fast.fsq_quantize`.
 
-    Raises ValueError for levels or a variant that do not exist; ``forward`` and ``decode`` raise as the functions that they call.
+    Raises ValueError for levels or a variant that do not exist; ``forward`` and ``decode`` raise as the
+    functions that they call.
     """
 
-    def __init__(self, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1, backend: str | None = None):
+    def __init__(
+        self, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1, backend: str | None = None
+    ):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtok_fast import backends, native
+from vtok_fast.dispatch import backends, native
 from vtok_fast.reference import fsq as reference
 
 VARIANTS = reference.VARIANTS
@@ -52,27 +52,31 @@ class FSQBackwardCall(NamedTuple):
     dim: int
 
 
-def fsq_quantize(z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1,
-                 backend: str | None = None) -> FSQOutput:
+def fsq_quantize(
+    z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1, backend: str | None = None
+) -> FSQOutput:
     """Quantises each channel of ``z`` to one of its levels.
 
-    The index is defined by the formula of :mod:`vtok_fast.reference.fsq` in float64 for the value that ``z`` holds. Every backend
-    counts the same thresholds, so codes and indices are the same bits on all of them. Contract: *exact*.
+    The index is defined by the formula of :mod:`vtok_fast.reference.fsq` in float64 for the value that ``z``
+    holds. Every backend counts the same thresholds, so codes and indices are the same bits on all of them.
+    Contract: *exact*.
 
-    A NaN in ``z`` gives the code NaN in its channel and the index -1 at its position, which no codebook has; +-inf are the
-    outermost levels. The gradient passes straight through the rounding and not through the bound: d codes / d z =
-    (1 - tanh(z + shift)^2) half_l / (L // 2).
+    A NaN in ``z`` gives the code NaN in its channel and the index -1 at its position, which no codebook has;
+    +-inf are the outermost levels. The gradient passes straight through the rounding and not through the
+    bound: d codes / d z = (1 - tanh(z + shift)^2) half_l / (L // 2).
 
     Args:
-        z: any rank up to 6, float32, float64, bfloat16 or float16; any strides. In float64 the formula itself decides.
+        z: any rank up to 6, float32, float64, bfloat16 or float16; any strides. In float64 the formula itself
+            decides.
         levels: how many levels each channel has, 2 to 1000; their product at most 2**31.
         variant: ``vidtok`` (also Cosmos) or ``elastictok``.
         dim: the channel dimension, of size len(levels).
         backend: a name to insist on; else the best that can run.
 
     Returns:
-        ``codes``, (index of the level - L // 2) / (L // 2) computed in float32 (float64 for that) and rounded to the dtype of
-        ``z``, in the strides that ``torch.empty_like(z)`` has; ``indices`` int32, contiguous, the first channel fastest.
+        ``codes``, (index of the level - L // 2) / (L // 2) computed in float32 (float64 for that) and rounded
+        to the dtype of ``z``, in the strides that ``torch.empty_like(z)`` has; ``indices`` int32, contiguous,
+        the first channel fastest.
 
     Raises:
         TypeError: ``z`` is not floating point.
@@ -88,18 +92,21 @@ def fsq_quantize(z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", d
     return FSQOutput(*torch.ops.vtok_fast.fsq_quantize(*call, backend))
 
 
-def fsq_decode(indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32, dim: int = 1) -> Tensor:
+def fsq_decode(
+    indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32, dim: int = 1
+) -> Tensor:
     """The codes of ``indices``: the inverse of :func:`fsq_quantize`, bit for bit in the same dtype.
 
     Args:
-        indices: any integer dtype, any shape. An index outside [0, codebook size), such as the -1 of a NaN, gives codes NaN.
+        indices: any integer dtype, any shape. An index outside [0, codebook size), such as the -1 of a NaN,
+            gives codes NaN.
         levels: as in :func:`fsq_quantize`.
         dtype: of the result.
         dim: where the result has its channel dimension.
 
     Returns:
-        ``indices.shape`` with len(levels) inserted at ``dim``; the channels are innermost in memory, which for
-        (B, C, T, H, W) is ``channels_last_3d``.
+        ``indices.shape`` with len(levels) inserted at ``dim``; the channels are innermost in memory, which
+        for (B, C, T, H, W) is ``channels_last_3d``.
 
     Raises:
         TypeError: ``indices`` are not integers, or ``dtype`` is not floating point.
@@ -112,26 +119,30 @@ def fsq_decode(indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = t
         raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
     rank = indices.dim() + 1
     if not -rank <= dim < rank:
-        raise ValueError(f"dim: expected -{rank} to {rank - 1} for indices of shape {tuple(indices.shape)}, got {dim}")
+        raise ValueError(
+            f"dim: expected -{rank} to {rank - 1} for indices of shape {tuple(indices.shape)}, got {dim}"
+        )
     call = FSQDecodeCall(indices, levels, dtype, dim % rank)
     if not native.is_plain(indices):
         return _reference_decode(call)
     return backends.select("fsq_decode", call).run(call)
 
 
-def fsq_entropy_loss(z: Tensor, levels: Sequence[int], *, inv_temperature: float = 100.0, gamma: float = 1.0,
-                     dim: int = 1) -> tuple[Tensor, Tensor]:
+def fsq_entropy_loss(
+    z: Tensor, levels: Sequence[int], *, inv_temperature: float = 100.0, gamma: float = 1.0, dim: int = 1
+) -> tuple[Tensor, Tensor]:
     """VidTok's two training terms, factorised per channel: no (tokens x codebook) tensor exists.
 
-    Every token has the distribution softmax(2 inv_temperature z . code) over the codebook. The first term is the mean entropy of a
-    token minus ``gamma`` times the entropy of the mean distribution, the second is mean((z - codes)^2), whose gradient reaches
-    ``z`` and not the codes.
+    Every token has the distribution softmax(2 inv_temperature z . code) over the codebook. The first term is
+    the mean entropy of a token minus ``gamma`` times the entropy of the mean distribution, the second is
+    mean((z - codes)^2), whose gradient reaches ``z`` and not the codes.
 
-    Logits add up over channels, so a token's distribution is a product: its entropy is the sum of the channels', and the mean
-    distribution is one GEMM between the outer products of two halves of the channels; memory is tokens x sqrt(codebook) +
-    codebook. VidTok clamps probabilities at 1e-5 inside the logarithm. That is done here in the mean distribution, where
-    it matters and is the same; a token's entropy is exact instead, which is larger by the sum of p log(1e-5 / p) over the codes
-    with p < 1e-5 (3.2368 instead of 3.2358 for four channels of 8 levels). Plain PyTorch operations on every device.
+    Logits add up over channels, so a token's distribution is a product: its entropy is the sum of the
+    channels', and the mean distribution is one GEMM between the outer products of two halves of the channels;
+    memory is tokens x sqrt(codebook) + codebook. VidTok clamps probabilities at 1e-5 inside the logarithm.
+    That is done here in the mean distribution, where it matters and is the same; a token's entropy is exact
+    instead, which is larger by the sum of p log(1e-5 / p) over the codes with p < 1e-5 (3.2368 instead of
+    3.2358 for four channels of 8 levels). Plain PyTorch operations on every device.
 
     Args:
         z: the latent before quantisation, channels at ``dim``; computed in float32, or float64 for that.
@@ -153,7 +164,9 @@ def fsq_entropy_loss(z: Tensor, levels: Sequence[int], *, inv_temperature: float
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """The levels as a tuple, or a ValueError that says what is wrong with them."""
-    possible = _possible.__wrapped__ if torch.compiler.is_compiling() else _possible  # tracing through a cache makes torch warn
+    possible = (
+        _possible.__wrapped__ if torch.compiler.is_compiling() else _possible
+    )  # tracing through a cache makes torch warn
     try:
         return possible(tuple(map(operator.index, levels)))
     except TypeError:
@@ -165,8 +178,10 @@ def _possible(levels: tuple[int, ...]) -> tuple[int, ...]:
     if not levels or not all(2 <= level <= reference.MAX_LEVEL for level in levels):
         raise ValueError(f"levels: expected one or more ints from 2 to {reference.MAX_LEVEL}, got {levels}")
     if math.prod(levels) > 2**31:
-        raise ValueError(f"levels: a codebook of at most 2**31, so that int32 holds its indices, got {levels} with "
-                         f"{math.prod(levels)}")
+        raise ValueError(
+            f"levels: a codebook of at most 2**31, so that int32 holds its indices, got {levels} with "
+            f"{math.prod(levels)}"
+        )
     return levels
 
 
@@ -175,10 +190,15 @@ def _channel_dim(z: Tensor, levels: tuple[int, ...], dim: int) -> int:
     if not z.dtype.is_floating_point:
         raise TypeError(f"z: expected a floating point dtype, got {z.dtype}")
     if not -z.dim() <= dim < z.dim():
-        raise ValueError(f"dim: expected -{z.dim()} to {z.dim() - 1} for z of shape {tuple(z.shape)}, got {dim}")
+        raise ValueError(
+            f"dim: expected -{z.dim()} to {z.dim() - 1} for z of shape {tuple(z.shape)}, got {dim}"
+        )
     if z.shape[dim] != len(levels):
-        raise ValueError(f"levels: expected one for each of the {z.shape[dim]} channels of z (shape {tuple(z.shape)}, dim {dim}), "
-                         f"got {len(levels)}: {levels}")
+        raise ValueError(
+            f"levels: expected one for each of the {z.shape[dim]} channels of z (shape {tuple(z.shape)}, "
+            f"dim {dim}), "
+            f"got {len(levels)}: {levels}"
+        )
     return dim % z.dim()
 
 
@@ -187,19 +207,20 @@ def run(call: FSQCall, backend: str | None) -> tuple[Tensor, Tensor]:
     return backends.select("fsq", call, backend).run(call)
 
 
-# ---- backends ------------------------------------------------------------------------------------------------------------
+# ---- backends ----------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=256)
 def threshold_table(levels: tuple[int, ...], variant: str) -> Tensor:
-    """float32 (channels, most levels - 1), contiguous: each channel's thresholds, NaN (never reached) behind them."""
+    """float32 (channels, most levels - 1), contiguous: each channel's thresholds, NaN (never reached) behind
+    them."""
     table = torch.full((len(levels), max(levels) - 1), math.nan)
     for row, level in zip(table, levels):
-        row[:level - 1] = reference.thresholds(level, variant)
+        row[: level - 1] = reference.thresholds(level, variant)
     return table
 
 
-def _cpu_can_run(call: FSQCall) -> str | None:
+def _why_not_cpu(call: FSQCall) -> str | None:
     if not call.z.is_cpu:
         return f"the tensors are on {call.z.device}"
     if call.z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -218,8 +239,15 @@ def _outputs(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _cpu_run(call: FSQCall) -> tuple[Tensor, Tensor]:
     codes, indices = _outputs(call.z, call.dim)
     arg = native.arg
-    native.lib().fsq_quantize(arg(call.z), arg(codes), arg(indices), arg(threshold_table(call.levels, call.variant)), call.levels,
-                              call.dim, native.threads())
+    native.lib().fsq_quantize(
+        arg(call.z),
+        arg(codes),
+        arg(indices),
+        arg(threshold_table(call.levels, call.variant)),
+        call.levels,
+        call.dim,
+        native.threads(),
+    )
     return codes, indices
 
 
@@ -236,9 +264,11 @@ def _sm80_refuses(tensor: Tensor, dtype: torch.dtype, rank: int) -> str | None:
     return f"rank {rank}, at most 6" if rank > 6 else None
 
 
-def _sm80_can_run(call: FSQCall) -> str | None:
+def _why_not_sm80(call: FSQCall) -> str | None:
     if max(call.levels) > 8 and sum(call.levels) - len(call.levels) > 768:
-        return f"more than 768 thresholds, which do not fit into a kernel's parameters, for levels {call.levels}"
+        return (
+            f"more than 768 thresholds, which do not fit into a kernel's parameters, for levels {call.levels}"
+        )
     return _sm80_refuses(call.z, call.z.dtype, call.z.dim())
 
 
@@ -246,7 +276,9 @@ def _sm80_run(call: FSQCall, lib: Any = None) -> tuple[Tensor, Tensor]:
     codes, indices = _outputs(call.z, call.dim)
     arg, table = native.arg, threshold_table(call.levels, call.variant)
     with native.cuda_stream(call.z) as stream:
-        (lib or native.lib()).fsq_cuda_quantize(arg(call.z), arg(codes), arg(indices), arg(table), call.levels, call.dim, stream)
+        (lib or native.lib()).fsq_sm80_quantize(
+            arg(call.z), arg(codes), arg(indices), arg(table), call.levels, call.dim, stream
+        )
     return codes, indices
 
 
@@ -259,13 +291,17 @@ def _sm80_can_decode(call: FSQDecodeCall) -> str | None:
 
 
 def _sm80_decode(call: FSQDecodeCall, lib: Any = None) -> Tensor:
-    codes = call.indices.new_empty((*call.indices.shape, len(call.levels)), dtype=call.dtype).movedim(-1, call.dim)
+    codes = call.indices.new_empty((*call.indices.shape, len(call.levels)), dtype=call.dtype).movedim(
+        -1, call.dim
+    )
     with native.cuda_stream(call.indices) as stream:
-        (lib or native.lib()).fsq_cuda_decode(native.arg(call.indices), native.arg(codes), call.levels, call.dim, stream)
+        (lib or native.lib()).fsq_sm80_decode(
+            native.arg(call.indices), native.arg(codes), call.levels, call.dim, stream
+        )
     return codes
 
 
-def _sm80_can_run_backward(call: FSQBackwardCall) -> str | None:
+def _why_not_sm80_backward(call: FSQBackwardCall) -> str | None:
     if call.grad.dtype != call.z.dtype or call.grad.device != call.z.device:
         return "the gradient has another dtype or device than z"
     return _sm80_refuses(call.z, call.z.dtype, call.z.dim())
@@ -276,7 +312,9 @@ def _sm80_backward(call: FSQBackwardCall, lib: Any = None) -> Tensor:
     half_l, _, shifts = zip(*(reference.bound_constants(level, call.variant) for level in call.levels))
     slopes = [half / (level // 2) for half, level in zip(half_l, call.levels)]
     with native.cuda_stream(call.z) as stream:
-        (lib or native.lib()).fsq_cuda_backward(arg(call.grad), arg(call.z), arg(grad_z), list(shifts), slopes, call.dim, stream)
+        (lib or native.lib()).fsq_sm80_backward(
+            arg(call.grad), arg(call.z), arg(grad_z), list(shifts), slopes, call.dim, stream
+        )
     return grad_z
 
 
@@ -292,17 +330,29 @@ def _anything(call: Any) -> None:
     return None
 
 
-backends.register("fsq", backends.Backend("sm80", _sm80_can_run, _sm80_run), backends.Backend("cpu", _cpu_can_run, _cpu_run),
-                  backends.Backend("reference", _anything, _reference_run))
-backends.register("fsq_decode", backends.Backend("sm80", _sm80_can_decode, _sm80_decode),
-                  backends.Backend("reference", _anything, _reference_decode))
-backends.register("fsq_backward", backends.Backend("sm80", _sm80_can_run_backward, _sm80_backward),
-                  backends.Backend("reference", _anything, _reference_backward))
+backends.register(
+    "fsq",
+    backends.Backend("sm80", _why_not_sm80, _sm80_run),
+    backends.Backend("cpu", _why_not_cpu, _cpu_run),
+    backends.Backend("reference", _anything, _reference_run),
+)
+backends.register(
+    "fsq_decode",
+    backends.Backend("sm80", _sm80_can_decode, _sm80_decode),
+    backends.Backend("reference", _anything, _reference_decode),
+)
+backends.register(
+    "fsq_backward",
+    backends.Backend("sm80", _why_not_sm80_backward, _sm80_backward),
+    backends.Backend("reference", _anything, _reference_backward),
+)
 
-# ---- torch.library -------------------------------------------------------------------------------------------------------
+# ---- torch.library -----------------------------------------------------------------------------------------
 
-torch.library.define("vtok_fast::fsq_quantize",
-                     "(Tensor z, int[] levels, str variant, int dim, str? backend) -> (Tensor, Tensor)")
+torch.library.define(
+    "vtok_fast::fsq_quantize",
+    "(Tensor z, int[] levels, str variant, int dim, str? backend) -> (Tensor, Tensor)",
+)
 
 
 @torch.library.impl("vtok_fast::fsq_quantize", ("cpu", "cuda"))
@@ -315,7 +365,10 @@ def _fake(z, levels, variant, dim, backend):
     return _outputs(z, dim)
 
 
-torch.library.define("vtok_fast::fsq_quantize_backward", "(Tensor grad, Tensor z, int[] levels, str variant, int dim) -> Tensor")
+torch.library.define(
+    "vtok_fast::fsq_quantize_backward",
+    "(Tensor grad, Tensor z, int[] levels, str variant, int dim) -> Tensor",
+)
 
 
 @torch.library.impl("vtok_fast::fsq_quantize_backward", ("cpu", "cuda"))
@@ -338,7 +391,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx, grad_codes, grad_indices):
     (z,) = ctx.saved_tensors
     call = FSQBackwardCall(grad_codes, z, tuple(ctx.levels), ctx.variant, ctx.dim)
-    # The reference where this gradient is differentiated in its turn, and on a CPU, where the compiler fuses it.
+    # The reference where this gradient is differentiated in its turn, and on a CPU, where the compiler fuses
+    # it.
     if torch.is_grad_enabled() or not z.is_cuda:
         return _reference_backward(call), None, None, None, None
     return torch.ops.vtok_fast.fsq_quantize_backward(*call), None, None, None, None

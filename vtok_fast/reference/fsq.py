@@ -1,11 +1,14 @@
-"""What finite scalar quantisation means (Mentzer et al. 2023, "Finite Scalar Quantization"), in plain PyTorch.
+"""What finite scalar quantisation means (Mentzer et al. 2023, "Finite Scalar Quantization"), in plain
+PyTorch.
 
-Each channel is bounded, ``b(z) = tanh(z + shift) * half_l - offset``, and rounded to one of its L levels. The index is *defined* by
-that formula in float64. It is monotone, so for values that float32 holds (float16 and bfloat16 too) it equals the number of
-thresholds that the value has reached, where threshold k is the smallest float32 whose level is at least k + 1.
+Each channel is bounded, ``b(z) = tanh(z + shift) * half_l - offset``, and rounded to one of its L levels. The
+index is *defined* by that formula in float64. It is monotone, so for values that float32 holds (float16 and
+bfloat16 too) it equals the number of thresholds that the value has reached, where threshold k is the smallest
+float32 whose level is at least k + 1.
 
-Two variants: ``vidtok`` (also Cosmos and lucidrains), half_l = (L-1)(1+eps)/2 and shift = atanh(offset/half_l); ``elastictok``,
-half_l = (L-1)(1-eps)/2 and shift = tan(offset/half_l). In both eps = 1e-3, and offset = 1/2 for an even L, 0 for an odd one.
+Two variants: ``vidtok`` (also Cosmos and lucidrains), half_l = (L-1)(1+eps)/2 and shift =
+atanh(offset/half_l); ``elastictok``, half_l = (L-1)(1-eps)/2 and shift = tan(offset/half_l). In both eps =
+1e-3, and offset = 1/2 for an even L, 0 for an odd one.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from torch import Tensor
 
 VARIANTS = ("vidtok", "elastictok")
 EPS = 1e-3
-MAX_LEVEL = 1000  # from 1001 on, (1 +- eps) shifts the outermost level by half a level and the formula names levels that are not
+# from 1001 on, (1 +- eps) shifts the outermost level by half a level and the formula names levels that are
+# not
+MAX_LEVEL = 1000
 
 
 def bound_constants(level: int, variant: str = "vidtok") -> tuple[float, float, float]:
@@ -35,7 +40,8 @@ def bound_constants(level: int, variant: str = "vidtok") -> tuple[float, float, 
 
 @functools.cache
 def thresholds(level: int, variant: str = "vidtok") -> Tensor:
-    """The level - 1 thresholds of a channel, float32, ascending: the level is how many of them are <= z. Do not write to it."""
+    """The level - 1 thresholds of a channel, float32, ascending: the level is how many of them are <= z. Do
+    not write to it."""
     half_l, offset, shift = bound_constants(level, variant)
 
     def index(z: float) -> int:
@@ -62,7 +68,9 @@ def _value(key: int) -> float:
     return value if key >= 0 else -value
 
 
-def fsq_quantize(z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1) -> tuple[Tensor, Tensor]:
+def fsq_quantize(
+    z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1
+) -> tuple[Tensor, Tensor]:
     """Codes and indices; arguments and the treatment of NaN as in :func:`vtok_fast.fsq_quantize`."""
     last = z.movedim(dim, -1)
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
@@ -73,7 +81,10 @@ def fsq_quantize(z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", d
         value = last[..., channel].to(wide)
         if wide == torch.float64:
             half_l, offset, shift = bound_constants(level, variant)
-            index = torch.round(torch.tanh(value + shift) * half_l - offset).nan_to_num(0.0).to(torch.int64) + level // 2
+            index = (
+                torch.round(torch.tanh(value + shift) * half_l - offset).nan_to_num(0.0).to(torch.int64)
+                + level // 2
+            )
         else:
             index = torch.bucketize(value.contiguous(), thresholds(level, variant).to(z.device), right=True)
         half = level // 2
@@ -84,19 +95,26 @@ def fsq_quantize(z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", d
     return codes.movedim(-1, dim).to(z.dtype), indices.to(torch.int32)
 
 
-def fsq_quantize_backward(grad: Tensor, z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1) -> Tensor:
-    """Straight through the rounding, not through the bound: grad * (1 - tanh(z + shift)^2) * half_l / (L // 2)."""
+def fsq_quantize_backward(
+    grad: Tensor, z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1
+) -> Tensor:
+    """Straight through the rounding, not through the bound: grad * (1 - tanh(z + shift)^2) * half_l / (L //
+    2)."""
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     half_l, offset, shift = zip(*(bound_constants(level, variant) for level in levels))
     shape = [1] * z.dim()
     shape[dim] = len(levels)
     shifts = torch.tensor(shift, dtype=wide, device=z.device).view(shape)
-    slopes = torch.tensor([h / (level // 2) for h, level in zip(half_l, levels)], dtype=wide, device=z.device).view(shape)
+    slopes = torch.tensor(
+        [h / (level // 2) for h, level in zip(half_l, levels)], dtype=wide, device=z.device
+    ).view(shape)
     t = torch.tanh(z.to(wide) + shifts)
     return (grad.to(wide) * (1 - t * t) * slopes).to(z.dtype)
 
 
-def fsq_decode(indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32, dim: int = 1) -> Tensor:
+def fsq_decode(
+    indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32, dim: int = 1
+) -> Tensor:
     """The codes of indices, as in :func:`vtok_fast.fsq_decode`."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     rest = indices.to(torch.int64)
@@ -110,24 +128,39 @@ def fsq_decode(indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = t
     return torch.stack(channels, -1).to(dtype).movedim(-1, dim)
 
 
-def official_float32(z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1) -> tuple[Tensor, Tensor]:
-    """The formula as the public implementations evaluate it, all in float32; to compare with, see ``tests/ops/test_fsq.py``.
+def official_float32(
+    z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The formula as the public implementations evaluate it, all in float32; to compare with, see
+    ``tests/ops/test_fsq.py``.
 
-    Within a few float32 steps of a threshold it can name the level next to the one that float64 does. The index is rounded
-    here where some of them truncate it (which is wrong for some levels from 26 on).
+    Within a few float32 steps of a threshold it can name the level next to the one that float64 does. The
+    index is rounded here where some of them truncate it (which is wrong for some levels from 26 on).
     """
     last = z.movedim(dim, -1).to(torch.float32)
-    half_l, offset, shift = torch.tensor([bound_constants(level, variant) for level in levels], device=z.device).unbind(-1)
+    half_l, offset, shift = torch.tensor(
+        [bound_constants(level, variant) for level in levels], device=z.device
+    ).unbind(-1)
     half = torch.tensor([level // 2 for level in levels], dtype=torch.float32, device=z.device)
-    basis = torch.tensor([math.prod(levels[:i]) for i in range(len(levels))], dtype=torch.float64, device=z.device)
+    basis = torch.tensor(
+        [math.prod(levels[:i]) for i in range(len(levels))], dtype=torch.float64, device=z.device
+    )
     level_index = torch.round(torch.tanh(last + shift) * half_l - offset)
     indices = ((level_index + half).to(torch.float64) * basis).sum(-1).round().to(torch.int32)
     return (level_index / half).to(z.dtype).movedim(-1, dim), indices
 
 
-def fsq_entropy_loss(z: Tensor, levels: Sequence[int], codes: Tensor, *, inv_temperature: float = 100.0, gamma: float = 1.0,
-                     dim: int = 1) -> tuple[Tensor, Tensor]:
-    """(entropy term, commitment term), as in :func:`vtok_fast.fsq_entropy_loss`; ``codes`` are the quantised ``z``."""
+def fsq_entropy_loss(
+    z: Tensor,
+    levels: Sequence[int],
+    codes: Tensor,
+    *,
+    inv_temperature: float = 100.0,
+    gamma: float = 1.0,
+    dim: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """(entropy term, commitment term), as in :func:`vtok_fast.fsq_entropy_loss`; ``codes`` are the quantised
+    ``z``."""
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat = z.movedim(dim, -1).reshape(-1, len(levels)).to(wide)
     token_entropy = flat.new_zeros(())
@@ -144,7 +177,8 @@ def fsq_entropy_loss(z: Tensor, levels: Sequence[int], codes: Tensor, *, inv_tem
 
 
 def _mean_outer(probabilities: list[Tensor]) -> Tensor:
-    """The mean over tokens of the outer product of all channels' probabilities, flattened: one GEMM of two halves."""
+    """The mean over tokens of the outer product of all channels' probabilities, flattened: one GEMM of two
+    halves."""
     sizes = [p.shape[1] for p in probabilities]
     split = min(range(len(sizes)), key=lambda i: math.prod(sizes[:i]) + math.prod(sizes[i:]))
 

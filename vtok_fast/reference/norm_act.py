@@ -1,7 +1,8 @@
-"""What ``norm_act`` means, in plain PyTorch: normalise, scale and shift per channel, modulate, activate. And its gradient.
+"""What ``norm_act`` means, in plain PyTorch: normalise, scale and shift per channel, modulate, activate. And
+its gradient.
 
-LayerNorm (Ba et al. 2016), RMSNorm (Zhang & Sennrich 2019) and GroupNorm (Wu & He 2018) over videos (B, C, T, H, W); ``group_rms``
-is a GroupNorm that subtracts no mean.
+LayerNorm (Ba et al. 2016), RMSNorm (Zhang & Sennrich 2019) and GroupNorm (Wu & He 2018) over videos (B, C, T,
+H, W); ``group_rms`` is a GroupNorm that subtracts no mean.
 """
 
 from __future__ import annotations
@@ -15,10 +16,23 @@ ROUNDINGS = ("once", "wan", "ltx")
 WAN_FLOOR = 1e-12  # of the norm, as in torch.nn.functional.normalize
 
 
-def norm_act(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, kind: str = "layer", groups: int = 1,
-             per_frame: bool = False, eps: float = 1e-6, scale: Tensor | None = None, shift: Tensor | None = None,
-             residual: Tensor | None = None, activation: str | None = None, rounding: str = "once") -> Tensor:
-    """``activation(norm(x + residual) * weight + bias) * scale + shift)``; arguments as in :func:`vtok_fast.norm_act`."""
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    kind: str = "layer",
+    groups: int = 1,
+    per_frame: bool = False,
+    eps: float = 1e-6,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    rounding: str = "once",
+) -> Tensor:
+    """``activation(norm(x + residual) * weight + bias) * scale + shift)``; arguments as in
+    :func:`vtok_fast.norm_act`."""
     if rounding != "once":
         return _chain(x, weight, bias, eps, scale, shift, residual, activation, rounding)
     wide = _wide(x)
@@ -31,8 +45,11 @@ def norm_act(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
-def normalise(v: Tensor, kind: str, groups: int, per_frame: bool, eps: float, rounding: str = "once") -> tuple[Tensor, Tensor]:
-    """The normalised video and the reciprocal deviation that it was multiplied by, (B, groups, 1, T or 1, H or 1, W or 1)."""
+def normalise(
+    v: Tensor, kind: str, groups: int, per_frame: bool, eps: float, rounding: str = "once"
+) -> tuple[Tensor, Tensor]:
+    """The normalised video and the reciprocal deviation that it was multiplied by, (B, groups, 1, T or 1, H
+    or 1, W or 1)."""
     g = _grouped(v, groups)
     over = _reduced(kind, per_frame)
     if kind in ("layer", "group"):
@@ -62,24 +79,39 @@ def _grouped(v: Tensor, groups: int) -> Tensor:
 
 
 def _reduced(kind: str, per_frame: bool) -> tuple[int, ...]:
-    """Dimensions of the grouped video that share their statistics: channels, and for groups the positions too."""
+    """Dimensions of the grouped video that share their statistics: channels, and for groups the positions
+    too."""
     if kind in ("layer", "rms"):
         return (2,)
     return (2, 4, 5) if per_frame else (2, 3, 4, 5)
 
 
-def _chain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None,
-           residual: Tensor | None, activation: str | None, rounding: str) -> Tensor:
-    """The operation by operation chains of two libraries, each step rounded to the dtype that it has there."""
+def _chain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    rounding: str,
+) -> Tensor:
+    """The operation by operation chains of two libraries, each step rounded to the dtype that it has
+    there."""
     if residual is not None:
         x = x + residual
     narrow = x.dtype in (torch.float16, torch.bfloat16)
-    if rounding == "wan":  # normalize in float32, then times sqrt(C), gamma, and plus a bias that is 0.0 where absent
+    if (
+        rounding == "wan"
+    ):  # normalize in float32, then times sqrt(C), gamma, and plus a bias that is 0.0 where absent
         y = F.normalize(x.float() if narrow else x, dim=1, eps=WAN_FLOOR).to(x.dtype) * x.shape[1] ** 0.5
         if weight is not None:
             y = y * weight.view(-1, 1, 1, 1)
         y = y + (0.0 if bias is None else bias.view(-1, 1, 1, 1))
-    else:  # ltx: on a channels-last view, the variance in float32, one rounding to the weight's type before the weight
+    # ltx: on a channels-last view, the variance in float32, one rounding to the weight's type before the
+    # weight
+    else:
         y = x.movedim(1, -1)
         y = y * torch.rsqrt(y.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
         if weight is None:
@@ -94,14 +126,29 @@ def _chain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, sc
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
-def norm_act_backward(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-                      shift: Tensor | None, residual: Tensor | None, *, kind: str, groups: int, per_frame: bool, eps: float,
-                      activation: str | None, rounding: str) -> tuple[Tensor | None, ...]:
-    """Gradients for (x, weight, bias, scale, shift, residual), None for the absent; the forward pass is computed again.
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    *,
+    kind: str,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+    activation: str | None,
+    rounding: str,
+) -> tuple[Tensor | None, ...]:
+    """Gradients for (x, weight, bias, scale, shift, residual), None for the absent; the forward pass is
+    computed again.
 
-    With x^ the normalised input, r the reciprocal deviation and g the gradient with respect to x^, the gradient with respect
-    to the input is r (g - mean(g) - x^ mean(g x^)), the first mean only where the mean was subtracted. All in float32, or in
-    float64 for a float64 input; roundings inside the chains count as exact.
+    With x^ the normalised input, r the reciprocal deviation and g the gradient with respect to x^, the
+    gradient with respect to the input is r (g - mean(g) - x^ mean(g x^)), the first mean only where the mean
+    was subtracted. All in float32, or in float64 for a float64 input; roundings inside the chains count as
+    exact.
     """
     wide = _wide(x)
     v = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)

@@ -1,4 +1,5 @@
-"""What ``scope_attention`` means, in plain PyTorch: softmax attention under a mask, its log-sum-exp, and its gradient."""
+"""What ``scope_attention`` means, in plain PyTorch: softmax attention under a mask, its log-sum-exp, and its
+gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from torch import Tensor
 def scope_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """``softmax(q k^T scale) v`` over the keys that the mask leaves, and the log-sum-exp of the scores.
 
-    Computed in float32 (float64 for a float64 ``q``) and rounded once. A query that sees nothing gives zeros, and minus infinity.
+    Computed in float32 (float64 for a float64 ``q``) and rounded once. A query that sees nothing gives zeros,
+    and minus infinity.
 
     Args:
         q: (B, heads, Sq, D).
@@ -28,10 +30,11 @@ def scope_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     return out.to(q.dtype), torch.where(seen, scores.logsumexp(-1), -torch.inf)
 
 
-def scope_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor,
-                             scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for (q, k, v). With P = exp(scores - lse): dV = P^T dO, dS = P (dO V^T - sum(dO O)), dQ = dS K, dK = dS^T Q
-    (FlashAttention, arXiv 2205.14135, appendix B.2)."""
+def scope_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for (q, k, v). With P = exp(scores - lse): dV = P^T dO, dS = P (dO V^T - sum(dO O)), dQ = dS
+    K, dK = dS^T Q (FlashAttention, arXiv 2205.14135, appendix B.2)."""
     q64, k64, v64 = _wide(q, k, v)
     grad, out = grad.to(q64.dtype), out.to(q64.dtype)
     scores = q64 @ k64.transpose(-1, -2) * scale

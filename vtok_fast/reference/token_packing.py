@@ -1,10 +1,12 @@
 """What it means to score, choose, pack and unpack the tokens of a video, in plain PyTorch.
 
-InfoTok (arXiv 2512.16975): a token's score is the mean absolute error of its pixels after a full decode, and the highest-scoring
-tokens of a clip are kept. ElasticTok (arXiv 2410.08368) and AdapTok (arXiv 2505.17011) keep a prefix of each block instead.
+InfoTok (arXiv 2512.16975): a token's score is the mean absolute error of its pixels after a full decode, and
+the highest-scoring tokens of a clip are kept. ElasticTok (arXiv 2410.08368) and AdapTok (arXiv 2505.17011)
+keep a prefix of each block instead.
 
-Means are defined on integers, so that no order of summation can change a bit: every value is cut to a multiple of 2^-30 and to at
-most 4096, which float32 and float64 do exactly; the sum is an int64; one division in float64 makes it a mean.
+Means are defined on integers, so that no order of summation can change a bit: every value is cut to a
+multiple of 2^-30 and to at most 4096, which float32 and float64 do exactly; the sum is an int64; one division
+in float64 makes it a mean.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def fixed(value: Tensor) -> Tensor:
 
 
 def router_scores(video: Tensor, reconstruction: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """(B, t, h, w): mean |video - reconstruction| over the channels and pixels of each cell; frame 0 is a cell's whole time."""
+    """(B, t, h, w): mean |video - reconstruction| over the channels and pixels of each cell; frame 0 is a
+    cell's whole time."""
     wide = torch.float64 if video.dtype == torch.float64 else torch.float32
     difference = (video.to(wide) - reconstruction.to(wide)).abs()
     parts = []
@@ -65,7 +68,8 @@ def update_mean(elbo_mean: Tensor, scores: Tensor, decay: float) -> None:
 
 
 def counts(rate: Tensor, tokens: int, released: bool) -> Tensor:
-    """int64: how many of ``tokens`` a rate keeps; ``released`` counts as InfoTok's code, whose rate 1 drops one token."""
+    """int64: how many of ``tokens`` a rate keeps; ``released`` counts as InfoTok's code, whose rate 1 drops
+    one token."""
     rate = rate.clamp(0.0, 1.0)
     if released:
         return (tokens - 1 - torch.floor((1 - rate) * (tokens - 1))).to(torch.int64).clamp_min(0)
@@ -73,7 +77,8 @@ def counts(rate: Tensor, tokens: int, released: bool) -> Tensor:
 
 
 def select_tokens(scores: Tensor, budget: Tensor, *, method: str = "topk", stride: int = 4) -> Tensor:
-    """The keep mask; ``budget`` is int64 (B,), or (B, blocks) for the two orders, and is clamped to what exists."""
+    """The keep mask; ``budget`` is int64 (B,), or (B, blocks) for the two orders, and is clamped to what
+    exists."""
     if method in ("order", "order_strided"):
         blocks = scores.shape[1]
         size = scores[0, 0].numel() if scores.shape[0] else 0
@@ -102,9 +107,11 @@ def strided_rank(position: Tensor, size: int, stride: int) -> Tensor:
 
 
 def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (N, C), or (N,) where tokens have no channels; int32 positions within their clip; int32 cu_seqlens.
+    """Values (N, C), or (N,) where tokens have no channels; int32 positions within their clip; int32
+    cu_seqlens.
 
-    With a ``capacity``, N is that: what exceeds it is left out, rows that are left over hold 0, their positions -1.
+    With a ``capacity``, N is that: what exceeds it is left out, rows that are left over hold 0, their
+        positions -1.
     """
     flat_keep = keep.flatten(1)
     last = tokens.flatten(1) if tokens.dim() == keep.dim() else tokens.flatten(2).transpose(1, 2)
@@ -112,7 +119,8 @@ def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None = None) -> tu
     if capacity is None:
         clip, position = flat_keep.nonzero(as_tuple=True)
         return last[clip, position], position.to(torch.int32), count.to(torch.int32)
-    # Without a size that depends on data: every token is written, those without a row to a row that is cut off.
+    # Without a size that depends on data: every token is written, those without a row to a row that is cut
+    # off.
     row = (flat_keep.flatten().cumsum(0) - 1).where(flat_keep.flatten(), capacity).clamp_max(capacity)
     values = last.new_zeros(capacity + 1, *last.shape[2:]).index_copy(0, row, last.flatten(0, 1))
     position = torch.arange(flat_keep.shape[1], device=keep.device).repeat(flat_keep.shape[0])
@@ -121,7 +129,8 @@ def pack_tokens(tokens: Tensor, keep: Tensor, capacity: int | None = None) -> tu
 
 
 def unpack_tokens(values: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
-    """(B, C, *grid) or (B, *grid): row r of ``values`` goes to the r-th kept position, ``fill`` everywhere else."""
+    """(B, C, *grid) or (B, *grid): row r of ``values`` goes to the r-th kept position, ``fill`` everywhere
+    else."""
     flat = mask.flatten()
     row = (flat.cumsum(0) - 1).clamp(0, max(len(values) - 1, 0))
     there = flat & (flat.cumsum(0) <= len(values))

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok_fast import native, parity
-from vtok_fast.swap import (
+from vtok_fast import parity
+from vtok_fast.dispatch import native
+from vtok_fast.swap.adapters import (
     cosmos,
     diffusers_cogvideox,
     diffusers_cosmos,
@@ -34,23 +35,33 @@ from vtok_fast.swap.report import Entry, Report
 from vtok_fast.swap.results import close, equal
 
 # Asked in this order; the first that knows a module answers for it.
-LIBRARIES = (diffusers_wan, diffusers_cogvideox, diffusers_hunyuan, diffusers_cosmos, diffusers_vidtok, vector_quantize)
+LIBRARIES = (
+    diffusers_wan,
+    diffusers_cogvideox,
+    diffusers_hunyuan,
+    diffusers_cosmos,
+    diffusers_vidtok,
+    vector_quantize,
+)
 ADAPTERS = (vidtok, cosmos, infotok, promag, *LIBRARIES, pad_conv)
 
 _cache_shares: dict[int, int] = {}  # accelerated model -> bytes of the weight cache it pays for
 
 
-def accelerate(model: nn.Module, *, example: Any = None, check: bool = True, contract: str = "close") -> Report:
+def accelerate(
+    model: nn.Module, *, example: Any = None, check: bool = True, contract: str = "close"
+) -> Report:
     """Swaps the ops into ``model``, in place, and reports what was done.
 
-    No module is replaced: single methods of single instances are, so classes, parameters, ``state_dict`` keys, hooks on
-    untouched modules and references to the modules stay what they are. ``report.revert()`` gives the model back. A module
-    that is already accelerated is left as it is.
+    No module is replaced: single methods of single instances are, so classes, parameters, ``state_dict``
+    keys, hooks on untouched modules and references to the modules stay what they are. ``report.revert()``
+    gives the model back. A module that is already accelerated is left as it is.
 
     Args:
         model: any module; those whose kind no adapter knows are left alone and named in the report.
-        example: the model's input, a tensor or a tuple of arguments. With it every swap is checked on the inputs that it gets
-            there, and the whole model end to end; without, on small random inputs of its own.
+        example: the model's input, a tensor or a tuple of arguments. With it every swap is checked on the
+            inputs that it gets there, and the whole model end to end; without, on small random inputs of its
+            own.
         check: measure each swap against its contract and undo one that fails.
         contract: "close" may replace arithmetic; "exact" allows only what is bit-equal to the eager chain.
 
@@ -87,7 +98,8 @@ def accelerate(model: nn.Module, *, example: Any = None, check: bool = True, con
 
 @contextmanager
 def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
-    """``accelerate`` for a block; the model is given back at its end, also after an exception. Blocks may be nested.
+    """``accelerate`` for a block; the model is given back at its end, also after an exception. Blocks may be
+    nested.
 
     Args:
         model, options: as in :func:`accelerate`, which also says what is raised.
@@ -132,7 +144,9 @@ def _propose(model: nn.Module, report: Report) -> list[_Candidate]:
         why = answer.why if isinstance(answer, Skip) else ""
         swaps = answer if isinstance(answer, list) else []
         if swaps and report.contract == "exact":
-            swaps = [replace(swap, function=swap.exact, judge=equal) for swap in swaps if swap.exact is not None]
+            swaps = [
+                replace(swap, function=swap.exact, judge=equal) for swap in swaps if swap.exact is not None
+            ]
             why = "" if swaps else "the swap replaces arithmetic, which the contract exact does not allow"
         if swaps and any(s.attribute in module.__dict__ for s in swaps):
             why, swaps = "already accelerated, or its forward was replaced by somebody else", []
@@ -145,21 +159,32 @@ def _propose(model: nn.Module, report: Report) -> list[_Candidate]:
             covered.update(m for part in inside for m in part.modules())
         candidates += [_Candidate(path, module, s) for s in swaps]
         if not swaps and (why or _computes(module)):
-            report.skipped.append(Entry(path, type(module).__name__, why=why or "no adapter knows this kind of module"))
+            report.skipped.append(
+                Entry(path, type(module).__name__, why=why or "no adapter knows this kind of module")
+            )
     return candidates
 
 
 def _computes(module: nn.Module) -> bool:
     """Whether a module does something by itself, so that leaving it alone is worth a line."""
-    return not list(module.children()) and not isinstance(module, (nn.Identity, nn.Dropout, nn.ModuleList, nn.ModuleDict))
+    return not list(module.children()) and not isinstance(
+        module, (nn.Identity, nn.Dropout, nn.ModuleList, nn.ModuleDict)
+    )
 
 
 def _install(c: _Candidate, measured: _Measurement | None, report: Report) -> None:
     entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract=report.contract)
     if measured is not None:
-        entry = replace(entry, error=measured.parity.error, bound=measured.parity.bound, eager_ms=measured.eager.ms,
-                        fast_ms=measured.fast.ms, eager_bytes=measured.eager.bytes, fast_bytes=measured.fast.bytes,
-                        note=getattr(measured.parity, "note", ""))
+        entry = replace(
+            entry,
+            error=measured.parity.error,
+            bound=measured.parity.bound,
+            eager_ms=measured.eager.ms,
+            fast_ms=measured.fast.ms,
+            eager_bytes=measured.eager.bytes,
+            fast_bytes=measured.fast.bytes,
+            note=getattr(measured.parity, "note", ""),
+        )
         if not measured.parity.ok:
             report.skipped.append(replace(entry, why=f"failed its contract: {measured.parity}"))
             return
@@ -169,7 +194,7 @@ def _install(c: _Candidate, measured: _Measurement | None, report: Report) -> No
     report.swapped.append(entry)
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------
 
 
 def _measure(c: _Candidate, args: tuple, kwargs: dict[str, Any]) -> _Measurement:
@@ -191,7 +216,8 @@ def _measure(c: _Candidate, args: tuple, kwargs: dict[str, Any]) -> _Measurement
 
 
 def _call(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The result, and the arguments' lists and dicts (feature caches) as the call left them; the caller's own are not touched."""
+    """The result, and the arguments' lists and dicts (feature caches) as the call left them; the caller's own
+    are not touched."""
     args, kwargs = _containers(args), _containers(kwargs)
     result = function(*args, **kwargs)
     return result, [v for v in (*args, *kwargs.values()) if isinstance(v, (list, dict))]
@@ -207,7 +233,8 @@ def _containers(value: Any) -> Any:
 
 
 def _measured(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Any, Any], _Cost]:
-    """What :func:`_call` gives; the shortest of three runs in milliseconds, and the most memory that its tensors took."""
+    """What :func:`_call` gives; the shortest of three runs in milliseconds, and the most memory that its
+    tensors took."""
     best = float("inf")
     for _ in range(3):
         _wait_for_gpu()
@@ -234,7 +261,8 @@ def _to_double(value: Any) -> Any:
 
 
 def _measure_on_example(model: nn.Module, args: tuple, candidates: list[_Candidate]) -> tuple[dict, tuple]:
-    """Measures each candidate on the first inputs that it gets, while the model runs as it is; also the model's own result."""
+    """Measures each candidate on the first inputs that it gets, while the model runs as it is; also the
+    model's own result."""
     measured: dict[_Candidate, _Measurement] = {}
     handles = []
     for c in candidates:
@@ -258,7 +286,8 @@ def _measure_on_example(model: nn.Module, args: tuple, candidates: list[_Candida
 
 
 def _sample(c: _Candidate) -> tuple:
-    """The candidate's random arguments, the same every time and without touching the program's random numbers."""
+    """The candidate's random arguments, the same every time and without touching the program's random
+    numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return () if c.swap.sample is None else c.swap.sample(c.module)
@@ -267,8 +296,11 @@ def _sample(c: _Candidate) -> tuple:
 def _run(model: nn.Module, args: tuple) -> tuple[Any, list[tuple[Tensor, tuple[int, ...]]]]:
     """The model's result, and on the way the latents that its FSQ quantisers got, with their levels."""
     latents: list[tuple[Tensor, tuple[int, ...]]] = []
-    handles = [module.register_forward_pre_hook(lambda _, inputs, levels=levels: latents.append((inputs[0], levels)))
-               for adapter in (vidtok, diffusers_vidtok) for module, levels in adapter.quantisers(model)]
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, levels=levels: latents.append((inputs[0], levels)))
+        for adapter in (vidtok, diffusers_vidtok)
+        for module, levels in adapter.quantisers(model)
+    ]
     try:
         with torch.no_grad():
             return model(*args), latents
@@ -287,17 +319,25 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 def _measure_end_to_end(model: nn.Module, args: tuple, eager: tuple, ref64: tuple, report: Report) -> None:
     fast = _run(model, args)
     p = close(fast[0], eager[0], ref64[0])
-    report.end_to_end = Entry("", type(model).__name__, "end to end", "" if p.ok else f"beyond its contract: {p}", "close",
-                              p.error, p.bound)
+    report.end_to_end = Entry(
+        "",
+        type(model).__name__,
+        "end to end",
+        "" if p.ok else f"beyond its contract: {p}",
+        "close",
+        p.error,
+        p.bound,
+    )
     for (z, levels), (z_eager, _), (z64, _) in zip(fast[1], eager[1], ref64[1]):
         report.tokens.append(parity.tokens(z, z_eager, z64, levels))
 
 
-# ---- the cache of transformed weights ------------------------------------------------------------------------------------
+# ---- the cache of transformed weights ----------------------------------------------------------------------
 
 
 def _share_weight_cache(model: nn.Module) -> Any:
-    """Grants the native weight cache this model's own bytes, or what VTOK_FAST_WEIGHT_CACHE says; returns how to take them back."""
+    """Grants the native weight cache this model's own bytes, or what VTOK_FAST_WEIGHT_CACHE says; returns how
+    to take them back."""
     key = id(model)
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     _set_weight_cache(sum(_cache_shares.values()) + own)

@@ -1,4 +1,5 @@
-"""How much memory the tensors take that a call makes, at their highest, whatever the device and its allocator."""
+"""How much memory the tensors take that a call makes, at their highest, whatever the device and its
+allocator."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class _LiveStorages(TorchDispatchMode):
 
 
 def peak_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Runs ``function(*args, **kwargs)`` and returns the most bytes that tensors made by it took together at any time.
+    """Runs ``function(*args, **kwargs)`` and returns the most bytes that tensors made by it took together at
+    any time.
 
     Results count, arguments and parameters do not, nor what a native kernel keeps for itself.
     """

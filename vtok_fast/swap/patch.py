@@ -1,8 +1,8 @@
 """One swap: a method of one module instance, replaced on that instance.
 
 The module object, its class, its parameters, its buffers and its ``state_dict`` stay what they are; only
-``instance.__dict__[attribute]`` is set, to a bound method. So ``isinstance`` checks hold, ``copy.deepcopy`` binds the copy's
-method to the copy, and taking the entry out again restores the module exactly.
+``instance.__dict__[attribute]`` is set, to a bound method. So ``isinstance`` checks hold, ``copy.deepcopy``
+binds the copy's method to the copy, and taking the entry out again restores the module exactly.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ class Swap:
         what: one line for the report.
         function: ``function(module, *args, **kwargs)``, which takes the place of the method.
         attribute: the method's name.
-        covers: names of the children that are then part of this swap (None: all); the others are looked at on their own.
-        sample: makes small random arguments for the check, ``sample(module) -> tuple``; None for a swap that only moves data.
+        covers: names of the children that are then part of this swap (None: all); the others are looked at on
+            their own.
+        sample: makes small random arguments for the check, ``sample(module) -> tuple``; None for a swap that
+            only moves data.
         probe: the part of the module to copy for the check, where the method does not need all of it.
-        judge: compares (fast, eager, float64) results where the *close* contract on tensors is not the right measure.
-        reference: ``reference(module, *args)``, the float64 result where a double copy of the module does not give it.
-        exact: what takes the place of the method under the contract *exact*: the same arithmetic on fewer copies. None where
-            there is nothing of that kind.
+        judge: compares (fast, eager, float64) results where the *close* contract on tensors is not the right
+            measure.
+        reference: ``reference(module, *args)``, the float64 result where a double copy of the module does not
+            give it.
+        exact: what takes the place of the method under the contract *exact*: the same arithmetic on fewer
+            copies. None where there is nothing of that kind.
     """
 
     what: str
@@ -49,7 +53,8 @@ class Swap:
 
 @dataclass(frozen=True)
 class Skip:
-    """What an adapter answers for a module of its library that it leaves alone. Its children are still looked at."""
+    """What an adapter answers for a module of its library that it leaves alone. Its children are still looked
+    at."""
 
     why: str
 
@@ -80,10 +85,16 @@ class Patch:
 
 
 def _renamed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The same function under the method's name. Pickle stores a bound method by that name, so a pickled model loads as it was
-    before it was accelerated."""
-    copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__, copy.__doc__, copy.__module__ = function.__kwdefaults__, function.__doc__, function.__module__
+    """The same function under the method's name. Pickle stores a bound method by that name, so a pickled
+    model loads as it was before it was accelerated."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__, copy.__doc__, copy.__module__ = (
+        function.__kwdefaults__,
+        function.__doc__,
+        function.__module__,
+    )
     return copy
 
 
@@ -94,12 +105,21 @@ def runs(module: nn.Module, function: Callable[..., Any], attribute: str = "forw
 
 
 def hooked(module: nn.Module, parts: tuple[str, ...] | None = None) -> str | None:
-    """Why a module's children (or only these, with theirs) cannot be bypassed: a hook or a replaced forward on one of them would
-    not run any more."""
+    """Why a module's children (or only these, with theirs) cannot be bypassed: a hook or a replaced forward
+    on one of them would not run any more."""
     for name, child in module.named_modules():
-        if child is module or parts is not None and not any(name == part or name.startswith(f"{part}.") for part in parts):
+        if (
+            child is module
+            or parts is not None
+            and not any(name == part or name.startswith(f"{part}.") for part in parts)
+        ):
             continue
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        if (
+            child._forward_hooks
+            or child._forward_pre_hooks
+            or child._backward_hooks
+            or child._backward_pre_hooks
+        ):
             return f"{name} has hooks, which a fused block would not call"
         if "forward" in child.__dict__:
             return f"{name}.forward was replaced by somebody else"

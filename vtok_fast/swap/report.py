@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtok_fast.io.files import write_atomically
 from vtok_fast.parity import TokenParity
-from vtok_fast.tokens import write_atomically
 
 if TYPE_CHECKING:
     from vtok_fast.swap.patch import Patch
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module. ``error`` and ``bound`` are relative to float64 (see :mod:`vtok_fast.parity`), times in milliseconds and the
-    most memory that tensors took in bytes, both on the check's inputs; None where nothing was measured. ``note`` is what else the
-    check saw."""
+    """One module. ``error`` and ``bound`` are relative to float64 (see :mod:`vtok_fast.parity`), times in
+    milliseconds and the most memory that tensors took in bytes, both on the check's inputs; None where
+    nothing was measured. ``note`` is what else the check saw."""
 
     path: str
     kind: str
@@ -41,8 +41,9 @@ class Report:
     Attributes:
         swapped, skipped: lists of :class:`Entry`, in the model's order.
         contract: "close" or "exact".
-        end_to_end: the whole model's error and bound on ``example``, with a ``why`` where it is beyond the bound (a token that
-            falls to the other side of a rounding threshold does that: see ``tokens``); None where no example was given.
+        end_to_end: the whole model's error and bound on ``example``, with a ``why`` where it is beyond the
+            bound (a token that falls to the other side of a rounding threshold does that: see ``tokens``);
+            None where no example was given.
         tokens: a :class:`vtok_fast.parity.TokenParity` for each FSQ quantiser of the model, on ``example``.
     """
 
@@ -70,17 +71,23 @@ class Report:
         self._on_revert.clear()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"contract": self.contract, "active": self.active, "swapped": [asdict(e) for e in self.swapped],
-                "skipped": [asdict(e) for e in self.skipped],
-                "end_to_end": None if self.end_to_end is None else asdict(self.end_to_end),
-                "tokens": [asdict(t) | {"ok": t.ok} for t in self.tokens]}
+        return {
+            "contract": self.contract,
+            "active": self.active,
+            "swapped": [asdict(e) for e in self.swapped],
+            "skipped": [asdict(e) for e in self.skipped],
+            "end_to_end": None if self.end_to_end is None else asdict(self.end_to_end),
+            "tokens": [asdict(t) | {"ok": t.ok} for t in self.tokens],
+        }
 
     def to_json(self, **options: Any) -> str:
         """The report as JSON; ``options`` go to ``json.dumps``."""
         return json.dumps(self.to_dict(), **{"indent": 2, **options})
 
     def __repr__(self) -> str:
-        return f"<Report: {len(self.swapped)} swapped, {len(self.skipped)} left alone, contract {self.contract}>"
+        return (
+            f"<Report: {len(self.swapped)} swapped, {len(self.skipped)} left alone, contract {self.contract}>"
+        )
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -102,7 +109,8 @@ class Report:
             yield f"Tokens: {tokens}{'' if tokens.ok else ': TOO MANY'}."
 
     def plot(self, path: str | os.PathLike | None = None) -> Any:
-        """Draws time and memory before and after and the error against its bound, module by module (needs matplotlib).
+        """Draws time and memory before and after and the error against its bound, module by module (needs
+        matplotlib).
 
         Returns the figure; with ``path`` it is also written there.
         """
@@ -112,9 +120,15 @@ class Report:
         figure = Figure(figsize=(14, 1.5 + 0.24 * len(entries)), layout="constrained")
         time, memory, error = figure.subplots(1, 3, sharey=True)
         rows = range(len(entries))
-        for axes, eager, fast, label in ((time, [e.eager_ms for e in entries], [e.fast_ms for e in entries], "ms"),
-                                         (memory, [(e.eager_bytes or 0) / 2**20 for e in entries],
-                                          [(e.fast_bytes or 0) / 2**20 for e in entries], "MiB of tensors at the highest")):
+        for axes, eager, fast, label in (
+            (time, [e.eager_ms for e in entries], [e.fast_ms for e in entries], "ms"),
+            (
+                memory,
+                [(e.eager_bytes or 0) / 2**20 for e in entries],
+                [(e.fast_bytes or 0) / 2**20 for e in entries],
+                "MiB of tensors at the highest",
+            ),
+        ):
             axes.barh([r - 0.2 for r in rows], eager, 0.4, label="eager", color="#b8b8b8")
             axes.barh([r + 0.2 for r in rows], fast, 0.4, label="vtok_fast", color="#2a78b5")
             axes.set(xlabel=f"{label}, on the check's inputs")
@@ -122,18 +136,25 @@ class Report:
         time.tick_params(axis="y", labelsize=7)
         time.invert_yaxis()
         time.legend()
-        error.barh(list(rows), [e.error / e.bound if e.error and e.bound else 0.0 for e in entries], color="#2a78b5")
+        error.barh(
+            list(rows), [e.error / e.bound if e.error and e.bound else 0.0 for e in entries], color="#2a78b5"
+        )
         error.axvline(1, color="#c0392b")
         error.set(xlabel="error / allowed error", xlim=(0, 1.05))
         if path is not None:
-            write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format=Path(path).suffix[1:] or "png"))
+            write_atomically(
+                path,
+                lambda temporary: figure.savefig(temporary, dpi=130, format=Path(path).suffix[1:] or "png"),
+            )
         return figure
 
 
 def _swapped_table(entries: list[Entry]) -> Any:
     from rich.table import Table
 
-    table = Table("module", "now", "error", "allowed", "speed-up", "memory", title="Swapped", title_justify="left")
+    table = Table(
+        "module", "now", "error", "allowed", "speed-up", "memory", title="Swapped", title_justify="left"
+    )
     for e in entries:
         ratio = f"{e.eager_ms / e.fast_ms:.2f}" if e.eager_ms and e.fast_ms else ""
         memory = f"{e.fast_bytes / e.eager_bytes:.2f}" if e.eager_bytes and e.fast_bytes is not None else ""

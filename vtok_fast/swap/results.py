@@ -11,8 +11,12 @@ from vtok_fast import parity
 
 
 def close(fast: Any, eager: Any, ref64: Any) -> parity.Parity:
-    """The worst over all tensors: the *close* contract on floating point ones, equality with the eager ones on integers."""
-    measured = [parity.close(f, r, e) if f.is_floating_point() else parity.exact(f, e) for f, e, r in tensors(fast, eager, ref64)]
+    """The worst over all tensors: the *close* contract on floating point ones, equality with the eager ones
+    on integers."""
+    measured = [
+        parity.close(f, r, e) if f.is_floating_point() else parity.exact(f, e)
+        for f, e, r in tensors(fast, eager, ref64)
+    ]
     return max(measured, key=lambda p: (not p.ok, p.error / p.bound if p.bound else 0.0))
 
 
@@ -22,8 +26,8 @@ def equal(fast: Any, eager: Any, ref64: Any = None) -> parity.Parity:
 
 
 def tensors(*values: Any) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors that stand at the same place in several results of one kind; where one has none (a cache entry that nothing reads
-    is not kept, say), there is nothing to compare."""
+    """The tensors that stand at the same place in several results of one kind; where one has none (a cache
+    entry that nothing reads is not kept, say), there is nothing to compare."""
     if all(isinstance(v, Tensor) for v in values):
         yield values
     elif all(isinstance(v, Mapping) for v in values):

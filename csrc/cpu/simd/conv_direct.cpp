@@ -1,6 +1,7 @@
-// The direct convolution on one instruction set: weights are packed once per call, then every task gathers a block of input
-// pixels (zeros, border copies and upsampling happen in that gather), multiplies it with all panels of its output channels, and
-// finishes the tile (bias, activation, residual, type) while it is in the cache.
+// The direct convolution on one instruction set: weights are packed once per call, then every task gathers a
+// block of input pixels (zeros, border copies and upsampling happen in that gather), multiplies it with all
+// panels of its output channels, and finishes the tile (bias, activation, residual, type) while it is in the
+// cache.
 #include "cpu/simd/conv_direct.h"
 
 #include <cstdlib>
@@ -21,9 +22,10 @@ struct Direct {
   const ConvPlan& plan;
   bool dot, inner_major;
   int sets, groups, threads;
-  int64_t panels;         // of one group
-  int64_t panel_floats;   // of the largest weight set
-  int64_t tile_rows = 0, splits = 1;  // output pixels of a task at most; tasks that share one group's output channels
+  int64_t panels;        // of one group
+  int64_t panel_floats;  // of the largest weight set
+  // output pixels of a task at most; tasks that share one group's output channels
+  int64_t tile_rows = 0, splits = 1;
   float* weights = nullptr;
   float* scratch = nullptr;
   float* bias = nullptr;
@@ -40,20 +42,24 @@ struct Direct {
   }
 
   WeightSet set_of(int row_phase, int col_phase) const {
-    return {job.row.begin + row_phase * (job.row.max_taps + 1), job.col.begin + col_phase * (job.col.max_taps + 1),
-            job.row.taps[row_phase], job.col.taps[col_phase]};
+    return {job.row.begin + row_phase * (job.row.max_taps + 1),
+            job.col.begin + col_phase * (job.col.max_taps + 1), job.row.taps[row_phase],
+            job.col.taps[col_phase]};
   }
   float* panel_at(int set, int group, int64_t panel) const {
     return weights + ((int64_t(set) * groups + group) * panels + panel) * panel_floats;
   }
-  int set_index(const DirectRegion& region) const { return region.row_phase * job.col.phases + region.col_phase; }
+  int set_index(const DirectRegion& region) const {
+    return region.row_phase * job.col.phases + region.col_phase;
+  }
   int64_t slot_depth(const WeightSet& set) const {
     const int64_t depth = set.taps() * job.channels;
     return dot ? round_up(depth, kLanes) : depth;
   }
   int64_t tiles_of(const DirectRegion& region) const { return (region.pixels + tile_rows - 1) / tile_rows; }
 
-  // Tiles as large as the cache likes; split over the output channels, then smaller, where that would leave threads idle.
+  // Tiles as large as the cache likes; split over the output channels, then smaller, where that would leave
+  // threads idle.
   void choose_tasks() {
     int64_t pixels = 0;
     for (int64_t i = 0; i < job.region_count; ++i) pixels += job.regions[i].pixels;
@@ -66,10 +72,13 @@ struct Direct {
     while (tasks() < wanted && panels > splits) ++splits;
   }
 
-  static constexpr int64_t kMostChannels = 512;  // of one task: bounds its sums to a quarter of a usual L2 cache
+  // of one task: bounds its sums to a quarter of a usual L2 cache
+  static constexpr int64_t kMostChannels = 512;
   static constexpr int64_t kDotSums = 32 * kLanes;
 
-  int64_t block_floats() const { return inner_major ? int64_t(kDepth) * kTileRows + kLanes : int64_t(kTileRows) * kDepthStride; }
+  int64_t block_floats() const {
+    return inner_major ? int64_t(kDepth) * kTileRows + kLanes : int64_t(kTileRows) * kDepthStride;
+  }
   int64_t panels_per_task() const { return (panels + splits - 1) / splits; }
 
   bool allocate() {
@@ -120,8 +129,8 @@ struct Direct {
       if (dot)
         pack_dot<E>(job, weight_set, first, panel_at(set, group, 0));
       else
-        pack_panel<E>(job, weight_set, first, min64(kPanel, job.out_channels - panel * kPanel), panel_at(set, group, panel),
-                      scratch + thread * scratch_floats);
+        pack_panel<E>(job, weight_set, first, min64(kPanel, job.out_channels - panel * kPanel),
+                      panel_at(set, group, panel), scratch + thread * scratch_floats);
     });
   }
 
@@ -133,7 +142,8 @@ struct Direct {
     tile->set = set_of(region.row_phase, region.col_phase);
     const int64_t tiles = tiles_of(region), first = region.pixels * index / tiles;
     tile->rows = int(region.pixels * (index + 1) / tiles - first);
-    int64_t w = first % ws, h = first / ws % hs, t = first / ws / hs % pattern.count, b = first / ws / hs / pattern.count;
+    int64_t w = first % ws, h = first / ws % hs, t = first / ws / hs % pattern.count,
+            b = first / ws / hs / pattern.count;
     for (int r = 0; r < tile->rows; ++r) {
       tile->batch[r] = int32_t(b), tile->t[r] = pattern.frames[t], tile->number[r] = int32_t(w);
       tile->h[r] = int32_t(region.row_phase + h * job.row.phases);
@@ -152,7 +162,8 @@ struct Direct {
     float* sums = block + block_floats();
     const int row_groups = (tile.rows + kRows - 1) / kRows;
     const int terms = job.patterns[tile.region->pattern].terms;
-    const DirectTerm* term = job.terms + job.term_begin[tile.t[0]];  // slots are the same for all rows of a tile
+    // slots are the same for all rows of a tile
+    const DirectTerm* term = job.terms + job.term_begin[tile.t[0]];
     const int64_t depth_of_slot = slot_depth(tile.set);
     const Epilogue<E> epilogue(problem, plan, problem.bias ? bias : nullptr);
     bool first = true;
@@ -168,10 +179,13 @@ struct Direct {
           if (last) prefetch_out(epilogue, tile, r0, r1, channel, width);
           Multiply multiply;
           if (inner_major)
-            multiply = vectors == kVectors ? multiply_of<InnerMajor, kVectors>(r1 - r0) : multiply_of<InnerMajor, 1>(r1 - r0);
+            multiply = vectors == kVectors ? multiply_of<InnerMajor, kVectors>(r1 - r0)
+                                           : multiply_of<InnerMajor, 1>(r1 - r0);
           else
-            multiply = vectors == kVectors ? multiply_of<RowMajor, kVectors>(r1 - r0) : multiply_of<RowMajor, 1>(r1 - r0);
-          multiply(block + r0 * (inner_major ? InnerMajor::row : RowMajor::row), b, depth, c + r0 * kPanel, !first);
+            multiply = vectors == kVectors ? multiply_of<RowMajor, kVectors>(r1 - r0)
+                                           : multiply_of<RowMajor, 1>(r1 - r0);
+          multiply(block + r0 * (inner_major ? InnerMajor::row : RowMajor::row), b, depth, c + r0 * kPanel,
+                   !first);
           if (last) finish(epilogue, tile, r0, r1, c + r0 * kPanel, channel, width);
         }
       }
@@ -196,7 +210,8 @@ struct Direct {
   }
 
   // The lines that finish() will write arrive while the product runs.
-  void prefetch_out(const Epilogue<E>& epilogue, const Tile& tile, int r0, int r1, int64_t channel, int64_t width) const {
+  void prefetch_out(const Epilogue<E>& epilogue, const Tile& tile, int r0, int r1, int64_t channel,
+                    int64_t width) const {
     for (int r = r0; r < r1; ++r) {
       const type* out = epilogue.out_pixel(tile.batch[r], tile.t[r], tile.h[r], tile.w[r]) + channel;
       for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(type))) __builtin_prefetch(out + i, 1);
@@ -204,7 +219,8 @@ struct Direct {
   }
 
   // c: the sums of the rows r0 .. r1 - 1.
-  void finish(const Epilogue<E>& epilogue, const Tile& tile, int r0, int r1, const float* c, int64_t channel, int64_t width) const {
+  void finish(const Epilogue<E>& epilogue, const Tile& tile, int r0, int r1, const float* c, int64_t channel,
+              int64_t width) const {
     for (int r = r0; r < r1; ++r, c += kPanel) {
       type* out = epilogue.out_pixel(tile.batch[r], tile.t[r], tile.h[r], tile.w[r]);
       const type* residual = epilogue.residual_pixel(tile.batch[r], tile.t[r], tile.h[r], tile.w[r]);
@@ -218,10 +234,11 @@ struct Direct {
     const int outputs = int(job.out_channels), rows = dot_rows(outputs);
     const Dot kernel = dot_of(outputs);
     const int terms = job.patterns[tile.region->pattern].terms;
-    const int64_t C = job.channels, channel0 = group * C, taps = tile.set.taps(), depth = slot_depth(tile.set);
+    const int64_t C = job.channels, channel0 = group * C, taps = tile.set.taps(),
+                  depth = slot_depth(tile.set);
     // Whole vectors of float32 channels are read where they are; anything else is gathered first.
-    const bool in_place = sizeof(type) == 4 && C % kLanes == 0 && (!problem.cache || problem.cache.stride[1] == 1) &&
-                          problem.x.stride[1] == 1;
+    const bool in_place = sizeof(type) == 4 && C % kLanes == 0 &&
+                          (!problem.cache || problem.cache.stride[1] == 1) && problem.x.stride[1] == 1;
     const Epilogue<E> epilogue(problem, plan, problem.bias ? bias : nullptr);
     const float* weight = panel_at(set_index(*tile.region), group, 0);
     float* sums = block + block_floats();
@@ -234,15 +251,18 @@ struct Direct {
         const float* b = weight + term->slot * depth * outputs;
         if (in_place) {
           for (int r = 0; r < rows; ++r) {
-            const int p = r0 + r < r1 ? r0 + r : r0;  // surplus rows repeat the first; their sums are not read
+            // surplus rows repeat the first; their sums are not read
+            const int p = r0 + r < r1 ? r0 + r : r0;
             const DirectTerm& source = job.terms[job.term_begin[tile.t[p]] + x];
-            const float* base = reinterpret_cast<const float*>(source.base) + tile.batch[p] * source.stride[0] + channel0;
+            const float* base =
+                reinterpret_cast<const float*>(source.base) + tile.batch[p] * source.stride[0] + channel0;
             int64_t segment = 0;
             for (int i = 0; i < tile.set.row_taps; ++i)
               for (int j = 0; j < tile.set.col_taps; ++j, ++segment) {
                 const int32_t row = job.row.source[int64_t(tile.h[p]) * job.row.max_taps + i];
                 const int32_t col = job.col.source[int64_t(tile.w[p]) * job.col.max_taps + j];
-                at[segment * rows + r] = row < 0 || col < 0 ? zero_line : base + row * source.stride[3] + col * source.stride[4];
+                at[segment * rows + r] =
+                    row < 0 || col < 0 ? zero_line : base + row * source.stride[3] + col * source.stride[4];
               }
           }
           kernel(at, taps, C / kLanes, b, sums);
@@ -273,7 +293,8 @@ struct Direct {
     for (int64_t i = 0; i < job.region_count; ++i) tasks += tiles_of(job.regions[i]) * groups * splits;
     parallel_for(tasks, threads, [&](int64_t task, int thread) {
       const DirectRegion* region = job.regions;
-      for (; task >= tiles_of(*region) * groups * splits; ++region) task -= tiles_of(*region) * groups * splits;
+      for (; task >= tiles_of(*region) * groups * splits; ++region)
+        task -= tiles_of(*region) * groups * splits;
       Tile tile;
       fill(&tile, *region, task / splits / groups);
       const int group = int(task / splits % groups);

@@ -1,21 +1,26 @@
-// The direct convolution as one implicit GEMM: rows are output pixels, columns output channels, and the inner dimension runs
-// over (source frame, row tap, column tap, input channel). The job below is the same for every instruction set; it holds plain
-// pointers only (see vec.h for why the kernels see no std:: templates). conv_direct.cpp of the parent folder fills it.
+// The direct convolution as one implicit GEMM: rows are output pixels, columns output channels, and the inner
+// dimension runs over (source frame, row tap, column tap, input channel). The job below is the same for every
+// instruction set; it holds plain pointers only (see vec.h for why the kernels see no std:: templates).
+// conv_direct.cpp of the parent folder fills it.
 #pragma once
 #include "cpu/conv_problem.h"
 #include "cpu/isa.h"
 
 namespace vtok::cpu {
 
-// Rows or columns. Output index i is of phase i % phases. Under nearest upsampling each phase reads every source index through
-// a contiguous group of taps, which are summed in the weights: a 3x3 kernel on a frame upsampled by 2 has 2x2 taps per phase.
+// Rows or columns. Output index i is of phase i % phases. Under nearest upsampling each phase reads every
+// source index through
+// a contiguous group of taps, which are summed in the weights: a 3x3 kernel on a frame upsampled by 2 has 2x2
+// taps per phase.
 struct DirectAxis {
   int64_t out;
   int phases, max_taps;
-  const int* taps;        // [phases] number of groups
-  const int* begin;       // [phases][max_taps + 1]: group j holds the kernel's taps begin[j] .. begin[j + 1] - 1
+  const int* taps;  // [phases] number of groups
+  // [phases][max_taps + 1]: group j holds the kernel's taps begin[j] .. begin[j + 1] - 1
+  const int* begin;
   const int32_t* source;  // [out][max_taps] or -1
-  // [phases][max_taps]: for the outputs number lo .. hi - 1 of the phase, source = first + (number - lo) * step.
+  // [phases][max_taps]: for the outputs number lo .. hi - 1 of the phase, source = first + (number - lo) *
+  // step.
   struct Affine {
     int64_t lo, hi, first;
     int step;

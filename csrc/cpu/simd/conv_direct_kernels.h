@@ -4,7 +4,8 @@
 
 namespace vtok::cpu::VTOK_ISA {
 
-// A tile of kRows pixels x kVectors vectors of output channels stays in registers: 28 of 32 (AVX-512), 12 of 16 elsewhere.
+// A tile of kRows pixels x kVectors vectors of output channels stays in registers: 28 of 32 (AVX-512), 12 of
+// 16 elsewhere.
 #if defined(__AVX512F__) && VTOK_LANES == 16
 constexpr int kRows = 14, kVectors = 2, kTileGroups = 8;
 #elif VTOK_LANES == 16
@@ -14,10 +15,12 @@ constexpr int kRows = 6, kVectors = 2, kTileGroups = 18;
 #endif
 constexpr int kPanel = kVectors * kLanes;
 constexpr int kTileRows = kRows * kTileGroups;
-constexpr int kDepth = 256;                // inner dimension of one block: its weights of a panel stay in L1
-constexpr int kDepthStride = kDepth + 16;  // not a power of two, or all rows would fall into the same cache sets
+constexpr int kDepth = 256;  // inner dimension of one block: its weights of a panel stay in L1
+// not a power of two, or all rows would fall into the same cache sets
+constexpr int kDepthStride = kDepth + 16;
 
-// How a block of gathered input is stored. The strides are constants, so that one pointer addresses all rows of a tile.
+// How a block of gathered input is stored. The strides are constants, so that one pointer addresses all rows
+// of a tile.
 struct RowMajor {  // [pixel][inner]
   static constexpr int row = kDepthStride, inner = 1;
 };
@@ -63,7 +66,8 @@ static Multiply multiply_of(int rows) {
   return multiply<Layout, Rows, Vectors>;
 }
 
-// Few output channels: the inner dimension goes along the lanes, so that no lane is wasted and the input needs no gathering.
+// Few output channels: the inner dimension goes along the lanes, so that no lane is wasted and the input
+// needs no gathering.
 constexpr int kFewOutputs = kLanes == 4 ? 2 : kLanes == 8 ? 4 : 8;
 constexpr int dot_rows(int outputs) {
 #if defined(__AVX512F__) && VTOK_LANES == 16
@@ -73,7 +77,8 @@ constexpr int dot_rows(int outputs) {
 #endif
 }
 
-// c[Rows][Outputs] vectors of partial sums += sum over segments s of rows[s * Rows + r][vectors] * b[s][vectors][Outputs]
+// c[Rows][Outputs] vectors of partial sums += sum over segments s of rows[s * Rows + r][vectors] *
+// b[s][vectors][Outputs]
 template <int Outputs>
 static void dot(const float* const* rows, int64_t segments, int64_t vectors, const float* b, float* c) {
   constexpr int Rows = dot_rows(Outputs);

@@ -1,4 +1,5 @@
-// Packing for the direct convolution: weights into panels once per call, input pixels into blocks right before their use.
+// Packing for the direct convolution: weights into panels once per call, input pixels into blocks right
+// before their use.
 #pragma once
 #include "cpu/simd/conv_direct.h"
 #include "cpu/simd/conv_direct_kernels.h"
@@ -18,13 +19,15 @@ struct WeightSet {
 // Reads `width` <= kLanes output channels from `first` on, for `count` input channels from c0 on, into
 // block[count][kt*kh*kw][kLanes], zeros behind `width`.
 template <class E>
-static void read_weights(const Tensor& w, int64_t first, int64_t width, int64_t c0, int64_t count, float* block) {
+static void read_weights(const Tensor& w, int64_t first, int64_t width, int64_t c0, int64_t count,
+                         float* block) {
   typedef typename E::type type;
   const type* data = static_cast<const type*>(w.data) + first * w.stride[0] + c0 * w.stride[1];
   const int64_t kt = w.size[2], kh = w.size[3], kw = w.size[4], taps = kt * kh * kw;
   auto dense = [&](int axis, int64_t stride) { return w.size[axis] == 1 || w.stride[axis] == stride; };
   if (dense(4, 1) && dense(3, kw) && dense(2, kh * kw) && (count == 1 || w.stride[1] == taps)) {
-    // The usual layout: the run (c, kt, kh, kw) is contiguous for each output channel, so the block is a plain transpose.
+    // The usual layout: the run (c, kt, kh, kw) is contiguous for each output channel, so the block is a
+    // plain transpose.
     for (int64_t k = 0; k < count * taps; k += kLanes, block += kLanes * kLanes) {
       const int n = int(min64(kLanes, count * taps - k));
       vfloat m[kLanes];
@@ -35,7 +38,8 @@ static void read_weights(const Tensor& w, int64_t first, int64_t width, int64_t 
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(block + i * kLanes, m[i]);
       } else {
-        for (int i = 0; i < kLanes; ++i) m[i] = i < width ? VTOK_ISA::load_n<E>(data + i * w.stride[0] + k, n) : vfloat{};
+        for (int i = 0; i < kLanes; ++i)
+          m[i] = i < width ? VTOK_ISA::load_n<E>(data + i * w.stride[0] + k, n) : vfloat{};
         transpose(m);
         for (int i = 0; i < n; ++i) store(block + i * kLanes, m[i]);
       }
@@ -51,10 +55,11 @@ static void read_weights(const Tensor& w, int64_t first, int64_t width, int64_t 
         }
 }
 
-// panel[slot][row tap][column tap][channel][vectors * kLanes]: each entry the sum of the taps that it stands for.
-// `block` is scratch of kLanes * kt * kh * kw * kLanes floats.
+// panel[slot][row tap][column tap][channel][vectors * kLanes]: each entry the sum of the taps that it stands
+// for. `block` is scratch of kLanes * kt * kh * kw * kLanes floats.
 template <class E>
-static void pack_panel(const DirectJob& job, const WeightSet& set, int64_t first, int64_t width, float* panel, float* block) {
+static void pack_panel(const DirectJob& job, const WeightSet& set, int64_t first, int64_t width, float* panel,
+                       float* block) {
   const Tensor& w = job.problem->weight;
   const int64_t kt = w.size[2], kh = w.size[3], kw = w.size[4], taps = kt * kh * kw;
   const int64_t line = width > kLanes ? kPanel : kLanes;
@@ -76,14 +81,16 @@ static void pack_panel(const DirectJob& job, const WeightSet& set, int64_t first
                     for (int64_t c = 0; c < count; ++c)
                       store(entry + c * line, load(entry + c * line) + load(from + c * taps * kLanes));
                   else
-                    for (int64_t c = 0; c < count; ++c) store(entry + c * line, load(from + c * taps * kLanes));
+                    for (int64_t c = 0; c < count; ++c)
+                      store(entry + c * line, load(from + c * taps * kLanes));
                 }
             }
           }
     }
 }
 
-// For the dot kernel: [slot][vector of (row tap, column tap, channel)][output][lane], each slot padded with zeros.
+// For the dot kernel: [slot][vector of (row tap, column tap, channel)][output][lane], each slot padded with
+// zeros.
 template <class E>
 static void pack_dot(const DirectJob& job, const WeightSet& set, int64_t first, float* to) {
   typedef typename E::type type;
@@ -101,7 +108,8 @@ static void pack_dot(const DirectJob& job, const WeightSet& set, int64_t first, 
             for (uint64_t mask = job.slot_mask[slot]; mask; mask &= mask - 1)
               for (int h = set.row_begin[i]; h < set.row_begin[i + 1]; ++h)
                 for (int x = set.col_begin[j]; x < set.col_begin[j + 1]; ++x)
-                  sum += E::get(data + c * w.stride[1] + __builtin_ctzll(mask) * w.stride[2] + h * w.stride[3] + x * w.stride[4]);
+                  sum += E::get(data + c * w.stride[1] + __builtin_ctzll(mask) * w.stride[2] +
+                                h * w.stride[3] + x * w.stride[4]);
             put(sum);
           }
       while (k < padded) put(0);
@@ -113,11 +121,12 @@ struct Tile {
   const DirectRegion* region;
   WeightSet set;
   int rows;
-  int32_t batch[kTileRows], t[kTileRows], h[kTileRows], w[kTileRows], number[kTileRows];  // number: of w within its phase
+  // number: of w within its phase
+  int32_t batch[kTileRows], t[kTileRows], h[kTileRows], w[kTileRows], number[kTileRows];
 };
 
-// Copies n channels at stride `stride` as float32. May write up to kLanes - 1 floats behind n where they will be overwritten
-// or never read.
+// Copies n channels at stride `stride` as float32. May write up to kLanes - 1 floats behind n where they will
+// be overwritten or never read.
 template <class E>
 VTOK_INLINE void copy_channels(float* to, const typename E::type* from, int64_t n, int64_t stride) {
   int64_t i = 0;
@@ -133,11 +142,11 @@ VTOK_INLINE void copy_channels(float* to, const typename E::type* from, int64_t 
   for (; i < n; ++i) to[i] = E::get(from + i * stride);
 }
 
-// Rows [r0, r1) of the tile, inner indices [k0, k1) counted from term `term` on, as to[row - r0][RowMajor::row]; zeros from k1
-// to the next multiple of kLanes where the block ends with the term.
+// Rows [r0, r1) of the tile, inner indices [k0, k1) counted from term `term` on, as to[row -
+// r0][RowMajor::row]; zeros from k1 to the next multiple of kLanes where the block ends with the term.
 template <class E>
-static void gather_rows(const DirectJob& job, const Tile& tile, int r0, int r1, int64_t channel0, int term, int64_t k0,
-                        int64_t k1, float* to) {
+static void gather_rows(const DirectJob& job, const Tile& tile, int r0, int r1, int64_t channel0, int term,
+                        int64_t k0, int64_t k1, float* to) {
   typedef typename E::type type;
   const int64_t C = job.channels;
   const int row_taps = tile.set.row_taps, col_taps = tile.set.col_taps;
@@ -163,8 +172,8 @@ static void gather_rows(const DirectJob& job, const Tile& tile, int r0, int r1, 
         // Few channels: neighbouring columns that are neighbours in memory are copied as one run.
         if (C < kLanes && stride[4] == C && stride[1] == 1 && job.problem->groups == 1)
           for (; j < col_taps && cols[j] == col + (j - j0) && n < left; ++j) n = min64(n + C, left);
-        const type* from = reinterpret_cast<const type*>(terms[x].base) + tile.batch[r] * stride[0] + row * stride[3] +
-                           col * stride[4] + (channel0 + c) * stride[1];
+        const type* from = reinterpret_cast<const type*>(terms[x].base) + tile.batch[r] * stride[0] +
+                           row * stride[3] + col * stride[4] + (channel0 + c) * stride[1];
         copy_channels<E>(at, from, n, stride[1]);
       }
       at += n, left -= n, c = 0;
@@ -179,7 +188,8 @@ static void gather_rows(const DirectJob& job, const Tile& tile, int r0, int r1, 
 
 // The same block as to[k - k0][row], for inputs whose pixels of a row are adjacent.
 template <class E>
-static void gather_columns(const DirectJob& job, const Tile& tile, int64_t channel0, int term, int64_t k0, int64_t k1, float* to) {
+static void gather_columns(const DirectJob& job, const Tile& tile, int64_t channel0, int term, int64_t k0,
+                           int64_t k1, float* to) {
   typedef typename E::type type;
   struct Run {
     const type* from;  // of channel 0, or null for zeros
@@ -190,7 +200,8 @@ static void gather_columns(const DirectJob& job, const Tile& tile, int64_t chann
   const int row_taps = tile.set.row_taps, col_taps = tile.set.col_taps;
   for (int64_t k = k0; k < k1;) {
     const int64_t segment = k / C, c0 = k % C, n = min64(C - c0, k1 - k);
-    const int j = int(segment % col_taps), i = int(segment / col_taps % row_taps), x = term + int(segment / col_taps / row_taps);
+    const int j = int(segment % col_taps), i = int(segment / col_taps % row_taps),
+              x = term + int(segment / col_taps / row_taps);
     const DirectAxis::Affine& affine = job.col.affine[tile.region->col_phase * job.col.max_taps + j];
     int count = 0;
     for (int r = 0; r < tile.rows;) {
@@ -199,14 +210,16 @@ static void gather_columns(const DirectJob& job, const Tile& tile, int64_t chann
       // The rows r .. line - 1 lie on one line.
       const int line = int(min64(tile.rows, r + job.col.count(tile.region->col_phase) - tile.number[r]));
       const int row = job.row.source[int64_t(tile.h[r]) * job.row.max_taps + i];
-      const type* base = reinterpret_cast<const type*>(source.base) + tile.batch[r] * stride[0] + row * stride[3];
+      const type* base =
+          reinterpret_cast<const type*>(source.base) + tile.batch[r] * stride[0] + row * stride[3];
       while (r < line) {
         Run& run = runs[count++];
         run.row = r, run.channel_stride = stride[1];
         if (row < 0) {
           run.from = nullptr, run.count = line - r;
         } else if (tile.number[r] >= affine.lo && tile.number[r] < affine.hi) {
-          run.from = base + (affine.first + (tile.number[r] - affine.lo) * affine.step) * stride[4] + channel0 * stride[1];
+          run.from = base + (affine.first + (tile.number[r] - affine.lo) * affine.step) * stride[4] +
+                     channel0 * stride[1];
           run.count = int(min64(line - r, affine.hi - tile.number[r])), run.step = affine.step * stride[4];
         } else {
           const int32_t col = job.col.source[int64_t(tile.w[r]) * job.col.max_taps + j];

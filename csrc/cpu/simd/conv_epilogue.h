@@ -1,5 +1,5 @@
-// What happens to a finished accumulator: + bias, activation, + residual (or the alpha blend), rounding to the output's type.
-// In this order, for every algorithm.
+// What happens to a finished accumulator: + bias, activation, + residual (or the alpha blend), rounding to
+// the output's type. In this order, for every algorithm.
 #pragma once
 #include "cpu/conv_problem.h"
 #include "cpu/vec.h"
@@ -21,9 +21,11 @@ struct Epilogue {
 
   // `bias_f32` is the bias converted to float32 by the caller (or null). The plan must outlive this object.
   Epilogue(const ConvProblem& p, const ConvPlan& plan, const float* bias_f32)
-      : bias(bias_f32), residual(static_cast<const type*>(p.residual.data)), residual_frame(plan.residual_frame.data()),
-        residual_row(plan.residual_row.data()), residual_col(plan.residual_col.data()), out(static_cast<type*>(p.out.data)),
-        alpha(p.has_alpha ? p.alpha : 1.0f), beta(p.has_alpha ? 1.0f - p.alpha : 1.0f), silu(p.activation == Activation::silu) {
+      : bias(bias_f32), residual(static_cast<const type*>(p.residual.data)),
+        residual_frame(plan.residual_frame.data()), residual_row(plan.residual_row.data()),
+        residual_col(plan.residual_col.data()), out(static_cast<type*>(p.out.data)),
+        alpha(p.has_alpha ? p.alpha : 1.0f), beta(p.has_alpha ? 1.0f - p.alpha : 1.0f),
+        silu(p.activation == Activation::silu) {
     if (!p.residual) residual = nullptr;
     for (int i = 0; i < 5; ++i) residual_stride[i] = p.residual.stride[i], out_stride[i] = p.out.stride[i];
   }
@@ -37,8 +39,10 @@ struct Epilogue {
            residual_row[h] * residual_stride[3] + residual_col[w] * residual_stride[4];
   }
 
-  // kLanes channels from c on, of the pixel whose channel 0 stands at out_at and residual_at; only n of them where n < kLanes.
-  VTOK_INLINE_MEMBER void finish(vfloat value, int64_t c, type* out_at, const type* residual_at, int n = kLanes) const {
+  // kLanes channels from c on, of the pixel whose channel 0 stands at out_at and residual_at; only n of them
+  // where n < kLanes.
+  VTOK_INLINE_MEMBER void finish(vfloat value, int64_t c, type* out_at, const type* residual_at,
+                                 int n = kLanes) const {
     if (n == kLanes) {
       if (bias) value += VTOK_ISA::load(bias + c);
       if (silu) value = VTOK_ISA::silu(value);

@@ -1,5 +1,5 @@
-// The matrix products of Winograd convolution: acc[xi] += V[xi] * U[xi], a rows x (vectors * kLanes) micro-kernel over unpacked
-// rows of V and packed panels of U.
+// The matrix products of Winograd convolution: acc[xi] += V[xi] * U[xi], a rows x (vectors * kLanes)
+// micro-kernel over unpacked rows of V and packed panels of U.
 #include "cpu/simd/conv_winograd.h"
 #include "cpu/simd/conv_winograd_tile.h"
 
@@ -19,11 +19,12 @@ struct Ahead {
 };
 
 template <int R>
-VTOK_INLINE void multiply(const Piece* pieces, int n, int64_t row, int64_t pitch, Ahead ahead, float* acc, bool add) {
+VTOK_INLINE void multiply(const Piece* pieces, int n, int64_t row, int64_t pitch, Ahead ahead, float* acc,
+                          bool add) {
   vfloat c[R][kVectors] = {};
   for (int p = 0; p < n; ++p) {
-    // Every third row has its pointer; the two behind it are reached by the pitch as an index register. Left alone, gcc
-    // computes an address per row, spills them and halves the speed, hence the barrier.
+    // Every third row has its pointer; the two behind it are reached by the pitch as an index register. Left
+    // alone, gcc computes an address per row, spills them and halves the speed, hence the barrier.
     constexpr int kBases = (R + 2) / 3;
     const float* base[kBases];
     for (int i = 0; i < kBases; ++i) base[i] = pieces[p].a + (row + 3 * i) * pitch;
@@ -59,19 +60,24 @@ VTOK_INLINE void multiply(const Piece* pieces, int n, int64_t row, int64_t pitch
 }
 
 template <int R>
-void multiply_rows(int rows, const Piece* pieces, int n, int64_t row, int64_t pitch, const Ahead& ahead, float* acc, bool add) {
+void multiply_rows(int rows, const Piece* pieces, int n, int64_t row, int64_t pitch, const Ahead& ahead,
+                   float* acc, bool add) {
   if (rows == R) return multiply<R>(pieces, n, row, pitch, ahead, acc, add);
   if constexpr (R > 1) multiply_rows<R - 1>(rows, pieces, n, row, pitch, ahead, acc, add);
 }
 
 // All rows of a run, in micro-kernels of nearly equal height. `next` is the piece that follows.
-void multiply_run(int64_t rows, const Piece* pieces, int n, const Piece& next, int64_t pitch, float* acc, bool add) {
+void multiply_run(int64_t rows, const Piece* pieces, int n, const Piece& next, int64_t pitch, float* acc,
+                  bool add) {
   const int64_t groups = (rows + kRows - 1) / kRows, half = next.k * kPanel / 2;
   for (int64_t g = 0, row = 0; g < groups; ++g) {
     const int height = int(rows / groups + (g < rows % groups));
     // The last micro-kernel fetches the next chunk's first rows; the first ones fetch its U.
     const Ahead ahead = {g + 1 < groups ? pieces[0].a + (row + height) * pitch : next.a,
-                         next.u + (g > 0 ? half : 0), next.u + (groups == 1 ? half : g > 0 ? half : 0)};
+                         next.u + (g > 0 ? half : 0),
+                         next.u + (groups == 1 ? half
+                                   : g > 0     ? half
+                                               : 0)};
     multiply_rows<kRows>(height, pieces, n, row, pitch, ahead, acc, add);
     row += height;
   }

@@ -1,12 +1,12 @@
-// What the Winograd kernels of one instance share: the shape of the micro-kernel, and the one-dimensional transforms of F(m, 3),
-// which the two-dimensional ones apply to columns, then to rows. T is any vector type.
+// What the Winograd kernels of one instance share: the shape of the micro-kernel, and the one-dimensional
+// transforms of F(m, 3), which the two-dimensional ones apply to columns, then to rows. T is any vector type.
 #pragma once
 #include "cpu/vec.h"
 
 namespace vtok::cpu::VTOK_ISA {
 
-// Rows and vectors of the matrix micro-kernel: as many accumulators as the register file holds beside one row of U and one
-// value of V. A panel is the output channels of one micro-kernel.
+// Rows and vectors of the matrix micro-kernel: as many accumulators as the register file holds beside one row
+// of U and one value of V. A panel is the output channels of one micro-kernel.
 #if defined(__AVX512F__)
 constexpr int kRows = 14, kVectors = 2;
 #elif VTOK_LANES == 16
@@ -58,7 +58,8 @@ struct Tile<4> {  // points 0, +-a, +-b, infinity with a = sqrt(1/2), b = sqrt(2
     v[5] = (d[1] + d[5]) - d[3] * 2.5f;
   }
   template <class T>
-  VTOK_INLINE void weight(const T* g, T* u) {  // divided by the products of the points' differences: 1, -3/2, 6, 1
+  // divided by the products of the points' differences: 1, -3/2, 6, 1
+  VTOK_INLINE void weight(const T* g, T* u) {
     constexpr double a = 0.70710678118654752440, b = 1.41421356237309504880;
     T even_a = (g[0] + g[2] * 0.5) * (-2.0 / 3), odd_a = g[1] * (a * -2.0 / 3);
     T even_b = (g[0] + g[2] * 2.0) * (1.0 / 6), odd_b = g[1] * (b / 6);

@@ -1,5 +1,6 @@
-// The input and output transforms of Winograd convolution, kLanes channels at a time. Rows and columns come from the plan's
-// tables, so every padding and upsampling is a matter of which pixel a tile points at; a padded pixel points at zeros.
+// The input and output transforms of Winograd convolution, kLanes channels at a time. Rows and columns come
+// from the plan's tables, so every padding and upsampling is a matter of which pixel a tile points at; a
+// padded pixel points at zeros.
 #include "cpu/simd/conv_epilogue.h"
 #include "cpu/simd/conv_winograd.h"
 #include "cpu/simd/conv_winograd_tile.h"
@@ -7,7 +8,8 @@
 namespace vtok::cpu::VTOK_ISA {
 namespace {
 
-// Source of element i of a tile that starts at output `first`: table is [out][3]; -1 for zeros and for what no output reads.
+// Source of element i of a tile that starts at output `first`: table is [out][3]; -1 for zeros and for what
+// no output reads.
 VTOK_INLINE int32_t source(const int32_t* table, int64_t out, int64_t first, int64_t i) {
   const int64_t o = first + i < out ? first + i : out - 1, tap = first + i - o;
   return tap < 3 ? table[o * 3 + tap] : -1;
@@ -21,7 +23,8 @@ VTOK_INLINE int32_t tile_source(const int32_t* table, int64_t out, int64_t first
 }
 
 template <class E, int M>
-VTOK_INLINE void transform_tile(const typename E::type* const* pixels, int64_t c, int n, float* v, int64_t v_stride) {
+VTOK_INLINE void transform_tile(const typename E::type* const* pixels, int64_t c, int n, float* v,
+                                int64_t v_stride) {
   constexpr int N = M + 2;
   vfloat columns[N][N];
 #pragma GCC unroll 8
@@ -45,7 +48,8 @@ VTOK_INLINE void transform_tile(const typename E::type* const* pixels, int64_t c
 
 // Where channels are adjacent in memory.
 template <class E, int M>
-void input_tile(const WinogradBlock& b, const typename E::type* frame, const int64_t* stride, int64_t tile, float* v) {
+void input_tile(const WinogradBlock& b, const typename E::type* frame, const int64_t* stride, int64_t tile,
+                float* v) {
   constexpr int N = M + 2;
   const ConvPlan& plan = *b.plan;
   const typename E::type *pixels[N * N], *zeros = static_cast<const typename E::type*>(b.zeros);
@@ -90,9 +94,11 @@ VTOK_INLINE void transpose(const float* from, int64_t channel_stride, int n, flo
 
 constexpr int kStrip = 8;  // tiles gathered together where channels are not adjacent
 
-// A strip of tiles in one row of tiles: its pixels are gathered once, channels last, and transformed from there.
+// A strip of tiles in one row of tiles: its pixels are gathered once, channels last, and transformed from
+// there.
 template <class E, int M>
-void input_strip(const WinogradBlock& b, const typename E::type* frame, const int64_t* stride, int64_t tile, int tiles, float* v) {
+void input_strip(const WinogradBlock& b, const typename E::type* frame, const int64_t* stride, int64_t tile,
+                 int tiles, float* v) {
   constexpr int N = M + 2, kColumns = kStrip * M + 2;
   const ConvPlan& plan = *b.plan;
   const int64_t top = tile / b.tiles_w * M, left = tile % b.tiles_w * M;
@@ -131,7 +137,8 @@ void input_strip(const WinogradBlock& b, const typename E::type* frame, const in
       const float* pixels[N * N];
       for (int i = 0; i < N; ++i)
         for (int j = 0; j < N; ++j) pixels[i * N + j] = strip + (i * kColumns + t * M + j) * kLanes;
-      transform_tile<F32, M>(pixels, 0, kLanes, v + c0 / b.pitch * b.chunk_stride + t * b.pitch + c0 % b.pitch, b.v_stride);
+      transform_tile<F32, M>(pixels, 0, kLanes,
+                             v + c0 / b.pitch * b.chunk_stride + t * b.pitch + c0 % b.pitch, b.v_stride);
     }
   }
 }
@@ -139,7 +146,8 @@ void input_strip(const WinogradBlock& b, const typename E::type* frame, const in
 template <class E, int M>
 void input(const WinogradBlock& b, int64_t t, bool from_cache, int slot, int64_t begin, int64_t end) {
   const Tensor& x = from_cache ? b.problem->cache : b.problem->x;
-  const typename E::type* frame = static_cast<const typename E::type*>(x.data) + b.batch * x.stride[0] + t * x.stride[2];
+  const typename E::type* frame =
+      static_cast<const typename E::type*>(x.data) + b.batch * x.stride[0] + t * x.stride[2];
   float* v = b.v + slot * b.tiles * b.pitch;
   const bool adjacent = x.stride[1] == 1 || x.size[1] == 1;
   for (int64_t i = begin; i < end;) {
@@ -166,7 +174,8 @@ void output(const WinogradBlock& b, int64_t panel, const float* acc) {
   for (int64_t f = 0; f < b.frames; ++f)
     for (int64_t i = 0; i < b.tiles; ++i) {
       const int64_t t = b.frame + f, top = (b.tile + i) / b.tiles_w * M, left = (b.tile + i) % b.tiles_w * M;
-      const int height = plan.Ho - top < M ? int(plan.Ho - top) : M, width = plan.Wo - left < M ? int(plan.Wo - left) : M;
+      const int height = plan.Ho - top < M ? int(plan.Ho - top) : M,
+                width = plan.Wo - left < M ? int(plan.Wo - left) : M;
       for (int j = 0; j < kVectors; ++j) {
         const int64_t o = panel * kPanel + j * kLanes;
         if (o >= plan.out_channels) break;
@@ -195,7 +204,8 @@ void output(const WinogradBlock& b, int64_t panel, const float* acc) {
 
 template <class E>
 void input_any(const WinogradBlock& b, int64_t t, bool from_cache, int slot, int64_t begin, int64_t end) {
-  b.m == 4 ? input<E, 4>(b, t, from_cache, slot, begin, end) : input<E, 2>(b, t, from_cache, slot, begin, end);
+  b.m == 4 ? input<E, 4>(b, t, from_cache, slot, begin, end)
+           : input<E, 2>(b, t, from_cache, slot, begin, end);
 }
 template <class E>
 void output_any(const WinogradBlock& b, int64_t panel, const float* acc) {
@@ -204,7 +214,8 @@ void output_any(const WinogradBlock& b, int64_t panel, const float* acc) {
 
 template <class E>
 void bias_any(const Tensor& bias, float* to) {
-  for (int64_t i = 0; i < bias.size[0]; ++i) to[i] = E::get(static_cast<const typename E::type*>(bias.data) + i);
+  for (int64_t i = 0; i < bias.size[0]; ++i)
+    to[i] = E::get(static_cast<const typename E::type*>(bias.data) + i);
 }
 
 }  // namespace
@@ -217,7 +228,8 @@ void winograd_bias(const Tensor& bias, float* to) {
   }
 }
 
-void winograd_input(const WinogradBlock& b, int64_t frame, bool from_cache, int slot, int64_t begin, int64_t end) {
+void winograd_input(const WinogradBlock& b, int64_t frame, bool from_cache, int slot, int64_t begin,
+                    int64_t end) {
   switch (b.problem->x.dtype) {
     case DType::f16: return input_any<F16>(b, frame, from_cache, slot, begin, end);
     case DType::bf16: return input_any<BF16>(b, frame, from_cache, slot, begin, end);

@@ -1,4 +1,5 @@
-// The weight transform of Winograd convolution, computed in double and rounded once, and the checksum that names its result.
+// The weight transform of Winograd convolution, computed in double and rounded once, and the checksum that
+// names its result.
 #include "cpu/simd/conv_winograd.h"
 #include "cpu/simd/conv_winograd_tile.h"
 
@@ -42,7 +43,8 @@ VTOK_INLINE void transform_filters(const float* filters, float* u, int64_t u_str
 }
 
 template <class E, int M>
-void weights(const Tensor& w, uint64_t taps, int64_t panel, int64_t c_begin, int64_t c_end, float* u, int64_t u_stride) {
+void weights(const Tensor& w, uint64_t taps, int64_t panel, int64_t c_begin, int64_t c_end, float* u,
+             int64_t u_stride) {
   constexpr int kBatch = 32;  // input channels read before they are transformed
   alignas(64) float filters[kBatch][9][kLanes];
   int64_t tap[64], element[9];
@@ -58,9 +60,10 @@ void weights(const Tensor& w, uint64_t taps, int64_t panel, int64_t c_begin, int
       if (lanes < kLanes) memset(filters, 0, sizeof filters);
       for (int o = 0; o < lanes; ++o)
         for (int c = 0; c < batch; ++c) {
-          const typename E::type* at =
-              static_cast<const typename E::type*>(w.data) + (o0 + o) * w.stride[0] + (c0 + c) * w.stride[1] + tap[0];
-          __builtin_prefetch(at + 2 * w.stride[0]);  // output channels lie far apart: no hardware stream follows them
+          const typename E::type* at = static_cast<const typename E::type*>(w.data) + (o0 + o) * w.stride[0] +
+                                       (c0 + c) * w.stride[1] + tap[0];
+          // output channels lie far apart: no hardware stream follows them
+          __builtin_prefetch(at + 2 * w.stride[0]);
           __builtin_prefetch(at + 2 * w.stride[0] + 16);
           if (n_taps == 1) {
 #pragma GCC unroll 9
@@ -80,16 +83,18 @@ void weights(const Tensor& w, uint64_t taps, int64_t panel, int64_t c_begin, int
 }
 
 template <class E>
-void weights_any(const Tensor& w, int m, uint64_t taps, int64_t panel, int64_t c_begin, int64_t c_end, float* u, int64_t u_stride) {
-  m == 4 ? weights<E, 4>(w, taps, panel, c_begin, c_end, u, u_stride) : weights<E, 2>(w, taps, panel, c_begin, c_end, u, u_stride);
+void weights_any(const Tensor& w, int m, uint64_t taps, int64_t panel, int64_t c_begin, int64_t c_end,
+                 float* u, int64_t u_stride) {
+  m == 4 ? weights<E, 4>(w, taps, panel, c_begin, c_end, u, u_stride)
+         : weights<E, 2>(w, taps, panel, c_begin, c_end, u, u_stride);
 }
 
 typedef uint64_t vword __attribute__((vector_size(4 * VTOK_LANES)));
 
 }  // namespace
 
-void winograd_weights(const Tensor& w, int m, uint64_t taps, int64_t panel, int64_t c_begin, int64_t c_end, float* u,
-                      int64_t u_stride) {
+void winograd_weights(const Tensor& w, int m, uint64_t taps, int64_t panel, int64_t c_begin, int64_t c_end,
+                      float* u, int64_t u_stride) {
   switch (w.dtype) {
     case DType::f16: return weights_any<F16>(w, m, taps, panel, c_begin, c_end, u, u_stride);
     case DType::bf16: return weights_any<BF16>(w, m, taps, panel, c_begin, c_end, u, u_stride);
@@ -97,8 +102,9 @@ void winograd_weights(const Tensor& w, int m, uint64_t taps, int64_t panel, int6
   }
 }
 
-// 32 chains of 64-bit words, whatever the vector width. A step is a bijection of its chain for any word, so a single changed word
-// always changes the sum; the rotation carries the sign bit of a float into the low bits, which a product alone would not.
+// 32 chains of 64-bit words, whatever the vector width. A step is a bijection of its chain for any word, so a
+// single changed word always changes the sum; the rotation carries the sign bit of a float into the low bits,
+// which a product alone would not.
 void checksum(const void* data, int64_t bytes, uint64_t sum[2]) {
   constexpr int kChains = 32, kWords = sizeof(vword) / 8, kVecs = kChains / kWords;
   constexpr uint64_t kFactor = 0x9e3779b97f4a7c15u;

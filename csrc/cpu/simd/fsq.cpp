@@ -1,5 +1,6 @@
-// Counts thresholds with a vector of values at a time: neighbouring positions of one channel where those are adjacent, and
-// otherwise, where the channels of a position are adjacent, whatever channels the lanes fall on.
+// Counts thresholds with a vector of values at a time: neighbouring positions of one channel where those are
+// adjacent, and otherwise, where the channels of a position are adjacent, whatever channels the lanes fall
+// on.
 #include "cpu/fsq.h"
 #include "cpu/vec.h"
 
@@ -39,8 +40,10 @@ void position(const FsqRun& r, const FsqLevels& l, int64_t i) {
 
 template <class E, bool kStream>
 VTOK_INLINE void put(typename E::type* to, vfloat v) {
-  if constexpr (kStream) stream(to, v);
-  else E::store(to, v);
+  if constexpr (kStream)
+    stream(to, v);
+  else
+    E::store(to, v);
 }
 
 VTOK_INLINE bool any(vint mask) {
@@ -50,10 +53,12 @@ VTOK_INLINE bool any(vint mask) {
   return some != 0;
 }
 
-// Positions adjacent: kVectors vectors of one channel from position i on. What they add to the index is summed over the channels in
-// `parts`, which the last channel writes out. The result has a one where a value is NaN: such positions are done again, one by one.
+// Positions adjacent: kVectors vectors of one channel from position i on. What they add to the index is
+// summed over the channels in `parts`, which the last channel writes out. The result has a one where a value
+// is NaN: such positions are done again, one by one.
 template <class E, int kVectors, bool kStream>
-VTOK_INLINE vint adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t c, int64_t i, int32_t* parts) {
+VTOK_INLINE vint adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t c, int64_t i,
+                                    int32_t* parts) {
   const auto* from = static_cast<const typename E::type*>(r.z) + c * r.z_channel + i;
   auto* to = static_cast<typename E::type*>(r.codes) + c * r.codes_channel + i;
   const float* thresholds = l.thresholds + c * l.pitch;
@@ -75,8 +80,10 @@ VTOK_INLINE vint adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t
     vint index = {};
     if (c) memcpy(&index, parts + v * kLanes, sizeof index);
     index += level[v] * l.basis[c];
-    if (c + 1 == r.channels) put<F32, kStream>(reinterpret_cast<float*>(r.indices + i) + v * kLanes, (vfloat)index);
-    else memcpy(parts + v * kLanes, &index, sizeof index);
+    if (c + 1 == r.channels)
+      put<F32, kStream>(reinterpret_cast<float*>(r.indices + i) + v * kLanes, (vfloat)index);
+    else
+      memcpy(parts + v * kLanes, &index, sizeof index);
   }
   return nan;
 }
@@ -94,7 +101,8 @@ VTOK_INLINE void sum_channels(const int32_t* parts, int32_t* to, int64_t channel
 
 constexpr int64_t kPartsLimit = 32;  // channels up to which the interleaved form is used
 
-// Channels adjacent: kLanes positions are `channels` vectors, and lane j of vector v holds channel (v * kLanes + j) % channels.
+// Channels adjacent: kLanes positions are `channels` vectors, and lane j of vector v holds channel (v *
+// kLanes + j) % channels.
 // Whether a value is NaN: then these positions are done again, one by one.
 template <class E, bool kStream, int kPitch>
 VTOK_INLINE bool adjacent_channels(const FsqRun& r, const FsqLevels& l, int64_t i) {
@@ -136,7 +144,8 @@ void run_planar(const FsqRun& r, const FsqLevels& l, int64_t whole) {
     vint nan = {};
     for (int64_t c = 0; c < r.channels; ++c) {
       int64_t j = i;
-      for (; j + 4 * kLanes <= end; j += 4 * kLanes) nan |= adjacent_positions<E, 4, kStream>(r, l, c, j, parts + j - i);
+      for (; j + 4 * kLanes <= end; j += 4 * kLanes)
+        nan |= adjacent_positions<E, 4, kStream>(r, l, c, j, parts + j - i);
       for (; j < end; j += kLanes) nan |= adjacent_positions<E, 1, kStream>(r, l, c, j, parts + j - i);
     }
     if (any(nan))
@@ -146,7 +155,8 @@ void run_planar(const FsqRun& r, const FsqLevels& l, int64_t whole) {
 
 template <class E, bool kStream, int kPitch = 0>
 void run_interleaved(const FsqRun& r, const FsqLevels& l, int64_t whole) {
-  if (!kPitch && l.pitch == 7) return run_interleaved<E, kStream, 7>(r, l, whole);  // eight levels at most, as most codebooks have
+  // eight levels at most, as most codebooks have
+  if (!kPitch && l.pitch == 7) return run_interleaved<E, kStream, 7>(r, l, whole);
   for (int64_t i = 0; i < whole; i += kLanes)
     if (adjacent_channels<E, kStream, kPitch>(r, l, i))
       for (int j = 0; j < kLanes; ++j) position<E>(r, l, i + j);
@@ -161,12 +171,16 @@ void run(const FsqRun& r, const FsqLevels& l) {
   const int64_t whole = r.positions / kLanes * kLanes;
   int64_t i = whole;
   if (r.indices_step == 1 && r.z_step == 1 && r.codes_step == 1) {
-    if (stream && r.codes_channel % kLanes == 0) run_planar<E, can_stream>(r, l, whole);
-    else run_planar<E, false>(r, l, whole);
-  } else if (l.interleaved && r.indices_step == 1 && r.z_channel == 1 && r.codes_channel == 1 && r.z_step == r.channels &&
-             r.codes_step == r.channels) {
-    if (stream) run_interleaved<E, can_stream>(r, l, whole);
-    else run_interleaved<E, false>(r, l, whole);
+    if (stream && r.codes_channel % kLanes == 0)
+      run_planar<E, can_stream>(r, l, whole);
+    else
+      run_planar<E, false>(r, l, whole);
+  } else if (l.interleaved && r.indices_step == 1 && r.z_channel == 1 && r.codes_channel == 1 &&
+             r.z_step == r.channels && r.codes_step == r.channels) {
+    if (stream)
+      run_interleaved<E, can_stream>(r, l, whole);
+    else
+      run_interleaved<E, false>(r, l, whole);
   } else {
     i = 0;
   }

@@ -1,7 +1,7 @@
-// Normalisation in float32, each value read from memory once: a row of channels (channels-last), or a block of
-// neighbouring pixels of all channels (planes), is copied to scratch that stays in cache, and the mean, the squares about it
-// and the result are computed there. Squares are taken about the mean and corrected by the remaining sum of differences, so
-// a large mean costs no accuracy.
+// Normalisation in float32, each value read from memory once: a row of channels (channels-last), or a block
+// of neighbouring pixels of all channels (planes), is copied to scratch that stays in cache, and the mean,
+// the squares about it and the result are computed there. Squares are taken about the mean and corrected by
+// the remaining sum of differences, so a large mean costs no accuracy.
 #include "cpu/norm_act.h"
 #include "cpu/vec.h"
 
@@ -29,7 +29,9 @@ VTOK_INLINE float total(vfloat v) {
   return v[0];
 }
 
-VTOK_INLINE float reciprocal_std(float mean_square, float eps) { return 1.0f / __builtin_sqrtf(mean_square + eps); }
+VTOK_INLINE float reciprocal_std(float mean_square, float eps) {
+  return 1.0f / __builtin_sqrtf(mean_square + eps);
+}
 
 // The first n of kLanes values; the whole vector where n says so.
 template <class E>
@@ -55,7 +57,8 @@ struct Run {
 };
 
 template <class E>
-VTOK_INLINE const typename E::type* address(const void* data, const int64_t* stride, NormTask k, int64_t c, int64_t h, int64_t w) {
+VTOK_INLINE const typename E::type* address(const void* data, const int64_t* stride, NormTask k, int64_t c,
+                                            int64_t h, int64_t w) {
   if (!data) return nullptr;
   const int64_t at = k.b * stride[0] + c * stride[1] + k.t * stride[2] + h * stride[3] + w * stride[4];
   return static_cast<const typename E::type*>(data) + at;
@@ -65,31 +68,43 @@ VTOK_INLINE const typename E::type* address(const void* data, const int64_t* str
 template <class E>
 VTOK_INLINE Run<E> run_at(const NormPlan& p, NormTask k, int64_t done, int64_t c) {
   const int64_t h = (k.first + done) / p.width, w = (k.first + done) % p.width;
-  return {address<E>(p.x, p.x_stride, k, c, h, w), address<E>(p.residual, p.residual_stride, k, c, h, w),
-          address<E>(p.scale, p.scale_stride, k, c, h, w), address<E>(p.shift, p.shift_stride, k, c, h, w),
+  return {address<E>(p.x, p.x_stride, k, c, h, w),
+          address<E>(p.residual, p.residual_stride, k, c, h, w),
+          address<E>(p.scale, p.scale_stride, k, c, h, w),
+          address<E>(p.shift, p.shift_stride, k, c, h, w),
           const_cast<typename E::type*>(address<E>(p.out, p.out_stride, k, c, h, w)),
-          p.x_stride[4], p.residual_stride[4], p.scale_stride[4], p.shift_stride[4], p.out_stride[4],
+          p.x_stride[4],
+          p.residual_stride[4],
+          p.scale_stride[4],
+          p.shift_stride[4],
+          p.out_stride[4],
           at_most(p.width - w, k.count - done)};
 }
 
-// What follows the affine part: modulation, SiLU, rounding, store, of the n lanes at out. kPlain: there is no modulation.
+// What follows the affine part: modulation, SiLU, rounding, store, of the n lanes at out. kPlain: there is no
+// modulation.
 template <class E, bool kSilu, bool kPlain>
-VTOK_INLINE void finish(vfloat y, const typename E::type* scale, const typename E::type* shift, typename E::type* out,
-                        int n) {
+VTOK_INLINE void finish(vfloat y, const typename E::type* scale, const typename E::type* shift,
+                        typename E::type* out, int n) {
   if (!kPlain && scale) y *= read<E>(scale, n);
   if (!kPlain && shift) y += read<E>(shift, n);
   if (kSilu) y = silu(y);
-  if (n == kLanes) E::store(out, y);
-  else store_n<E>(out, y, n);
+  if (n == kLanes)
+    E::store(out, y);
+  else
+    store_n<E>(out, y, n);
 }
 
 template <class T>
-VTOK_INLINE T* moved(T* p, int64_t offset) { return p ? p + offset : nullptr; }
+VTOK_INLINE T* moved(T* p, int64_t offset) {
+  return p ? p + offset : nullptr;
+}
 
-// ---- channels-last -------------------------------------------------------------------------------------------------------
+// ---- channels-last ----------------------------------------------------------------------------------------
 
-// Calls body(c, n) for each vector of n channels: whole ones, of which the last may overlap the one before it (harmless, the
-// same values are computed again), or a single part of one where there are fewer channels than lanes.
+// Calls body(c, n) for each vector of n channels: whole ones, of which the last may overlap the one before it
+// (harmless, the same values are computed again), or a single part of one where there are fewer channels than
+// lanes.
 template <class F>
 VTOK_INLINE void for_channels(int64_t channels, F&& body) {
   if (channels < kLanes) return body(int64_t(0), int(channels));
@@ -99,18 +114,21 @@ VTOK_INLINE void for_channels(int64_t channels, F&& body) {
 
 // Channels [0, n) of one pixel into `row` as float32, residual added, and kLanes zeros behind.
 template <class E>
-VTOK_INLINE void fill_row(const typename E::type* x, const typename E::type* residual, int64_t channels, float* row) {
+VTOK_INLINE void fill_row(const typename E::type* x, const typename E::type* residual, int64_t channels,
+                          float* row) {
   if (residual)
-    for_channels(channels, [&](int64_t c, int n) VTOK_LAMBDA { store(row + c, read<E>(x + c, n) + read<E>(residual + c, n)); });
+    for_channels(channels, [&](int64_t c, int n)
+                               VTOK_LAMBDA { store(row + c, read<E>(x + c, n) + read<E>(residual + c, n)); });
   else
     for_channels(channels, [&](int64_t c, int n) VTOK_LAMBDA { store(row + c, read<E>(x + c, n)); });
   store(row + channels, vfloat{});
 }
 
-// LayerNorm or RMSNorm of the `channels` values of every pixel of a run. A few pixels go through each step together, because a
-// pixel alone is one long chain of dependent sums, a root and a quotient.
+// LayerNorm or RMSNorm of the `channels` values of every pixel of a run. A few pixels go through each step
+// together, because a pixel alone is one long chain of dependent sums, a root and a quotient.
 template <class E, bool kSilu, bool kPlain>
-void normalise_run(Run<E> r, const float* weight, const float* bias, int64_t channels, bool centred, float eps, float* rows) {
+void normalise_run(Run<E> r, const float* weight, const float* bias, int64_t channels, bool centred,
+                   float eps, float* rows) {
   constexpr int kTogether = 8;
   const int64_t pitch = rounded_up(channels) + kLanes;
   const float inverse = 1.0f / channels;
@@ -125,7 +143,8 @@ void normalise_run(Run<E> r, const float* weight, const float* bias, int64_t cha
         vfloat s = {};
         for (int64_t c = 0; c < channels; c += kLanes) s += load(row + c);
         mean[j] = total(s) * inverse;
-        store(row + channels, broadcast(mean[j]));  // the lanes behind the row differ from the mean by nothing
+        // the lanes behind the row differ from the mean by nothing
+        store(row + channels, broadcast(mean[j]));
       }
     for (int j = 0; j < together; ++j) {
       const float* row = rows + j * pitch;
@@ -141,7 +160,8 @@ void normalise_run(Run<E> r, const float* weight, const float* bias, int64_t cha
     }
     for (int j = 0; j < together; ++j) {
       const float* row = rows + j * pitch;
-      const typename E::type *scale = moved(r.scale, j * r.scale_step), *shift = moved(r.shift, j * r.shift_step);
+      const typename E::type *scale = moved(r.scale, j * r.scale_step),
+                             *shift = moved(r.shift, j * r.shift_step);
       typename E::type* out = r.out + j * r.out_step;
       const vfloat m = broadcast(mean[j]), a = broadcast(gain[j]), b = broadcast(offset[j]);
       for_channels(channels, [&](int64_t c, int n) VTOK_LAMBDA {
@@ -157,7 +177,8 @@ void positions_rows(const NormPlan& p, NormTask k, float* rows) {
   const int64_t cg = p.channels / p.groups;
   for (int64_t done = 0; done < k.count; done += run_at<E>(p, k, done, 0).pixels)
     for (int64_t c = 0; c < p.channels; c += cg)
-      normalise_run<E, kSilu, kPlain>(run_at<E>(p, k, done, c), p.weight + c, p.bias + c, cg, p.centred, p.eps, rows);
+      normalise_run<E, kSilu, kPlain>(run_at<E>(p, k, done, c), p.weight + c, p.bias + c, cg, p.centred,
+                                      p.eps, rows);
 }
 
 // Moments of each group over a task's pixels: the task is copied to scratch, then summed channel by channel.
@@ -177,7 +198,8 @@ void moments_rows(const NormPlan& p, NormTask k, Moments* out, float* scratch) {
   if (p.centred) {
     for (int64_t c = 0; c < C; c += kLanes) {
       vfloat even = {}, odd = {};
-      for (int64_t i = 0; i + 1 < k.count; i += 2) even += load(scratch + i * C + c), odd += load(scratch + (i + 1) * C + c);
+      for (int64_t i = 0; i + 1 < k.count; i += 2)
+        even += load(scratch + i * C + c), odd += load(scratch + (i + 1) * C + c);
       if (k.count % 2) even += load(scratch + (k.count - 1) * C + c);
       store(sums + c, even + odd);
     }
@@ -220,13 +242,13 @@ void apply_rows(const NormPlan& p, NormTask k) {
       for_channels(C, [&](int64_t c, int n) VTOK_LAMBDA {
         vfloat v = read<E>(r.x + c, n);
         if (!kPlain && r.residual) v += read<E>(r.residual + c, n);
-        finish<E, kSilu, kPlain>(fma(v - load(mean + c), load(gain + c), load(offset + c)), moved(r.scale, c), moved(r.shift, c),
-                                 r.out + c, n);
+        finish<E, kSilu, kPlain>(fma(v - load(mean + c), load(gain + c), load(offset + c)), moved(r.scale, c),
+                                 moved(r.shift, c), r.out + c, n);
       });
   }
 }
 
-// ---- planes --------------------------------------------------------------------------------------------------------------
+// ---- planes -----------------------------------------------------------------------------------------------
 
 // Neighbouring pixels of one channel into `run` as float32, zeros behind up to a whole vector.
 template <class E>
@@ -239,8 +261,8 @@ VTOK_INLINE void fill_run(const Run<E>& r, float* run) {
   }
 }
 
-// The results of a run of one channel; value(i, n) gives the vector at pixel i before modulation, which varies along the run
-// or is constant there (step 0).
+// The results of a run of one channel; value(i, n) gives the vector at pixel i before modulation, which
+// varies along the run or is constant there (step 0).
 template <class E, bool kSilu, bool kPlain, class F>
 VTOK_INLINE void finish_run(const Run<E>& r, F&& value) {
   const bool along = kPlain || ((!r.scale || r.scale_step) && (!r.shift || r.shift_step));
@@ -277,7 +299,8 @@ void positions_planes(const NormPlan& p, NormTask k, float* scratch) {
         store(square + i, fma(v, v, load(square + i)));
       }
     for (int64_t i = 0; i < n; i += kLanes) {  // from here on left = -left * rstd, square = rstd
-      vfloat d = p.centred ? load(left + i) * inverse : vfloat{}, q = load(square + i) * inverse - d * d, rstd;
+      vfloat d = p.centred ? load(left + i) * inverse : vfloat{}, q = load(square + i) * inverse - d * d,
+             rstd;
       for (int j = 0; j < kLanes; ++j) rstd[j] = reciprocal_std(q[j], p.eps);
       store(left + i, -d * rstd);
       store(square + i, rstd);
@@ -340,7 +363,8 @@ void apply_planes(const NormPlan& p, NormTask k) {
   const int64_t span = (p.per_frame ? k.b * p.frames + k.t : k.b) * p.channels;
   for (int64_t c = 0; c < p.channels; ++c) {
     const Run<E> r = run_at<E>(p, k, 0, c);
-    const vfloat mean = broadcast(p.mean[span + c]), gain = broadcast(p.gain[span + c]), offset = broadcast(p.offset[span + c]);
+    const vfloat mean = broadcast(p.mean[span + c]), gain = broadcast(p.gain[span + c]),
+                 offset = broadcast(p.offset[span + c]);
     finish_run<E, kSilu, kPlain>(r, [&](int64_t i, int n) VTOK_LAMBDA {
       vfloat v = read<E>(r.x + i, n);
       if (!kPlain && r.residual) v += read<E>(r.residual + i, n);
@@ -349,10 +373,14 @@ void apply_planes(const NormPlan& p, NormTask k) {
   }
 }
 
-// ---- choice --------------------------------------------------------------------------------------------------------------
+// ---- choice -----------------------------------------------------------------------------------------------
 
-struct No { static constexpr bool value = false; };
-struct Yes { static constexpr bool value = true; };
+struct No {
+  static constexpr bool value = false;
+};
+struct Yes {
+  static constexpr bool value = true;
+};
 
 template <class F>
 void with_type(DType dtype, F&& f) {
@@ -368,8 +396,10 @@ template <class F>
 void with_epilogue(const NormPlan& p, F&& f) {
   with_type(p.dtype, [&](auto e) {
     const bool plain = !p.residual && !p.scale && !p.shift;
-    if (p.silu) plain ? f(e, Yes{}, Yes{}) : f(e, Yes{}, No{});
-    else plain ? f(e, No{}, Yes{}) : f(e, No{}, No{});
+    if (p.silu)
+      plain ? f(e, Yes{}, Yes{}) : f(e, Yes{}, No{});
+    else
+      plain ? f(e, No{}, Yes{}) : f(e, No{}, No{});
   });
 }
 
@@ -377,14 +407,16 @@ void with_epilogue(const NormPlan& p, F&& f) {
 
 int64_t norm_scratch(const NormPlan& p) {
   const int64_t cg = p.channels / p.groups;
-  const int64_t rows = (p.chunk + 16) * (p.channels + 2 * kLanes), planes = (3 + cg) * rounded_up(p.chunk) + (kChains + 1) * kLanes;
+  const int64_t rows = (p.chunk + 16) * (p.channels + 2 * kLanes),
+                planes = (3 + cg) * rounded_up(p.chunk) + (kChains + 1) * kLanes;
   return p.channels_last ? rows : planes;
 }
 
 void norm_positions(const NormPlan& p, NormTask k, float* scratch) {
   with_epilogue(p, [&](auto e, auto silu, auto plain) {
     using E = decltype(e);
-    (p.channels_last ? positions_rows<E, silu.value, plain.value> : positions_planes<E, silu.value, plain.value>)(p, k, scratch);
+    (p.channels_last ? positions_rows<E, silu.value, plain.value>
+                     : positions_planes<E, silu.value, plain.value>)(p, k, scratch);
   });
 }
 
@@ -398,7 +430,8 @@ void group_moments(const NormPlan& p, NormTask k, Moments* out, float* scratch) 
 void group_apply(const NormPlan& p, NormTask k) {
   with_epilogue(p, [&](auto e, auto silu, auto plain) {
     using E = decltype(e);
-    (p.channels_last ? apply_rows<E, silu.value, plain.value> : apply_planes<E, silu.value, plain.value>)(p, k);
+    (p.channels_last ? apply_rows<E, silu.value, plain.value> : apply_planes<E, silu.value, plain.value>)(p,
+                                                                                                          k);
   });
 }
 

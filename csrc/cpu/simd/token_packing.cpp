@@ -1,4 +1,5 @@
-// The differences of rows of pixels, added up in double precision: multiples of 2^-30 below 2^12, so that no sum rounds.
+// The differences of rows of pixels, added up in double precision: multiples of 2^-30 below 2^12, so that no
+// sum rounds.
 #include "cpu/token_packing.h"
 #include "cpu/vec.h"
 
@@ -26,7 +27,8 @@ VTOK_INLINE bool all(vint lanes) {  // lanes of 0 or -1
 #endif
 }
 
-// Cut to a multiple of 2^-30: below 1 through the integers, from 1 on floats are such multiples anyway. A NaN is not below 1.
+// Cut to a multiple of 2^-30: below 1 through the integers, from 1 on floats are such multiples anyway. A NaN
+// is not below 1.
 VTOK_INLINE vfloat cut(vfloat d) {
   d = at_most(d, broadcast(4096.0f));
   const vfloat small = __builtin_convertvector(__builtin_convertvector(d * 0x1p30f, vint), vfloat) * 0x1p-30f;
@@ -37,9 +39,11 @@ VTOK_INLINE vfloat cut(vfloat d) {
 VTOK_INLINE void add(double* sums, vfloat d) {
   vfloat_half half[2];
 #if defined(__AVX512F__) && VTOK_LANES == 16
-  half[0] = (vfloat_half)_mm512_castps512_ps256((__m512)d), half[1] = (vfloat_half)_mm512_extractf32x8_ps((__m512)d, 1);
+  half[0] = (vfloat_half)_mm512_castps512_ps256((__m512)d),
+  half[1] = (vfloat_half)_mm512_extractf32x8_ps((__m512)d, 1);
 #elif defined(__AVX2__) && VTOK_LANES == 8
-  half[0] = (vfloat_half)_mm256_castps256_ps128((__m256)d), half[1] = (vfloat_half)_mm256_extractf128_ps((__m256)d, 1);
+  half[0] = (vfloat_half)_mm256_castps256_ps128((__m256)d),
+  half[1] = (vfloat_half)_mm256_extractf128_ps((__m256)d, 1);
 #else
   memcpy(half, &d, sizeof d);
 #endif
@@ -62,14 +66,18 @@ VTOK_INLINE void add(double* sums, vuint multiples) {
   }
 }
 
-// The memory in front of what is read: two rows that lie far apart are more than the machine foresees by itself.
+// The memory in front of what is read: two rows that lie far apart are more than the machine foresees by
+// itself.
 template <class T>
-VTOK_INLINE void prefetch(const T* at) { __builtin_prefetch((const char*)at + 3072); }
+VTOK_INLINE void prefetch(const T* at) {
+  __builtin_prefetch((const char*)at + 3072);
+}
 
-// At most kRowsAtOnce rows of adjacent pixels, one after the other. Differences below 1, which nearly all are, add up as integers.
+// At most kRowsAtOnce rows of adjacent pixels, one after the other. Differences below 1, which nearly all
+// are, add up as integers.
 template <class E>
-VTOK_INLINE void add_adjacent(const typename E::type* a, const typename E::type* b, const ScoreRows& r, int64_t rows,
-                              int64_t columns, double* sums) {
+VTOK_INLINE void add_adjacent(const typename E::type* a, const typename E::type* b, const ScoreRows& r,
+                              int64_t rows, int64_t columns, double* sums) {
   vuint multiples[kColumns / kLanes] = {};
   for (int64_t k = 0; k < rows; ++k, a += r.video_row, b += r.reconstruction_row)
     for (int64_t i = 0; i < columns; i += kLanes) {
@@ -77,7 +85,7 @@ VTOK_INLINE void add_adjacent(const typename E::type* a, const typename E::type*
       prefetch(b + i);
       const vfloat d = distance(E::load(a + i), E::load(b + i));
       if (all(d < 1.0f)) {
-        multiples[i / kLanes] += (vuint)__builtin_convertvector(d * 0x1p30f, vint);
+        multiples[i / kLanes] += (vuint) __builtin_convertvector(d * 0x1p30f, vint);
       } else {
         add(sums + i, cut(d));
       }
@@ -93,11 +101,13 @@ void run(const ScoreRows& r, double* sums) {
   for (int64_t i = 0; i < whole; i += kColumns)
     for (int64_t k = 0; k < r.rows; k += kRowsAtOnce)
       add_adjacent<E>(a + k * r.video_row + i, b + k * r.reconstruction_row + i, r,
-                      k + kRowsAtOnce < r.rows ? kRowsAtOnce : r.rows - k, i + kColumns < whole ? kColumns : whole - i, sums + i);
+                      k + kRowsAtOnce < r.rows ? kRowsAtOnce : r.rows - k,
+                      i + kColumns < whole ? kColumns : whole - i, sums + i);
   for (int64_t k = 0; k < r.rows; ++k)
     for (int64_t i = whole; i < r.columns; ++i)
-      sums[i] += cut(distance(broadcast(E::get(a + k * r.video_row + i * r.video_step)),
-                              broadcast(E::get(b + k * r.reconstruction_row + i * r.reconstruction_step))))[0];
+      sums[i] +=
+          cut(distance(broadcast(E::get(a + k * r.video_row + i * r.video_step)),
+                       broadcast(E::get(b + k * r.reconstruction_row + i * r.reconstruction_step))))[0];
 }
 
 }  // namespace

@@ -1,0 +1,100 @@
+// Host side of the convolutions on a GPU: checks, the tables of the problem that every kernel takes, and
+// scratch memory.
+#pragma once
+#include <vector>
+
+#include "cuda/causal_conv3d/epilogue.cuh"
+#include "cuda/launch.cuh"
+
+namespace vtok::cuda {
+
+// Hands out pieces of the caller's scratch memory; without any it only counts.
+class Workspace {
+ public:
+  Workspace(void* base, int64_t* bytes) : base_(static_cast<char*>(base)), bytes_(bytes) {}
+  template <class T = char>
+  T* take(int64_t count) {
+    const int64_t at = used_;
+    used_ += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(base_ + at);
+  }
+  bool only_counts() const {
+    if (bytes_) *bytes_ = used_;
+    return bytes_ != nullptr;
+  }
+
+ private:
+  char* base_;
+  int64_t* bytes_;
+  int64_t used_ = 0;
+};
+
+constexpr int kMaxMergedTaps = 8;
+
+struct WeightView {  // element strides; negative where a tap is mirrored, and then `data` is the last tap
+  const void* data;
+  int64_t group, n, channel, tap[3];
+};
+
+// The weights as the kernels read them, [groups * outputs][kt][k_frame], k_frame = (plane tap, channel) and
+// zeros up to whole slices; and the bias in float32. One launch per call, at a cost of one read and one write
+// of the weights: the kernels never see a stale copy.
+struct RelaidWeight {
+  WeightView from;
+  int groups, outputs, channels;
+  int taps[3], kernel[3];  // the weight's own, and as the kernels see them: fewer where taps are merged
+  int k_frame;
+  // depth-to-space: kernel channel n is row n % phase_channels * phases + n / phase_channels
+  int phases, phase_channels;
+  const void* bias;  // or null
+  // Where `folded`: tap i of an axis is the sum of the weight's own taps tap_begin[axis][i] to
+  // tap_begin[axis][i + 1] - 1.
+  bool folded;
+  int8_t tap_begin[3][kMaxMergedTaps + 1];
+};
+Status relay_weight(const RelaidWeight& w, DType dtype, void* to, float* bias_to, void* stream);
+
+// A source of `length` (upsampled) coordinates for outputs of `out`, everything of the forward call but
+// dgrad's changes.
+Status make_source(const ConvProblem& p, Source* source);
+
+// Fills the pointers, strides and the unit of reading x (and the cache) and tells whether 16-byte chunks of
+// channels can be read.
+bool bind_source(const Tensor& x, const Tensor& cache, int groups, Source* source);
+
+inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The convolution that forward and dgrad share. `source` is bound; `weight.data` may be null where only
+// scratch is counted.
+struct ConvTask {
+  Source source;
+  bool chunks;  // 16-byte chunks of channels can be read
+  Epilogue epilogue;
+  RelaidWeight weight;
+  DType dtype;
+  bool tf32;
+};
+// The task as several with fewer taps, where taps read the same elements (an upsampled input, a single
+// replicated frame).
+std::vector<ConvTask> merge_taps(const ConvTask& task);
+Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream);
+
+// The same by the Hopper kernel; Unsupported, with the reason, where it cannot. Reports tile_m, tile_n,
+// splits, cluster, stages of weights, stages of patches, the tile's frames, rows and columns, and the cycles
+// predicted.
+#ifdef VTOK_SM90  // in the build
+Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream);
+#else
+inline Status run_conv_sm90(ConvTask&, ConvChoice, Workspace&, void*) {
+  return Status::Unsupported(
+      "sm90: the native module was built without it; VTOK_FAST_CUDA_ARCHS chooses GPUs at build time");
+}
+#endif
+
+inline Status run_chosen(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream) {
+  return choice.sm90 ? run_conv_sm90(task, choice, workspace, stream)
+                     : run_conv(task, choice, workspace, stream);
+}
+
+}  // namespace vtok::cuda

@@ -1,0 +1,55 @@
+// What the Hopper convolution's plan hands to its kernel (causal_conv3d_sm90.cuh). The plan:
+// causal_conv3d_sm90_plan.cu.
+#pragma once
+#include "cuda/causal_conv3d/epilogue.cuh"
+#include "cuda/tensor_map.cuh"
+
+namespace vtok::cuda {
+
+constexpr int kHopperThreads = 384;  // a warpgroup of producers and two that multiply
+// 64 channels: a row of a patch and of the weights, and the width of the swizzle
+constexpr int kSlabBytes = 128;
+constexpr int kMostPatchStages = 8, kMostWeightStages = 8;
+constexpr int kHopperBarrierBytes = 16 * (kMostPatchStages + kMostWeightStages) + 16;
+
+// Axes are time, height, width.
+struct HopperParams {
+  Source source;  // of the time axis everything is used, of the others stride, pad and out
+  Epilogue epilogue;
+  const void* bias;  // in the type of x, or null
+  float* partial;    // [splits][positions][partial_stride], where splits > 1
+  int partial_stride, outputs;
+  int tile[3], tiles[3];  // output positions of a tile, at most M; tiles along each axis
+  int tiles_m, tiles_n, splits, cluster;
+  int units;        // [split][tiles_m / cluster][tiles_n]: what a cluster works off one after another
+  int taps[3];      // that a patch serves: the kernel; 1 in time where a patch is one frame
+  int row_step[3];  // rows of the patch from one tap to the next
+  int patch_width, patch_frames, frame_rows;  // frame_rows: of a frame in a patch, a multiple of 8
+  int frame_bytes_loaded, patch_bytes, patch_stages, weight_stages;
+  int slabs, last_steps;  // slices of 64 channels, and steps of 16 in the last of them
+};
+
+struct HopperMaps {  // channels first, then width, height, time, batch; the weights: channels, taps, outputs
+  TensorMap x, cache, weight, out, residual;
+};
+
+// A tile of M x N: the kernel, and what the plan must know of it.
+struct HopperVariant {
+  int m, n;
+  int piece;  // channels of a row in a box of the output
+  void (*kernel)(HopperMaps, HopperParams);
+};
+
+struct HopperVariants {
+  const HopperVariant* begin;
+  int count;
+};
+HopperVariants hopper_variants_bf16();
+HopperVariants hopper_variants_f16();
+
+inline int hopper_shared_bytes(const HopperVariant& v, int patch_bytes, int patch_stages, int weight_stages) {
+  return 1024 + patch_bytes * patch_stages + v.n * kSlabBytes * weight_stages + v.m * v.n * 2 +
+         kHopperBarrierBytes;
+}
+
+}  // namespace vtok::cuda

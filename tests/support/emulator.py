@@ -1,0 +1,248 @@
+"""Runs the CUDA sources on the CPU, and finds what a GPU would not tell: see :func:`build`.
+
+    from emulator import build, EmulatorError      # with tests/emulator on sys.path
+
+    conv = build("csrc/cuda/causal_conv3d.cu", includes=["cuda/causal_conv3d/causal_conv3d.h"],
+                 exports={"forward": "vtok::cuda::causal_conv3d"})
+    for seed in (0, 1, 2):
+        conv.forward(x, weight, None, out, [1, 1, 1], 0, None, seed=seed)      # fills `out`, a CPU tensor
+
+The function named on the right is an ordinary launcher, ``Status (*)(parameters...)``. Arguments become its
+parameters by
+position: a torch tensor or what ``vtok_fast.dispatch.native.arg`` makes of it (None where absent) a
+``vtok::Tensor``; an int or bool any integer, bool or enum; a float any floating point; a list of numbers
+``std::vector`` or ``std::array``; None an empty ``std::optional`` or the stream. Where a launcher takes a
+struct, wrap it: ``exports={"forward": "+[](vtok::Tensor x, int n) { Problem p; ...; return launch(p); }"}``;
+    ``glue`` is C++ text put before the exports.
+
+Every tensor argument is registered as global memory, from its first to its last element; what else the
+kernels touch must be named in ``also=[...]``. Outputs are best filled with NaN before the call. A launcher's
+Status becomes ValueError, NotImplementedError, MemoryError or, with what the emulator found in a kernel,
+EmulatorError. Found are: accesses out of bounds or misaligned, in shared and global memory; reads of shared
+memory never written; races in shared memory; bytes of global memory that two threads write, or one writes and
+another reads, without a barrier between; barriers and warp instructions that not all reach or that differ
+among threads; deadlocks; launches that no GPU takes.
+
+``seed`` decides the order of blocks and threads and when asynchronous copies land: 0 at once, 1 as late as
+allowed, 2 and up at random. ``capability=90`` allows the instructions of ptx_sm90.cuh; ``shared_limit``
+(bytes a block may have; 99 KiB, as on the smallest GPUs) and ``multiprocessors`` are what a launcher is told
+of the device. After a call ``conv.launched`` is the last launch as the source has it, kernel and arguments,
+and ``conv.bank_conflicts`` what ldmatrix would have lost in it.
+
+The environment variable VTOK_EMULATOR_FLAGS adds compiler flags. So AddressSanitizer watches kernels and
+emulator: ``LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+ASAN_OPTIONS=detect_leaks=0 VTOK_EMULATOR_FLAGS="-fsanitize=address -g" pytest ...``
+
+Compiled code is kept in tests/emulator/.cache for two weeks, by a hash of all sources and flags.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parents[1] / "emulator"
+ROOT = HERE.parents[1]
+CACHE = HERE / ".cache"
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-DVTOK_EMULATOR",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{HERE}",
+    *os.environ.get("VTOK_EMULATOR_FLAGS", "").split(),
+)
+ITEM_SIZES = (4, 2, 2, 8, 4, 8, 1)  # by DType of csrc/tensor.h, as is:
+DTYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float64: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.uint8: 6,
+}
+ERRORS = {1: ValueError, 2: NotImplementedError, 3: MemoryError}
+
+
+class EmulatorError(RuntimeError):
+    """What the emulator found wrong with a kernel."""
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("size", ctypes.c_int64 * 6),
+        ("stride", ctypes.c_int64 * 6),
+    ]
+
+
+class _Arg(ctypes.Structure):
+    _fields_ = [
+        ("tensor", _Tensor),
+        ("integers", ctypes.POINTER(ctypes.c_int64)),
+        ("reals", ctypes.POINTER(ctypes.c_double)),
+        ("count", ctypes.c_int64),
+        ("integer", ctypes.c_int64),
+        ("real", ctypes.c_double),
+        ("present", ctypes.c_int),
+    ]
+
+
+def why_missing() -> str | None:
+    """Why the emulator cannot run here, or None."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the emulator switches between threads on x86-64 only, this is {platform.machine()}"
+    return None if _compiler() else "the emulator needs a C++ compiler (g++)"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
+
+
+def build(
+    *sources: str | Path,
+    exports: Mapping[str, str],
+    includes: Sequence[str] = (),
+    glue: str = "",
+    flags: Sequence[str] = (),
+) -> Library:
+    """Compiles sources (from the repository's root) with the emulator; ``exports`` become methods of the
+    result."""
+    text = "".join(f'#include "{name}"\n' for name in (*includes, "calls.h")) + glue + "\n"
+    text += "".join(f"EMU_EXPORT({name}, {function})\n" for name, function in exports.items())
+    parts = [*(ROOT / source for source in sources), *sorted(HERE.glob("*.cpp"))]
+    headers = sorted(p for folder in (ROOT / "csrc", HERE) for p in folder.rglob("*.*h") if p.is_file())
+    seen = hashlib.sha256(
+        repr((FLAGS, tuple(flags), _compiler())).encode() + b"".join(p.read_bytes() for p in headers)
+    )
+
+    def compiled(name: str, content: bytes, source: Path) -> Path:
+        digest = seen.copy()
+        digest.update(content)
+        target = CACHE / f"{name}.{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            _run(_compiler(), *FLAGS, *flags, "-x", "c++", "-c", source, target=target)
+        return target
+
+    CACHE.mkdir(exist_ok=True)
+    objects = [compiled(part.stem, part.read_bytes(), part) for part in parts]
+    written = CACHE / f"exports.{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
+    written.write_text(text)
+    objects.append(compiled("exports", text.encode(), written))
+    target = CACHE / f"lib.{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}.so"
+    if not target.exists():
+        _run(_compiler(), "-shared", *flags, *FLAGS, *objects, target=target)
+        for old in CACHE.iterdir():
+            if old.stat().st_mtime < time.time() - 14 * 86400:
+                old.unlink(missing_ok=True)
+    return Library(target, exports)
+
+
+def _run(*command: Any, target: Path) -> None:
+    temporary = target.with_suffix(f".{os.getpid()}")
+    result = subprocess.run([*map(str, command), "-o", str(temporary)], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}:\n{result.stderr[-8000:]}")
+    if "warning:" in result.stderr:
+        print(result.stderr)
+    os.replace(temporary, target)
+
+
+class Library:
+    """Compiled launchers; calls are not for several threads at once."""
+
+    def __init__(self, path: Path, names: Sequence[str] | Mapping[str, str]):
+        self._lib = ctypes.CDLL(str(path))
+        self._lib.emu_register.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p
+        self._lib.emu_bank_conflicts.restype = ctypes.c_uint64
+        self._lib.emu_launched.restype = ctypes.c_char_p
+        for name in names:
+            setattr(self, name, lambda *args, name=name, **options: self._call(name, args, **options))
+
+    @property
+    def bank_conflicts(self) -> int:
+        """Cycles that ldmatrix would have lost to bank conflicts in the last launch."""
+        return self._lib.emu_bank_conflicts()
+
+    @property
+    def launched(self) -> str:
+        """The arguments of the last VTOK_LAUNCH, as its source has them."""
+        return self._lib.emu_launched().decode()
+
+    def _call(
+        self,
+        name: str,
+        args: Sequence[Any],
+        *,
+        seed: int = 0,
+        also: Sequence[torch.Tensor] = (),
+        shared_limit: int = 99 << 10,
+        multiprocessors: int = 4,
+        capability: int = 80,
+    ) -> None:
+        self._lib.emu_prepare(seed, shared_limit, multiprocessors, capability)
+        args = [_taken_apart(value) for value in args]
+        for i, value in enumerate((*args, *map(_taken_apart, also))):
+            if isinstance(value, _Tensor) and 0 not in value.size[: value.rank]:
+                last = sum((n - 1) * s for n, s in zip(value.size, value.stride[: value.rank]))
+                self._lib.emu_register(
+                    value.data, (last + 1) * ITEM_SIZES[value.dtype], f"argument {i}".encode()
+                )
+        items = [_pack(i, value) for i, value in enumerate(args)]  # which own their lists
+        packed = (_Arg * len(args))(*items)
+        message = ctypes.create_string_buffer(4096)
+        code = getattr(self._lib, f"emu_call_{name}")(
+            packed, len(args), message, ctypes.c_size_t(len(message))
+        )
+        if code:
+            raise ERRORS.get(code, EmulatorError)(message.value.decode())
+
+
+def _taken_apart(value: Any) -> Any:
+    """A tensor, or what vtok_fast.dispatch.native.arg made of one, as the C++ side takes it; other values as
+    they are."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_cpu:
+            raise ValueError(f"expected a CPU tensor, got one on {value.device}")
+        return _Tensor(
+            value.data_ptr(), DTYPES[value.dtype], value.dim(), tuple(value.shape), tuple(value.stride())
+        )
+    if isinstance(value, tuple) and len(value) == 4 and isinstance(value[2], torch.Size):
+        return _Tensor(value[0], value[1], len(value[2]), tuple(value[2]), tuple(value[3]))
+    return value
+
+
+def _pack(i: int, value: Any) -> _Arg:
+    arg = _Arg(present=value is not None)
+    if isinstance(value, _Tensor):
+        arg.tensor = value
+    elif isinstance(value, (list, tuple)):
+        arg.count = len(value)
+        arg.integers, arg.reals = (
+            (ctypes.c_int64 * len(value))(*map(int, value)),
+            (ctypes.c_double * len(value))(*value),
+        )
+    elif isinstance(value, (int, float)):
+        arg.real = value
+        arg.integer = int(value) if isinstance(value, int) else 0
+    elif value is not None:
+        raise TypeError(f"argument {i}: a tensor, number, list of numbers or None, got {value!r}")
+    return arg

@@ -1,0 +1,165 @@
+"""The Triton kernels of scope_attention under Triton's interpreter (see tests/support/triton_harness.py),
+against float64."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.scope_cases import by_hand, scopes  # noqa: E402
+from vtok_fast import parity
+from vtok_fast.kernels import scope_attention as kernels
+from vtok_fast.ops.scope_attention import gpu as launcher
+from vtok_fast.ops.scope_attention.op import ScopeCall
+from vtok_fast.ops.scope_attention.scope import CSR, Scope, _clamp, _transpose_device
+from vtok_fast.ops.token_packing.packed_tokens import raise_device_errors
+from vtok_fast.reference import scope_attention as reference
+
+
+def tiny(kernel, dim, itemsize, capability, short=False):
+    """Small blocks, which many ranges cross."""
+    if dim > kernels.LARGEST_WHOLE_HEAD:
+        return kernels.Config(16, 16, 128, 64, 1, 1)
+    block_d = max(16, 1 << (dim - 1).bit_length())
+    return kernels.Config(16, 32 if kernel == "queries" else 16, block_d, block_d, 1, 1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "config", tiny)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory is NaN where nobody writes."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(scope, dim, heads=2, kv_heads=2, dtype=torch.float32, batch=1, mask=None, make=None, capability=80):
+    """Forward and backward against the reference in float64.
+
+    float32 is *close* beside the reference in float32. In float16 the probabilities and the gradients of the
+    scores are rounded
+    before the second product, as in every flash attention: half an eps for each of at most three factors of a
+    result, and for itself.
+    """
+    make = make or (lambda h, n: torch.randn(batch, h, n, dim).to(dtype))
+    q, k, v = make(heads, scope.q_len), make(kv_heads, scope.k_len), make(kv_heads, scope.k_len)
+    scale, mask = 0.7 * dim**-0.5, by_hand(scope) if mask is None else mask
+    call = ScopeCall(q, k, v, scope, scale)
+    out, lse = launcher.run(call, capability)
+    grad = torch.randn_like(out)
+    got = (out, *launcher.run(call._replace(grad=grad, out=out, lse=lse), capability))
+
+    def refer(*tensors):
+        q, k, v, grad = tensors
+        out, lse = reference.scope_attention(q, k, v, mask, scale)
+        return (out, *reference.scope_attention_backward(grad, q, k, v, out, lse, mask, scale)), lse
+
+    wants, want_lse = refer(*(t.double() for t in (q, k, v, grad)))
+    for ours, exact, same in zip(got, wants, refer(q, k, v, grad)[0]):
+        assert ours.dtype == dtype and ours.isfinite().all()
+        if dtype == torch.float32:
+            assert (measured := parity.close(ours, exact, same)).ok, str(measured)
+        else:
+            assert (ours - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+    seen = mask.any(1)
+    assert (lse[..., ~seen] == -torch.inf).all() and (out[:, :, ~seen] == 0).all()
+    if seen.any():
+        assert (lse - want_lse)[..., seen].abs().max() <= 1e-5 * (1 + want_lse[..., seen].abs().max())
+    return got
+
+
+@settings(max_examples=15, deadline=None)
+@given(scopes(), st.sampled_from((8, 16)), st.sampled_from((torch.float32, torch.float16)))
+def test_any_scope(scope, dim, dtype):
+    if not scope.q_len or not scope.k_len:
+        return  # never gets to a kernel
+    before, kernels.config = kernels.config, tiny
+    try:
+        check(scope, dim, 2, 1, dtype)
+    finally:
+        kernels.config = before
+
+
+@pytest.mark.parametrize("dim", (8, 24, 32, 64, 96, 128))
+def test_heads(dim, small_blocks):
+    check(Scope.time_invariant(tiv=9, tv=2, patches=20, slices=2), dim, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "dim",
+    (
+        256,
+        pytest.param(384, marks=pytest.mark.slow),
+        pytest.param(512, marks=pytest.mark.slow),
+        pytest.param(1024, marks=pytest.mark.slow),
+    ),
+)
+def test_split_heads(dim, small_blocks):
+    check(Scope.block_causal(2, 18), dim, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_the_blocks_that_ship(dtype):
+    """Ranges shorter and longer than a block, and touching ones."""
+    scope = Scope.from_segments(
+        [(0, 40, [(0, 150)]), (40, 200, [(3, 20), (20, 149)]), (210, 213, [(64, 128)])], 220, 150
+    )
+    check(scope, 64, 2, 1, dtype, capability=90)
+    check(Scope.per_frame(5, 7), 64, 1, 1, dtype, capability=90)  # short segments
+
+
+def test_videos_and_groups_of_heads(small_blocks):
+    check(Scope.packed([0, 5, 5, 30], [0, 17, 20, 20], q_len=33, k_len=21), 16, 6, 2, batch=2)
+
+
+def test_any_strides(small_blocks):
+    scope, n = Scope.block_causal(2, 20), 40
+    fused = torch.randn(2, n, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    one_head, narrow = (
+        torch.randn(3, 1, 1, n, 16).expand(3, 2, 2, n, 16),
+        torch.randn(3, 2, 2, n, 20)[..., 1:17],
+    )
+    for qkv in (fused, one_head, narrow, torch.randn(3, 2, 2, 16, n).mT):
+        tensors = iter(qkv.unbind(0))
+        dq = check(scope, 16, 2, 2, make=lambda heads, length: next(tensors))[1]
+        assert dq.stride() == torch.empty_like(qkv[0]).stride()
+
+
+def test_order_of_summation_is_fixed(small_blocks):
+    scope = Scope.time_invariant(tiv=9, tv=2, patches=20, slices=2)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        results.append(check(scope, 16))
+    assert all(map(torch.equal, *results))
+
+
+def test_what_a_device_would_do(small_blocks, monkeypatch):
+    """Values that nobody has checked: the kernels see the nearest scope that is valid, and the error is
+    flagged."""
+    monkeypatch.setattr(
+        launcher, "work_list", lambda scope, block, exact, make=launcher.work_list: make(scope, block, False)
+    )
+    ints = lambda *x: torch.tensor(x, dtype=torch.int32)  # noqa: E731
+    for csr, wrong in (
+        ((ints(0, 10, 10, 33), ints(0, 1, 1, 3), ints(0, 9, 2, 20, 20, 41).view(3, 2)), False),
+        ((ints(0, 10, 5, 33), ints(0, 1, 1, 3), ints(-5, 9, 2, 20, 15, 1000).view(3, 2)), True),
+        ((ints(7, 900, -3, 2), ints(2, 50, 1, 3), ints(30, 9, 2**30, -(2**30), 5, 41).view(3, 2)), True),
+    ):
+        scope = Scope._make(*csr, 33, 41, False)
+        safe = CSR(*_clamp(scope.csr, 33, 41)[0])
+        monkeypatch.setattr(
+            Scope, "transposed", lambda self, host=Scope(*safe, 33, 41): _transpose_device(host)
+        )
+        check(scope, 16, 2, 2, mask=Scope(*safe, 33, 41).mask())
+        with pytest.raises(ValueError, match="scope: a range") if wrong else contextlib.nullcontext():
+            raise_device_errors(torch.device("cpu"))

@@ -1,0 +1,1 @@
+"""The workloads of the benchmark, a module per section."""

@@ -1,0 +1,136 @@
+"""How good a reconstructed video is and what its tokens cost, for videos of any length: ``vtok-fast
+score``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok_fast import metrics
+from vtok_fast.commands.tokenize import centre, systems
+from vtok_fast.io.token_windows import TokenWindows
+from vtok_fast.io.video import open_video, to_float
+
+CLIP = 16  # frames of one clip of FVD
+PIECE = 4  # frames that are compared at a time: SSIM holds several copies of them
+CUT = 32  # pixels, and at most a quarter of a frame: by less a model cuts a frame that it does not scale
+Progress = Callable[[int, int | None], None]  # frames done, frames in all if that is known
+
+
+def score(
+    original: str | os.PathLike,
+    reconstruction: str | os.PathLike,
+    *,
+    tokens: str | os.PathLike | None = None,
+    size: int | tuple[int, int] | None = None,
+    fvd_network: str | os.PathLike | None = None,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """What ``tokenize`` and ``detokenize`` have left of a video, in memory that does not grow with its
+    length.
+
+    Args:
+        tokens: what ``tokenize`` wrote: then also what they cost, and how much of the codebook they use.
+        size: as it was tokenised with. None: a frame that is only a little larger than the reconstruction's
+            is cut, as it then was; another one is scaled until it covers the reconstruction's, and cut.
+        fvd_network: a TorchScript file, see :func:`vtok_fast.metrics.load_fvd_network`; FVD is of the clips
+            of 16 frames.
+
+    Returns ``frames``, ``size``, ``psnr`` (dB), ``ssim``, ``lpips`` (or ``no_lpips``, why there is none);
+    ``fvd`` and ``clips``; and of tokens ``tokens``, ``bits_per_pixel``, and with a codebook
+    ``codebook_size``, ``codebook_used`` and ``perplexity``.
+
+    Raises ImportError without PyAV or torchmetrics; FileNotFoundError; VideoError; ValueError for videos of
+    different lengths, a reconstruction that is larger than the frame, or tokens of another video.
+    """
+    quality, features = (
+        metrics.Quality(),
+        None if fvd_network is None else metrics.load_fvd_network(fvd_network),
+    )
+    seen: tuple[list[Tensor], list[Tensor]] = ([], [])
+    frames = 0
+    with open_video(original) as one, open_video(reconstruction) as other:
+        height, width = other.height, other.width
+        for a, b in _pairs(one, other, _scale(one.height, one.width, height, width, size)):
+            if a.shape[2] < height or a.shape[3] < width:
+                raise ValueError(
+                    f"size={size}: the original then has frames of {a.shape[2]}x{a.shape[3]}, the "
+                    f"reconstruction of "
+                    f"{height}x{width}"
+                )
+            a = centre(a, height, width)
+            for first in range(0, a.shape[1], PIECE):
+                quality.update(*(to_float(x[:, first : first + PIECE]) for x in (b, a)))
+            if features is not None and a.shape[1] == CLIP:
+                for kept, x in zip(seen, (a, b)):
+                    kept.append(features(to_float(x)[None]).double().cpu())
+            frames += a.shape[1]
+            progress(frames, one.count or None)
+    found = {"frames": frames, "size": [height, width], **quality.compute()}
+    if "lpips" not in found:
+        found["no_lpips"] = metrics.why_no_lpips()
+    if features is not None:
+        if len(seen[0]) < 2:
+            raise ValueError(
+                f"fvd_network: FVD needs at least two clips of {CLIP} frames, the video has {frames}"
+            )
+        found |= {"fvd": metrics.frechet_distance(*map(torch.cat, seen)), "clips": len(seen[0])}
+    return found | ({} if tokens is None else cost(TokenWindows(tokens), frames, height, width))
+
+
+def cost(windows: TokenWindows, frames: int, height: int, width: int) -> dict[str, Any]:
+    """What the tokens of a video of that size cost, for each pixel of its own frames: those that windows
+    share, and copies that fill the last one up, are paid for but do not count."""
+    shape = windows[0].video_shape[1:]
+    if tuple(shape) != (height, width) or windows.info.get("frames", frames) != frames:
+        raise ValueError(
+            f"tokens: of {windows.info.get('frames')} frames of {'x'.join(map(str, shape))}, the "
+            f"reconstruction has "
+            f"{frames} of {height}x{width}"
+        )
+    size: Any = None
+    if windows[0].indices is not None:
+        with torch.device("meta"):  # the codebook's size needs no weights
+            size = systems()[windows.model.partition("/")[0]](windows.config).codebook_size
+    bits = sum(metrics.bits(tokens, size) for tokens in windows) / (frames * height * width)
+    if size is None:
+        return {"tokens": sum(tokens.data[:, 0].numel() for tokens in windows), "bits_per_pixel": bits}
+    kept = torch.cat([tokens.data[tokens.data >= 0] for tokens in windows])
+    use = metrics.codebook_use(kept, size)
+    return {
+        "tokens": len(kept),
+        "bits_per_pixel": bits,
+        "codebook_size": size,
+        "codebook_used": use.used,
+        "perplexity": use.perplexity,
+    }
+
+
+def _scale(
+    height: int, width: int, new_height: int, new_width: int, size: int | tuple[int, int] | None
+) -> int | tuple[int, int] | None:
+    """What to scale the original to."""
+    if size is not None or all(
+        0 <= old - new < min(CUT, new / 4) for old, new in ((height, new_height), (width, new_width))
+    ):
+        return size
+    return new_height, new_width
+
+
+def _pairs(
+    one: open_video, other: open_video, size: int | tuple[int, int] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Clips of both, (C, T, H, W) uint8."""
+    done = 0
+    for a, b in zip_longest(one.windows(CLIP, size), other.windows(CLIP)):
+        counts = [0 if x is None else x[0] for x in (a, b)]
+        if counts[0] != counts[1]:
+            has = [f"{done + n} frames{' or more' if n == CLIP else ''}" for n in counts]
+            raise ValueError(f"reconstruction: it has {has[1]}, the original {has[0]}")
+        done += counts[0]
+        yield a[1](), b[1]()

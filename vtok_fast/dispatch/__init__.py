@@ -1,0 +1,1 @@
+"""Which kernel runs: backends, the native module, tuning tables."""

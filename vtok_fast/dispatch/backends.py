@@ -1,0 +1,196 @@
+"""What can run an op here, who is chosen, and why not the others.
+
+An op holds its backends in order of preference, each with a ``why_not(call)`` that returns None for yes and
+the reason for no. Automatic choice takes the first that can run the call and records why others could not
+(:func:`fallbacks`); ``backend=`` at a call raises :class:`BackendError` instead. ``with
+backend("reference"):`` and the environment variable ``VTOK_FAST_BACKEND``, read at
+import, set a preference for a block or a program: an op without that backend, or whose call it cannot run,
+falls back and records why.
+
+A gradient is an op of its own, ``<op>_backward``. It runs later, often in another thread, so the forward pass
+records the caller's choice with :func:`remember`, and the backward pass selects under it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+NAMES = ("sm90", "sm80", "triton", "cpu", "reference")
+ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
+
+Reason = str | None  # what stands against something, as a sentence's middle; None where nothing does
+
+_local = threading.local()
+_ops: dict[str, tuple[Backend, ...]] = {}
+_fallbacks: dict[tuple[str, str], str] = {}
+
+
+class BackendError(RuntimeError):
+    """An explicitly named backend cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op: ``why_not(call)`` gives None or the reason against it, ``run(call)`` does it.
+
+    ``why_slower(call)``, consulted only by automatic selection, gives a reason where another backend was
+    measured to be faster.
+    ``needs_native``: whether a ``cpu`` backend is made of the native module's kernels.
+    """
+
+    name: str
+    why_not: Callable[[Any], Reason]
+    run: Callable[[Any], Any]
+    why_slower: Callable[[Any], Reason] = lambda call: None
+    needs_native: bool = True
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Makes an op's backends known, in order of preference. The reference comes last and can run
+    everything."""
+    _ops[op] = backends
+
+
+def _checked(kind: str, name: str | None, known: tuple[str, ...]) -> str | None:
+    if name is not None and name not in known:
+        raise ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+# Read once: a look into the environment costs as much as the checks of a small call.
+_environment_backend = _checked("VTOK_FAST_BACKEND", os.environ.get("VTOK_FAST_BACKEND") or None, NAMES)
+_environment_algorithm = _checked(
+    "VTOK_FAST_CONV_ALGORITHM", os.environ.get("VTOK_FAST_CONV_ALGORITHM") or None, ALGORITHMS
+)
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Prefers one backend for every op within the block (this thread only); None returns to automatic
+    choice."""
+    previous = getattr(_local, "backend", None)
+    _local.backend = _checked("backend", name, NAMES) or "auto"
+    try:
+        yield
+    finally:
+        _local.backend = previous
+
+
+@contextmanager
+def algorithm(name: str) -> Iterator[None]:
+    """Fixes the CPU convolution's algorithm within the block: ``auto``, ``direct``, ``winograd2`` or
+    ``winograd4``.
+
+    A convolution that is not a 3x3 plane at stride 1 is direct whatever the name.
+    """
+    previous = getattr(_local, "algorithm", None)
+    _local.algorithm = _checked("algorithm", name, ALGORITHMS)
+    try:
+        yield
+    finally:
+        _local.algorithm = previous
+
+
+def current_algorithm() -> str:
+    """The algorithm chosen by :func:`algorithm`, else by ``VTOK_FAST_CONV_ALGORITHM`` at import, else
+    ``auto``."""
+    return getattr(_local, "algorithm", None) or _environment_algorithm or "auto"
+
+
+def preferred() -> str | None:
+    """The backend preferred by :func:`backend` or the environment, or None for automatic choice."""
+    name = getattr(_local, "backend", None) or _environment_backend
+    return None if name == "auto" else name
+
+
+def remember(ctx: Any, explicit: str | None) -> None:
+    """Records in an autograd context which backend the caller of the forward pass chose: at the call, by
+    :func:`backend` or in the environment. The gradient prefers it, and falls back where it cannot run."""
+    ctx.explicit_backend = explicit
+    ctx.preferred_backend = explicit or preferred()
+
+
+def remembered(ctx: Any) -> AbstractContextManager[None]:
+    """Within the block, the choice that :func:`remember` recorded is the preference of this thread."""
+    return backend(ctx.preferred_backend)
+
+
+def select(op: str, call: Any, explicit: str | None = None) -> Backend:
+    """The backend that runs this call.
+
+    Raises:
+        ValueError: ``explicit`` is not a backend's name.
+        BackendError: the op has no such backend, or it cannot run this call.
+    """
+    candidates = _ops[op]
+    if explicit is not None:
+        _checked("backend", explicit, NAMES)
+        for candidate in candidates:
+            if candidate.name == explicit:
+                if reason := candidate.why_not(call):
+                    raise BackendError(f"{op}: backend={explicit!r} cannot run this call: {reason}")
+                return candidate
+        have = ", ".join(b.name for b in candidates)
+        raise BackendError(f"{op}: backend={explicit!r} does not exist for this op; it has {have}")
+    wanted = preferred()
+    if wanted is not None:
+        candidates = tuple(sorted(candidates, key=lambda b: b.name != wanted))
+        if candidates[0].name != wanted:
+            _fallbacks[op, wanted] = "this op has no such backend"
+    for candidate in candidates:
+        reason = candidate.why_not(call)
+        if reason is None and candidate.name != wanted:
+            reason = candidate.why_slower(call)
+        if reason is None:
+            return candidate
+        _fallbacks[op, candidate.name] = reason
+    raise BackendError(f"{op}: no backend can run this call: {reason}")
+
+
+def fallbacks() -> dict[str, dict[str, str]]:
+    """Per op and backend, the latest reason for which automatic choice passed it over."""
+    result: dict[str, dict[str, str]] = {}
+    for (op, name), reason in _fallbacks.items():
+        result.setdefault(op, {})[name] = reason
+    return result
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """Why Triton cannot be imported here, or None where it can. Its kernels are imported at their first call
+    only."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
+
+
+def why_not_triton_on(tensor: torch.Tensor) -> str | None:
+    """Why a Triton kernel cannot take this tensor, or None where it can: a GPU that Triton compiles for."""
+    if tensor.device.type != "cuda":
+        return f"the tensors are on {tensor.device}"
+    return why_no_triton()
+
+
+def available_backends() -> dict[str, dict[str, str | None]]:
+    """Per op, each backend of this version with None where it can run here at all, or the reason why not."""
+    from vtok_fast.dispatch import native
+
+    def reason(candidate: Backend) -> str | None:
+        if candidate.name == "triton":
+            return why_no_triton() or (None if torch.cuda.is_available() else "there is no GPU")
+        if candidate.name in ("sm90", "sm80"):
+            return native.why_no_cuda()
+        return native.why_missing() if candidate.name == "cpu" and candidate.needs_native else None
+
+    return {op: {b.name: reason(b) for b in candidates} for op, candidates in _ops.items()}

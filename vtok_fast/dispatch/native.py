@@ -1,0 +1,178 @@
+"""The native module ``vtok_fast._C``: loading it, and handing tensors to it.
+
+Importing ``vtok_fast`` works without it (no compiler at build time, another platform): every op then runs its
+reference, and :func:`why_missing` says what went wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, overload
+
+import torch
+from torch.autograd import forward_ad
+
+from vtok_fast.installation import gpus
+
+_DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float64: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.uint8: 6,
+}
+
+_C: Any
+try:
+    _C = importlib.import_module("vtok_fast._C")
+    _missing: str | None = None
+except ImportError as error:
+    _C = None
+    _missing = f"the native module is not built ({error}); `pip install .` builds it"
+
+
+def lib() -> Any:
+    """The native module, or None; :func:`why_missing` then gives the reason."""
+    return _C
+
+
+def why_missing() -> str | None:
+    """Why there is no native module, or None where there is one."""
+    return _missing
+
+
+def why_no_cuda(tensor: torch.Tensor | None = None) -> str | None:
+    """Why the CUDA kernels cannot run here at all, or on this tensor, or None where they can."""
+    if tensor is None:
+        return _why_no_gpu(None)
+    return _why_no_gpu(tensor.device.index) if tensor.is_cuda else f"the tensors are on {tensor.device}"
+
+
+def why_not_on_cpu(tensor: torch.Tensor, dtypes: Collection[torch.dtype]) -> str | None:
+    """Why the CPU kernels of an op that knows these dtypes cannot take this tensor, or None where they
+    can."""
+    if tensor.device.type != "cpu":
+        return f"the tensors are on {tensor.device}"
+    return f"no {tensor.dtype} kernel" if tensor.dtype not in dtypes else why_missing()
+
+
+@functools.cache
+def _why_no_gpu(index: int | None) -> str | None:
+    if _missing is not None:
+        return _missing
+    if not _C.cuda_archs:
+        return "the native module was built without CUDA kernels; VTOK_FAST_CUDA_ARCHS chooses them at build time"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if problem := _C.cuda_problem():
+        return problem
+    gpu = torch.cuda.get_device_capability(index)
+    if gpus.code_for(gpu, _C.cuda_archs) is not None:
+        return None
+    reason = f"the native module is {gpus.fit(gpu, _C.cuda_archs)}"
+    warnings.warn(
+        f"vtok_fast: {reason}; VTOK_FAST_CUDA_ARCHS={gpu[0]}{gpu[1]} pip install . builds for it",
+        stacklevel=2,
+    )
+    return reason  # remembered: the warning comes once per GPU
+
+
+@contextmanager
+def cuda_stream(tensor: torch.Tensor) -> Iterator[int]:
+    """Makes the tensor's device the current one, and gives the handle of its current stream, for a
+    launcher."""
+    if not tensor.is_cuda:  # the emulator of the tests
+        yield 0
+        return
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+@overload
+def arg(tensor: torch.Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]: ...
+
+
+@overload
+def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, ...]] | None: ...
+
+
+def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, ...]] | None:
+    """A tensor as the native module takes it: data pointer, dtype code, sizes and strides in elements."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """How many threads a CPU kernel may use: torch's own setting; one in a forked child, where OpenMP would
+    wait for threads that only the parent has."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op may call the native module directly, without torch's dispatcher: eager mode, ordinary
+    tensors, nothing that asks for a gradient and nothing that traces, wraps or batches (compile, fake
+    tensors, vmap, subclasses)."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record vtok_fast's ops; use torch.compile or torch.export")
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
+            return False
+        if grad and t.requires_grad or t.layout is not torch.strided or t.is_neg():
+            return False  # the dispatcher knows what to do, or says why it cannot
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError("vtok_fast's ops have no forward-mode derivative")
+    return True
+
+
+def _share_openmp_threads() -> None:
+    """Points the native module at the GNU OpenMP runtime that torch has loaded, so that both use one set of
+    threads."""
+    try:
+        with open("/proc/self/maps") as maps:
+            loaded = {line.split()[-1] for line in maps if "libgomp" in line}
+    except OSError:
+        return  # not Linux: the module uses its own threads
+    # torch's own copy first: a second runtime may have been loaded by another library.
+    for path in sorted(loaded, key=lambda p: os.sep + "torch" not in p):
+        if _C.use_openmp_runtime(path):
+            return
+
+
+if _C is not None:
+    _share_openmp_threads()
+    if isa := os.environ.get("VTOK_FAST_CPU_ISA"):
+        try:
+            _C.set_isa(isa)
+        except ValueError as error:
+            raise ValueError(
+                f"VTOK_FAST_CPU_ISA={isa!r}: {error}; here: auto, {', '.join(_C.supported_isas())}"
+            ) from None

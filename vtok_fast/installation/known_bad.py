@@ -1,0 +1,152 @@
+"""Versions of torch, cuDNN and others that are known to be bad for video models, and what cures them.
+Standard library alone.
+
+Sources are issues of projects on GitHub: ``pytorch`` is pytorch/pytorch, ``vector-quantize-pytorch`` is
+    lucidrains' one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Version = tuple[int, ...]
+Span = tuple[Version, Version]  # from a version (included) up to another (excluded)
+NEVER: Version = (9999,)
+ANY: Span = ((0,), NEVER)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Versions that are bad together: of torch, and of cuDNN on a GPU (None: it does not matter, nor does a
+    GPU) or of another ``package``, which counts where it is installed. ``level`` as the doctor's findings:
+    ``bad`` gives wrong results, ``hint`` costs time or memory, or is wrong in some uses alone. ``holds`` may
+    ask for more, of the doctor's probe."""
+
+    level: str
+    torch: Span
+    cudnn: Span | None
+    text: str
+    cure: str
+    source: str
+    holds: Callable[[dict], bool] = lambda probe: True
+    package: tuple[str, Span] | None = None
+
+
+NEW_CUDNN = "install torch 2.10 or newer, which brings cuDNN 9.15, or pip install 'nvidia-cudnn-cu12>=9.15' (cu13 for CUDA 13)"
+PAIRS = (
+    Pair(
+        "bad",
+        ((0,), (2, 9)),
+        ((9, 8), (9, 11)),
+        "large 3D convolutions in bfloat16 give wrong results",
+        NEW_CUDNN,
+        "pytorch#163539",
+    ),
+    Pair(
+        "bad",
+        ((0,), (2, 9, 1)),
+        ((9, 10, 2), (9, 16)),
+        "3D convolutions in TF32 give wrong results",
+        "torch.backends.cudnn.allow_tf32 = False, or torch 2.9.1 or newer, which leaves TF32 out there",
+        "pytorch#167024",
+        lambda probe: probe.get("allow_tf32", True),
+    ),
+    Pair(
+        "hint",
+        ((2, 9), (2, 9, 1)),
+        ANY,
+        "3D convolutions in half precision leave cuDNN for a path that is 10 times slower and takes up to "
+        "17 times the memory",
+        "use torch 2.9.1 or newer",
+        "pytorch#166643",
+    ),
+    Pair(
+        "hint",
+        ((2, 9, 1), NEVER),
+        ((9, 8), (9, 15)),
+        "3D convolutions in half precision leave this cuDNN for a path that is slow and takes far more "
+        "memory",
+        NEW_CUDNN,
+        "pytorch#166643",
+    ),
+    Pair(
+        "hint",
+        ((0,), (2, 9)),
+        ((9, 11), (9, 15)),
+        "3D convolutions in bfloat16 may take three times the memory of float32",
+        NEW_CUDNN,
+        "pytorch#166643",
+    ),
+    Pair(
+        "hint",
+        ((2, 10), (2, 14)),
+        None,  # both ends are those of torch's source: BACKEND came with 2.10, the repair with 2.14
+        "FlexAttention with BACKEND='FLASH' ignores a sparse BlockMask whose mask_mod is trivial, and gives "
+        "wrong results",
+        "use torch 2.14 or newer, or leave BACKEND at AUTO or TRITON",
+        "pytorch#188322",
+        lambda probe: bool(probe.get("cuda")),
+        ("flash-attn-4", ANY),
+    ),
+    Pair(
+        "bad",
+        ANY,
+        None,
+        "its FSQ in bfloat16 counts indices in bfloat16 and reaches about half of the codes",
+        "pip install 'vector-quantize-pytorch>=1.14.4', or quantise in float32, or use vtok_fast.nn.FSQ",
+        "vector-quantize-pytorch#114",
+        package=("vector-quantize-pytorch", ((0,), (1, 14, 4))),
+    ),
+)
+PACKAGES = sorted({pair.package[0] for pair in PAIRS if pair.package})
+
+
+def version(text: str | int | None) -> Version | None:
+    """``2.9.1+cu128`` or ``91002``, as torch.backends.cudnn.version() counts, as numbers; None for None."""
+    if text is None:
+        return None
+    if isinstance(text, int):
+        major = 10000 if text >= 90000 else 1000  # from cuDNN 9 on there are two digits for the minor version
+        return text // major, text % major // 100, text % 100
+    parts = []
+    for part in text.split("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        parts.append(int(digits))
+        if digits != part:
+            break
+    return tuple(parts)
+
+
+def found(probe: dict) -> list[Pair]:
+    """The bad pairs of an environment, of the doctor's probe: ``torch``, ``cudnn`` where there is a GPU,
+    ``packages`` by name."""
+    torch, packages = version(probe.get("torch")), probe.get("packages") or {}
+    cudnn = version(probe.get("cudnn")) if probe.get("cuda") else None
+
+    def holds(pair: Pair) -> bool:
+        name, span = pair.package or ("", None)
+        return (
+            _within(torch, pair.torch)
+            and (pair.cudnn is None or _within(cudnn, pair.cudnn))
+            and (span is None or _within(version(packages.get(name)), span))
+            and pair.holds(probe)
+        )
+
+    return [pair for pair in PAIRS if holds(pair)]
+
+
+def _within(here: Version | None, span: Span) -> bool:
+    return here is not None and span[0] <= here < span[1]
+
+
+def triton_of(requirements: list[str]) -> str | None:
+    """The Triton that a torch was built with, of its metadata's requirements: ``triton==3.6.0;
+    platform_system == "Linux"``."""
+    for line in requirements:
+        name, _, rest = line.partition("==")
+        if name.strip() == "triton":
+            return rest.split(";")[0].strip()
+    return None

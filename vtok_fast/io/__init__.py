@@ -1,0 +1,1 @@
+"""Files: tokens, windows of tokens, video, atomic writing."""

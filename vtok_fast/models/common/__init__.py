@@ -1,0 +1,1 @@
+"""What the tokenizers share: the base class, layers, checks, regularizers and checkpoints."""

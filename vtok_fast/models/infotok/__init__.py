@@ -1,0 +1,5 @@
+"""InfoTok: as many tokens as a clip's information asks for."""
+
+from vtok_fast.models.infotok.model import InfoTok
+
+__all__ = ["InfoTok"]

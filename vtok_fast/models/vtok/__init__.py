@@ -1,0 +1,5 @@
+"""VTok: a key frame's tokens and one residual token per later frame."""
+
+from vtok_fast.models.vtok.model import VTok
+
+__all__ = ["VTok"]

@@ -1,0 +1,125 @@
+"""How a checked call becomes a launch of the CUDA kernels, and how the native module is asked what it would
+launch.
+
+The kernels read and write channels-last memory; a tensor that comes otherwise is copied once, except an input
+of few channels (a video at the first layer), which is read as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from vtok_fast.dispatch import native
+
+LAST = torch.channels_last_3d
+
+
+@overload
+def channels_last(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def channels_last(tensor: Tensor | None) -> Tensor | None: ...
+
+
+def channels_last(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with channel stride 1; a view as it is."""
+    if tensor is None or tensor.stride(1) == 1:
+        return tensor
+    return tensor.contiguous(memory_format=LAST)
+
+
+def inputs(x: Tensor, cache: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+    """x and its cache as the kernels read them: alike in all strides but those of batch and time."""
+    chunk = 16 // x.element_size()
+    if (
+        x.shape[1] // groups % chunk == 0 or cache is not None
+    ):  # else the kernels gather element by element, from any strides
+        x = channels_last(x)
+    if cache is not None and any(cache.shape[i] > 1 and cache.stride(i) != x.stride(i) for i in (1, 3, 4)):
+        x, cache = x.contiguous(memory_format=LAST), cache.contiguous(memory_format=LAST)
+    return x, cache
+
+
+def allow_tf32(x: Tensor) -> bool:
+    """Whether PyTorch's own convolution would round float32 to tf32."""
+    if x.dtype != torch.float32:
+        return False
+    conv = getattr(
+        torch.backends.cudnn, "conv", None
+    )  # from 2.9; asking allow_tf32 then fails where the newer setting was used
+    return conv.fp32_precision == "tf32" if conv is not None else torch.backends.cudnn.allow_tf32
+
+
+def launch(function: Callable[..., None], like: Tensor, *args: Any) -> None:
+    """Asks for the scratch memory, takes it from torch's allocator and launches on the current stream of the
+    tensor's device."""
+    need = torch.zeros(1, dtype=torch.int64)
+    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+        stream = torch.cuda.current_stream().cuda_stream if like.is_cuda else 0
+        function(*args, None, native.arg(need), stream)
+        workspace = torch.empty(max(int(need[0]), 16), dtype=torch.uint8, device=like.device)
+        function(*args, native.arg(workspace), native.arg(need), stream)
+
+
+# ---- questions, without a launch ---------------------------------------------------------------------------
+
+
+def ask(launcher: Any, args: tuple, choice: tuple[int, ...], numbers: int) -> list[int]:
+    """What a launcher would do with these arguments: so many numbers. No tensor is read.
+
+    Raises:
+        NotImplementedError: the kernel cannot run them; the message says why.
+    """
+    need = torch.zeros(numbers, dtype=torch.int64)
+    launcher(*_without_addresses(args), choice, None, native.arg(need), 0)
+    return need.tolist()
+
+
+def why_refused(x: Tensor, launcher: str, args: tuple, choice: tuple[int, ...], numbers: int) -> str | None:
+    """The reason why a Hopper launcher of the native module cannot run these arguments on the device of x, or
+    None; remembered."""
+    if (reason := why_not_hopper(x)) is not None:
+        return reason
+    with torch.cuda.device(x.device):
+        return _why_refused(x.device.index, launcher, _without_addresses(args), choice, numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _why_refused(
+    device: int | None, launcher: str, args: tuple, choice: tuple[int, ...], numbers: int
+) -> str | None:
+    try:
+        ask(getattr(native.lib(), launcher), args, choice, numbers)
+    except NotImplementedError as error:
+        return str(error).removeprefix("sm90: ")
+    return None
+
+
+def _without_addresses(args: tuple) -> tuple:
+    """Tensors with their alignment in place of their address, which is not read where only a plan is asked
+    for; no lists."""
+    return tuple(
+        (4096 + a[0] % 16, *a[1:])
+        if isinstance(a, tuple) and len(a) == 4 and isinstance(a[2], torch.Size)
+        else tuple(a)
+        if isinstance(a, list)
+        else a
+        for a in args
+    )
+
+
+def why_not_hopper(x: Tensor) -> str | None:
+    """The reason why the Hopper kernels cannot run on this tensor's device, or None."""
+    if (reason := native.why_no_cuda(x)) is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability != (9, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and these kernels need 9.0"
+    return None if "90a" in native.lib().cuda_archs else "the native module was built without sm_90a kernels"

@@ -1,0 +1,144 @@
+"""The Hopper kernels of ``causal_conv3d``: which calls they take, which tile, and how a call becomes a
+launch.
+
+A plan is a tile of the output (rows x columns of the product), K splits, blocks per cluster and stages. The
+native module's model
+of the cost chooses it, unless the caller does: what ``vtok-fast tune`` measured is in the machine's tuning
+table.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from vtok_fast.dispatch import native
+from vtok_fast.ops.causal_conv3d import tuned
+from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall
+from vtok_fast.ops.causal_conv3d.launch import ask, channels_last, inputs, launch, why_not_hopper, why_refused
+
+Choice = tuple[
+    int, int, int, int, int
+]  # rows and columns of the tile, K splits, cluster, stages of weights; 0: the plan's
+ANY: Choice = (0, 0, 0, 0, 0)
+
+
+class Plan(NamedTuple):
+    """What the native module would launch. ``cycles`` are predicted, of a multiprocessor's clock."""
+
+    scratch_bytes: int
+    tile_m: int
+    tile_n: int
+    splits: int
+    cluster: int
+    weight_stages: int
+    patch_stages: int
+    frames: int
+    rows: int
+    columns: int
+    cycles: int
+
+    @property
+    def choice(self) -> Choice:
+        return self.tile_m, self.tile_n, self.splits, self.cluster, self.weight_stages
+
+
+# ---- forward -----------------------------------------------------------------------------------------------
+
+
+def why_not(call: ConvCall) -> str | None:
+    """The reason why the kernel cannot run a checked call, or None."""
+    if (reason := why_not_hopper(call.x)) is not None:
+        return reason
+    args, _ = _forward_args(call, call.empty_output(device="meta"))
+    return why_refused(call.x, "causal_conv3d_sm90", args, ANY, len(Plan._fields))
+
+
+def why_slower(call: ConvCall) -> str | None:
+    """The reason to prefer another backend, as measured on this machine, or None."""
+    return tuned.why_slower("sm90", call)
+
+
+def run(call: ConvCall) -> Tensor:
+    """Runs a checked call, with the tile of the tuning table where it has one."""
+    return tuned.launch(forward, call, "sm90", ANY)
+
+
+def _forward_args(call: ConvCall, out: Tensor) -> tuple[tuple, list[Tensor | None]]:
+    """The launcher's arguments, and the tensors that they point into."""
+    x, cache = inputs(call.x, call.cache, call.geometry.groups)
+    bias = None if call.bias is None else call.bias.contiguous()
+    residual = channels_last(call.residual)
+    arg = native.arg
+    args = (
+        arg(x),
+        arg(call.weight),
+        arg(cache),
+        *call.geometry.native(),
+        False,
+        arg(bias),
+        arg(residual),
+        arg(out),
+        call.alpha,
+        call.activation == "silu",
+        call.depth_to_space,
+    )
+    return args, [x, cache, bias, residual]
+
+
+def plan(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Choice = ANY) -> Plan:
+    """The plan for a checked call. Tensors are not read: ``out`` may be on the meta device.
+
+    Raises:
+        NotImplementedError: the kernel cannot run it; the message says why.
+    """
+    args, _ = _forward_args(call, out)
+    return Plan(*ask((lib or native.lib()).causal_conv3d_sm90, args, choice, len(Plan._fields)))
+
+
+def forward(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Choice = ANY) -> Tensor:
+    """Runs a checked call into ``out``: the final shape, channels_last_3d."""
+    args, _alive = _forward_args(call, out)
+    launch((lib or native.lib()).causal_conv3d_sm90, call.x, *args, choice)
+    return out
+
+
+# ---- the input's gradient ----------------------------------------------------------------------------------
+
+
+def _dgrad_args(call: ConvBackwardCall, grad_x: Tensor | None, grad_cache: Tensor | None) -> tuple:
+    arg = native.arg
+    return (
+        arg(call.x),
+        arg(call.weight),
+        arg(call.cache),
+        *call.geometry.native(),
+        False,
+        arg(call.grad),
+        arg(grad_x),
+        arg(grad_cache),
+    )
+
+
+def why_not_dgrad(call: ConvBackwardCall) -> str | None:
+    """The reason why the kernel cannot compute the input's gradient, or None. All tensors are channels-last
+    already."""
+    return why_refused(
+        call.x, "causal_conv3d_sm90_dgrad", _dgrad_args(call, call.x, call.cache), ANY, len(Plan._fields)
+    )
+
+
+def dgrad(
+    call: ConvBackwardCall,
+    grad_x: Tensor | None,
+    grad_cache: Tensor | None,
+    *,
+    lib: Any = None,
+    choice: Choice = ANY,
+) -> None:
+    """Writes the gradients of x and of the cache, where they are given: the shapes of both,
+    channels_last_3d."""
+    launch(
+        (lib or native.lib()).causal_conv3d_sm90_dgrad, call.x, *_dgrad_args(call, grad_x, grad_cache), choice
+    )

@@ -1,0 +1,181 @@
+"""``scope_attention``: attention in which each query sees a short list of key ranges, without a mask."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtok_fast.dispatch import backends, native
+from vtok_fast.ops.scope_attention import cpu as scope_attention_cpu
+from vtok_fast.ops.scope_attention import gpu as scope_attention_triton
+from vtok_fast.ops.scope_attention.cpu import like
+from vtok_fast.ops.scope_attention.scope import CSR, Scope
+from vtok_fast.reference import scope_attention as reference
+
+
+class ScopeCall(NamedTuple):
+    """One checked call, as backends see it: a backward pass where there is a ``grad``, which comes with
+    ``out`` and ``lse``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scope: Scope
+    scale: float
+    grad: Tensor | None = None
+    out: Tensor | None = None
+    lse: Tensor | None = None
+
+
+def scope_attention(
+    q: Tensor, k: Tensor, v: Tensor, scope: Scope, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """``softmax(q k^T scale) v`` over the keys that ``scope`` lets each query see.
+
+    A query that sees nothing gives zeros, and gets and gives gradients of zero. Contract: *close* (see
+    :mod:`vtok_fast.parity`). First-order gradients for ``q``, ``k`` and ``v``, in which no order of summation
+    depends on chance.
+
+    Args:
+        q: (B, heads, Sq, D), float32, float64, bfloat16 or float16; any strides.
+        k, v: (B, heads / n, Sk, D): n neighbouring heads of queries share one of keys and values.
+        scope: of Sq queries and Sk keys, on the host or on the device of ``q``. The values of one on a device
+            are not waited for; what they say amiss is clamped, and the next method of the scope that waits
+            for the device raises.
+        scale: multiplies the scores; default 1 / sqrt(D).
+        backend: a name to insist on; else the best that can run.
+
+    Returns:
+        (B, heads, Sq, D) in the dtype and memory order of ``q``: where that is (B, Sq, heads, D), as
+        projections give it, joining the heads costs nothing.
+
+    Raises:
+        TypeError: a dtype is not floating point, or they differ; or ``scope`` is none.
+        ValueError: a shape or number is impossible; names the argument and its value.
+        BackendError: ``backend`` cannot run this call.
+    """
+    _check(q, k, v, scope, scale)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if native.is_plain(q, k, v):
+        return run(ScopeCall(q, k, v, scope, scale), backend)[0]
+    return torch.ops.vtok_fast.scope_attention(q, k, v, *scope.csr, scale, backend)[0]
+
+
+def run(call: ScopeCall, backend: str | None) -> tuple[Tensor, ...]:
+    """Runs a checked call on the chosen backend: (out, lse), or (dq, dk, dv)."""
+    if not call.q.numel() or not call.k.numel():  # kernels need not think of nothing
+        if call.grad is None:
+            out, lse = _fake(call.q)
+            return out.zero_(), lse.fill_(-torch.inf)
+        return tuple(torch.zeros_like(t) for t in call[:3])
+    return backends.select("scope_attention", call, backend).run(call)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float | None) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise ValueError(f"{name}: expected (B, heads, S, D), got shape {tuple(t.shape)}")
+        if not t.dtype.is_floating_point or t.dtype != q.dtype:
+            expected = "a floating point dtype" if name == "q" else f"the dtype of q, {q.dtype}"
+            raise TypeError(f"{name}: expected {expected}, got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {t.device}")
+    batch, heads, _, dim = q.shape
+    if dim == 0 or heads == 0:
+        raise ValueError(f"q: expected at least one head of at least one value, got shape {tuple(q.shape)}")
+    if k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(
+            f"k: expected the batch and head size of q, {batch} and {dim}, got shape {tuple(k.shape)}"
+        )
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"k: expected a number of heads that divides the {heads} of q, got {k.shape[1]}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if not isinstance(scope, Scope):
+        raise TypeError(f"scope: expected a vtok_fast.Scope, got {type(scope).__name__}")
+    if scope.q_len != q.shape[2] or scope.k_len != k.shape[2]:
+        raise ValueError(
+            f"scope: expected {q.shape[2]} queries and {k.shape[2]} keys, as q and k have, got {scope!r}"
+        )
+    if scope.device.type != "cpu" and scope.device != q.device:
+        raise ValueError(
+            f"scope: expected to be on the host or on the device of q, {q.device}, got {scope.device}"
+        )
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+
+
+# ---- backends ----------------------------------------------------------------------------------------------
+
+
+def _reference_run(call: ScopeCall) -> tuple[Tensor, ...]:
+    q, k, v, scope, scale, grad, out, lse = call
+    mask = Scope._make(*scope_attention_triton.clamped(scope), scope.q_len, scope.k_len).mask().to(q.device)
+    if grad is not None:
+        assert out is not None and lse is not None  # they come with it
+        return tuple(
+            map(like, (q, k, v), reference.scope_attention_backward(grad, q, k, v, out, lse, mask, scale))
+        )
+    result, lse = reference.scope_attention(q, k, v, mask, scale)
+    return like(q, result), lse
+
+
+backends.register(
+    "scope_attention",
+    backends.Backend("triton", scope_attention_triton.why_not, scope_attention_triton.run),
+    backends.Backend("cpu", scope_attention_cpu.why_not, scope_attention_cpu.run, needs_native=False),
+    backends.Backend("reference", lambda call: None, _reference_run),
+)
+
+# ---- torch.library -----------------------------------------------------------------------------------------
+# The three tensors of the scope are arguments, so that a compiled graph serves every scope.
+
+_SCOPE = "Tensor q_offsets, Tensor range_offsets, Tensor ranges, float scale, str? backend"
+torch.library.define(
+    "vtok_fast::scope_attention", f"(Tensor q, Tensor k, Tensor v, {_SCOPE}) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "vtok_fast::scope_attention_backward",
+    f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SCOPE}) -> (Tensor, Tensor, "
+    f"Tensor)",
+)
+
+
+@torch.library.impl("vtok_fast::scope_attention", ("cpu", "cuda"))
+def _impl(q, k, v, q_offsets, range_offsets, ranges, scale, backend):
+    scope = Scope.of(CSR(q_offsets, range_offsets, ranges), q.shape[2], k.shape[2])
+    return run(ScopeCall(q, k, v, scope, scale), backend)
+
+
+@torch.library.impl("vtok_fast::scope_attention_backward", ("cpu", "cuda"))
+def _backward_impl(grad, q, k, v, out, lse, q_offsets, range_offsets, ranges, scale, backend):
+    scope = Scope.of(CSR(q_offsets, range_offsets, ranges), q.shape[2], k.shape[2])
+    return run(ScopeCall(q, k, v, scope, scale, grad, out, lse), backend)
+
+
+@torch.library.register_fake("vtok_fast::scope_attention")
+def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return torch.empty_like(q), lse
+
+
+@torch.library.register_fake("vtok_fast::scope_attention_backward")
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, *csr, ctx.scale, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, *csr)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.vtok_fast.scope_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend)
+    return *[g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)], *[None] * 5
+
+
+torch.library.register_autograd("vtok_fast::scope_attention", _backward, setup_context=_setup_context)

@@ -1,0 +1,1 @@
+"""One module per library or kind of layer that accelerate() can swap."""

@@ -1,0 +1,362 @@
+"""The adapter for diffusers' ``AutoencoderKLWan`` (2.1 and 2.2).
+
+Its feature cache is a list that the blocks change in place, in the order in which they are visited; an entry
+is None, the string "Rep", or the last frames that a causal convolution got. All of that stays: a swapped and
+an unswapped block can take turns on one
+list. What goes: the padded input, the concatenation with the cache, norms in six kernels, upsampled frames,
+    clones of whole chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok_fast.ops.norm_act import norm_act
+from vtok_fast.swap.adapters.layers import (
+    channels_last,
+    frame_conv,
+    lookup,
+    plain_conv2d,
+    random,
+    unlike,
+    video,
+)
+from vtok_fast.swap.adapters.padding import Rule, exact, virtual
+from vtok_fast.swap.patch import Skip, Swap
+
+LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_wan"
+KEPT = 2  # frames that a cache entry holds
+
+
+def propose(module: nn.Module) -> list[Swap] | Skip | None:
+    return lookup(module, LIBRARY, _TABLE)
+
+
+# ---- layers ------------------------------------------------------------------------------------------------
+
+
+def rule(layer: nn.Module) -> Rule:
+    left, right, top, bottom, front, back = layer._padding  # ``padding`` itself is zero after the constructor
+    return Rule(((front, back), (top, bottom), (left, right)))
+
+
+def conv(layer: nn.Module, x: Tensor, cache_x: Tensor | None = None, **options) -> Tensor:
+    """``WanCausalConv3d``: zeros in front, or earlier frames; a cache of fewer frames than that has zeros
+    before it."""
+    cache = cache_x.to(x.device) if cache_x is not None and layer._padding[4] > 0 else None
+    return virtual(layer, x, rule(layer), cache, **options)
+
+
+def conv_exact(layer: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    return exact(
+        layer, x, rule(layer), cache_x.to(x.device) if cache_x is not None and layer._padding[4] > 0 else None
+    )
+
+
+def cached_conv(
+    layer: nn.Module, x: Tensor, feat_cache: list | None, feat_idx: list, *, owned: bool = True, **options
+) -> Tensor:
+    """A convolution with its slot in the feature cache, which may hold ``x`` itself where that is
+    ``owned``."""
+    if feat_cache is None:
+        return conv(layer, x, **options)
+    slot = feat_idx[0]
+    before = feat_cache[slot]
+    y = conv(layer, x, before, **options)
+    enough = x.shape[2] == KEPT or x.shape[2] < KEPT and before is None
+    feat_cache[slot] = x if owned and enough else last_frames(x, before)
+    feat_idx[0] += 1
+    return y
+
+
+def last_frames(x: Tensor, before: Tensor | None) -> Tensor:
+    """A copy of the last two frames of what came before and ``x``; a view would keep all of ``x``."""
+    if x.shape[2] >= KEPT or before is None:
+        return x[:, :, -KEPT:].clone()
+    return torch.cat([before[:, :, -1:].to(x.device), x], 2)
+
+
+def rms(norm: nn.Module, x: Tensor, activation: str | None = None) -> Tensor:
+    """``WanRMS_norm`` on a video. Its floor of 1e-12 under the norm of a pixel becomes an eps of the same
+    size."""
+    bias = norm.bias.view(-1) if isinstance(norm.bias, Tensor) else None
+    return norm_act(x, norm.gamma.view(-1), bias, kind="rms", eps=1e-24 / x.shape[1], activation=activation)
+
+
+def rms_forward(norm: nn.Module, x: Tensor) -> Tensor:
+    if x.dim() == 4:  # frames of images
+        return rms(norm, x.unsqueeze(0).transpose(1, 2)).transpose(1, 2).squeeze(0)
+    return rms(norm, x)
+
+
+# ---- blocks ------------------------------------------------------------------------------------------------
+
+
+def residual_block(
+    block: nn.Module, x: Tensor, feat_cache: list | None = None, feat_idx: list | None = None
+) -> Tensor:
+    feat_idx = [0] if feat_idx is None else feat_idx
+    h = cached_conv(block.conv1, rms(block.norm1, x, "silu"), feat_cache, feat_idx)
+    h = block.dropout(rms(block.norm2, h, "silu"))
+    shortcut = x if isinstance(block.conv_shortcut, nn.Identity) else conv(block.conv_shortcut, x)
+    return cached_conv(block.conv2, h, feat_cache, feat_idx, residual=shortcut)
+
+
+def attention(block: nn.Module, x: Tensor) -> Tensor:
+    b, c, t, h, w = x.shape
+    qkv = channels_last(frame_conv(block.to_qkv, rms(block.norm, x))).reshape(b, t, h * w, 3 * c)
+    y = F.scaled_dot_product_attention(*qkv.chunk(3, -1))
+    return frame_conv(block.proj, video(y.reshape(b, t, h, w, c)), residual=x)
+
+
+def upsample(
+    block: nn.Module, x: Tensor, feat_cache: list | None = None, feat_idx: list | None = None
+) -> Tensor:
+    if block.mode == "upsample3d" and feat_cache is not None:
+        x = _upsample_time(block, x, feat_cache, feat_idx)
+    return frame_conv(block.resample[1], x, upsample=(1, 2, 2))
+
+
+def _upsample_time(block: nn.Module, x: Tensor, feat_cache: list, feat_idx: list | None) -> Tensor:
+    """Twice the frames, but for the first chunk, which only leaves its mark."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    slot = feat_idx[0]
+    before = feat_cache[slot]
+    if before is None:
+        feat_cache[slot] = "Rep"
+        feat_idx[0] += 1
+        return x
+    first = isinstance(before, str)
+    y = conv(block.time_conv, x, None if first else before)
+    feat_cache[slot] = last_frames(
+        x, torch.zeros_like(x) if first else before
+    )  # a single frame has zeros before it there
+    feat_idx[0] += 1
+    b, _, t, h, w = y.shape
+    # Channels (2, C) become frames (T, 2): one copy, and the frames stay channels-last.
+    return video(
+        channels_last(y).reshape(b, t, h, w, 2, -1).permute(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, -1)
+    )
+
+
+def downsample(
+    block: nn.Module, x: Tensor, feat_cache: list | None = None, feat_idx: list | None = None
+) -> Tensor:
+    y = frame_conv(block.resample[1], x, spatial_pad=((0, 1), (0, 1)))
+    if block.mode == "downsample3d" and feat_cache is not None:
+        feat_idx = [0] if feat_idx is None else feat_idx
+        slot = feat_idx[0]
+        before, last = feat_cache[slot], y[:, :, -1:].clone()  # only the last frame is ever read
+        if before is not None:  # the first chunk keeps its frames
+            y = virtual(block.time_conv, y, Rule(((1, 0), (0, 0), (0, 0))), before[:, :, -1:])
+        feat_cache[slot] = last
+        feat_idx[0] += 1
+    return y
+
+
+def residual_down(
+    block: nn.Module, x: Tensor, feat_cache: list | None = None, feat_idx: list | None = None
+) -> Tensor:
+    """As the block's own, without the clone of its input: nothing in it writes there."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    y = x
+    for part in [*block.resnets, block.downsampler]:
+        y = y if part is None else part(y, feat_cache=feat_cache, feat_idx=feat_idx)
+    return y + block.avg_shortcut(x)
+
+
+def residual_up(
+    block: nn.Module,
+    x: Tensor,
+    feat_cache: list | None = None,
+    feat_idx: list | None = None,
+    first_chunk: bool = False,
+) -> Tensor:
+    """As the block's own, without the clone of its input."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    y = x
+    for part in [*block.resnets, block.upsampler]:
+        y = y if part is None else part(y, feat_cache=feat_cache, feat_idx=feat_idx)
+    return y if block.avg_shortcut is None else y + block.avg_shortcut(x, first_chunk=first_chunk)
+
+
+def encoder(
+    network: nn.Module, x: Tensor, feat_cache: list | None = None, feat_idx: list | None = None
+) -> Tensor:
+    feat_idx = [0] if feat_idx is None else feat_idx
+    x = cached_conv(network.conv_in, x, feat_cache, feat_idx, owned=False)
+    for layer in network.down_blocks:
+        x = layer(x) if feat_cache is None else layer(x, feat_cache=feat_cache, feat_idx=feat_idx)
+    x = network.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
+    return cached_conv(network.conv_out, rms(network.norm_out, x, "silu"), feat_cache, feat_idx)
+
+
+def decoder(
+    network: nn.Module,
+    x: Tensor,
+    feat_cache: list | None = None,
+    feat_idx: list | None = None,
+    first_chunk: bool = False,
+) -> Tensor:
+    feat_idx = [0] if feat_idx is None else feat_idx
+    x = cached_conv(network.conv_in, x, feat_cache, feat_idx, owned=False)
+    x = network.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
+    for block in network.up_blocks:
+        x = block(x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
+    return cached_conv(network.conv_out, rms(network.norm_out, x, "silu"), feat_cache, feat_idx)
+
+
+# ---- what is proposed --------------------------------------------------------------------------------------
+
+
+def _propose_conv(layer: nn.Module) -> list[Swap] | Skip:
+    if layer.padding != (0, 0, 0) or layer.padding_mode != "zeros" or layer._padding[5]:
+        return Skip("its padding was changed after construction")
+    return [
+        Swap(
+            "causal conv with virtual padding and cache",
+            conv,
+            sample=_conv_sample,
+            exact=None if any(layer._padding) else conv_exact,
+        )
+    ]
+
+
+def _conv_sample(layer: nn.Module) -> tuple:
+    frames = max(2, layer.kernel_size[0])
+    return _video(layer, layer.in_channels, frames), _video(layer, layer.in_channels) if layer._padding[
+        4
+    ] else None
+
+
+def _propose_norm(norm: nn.Module) -> list[Swap] | Skip:
+    if not norm.channel_first:
+        return Skip("channels last: only used on pixels, not on videos")
+    frames = norm.gamma.dim() == 3
+    return [
+        Swap(
+            "norm in one pass",
+            rms_forward,
+            sample=lambda m: (random(m, 2, m.gamma.numel(), 6, 7) if frames else _video(m, m.gamma.numel()),),
+        )
+    ]
+
+
+def _propose_residual_block(block: nn.Module) -> list[Swap] | Skip:
+    why = unlike(
+        block,
+        norm1="WanRMS_norm",
+        norm2="WanRMS_norm",
+        conv1="WanCausalConv3d",
+        conv2="WanCausalConv3d",
+        nonlinearity="SiLU",
+        conv_shortcut=("WanCausalConv3d", "Identity"),
+    )
+    if why:
+        return Skip(why)
+    return [
+        Swap(
+            "norm + SiLU in one pass, causal convs, residual fused",
+            residual_block,
+            sample=lambda m: (_video(m, m.in_dim), [_video(m, m.in_dim), _video(m, m.out_dim)], [0]),
+        )
+    ]
+
+
+def _propose_attention(block: nn.Module) -> list[Swap] | Skip:
+    why = unlike(block, norm="WanRMS_norm", to_qkv="Conv2d", proj="Conv2d")
+    return (
+        Skip(why)
+        if why
+        else [
+            Swap(
+                "norm in one pass, projections and residual fused",
+                attention,
+                sample=lambda m: (_video(m, m.dim),),
+            )
+        ]
+    )
+
+
+def _propose_resample(block: nn.Module) -> list[Swap] | Skip | None:
+    if block.mode not in ("upsample2d", "upsample3d", "downsample2d", "downsample3d"):
+        return None
+    up = block.mode.startswith("up")
+    first, layer = block.resample
+    if (
+        type(first).__name__ != ("WanUpsample" if up else "ZeroPad2d")
+        or not plain_conv2d(layer)
+        or ("3d" in block.mode and unlike(block, time_conv="WanCausalConv3d"))
+    ):
+        return Skip("its parts were replaced")
+    if (
+        (first.mode, first.scale_factor) != ("nearest-exact", (2.0, 2.0))
+        if up
+        else tuple(first.padding) != (0, 1, 0, 1)
+    ):
+        return Skip("another resampling than this swap was made for")
+    return [
+        Swap(
+            "upsampling folded into the conv" if up else "strided conv with virtual padding",
+            upsample if up else downsample,
+            sample=_resample_sample,
+        )
+    ]
+
+
+def _resample_sample(block: nn.Module) -> tuple:
+    x = _video(block, block.dim)
+    if "2d" in block.mode:
+        return (x,)
+    return (
+        x,
+        [_video(block, block.dim) if block.mode == "upsample3d" else random(block, 1, block.dim, 1, 5, 7)],
+        [0],
+    )
+
+
+def _propose_network(function) -> object:
+    def propose_network(network: nn.Module) -> list[Swap] | Skip:
+        why = unlike(
+            network,
+            norm_out="WanRMS_norm",
+            conv_in="WanCausalConv3d",
+            conv_out="WanCausalConv3d",
+            nonlinearity="SiLU",
+        )
+        return (
+            Skip(why)
+            if why
+            else [
+                Swap(
+                    "norm + SiLU in one pass before conv_out",
+                    function,
+                    covers=("conv_in", "norm_out", "conv_out", "nonlinearity"),
+                )
+            ]
+        )
+
+    return propose_network
+
+
+def _video(module: nn.Module, channels: int, frames: int = 2) -> Tensor:
+    return random(module, 1, channels, frames, 10, 14)
+
+
+_TABLE = {
+    "WanCausalConv3d": _propose_conv,
+    "WanRMS_norm": _propose_norm,
+    "WanResidualBlock": _propose_residual_block,
+    "WanAttentionBlock": _propose_attention,
+    "WanResample": _propose_resample,
+    "WanResidualDownBlock": lambda m: [
+        Swap("no clone of the input", residual_down, covers=(), exact=residual_down)
+    ],
+    "WanResidualUpBlock": lambda m: [
+        Swap("no clone of the input", residual_up, covers=(), exact=residual_up)
+    ],
+    "WanEncoder3d": _propose_network(encoder),
+    "WanDecoder3d": _propose_network(decoder),
+}

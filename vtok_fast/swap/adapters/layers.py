@@ -1,0 +1,102 @@
+"""What the adapters of other people's libraries share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok_fast.ops.causal_conv3d import causal_conv3d
+from vtok_fast.ops.norm_act import norm_act
+from vtok_fast.swap.patch import Skip, Swap
+
+Table = Mapping[str, Callable[[nn.Module], "list[Swap] | Skip | None"]]
+
+
+def lookup(module: nn.Module, library: str, table: Table) -> list[Swap] | Skip | None:
+    """What a table of class names says to a module, if its class comes from that library (which nobody
+    imports for this)."""
+    kind = type(module)
+    if kind.__module__ != library or kind.__name__ not in table:
+        return None
+    return table[kind.__name__](module)
+
+
+def unlike(module: nn.Module, **expected: str | tuple[str, ...]) -> str | None:
+    """Why a block is not made of the parts that its class makes: a wrapper in the place of one (LoRA,
+    quantisation) does more.
+
+    ``expected`` has the class name, or several, of each child; "None" where there may be none.
+    """
+    for name, kinds in expected.items():
+        kind = type(getattr(module, name, None)).__name__.replace("NoneType", "None")
+        if kind not in ((kinds,) if isinstance(kinds, str) else kinds):
+            return f"{name} is a {kind}, which this swap was not made for"
+    return None
+
+
+def frame_conv(conv: nn.Conv2d, x: Tensor, spatial_pad=None, **options) -> Tensor:
+    """A 2D convolution on each frame of a video (B, C, T, H, W), by default with its own (zero) padding."""
+    spatial_pad = tuple((p, p) for p in conv.padding) if spatial_pad is None else spatial_pad
+    return causal_conv3d(
+        x,
+        conv.weight.unsqueeze(2),
+        conv.bias,
+        stride=(1, *conv.stride),
+        time_pad=(0, 0),
+        spatial_pad=spatial_pad,
+        **options,
+    )
+
+
+def plain_conv2d(conv: nn.Module) -> bool:
+    """Whether ``frame_conv`` does all that this convolution does."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    )
+
+
+def group_norm(
+    norm: nn.GroupNorm, x: Tensor, activation: str | None = "silu", *, per_frame: bool = False, **options
+) -> Tensor:
+    """GroupNorm over (C/groups, T, H, W), or per frame, then SiLU."""
+    return norm_act(
+        x,
+        norm.weight,
+        norm.bias,
+        kind="group",
+        groups=norm.num_groups,
+        per_frame=per_frame,
+        eps=norm.eps,
+        activation=activation,
+        **options,
+    )
+
+
+def attention_per_frame(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One head over the pixels of each frame of videos (B, C, T, H, W)."""
+    b, c, t, h, w = q.shape
+    q, k, v = (x.permute(0, 2, 3, 4, 1).reshape(b, t, h * w, c) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).reshape(b, t, h, w, c).permute(0, 4, 1, 2, 3)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A view (B, T, H, W, C)."""
+    return x.permute(0, 2, 3, 4, 1)
+
+
+def video(x: Tensor) -> Tensor:
+    """The inverse of :func:`channels_last`."""
+    return x.permute(0, 4, 1, 2, 3)
+
+
+def random(module: nn.Module, *shape: int) -> Tensor:
+    """Random input in a module's dtype, on its device."""
+    like = next(module.parameters(), torch.empty(()))
+    return torch.randn(shape, dtype=like.dtype, device=like.device)

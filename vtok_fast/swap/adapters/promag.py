@@ -1,0 +1,104 @@
+"""The adapter for ``vtok_fast.models.ProMAG``: whole blocks, so that a video stays channels-last from the
+first layer to the last.
+
+What each block gains: group norm without mean, its scale by the key frames and SiLU in one call; convolutions
+without padded copies, the residual added in their epilogue; depth to space in the convolution's store. An
+accelerated layer needs no tiles: where a plain one has normalised, activated and padded copies, it has a
+    normalised one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vtok_fast.models.promag import blocks
+from vtok_fast.ops.causal_conv3d import causal_conv3d
+from vtok_fast.ops.norm_act import norm_act
+from vtok_fast.swap.patch import Skip, Swap
+
+
+def propose(module: nn.Module) -> list[Swap] | Skip | None:
+    if type(module) not in _SWAPS:
+        return None
+    what, function, sample = _SWAPS[type(module)]
+    return [Swap(what, function, sample=sample)]
+
+
+def norm(layer: blocks.GroupNorm, x: Tensor, **options) -> Tensor:
+    return norm_act(
+        x,
+        layer.weight,
+        layer.bias,
+        kind=layer.kind,
+        groups=layer.groups,
+        per_frame=layer.per_frame,
+        eps=layer.eps,
+        **options,
+    )
+
+
+def conv(layer: blocks.CausalConv3d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    kernel = layer.conv.kernel_size
+    y = causal_conv3d(
+        x,
+        layer.conv.weight,
+        layer.conv.bias,
+        stride=layer.conv.stride,
+        time_pad=(kernel[0] - 1, 0),
+        spatial_pad=[(k // 2, k // 2) for k in kernel[1:]],
+        residual=residual,
+        depth_to_space=layer.expand,
+    )
+    return y[:, :, layer.expand[0] - 1 :]
+
+
+def norm_conv(block: blocks.NormConv, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    return conv(block.conv, norm(block.norm, x, activation="silu"), residual)
+
+
+def res_block(block: blocks.ResBlock, x: Tensor) -> Tensor:
+    shortcut = x if block.shortcut is None else conv(block.shortcut, x)
+    return norm_conv(block.second, norm_conv(block.first, x), shortcut)
+
+
+def norm_silu(block: blocks.NormSiLU, x: Tensor) -> Tensor:
+    return norm(block.norm, x, activation="silu")
+
+
+def ada_norm(block: blocks.AdaNorm, f: Tensor, k: Tensor) -> Tensor:
+    return norm(block.norm, f, scale=block.scale(k, f.shape[2]))
+
+
+def causal_conv(layer: blocks.CausalConv3d, x: Tensor, before=None, residual: Tensor | None = None) -> Tensor:
+    return conv(layer, x if before is None else before(x, (slice(None), slice(None))), residual)
+
+
+def _random(module: nn.Module, channels: int, frames: int = 4) -> Tensor:
+    like = next(module.parameters())
+    return torch.randn(1, channels, frames, 10, 14, dtype=like.dtype, device=like.device)
+
+
+_SWAPS = {
+    blocks.ResBlock: (
+        "norm + SiLU in one call, 3x3x3 convs with virtual padding, residual fused",
+        res_block,
+        lambda m: (_random(m, m.first.conv.conv.in_channels),),
+    ),
+    blocks.NormConv: (
+        "norm + SiLU in one call, conv with virtual padding",
+        norm_conv,
+        lambda m: (_random(m, m.conv.conv.in_channels),),
+    ),
+    blocks.NormSiLU: ("norm + SiLU in one call", norm_silu, lambda m: (_random(m, len(m.norm.weight)),)),
+    blocks.AdaNorm: (
+        "norm and scale in one call",
+        ada_norm,
+        lambda m: (_random(m, m.affine.in_channels, 5), _random(m, m.affine.in_channels, 3)),
+    ),
+    blocks.CausalConv3d: (
+        "conv with virtual padding, depth to space in its store",
+        causal_conv,
+        lambda m: (_random(m, m.conv.in_channels),),
+    ),
+}
