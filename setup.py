@@ -1,8 +1,8 @@
 """Builds vtok_fast with CMake. Everything static is in pyproject.toml; here is what must be computed.
 
 VTOK_FAST_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST, else the GPUs of this machine choose what to build for
-(csrc/cuda/archs.cmake), and
-name the wheel: 0.1.0+cu130.sm80.sm90a. MAX_JOBS bounds how many compilers run at once; ccache is used where
+(csrc/cuda/archs.cmake), and name the wheel: 0.1.0+cu130.sm80.sm90a. MAX_JOBS bounds how many compilers run at
+once; ccache is used where
     it is installed.
 """
 

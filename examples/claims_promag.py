@@ -3,10 +3,9 @@
     python examples/claims_promag.py
 
 The 4x model is trained, grown by `ProMAG.grow()`, and its new parts are trained on. The direct model gets as
-many steps as both
-together. Beside them: the 4x model on every second frame (what the grown model starts from; every frame is
-shown twice), because the paper starts from the observation that this beats a model trained for the higher
-compression.
+many steps as both together. Beside them: the 4x model on every second frame (what the grown model starts
+from; every frame is shown twice), because the paper starts from the observation that this beats a model
+trained for the higher compression.
 """
 
 from __future__ import annotations

@@ -62,9 +62,8 @@ class EqualRate:
 
     def __call__(self, model: VidTok, x: Tensor, step: int) -> Tensor:
         result = model.reconstruct(x, step=step)
-        rate = (
-            result.loss * x.shape[0] / (math.log(2) * result.codes[:, 0].numel())
-        )  # the model's loss is the mean over clips
+        # The model's loss is the mean over clips
+        rate = result.loss * x.shape[0] / (math.log(2) * result.codes[:, 0].numel())
         self.rate = 0.9 * self.rate + 0.1 * rate.item() if step else rate.item()
         self.weight = min(
             1.0, max(1e-7, self.weight * math.exp(0.2 * max(-1.0, min(1.0, self.rate / self.bits - 1))))

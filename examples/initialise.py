@@ -41,9 +41,8 @@ def initialise(model: torch.nn.Module, x: Tensor) -> None:
     inner = features.pop(0)
     colours = F.adaptive_avg_pool3d(x, inner.shape[2:])
     components, offset = projections(pixels(inner), pixels(colours), model.config.z_channels)
-    if (
-        model.config.double_z
-    ):  # the log-variances of a Gaussian: the same everywhere, a seventh of the deviation of the means
+    # The log-variances of a Gaussian: the same everywhere, a seventh of the deviation of the means
+    if model.config.double_z:
         components = torch.cat((components, torch.zeros_like(components)))
         offset = torch.cat((offset, torch.full_like(offset, -4.0)))
     set_pointwise(innermost(model.encoder.conv_out), components, bias=offset)
@@ -80,9 +79,8 @@ def projections(inputs: Tensor, colours: Tensor, count: int) -> tuple[Tensor, Te
 
     centred = inputs - inputs.mean(0)
     first = whitened(regress(inputs, colours), min(count, colours.shape[1]))
-    explained = first @ (
-        first.T @ (centred.T @ centred) / len(centred)
-    )  # (C, C): what those values tell about the inputs
+    # (C, C): what those values tell about the inputs
+    explained = first @ (first.T @ (centred.T @ centred) / len(centred))
     rest = whitened(torch.eye(inputs.shape[1]) - explained, count - first.shape[1])
     matrix = torch.cat((first, rest), 1).T
     return matrix, -matrix @ inputs.mean(0)

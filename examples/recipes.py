@@ -36,12 +36,10 @@ RECIPES = {
         (17, 128, 128),
         paper={"aux": 1.0, "lpips": 1.0, "gan": 0.2, "gan_start": 20001, "lecam": 0.005},
     ),
-    "cosmos": Recipe(
-        ((1, 9, 48, 48), (1, 9, 64, 64)), (17, 128, 128), paper={"lpips": 0.1}
-    ),  # as InfoTok, its descendant
-    "infotok": Recipe(
-        ((1, 9, 64, 64),), (17, 128, 128), paper={"lpips": 0.1}
-    ),  # FSQ without a loss of its own
+    # As InfoTok, its descendant
+    "cosmos": Recipe(((1, 9, 48, 48), (1, 9, 64, 64)), (17, 128, 128), paper={"lpips": 0.1}),
+    # FSQ without a loss of its own
+    "infotok": Recipe(((1, 9, 64, 64),), (17, 128, 128), paper={"lpips": 0.1}),
     # The paper names the three terms and no weights: those are inferred.
     "promag": Recipe(
         ((1, 9, 64, 64), (1, 17, 48, 48)),

@@ -38,10 +38,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+# This, initialise, recipes and training_data lie beside this file
 from adversary import (
     Adversary,
     perceptual_distance,
-)  # this, initialise, recipes and training_data lie beside this file
+)
 from initialise import initialise
 from recipes import RECIPES, weights_of
 from rich.console import Console
@@ -259,9 +261,8 @@ def reconstruction_error(y: Tensor, x: Tensor, mse: float = 2.0, edges: float = 
 def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
     decay = min(decay, (1 + step) / (10 + step))  # the first weights are forgotten quickly
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
-    for kept, buffer in zip(
-        average.buffers(), model.buffers(), strict=True
-    ):  # running means are means already
+    # Running means are means already
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
         kept.copy_(buffer)
 
 

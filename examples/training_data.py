@@ -12,11 +12,12 @@ from torch import Tensor
 from vtok_fast.io.video import read_video, to_float
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm")
+# Each clip is kept at several sizes: the same objects, seen from nearer and farther
 SHORT_SIDES = (
     128,
     176,
     256,
-)  # each clip is kept at several sizes: the same objects, seen from nearer and farther
+)
 
 
 def parse_hold_out(text: str) -> tuple[str, int, int]:

@@ -2,8 +2,8 @@
 them in one pass.
 
 ``layer`` and ``rms`` hold all channels of a group at some positions in registers, so that the video is read
-once. ``group`` and
-``group_rms`` read it twice: first the sums of each channel over parts of the positions, then, with the
+once. ``group`` and ``group_rms`` read it twice: first the sums of each channel over parts of the positions,
+then, with the
     statistics of each group,
 the result. A large mean costs no accuracy: sums are of differences from a value close to the mean, the
 origin, and a mean is kept as an origin and the rest, since one float32 could be off by more than the
@@ -510,9 +510,8 @@ def chain_types(
 ) -> list:
     """The types that the library's intermediate results have, as PyTorch promotes them."""
     now = x.dtype
-    if (
-        rounding == "ltx" and weight is not None
-    ):  # to the weight's type if that is narrow, else it stays in float32
+    # To the weight's type if that is narrow, else it stays in float32
+    if rounding == "ltx" and weight is not None:
         now = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
     types = [now]
     for t in (weight, bias, scale, shift):

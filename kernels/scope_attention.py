@@ -177,9 +177,8 @@ def forward_kernel(
     v += (b * vb + h // group * vh) * 8
     rows, columns = tl.arange(0, BLOCK_M), chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     there = rows < end - start
-    q_tile = _load(
-        q, qs, rows, columns, there, D, True, BLOCK_D > D
-    )  # of no use to a split head, and then removed
+    # Of no use to a split head, and then removed
+    q_tile = _load(q, qs, rows, columns, there, D, True, BLOCK_D > D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)

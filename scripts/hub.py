@@ -3,9 +3,8 @@ scripts/hub.py [FOLDER]`.
 
 What such a repository asks for: build/VARIANT/ is a package that can be imported under any name, so all
 imports are relative; its torch ops have a name that no other version has; layers.py holds layers without
-state, of which only `forward` is taken. All of
-that follows from the sources: imports are rewritten, the ops' namespace gets a digest of what was copied, and
-the layers are the `forward` functions of vtok_fast.nn.
+state, of which only `forward` is taken. All of that follows from the sources: imports are rewritten, the ops'
+namespace gets a digest of what was copied, and the layers are the `forward` functions of vtok_fast.nn.
 
 Variants: torch-cpu and torch-cuda have the Triton kernels and the PyTorch references; one named after a
 torch, CUDA and platform, as torch211-cxx11-cu130-x86_64-linux, has the native modules too (they need no

@@ -26,9 +26,8 @@ def test_psnr_is_its_formula():
         10 * math.log10(4 / (y.clamp(-1, 1) - x).square().mean().item()), abs=1e-4
     )
     assert metrics.psnr(y[0], x[0]) != metrics.psnr(y, x)
-    assert (
-        metrics.psnr(torch.full_like(x, 9.0), torch.ones_like(x)) == math.inf
-    )  # what lies outside is clamped
+    # What lies outside is clamped
+    assert metrics.psnr(torch.full_like(x, 9.0), torch.ones_like(x)) == math.inf
 
 
 def test_ssim_goes_by_frames():
@@ -106,9 +105,8 @@ def test_bits():
     assert metrics.bits_per_pixel(whole, 8) == 24 / 1024
     dropped = whole.indices.clone()
     dropped[0, 0] = -1
-    assert (
-        metrics.bits(replace(whole, indices=dropped), 8) == 4 * 3 + 8
-    )  # a bit for each position says which are there
+    # A bit for each position says which are there
+    assert metrics.bits(replace(whole, indices=dropped), 8) == 4 * 3 + 8
     latents = Tokens(
         "a/b", {}, (4, 16, 16), torch.float32, latents=torch.zeros(1, 3, 1, 2, 2, dtype=torch.bfloat16)
     )
@@ -122,9 +120,8 @@ def test_bits_are_those_of_the_packed_stream():
     model = InfoTok("tiny").eval()
     made = model.encode(torch.rand(1, 3, 5, 32, 32) * 2 - 1, rate=0.5, selection="topk")
     stored = 8 * len(model.pack(made).to_bytes(model.codebook_size))
-    assert (
-        0 <= stored - metrics.bits(made, model.codebook_size) < 8 * 128
-    )  # the header, and bytes that are filled up
+    # The header, and bytes that are filled up
+    assert 0 <= stored - metrics.bits(made, model.codebook_size) < 8 * 128
 
 
 def test_codebook_use():

@@ -155,8 +155,8 @@ def load_fvd_network(
     [-1, 1].
 
     One whose ``forward`` takes ``rescale``, ``resize`` and ``return_features``, as the I3D that StyleGAN-V's
-    code made common, gets
-    False, True and True. A TorchScript file is a program: load only one that you trust.
+    code made common, gets False, True and True. A TorchScript file is a program: load only one that you
+    trust.
 
     Raises FileNotFoundError, and ValueError for a file that is none.
     """

@@ -5,8 +5,8 @@
   larger of twice the error of PyTorch's own op in the same dtype on the same inputs, and 16 eps(float32) plus
   half an eps of the output's dtype where that is narrower (64 eps of float64 in float64). The same bound
   holds for each frame and for the outermost rows, columns and frames alone, relative to the share of the norm
-  that a region of its size has on average where it is smaller than
-  that: one wrong border pixel cannot hide, and a region that happens to be almost zero does not fail for
+  that a region of its size has on average where it is smaller than that: one wrong border pixel cannot hide,
+  and a region that happens to be almost zero does not fail for
       nothing.
 """
 

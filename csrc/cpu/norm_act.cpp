@@ -164,8 +164,7 @@ Status norm_act(const NormProblem& p) {
   }
 
   // Some spans (what shares statistics) at a time, so that the second pass finds in a cache what the first
-  // has read. It goes
-  // backwards: of a span that is larger than the cache, the end is what is still there.
+  // has read. It goes backwards: of a span that is larger than the cache, the end is what is still there.
   const int64_t spans = plan.batch * (p.per_frame ? plan.frames : 1), per_span = tasks / spans,
                 cg = C / p.groups;
   const int64_t span_bytes =

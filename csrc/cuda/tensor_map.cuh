@@ -22,9 +22,8 @@ using TensorMap = CUtensorMap;
 #endif
 
 // Sizes in elements, innermost first. stride[i]: bytes from one element to the next along axis i, multiples
-// of 16; that of axis 0
-// is an element. box: elements per axis of a copy; step[i] > 1 takes every step[i]-th of the box. swizzle: 0,
-// 32, 64 or 128 bytes, the longest row of a box.
+// of 16; that of axis 0 is an element. box: elements per axis of a copy; step[i] > 1 takes every step[i]-th
+// of the box. swizzle: 0, 32, 64 or 128 bytes, the longest row of a box.
 struct TensorMapShape {
   DType dtype;
   int rank;

@@ -348,9 +348,8 @@ def test_a_missing_frontend_is_a_missing_peer(cuda, monkeypatch):
 def test_the_roofline_is_the_longer_of_operations_and_bytes():
     limits = {"copy_gb_s": 100.0, "matmul_tflop_s": {"bfloat16": 2.0}}
     facts = {"gflop": 4.0, "megabytes": 100.0, "dtype": "bfloat16"}
-    assert harness.floor_seconds(facts, limits) == pytest.approx(
-        2e-3
-    )  # 4 GFLOP at 2 TFLOP/s; the bytes take 1 ms
+    # 4 GFLOP at 2 TFLOP/s; the bytes take 1 ms
+    assert harness.floor_seconds(facts, limits) == pytest.approx(2e-3)
     assert harness.rates(4e-3, facts, limits) == pytest.approx(
         {"tflop_s": 1.0, "gb_s": 25.0, "roofline": 0.5}
     )

@@ -65,9 +65,8 @@ def test_fsq_runs(layout, one_thread):
 def test_token_packing_runs(case, one_thread):
     _run(token_packing, replace(case, compile=False))
     trial = token_packing.build(case, TINY)
-    for c in (
-        trial.candidates if case.dtype != torch.bfloat16 else ()
-    ):  # in which eager scores are rounded, and tie
+    # In which eager scores are rounded, and tie
+    for c in trial.candidates if case.dtype != torch.bfloat16 else ():
         assert torch.equal(c.call().reshape(trial.ours.call().shape), trial.ours.call())
 
 

@@ -124,9 +124,8 @@ def test_demo_measures(demo, clip):
 
 def test_demo_says_so_without_weights(clip, tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "released", CONFIGS["tiny"] | {"ch": 4})
-    monkeypatch.setattr(
-        peak_memory, "measure", lambda variant, shape, **_: {"peak": 1}
-    )  # measured in the demo above
+    # Measured in the demo above
+    monkeypatch.setattr(peak_memory, "measure", lambda variant, shape, **_: {"peak": 1})
     said = []
     result = demo_module.run(
         demo_module.Options(clip, "released", output=tmp_path / "demo", size=16, rounds=1), said.append

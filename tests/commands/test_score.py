@@ -72,9 +72,8 @@ def test_what_tokens_cost(tmp_path):
     found = score(tmp_path / "a.mp4", tmp_path / "b.mp4", tokens=tmp_path / "a.tokens")
     indices = torch.cat([tokens.indices.flatten() for tokens in TokenWindows(tmp_path / "a.tokens")])
     assert found["tokens"] == len(indices) and found["codebook_size"] == 8**6
-    assert found["bits_per_pixel"] == 18 * len(indices) / (
-        20 * 32 * 48
-    )  # of the 20 frames, not of those of two windows
+    # Of the 20 frames, not of those of two windows
+    assert found["bits_per_pixel"] == 18 * len(indices) / (20 * 32 * 48)
     used = metrics.codebook_use(indices, 8**6)
     assert (found["codebook_used"], found["perplexity"]) == used and found["psnr"] > 15
     command = [sys.executable, "-m", "vtok_fast.cli", "score", "a.mp4", "b.mp4", "--tokens", "a.tokens"]

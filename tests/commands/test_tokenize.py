@@ -66,11 +66,12 @@ def test_every_window_is_the_models_own(clip, model, tmp_path):
         "overlap": 0,
         "weights": video_tokens.fingerprint(model),
     }
+    # Six, and three copies
     assert [window.video_shape for window in tokens] == [
         (17, 48, 64),
         (17, 48, 64),
         (9, 48, 64),
-    ]  # six, and three copies
+    ]
     video = pixels(clip, 4)
     filled = torch.cat((video, video[:, :, -1:].expand(-1, -1, 3, -1, -1)), 2)
     for window, own in zip(filled.split(17, 2), tokens, strict=True):
@@ -343,9 +344,8 @@ def test_a_rate_keeps_that_share_and_the_file_shrinks(clip, tmp_path):
         )
         sizes[rate] = (tmp_path / "a.tokens").stat().st_size
     n = made[0].indices.numel()
-    assert (
-        sizes[0.25] < sizes[0.75] and sizes[0.75] - sizes[0.25] > 0.8 * n
-    )  # 16 bits for half of the positions
+    # 16 bits for half of the positions
+    assert sizes[0.25] < sizes[0.75] and sizes[0.75] - sizes[0.25] > 0.8 * n
     assert sizes[0.25] < n + 4096
     video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", chooser)
     assert read_video(tmp_path / "back.mp4").video.shape[1] == 40

@@ -120,9 +120,8 @@ def test_classes():
         )
     }
     assert len(names) == 6 and "3x3x3 /111 8->8 2^7 float32" in names
-    assert tuned.tuning_class(a_call(size=(4, 8, 7))) == tuned.tuning_class(
-        a_call()
-    )  # 192 and 224 positions are one class
+    # 192 and 224 positions are one class
+    assert tuned.tuning_class(a_call(size=(4, 8, 7))) == tuned.tuning_class(a_call())
 
 
 # ---- the dispatcher ----------------------------------------------------------------------------------------

@@ -1,12 +1,10 @@
 // The threads of a block as fibers, which run one after the other and change only where they wait for each
-// other. Blocks of a
-// cluster run together: a block that is alone is a cluster of one.
+// other. Blocks of a cluster run together: a block that is alone is a cluster of one.
 //
 // A seed decides who runs next: 0 the one that has waited longest, 1 the one that has waited least, 2 and up
-// at random; so for the
-// order of clusters. Time is counted by vector clocks: clock[i] of a thread is how much of what agent i did
-// is known to have happened before now. Agents are the threads of the cluster, 0 to n-1, their asynchronous
-// copies, n to 2n-1, and what sm90.h adds.
+// at random; so for the order of clusters. Time is counted by vector clocks: clock[i] of a thread is how much
+// of what agent i did is known to have happened before now. Agents are the threads of the cluster, 0 to n-1,
+// their asynchronous copies, n to 2n-1, and what sm90.h adds.
 #pragma once
 #include <cstdint>
 #include <deque>

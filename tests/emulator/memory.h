@@ -1,12 +1,11 @@
 // Shared and global memory, with every access checked.
 //
 // Shared memory is an arena in which the blocks of a cluster have their parts. A kernel's address is of its
-// own block's part; or,
-// as map_shared makes it, of another's: then bits 24 and up are the block's rank + 1. A place is an index of
-// the arena. Beside each
-// 2 bytes stand the last write and the reads since: an access that is not ordered after the write (and, if it
-// writes, after the reads) is a race, in whatever order the threads ran. Global memory is the buffers that
-// the test has registered; beside each 2 bytes of it stands who wrote last.
+// own block's part; or, as map_shared makes it, of another's: then bits 24 and up are the block's rank + 1. A
+// place is an index of the arena. Beside each 2 bytes stand the last write and the reads since: an access
+// that is not ordered after the write (and, if it writes, after the reads) is a race, in whatever order the
+// threads ran. Global memory is the buffers that the test has registered; beside each 2 bytes of it stands
+// who wrote last.
 #pragma once
 #include "machine.h"
 

@@ -3,9 +3,8 @@
 //
 // Agents of the vector clocks, after the 2 n of machine.h: n, what the TMA stores of each thread read from
 // shared memory; n, what they write to global memory; one per warpgroup, what its wgmma read; 64 per block,
-// what TMA wrote for each mbarrier. Behind them
-// a second clock of 2 n: how much of what the threads and their copies wrote is known to be visible to TMA
-// and wgmma, which fence_proxy_async advances.
+// what TMA wrote for each mbarrier. Behind them a second clock of 2 n: how much of what the threads and their
+// copies wrote is known to be visible to TMA and wgmma, which fence_proxy_async advances.
 //
 // Not found: that a thread gives up by a relaxed arrival what it has written, not only read.
 #pragma once

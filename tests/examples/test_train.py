@@ -148,9 +148,8 @@ def test_weights_of_losses(monkeypatch):
         "gan_start": 20001,
         "lecam": 0.005,
     }
-    assert (
-        weights_of("vidtok", "paper", True)["aux"] == 1e-6
-    )  # a Gaussian's divergence is a sum, FSQ's loss a mean
+    # A Gaussian's divergence is a sum, FSQ's loss a mean
+    assert weights_of("vidtok", "paper", True)["aux"] == 1e-6
     assert weights_of("vidtok", "package", False)["lpips"] == 0
 
 

@@ -49,9 +49,8 @@ def test_the_lm_reads_the_video_first(parts):
         inputs_embeds=torch.cat((model.project(tokens), model.llm.get_input_embeddings()(ids)), 1)
     ).logits
     assert torch.equal(logits, whole[:, 8:])
-    assert not torch.allclose(
-        model(tokens + 1 - 2 * (torch.arange(10) % 2), ids), logits
-    )  # another video, another answer
+    # Another video, another answer
+    assert not torch.allclose(model(tokens + 1 - 2 * (torch.arange(10) % 2), ids), logits)
     later = ids.clone()
     later[:, 2] = 0
     assert torch.allclose(model(tokens, later)[:, :2], logits[:, :2], atol=1e-6)  # causal

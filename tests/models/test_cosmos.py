@@ -31,9 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(kind: str = "FSQ", **fields) -> Cosmos:
-    return contract.randomise(
-        Cosmos(**{**KINDS[kind], **fields}), std=0.3
-    )  # so that frames differ behind the quantiser
+    # So that frames differ behind the quantiser
+    return contract.randomise(Cosmos(**{**KINDS[kind], **fields}), std=0.3)
 
 
 # Structure

@@ -28,9 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> InfoTok:
-    return contract.randomise(
-        InfoTok(**{**SMALL, **fields}), std=0.3
-    )  # so that frames differ behind the quantiser
+    # So that frames differ behind the quantiser
+    return contract.randomise(InfoTok(**{**SMALL, **fields}), std=0.3)
 
 
 def kept(tokens) -> list[int]:
@@ -418,8 +417,8 @@ def test_the_accelerated_block_is_close(twice):
 @pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 def test_acceleration():
     """Every block within its contract, tokens equal but for latents at a threshold, gradients as near to
-    those in float64 as a
-    float32 implementation must come. All tokens are kept: a score at the bound may fall to either side."""
+    those in float64 as a float32 implementation must come. All tokens are kept: a score at the bound may fall
+    to either side."""
     model, video = make(channels=16, rate=1.0, selection="topk"), contract.clip(1, 3, 5, 32, 32)
     expected = outputs(copy.deepcopy(model).double(), video.double())
     before, indices = model(video), model.encode(video).indices

@@ -141,10 +141,11 @@ def test_a_slice_is_decoded_from_its_own_tokens():
     tokens = model.encode(clip(1, 3, 8, 8, 12, dtype=torch.float64))
     video = model.decode(tokens)
     row = tokens.latents.clone()
+    # TV of slices 0 and 2
     row[..., 6:8], row[..., 10:12] = (
         tokens.latents[..., 10:12],
         tokens.latents[..., 6:8],
-    )  # TV of slices 0 and 2
+    )
     swapped = model._decode(row, (8, 8, 12))
     expected = torch.cat((video[:, :, 4:6], video[:, :, 2:4], video[:, :, 0:2], video[:, :, 6:8]), dim=2)
     torch.testing.assert_close(swapped, expected, rtol=1e-12, atol=1e-12)
@@ -167,9 +168,8 @@ def test_a_decoder_that_knows_the_time_makes_other_frames_of_the_same_tokens():
         )
         row[..., 6:] = row[..., 6:8].repeat(1, 1, 1, 1, 5)
         video = model._decode(row, (10, 8, 8))
-        torch.testing.assert_close(
-            video[:, :, :2], video[:, :, 8:], rtol=1e-12, atol=1e-12
-        )  # the first slices of two chunks
+        # The first slices of two chunks
+        torch.testing.assert_close(video[:, :, :2], video[:, :, 8:], rtol=1e-12, atol=1e-12)
         assert torch.isclose(video[:, :, :2], video[:, :, 2:4]).all() == (not decoder_time)
 
 

@@ -108,9 +108,8 @@ def test_a_failed_chunk_leaves_the_stream_as_it_was():
     def fail(*_):
         raise RuntimeError("out of luck")
 
-    hook = model.encoder.conv_out.register_forward_hook(
-        fail
-    )  # the last layer: all others have updated their caches by then
+    # The last layer: all others have updated their caches by then
+    hook = model.encoder.conv_out.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         stream.encode_chunk(video[:, :, 9:])
     hook.remove()
@@ -179,6 +178,5 @@ def test_memory_does_not_grow_with_the_length(fields):
     short = peak_bytes(lambda: run(33))
     assert short > 100_000
     assert peak_bytes(lambda: run(257)) <= 1.2 * short
-    assert (
-        peak_bytes(lambda: model(torch.zeros(1, 3, 257, 16, 16))) > 5 * short
-    )  # the measure does see length
+    # The measure does see length
+    assert peak_bytes(lambda: model(torch.zeros(1, 3, 257, 16, 16))) > 5 * short

@@ -503,9 +503,8 @@ def test_bad_input_is_named(change, error, message):
 def test_float64_has_no_cpu_kernel_and_says_so():
     with pytest.raises(vtok_fast.BackendError, match="no torch.float64 kernel"):
         vtok_fast.causal_conv3d(X.double(), W.double(), backend="cpu")
-    assert (
-        vtok_fast.causal_conv3d(X.double(), W.double()).dtype == torch.float64
-    )  # automatic choice falls back
+    # Automatic choice falls back
+    assert vtok_fast.causal_conv3d(X.double(), W.double()).dtype == torch.float64
     assert "float64" in vtok_fast.dispatch.backends.fallbacks()["causal_conv3d"]["cpu"]
 
 

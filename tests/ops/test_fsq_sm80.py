@@ -111,9 +111,8 @@ def test_streams_and_graphs():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         z.normal_()
-        codes, indices = fsq_quantize(
-            z, [8] * 5, backend="sm80"
-        )  # runs after normal_ only if it is on the same stream
+        # Runs after normal_ only if it is on the same stream
+        codes, indices = fsq_quantize(z, [8] * 5, backend="sm80")
     stream.synchronize()
     assert torch.equal(indices, fsq_quantize(z, [8] * 5, backend="reference").indices)
     graph = torch.cuda.CUDAGraph()

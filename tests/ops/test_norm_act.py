@@ -229,9 +229,8 @@ def test_gradients(kind, rounding):
             rounding=rounding,
         )
 
-    if (
-        rounding == "ltx"
-    ):  # its variance is float32 whatever the input, too coarse for differences; its gradient is that of "once"
+    # Its variance is float32 whatever the input, too coarse for differences; its gradient is that of "once"
+    if rounding == "ltx":
         upstream = torch.randn_like(args[0])
         got = torch.autograd.grad(f(*args), args, upstream)
         options = {
@@ -339,8 +338,7 @@ def test_bad_inputs_are_named():
 @pytest.mark.parametrize("plane", [(1, 2), (2, 1), (1, 1)])
 def test_modulation_of_frames_of_one_row(plane):
     x = torch.randn(2, 3, 1, *plane)  # contiguous, and with frames of one row or column
-    scale = torch.randn(2, 3, 1, 1, 1).as_strided(
-        (2, 3, 1, 1, 1), (3, 1, 7, 7, 7)
-    )  # strides of sizes 1 say nothing
+    # Strides of sizes 1 say nothing
+    scale = torch.randn(2, 3, 1, 1, 1).as_strided((2, 3, 1, 1, 1), (3, 1, 7, 7, 7))
     want = reference.norm_act(x.double(), scale=scale.double())
     assert parity.close(vtok_fast.norm_act(x, scale=scale), want).ok

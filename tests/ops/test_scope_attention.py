@@ -241,9 +241,8 @@ def test_compile_fullgraph_keeps_the_plan(compiler, monkeypatch):
     torch.testing.assert_close(
         torch.autograd.grad(y.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v))
     )
-    assert plans == [
-        scope
-    ]  # once for both ways and both directions: the compiled graph's tensors lead back to the scope
+    # Once for both ways and both directions: the compiled graph's tensors lead back to the scope
+    assert plans == [scope]
     for other in (Scope.block_causal(2, 31), Scope.time_invariant(tiv=8, tv=2, patches=16, slices=3)):
         torch.testing.assert_close(compiled(q, k, v, other), scope_attention(2 * q, k, v, other).square())
 

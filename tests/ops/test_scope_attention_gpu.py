@@ -103,9 +103,8 @@ def test_nothing_waits_for_the_device(where):
     try:
         scope = Scope.packed(cu, q_len=1100)
         got = both_ways(lambda *x: scope_attention(*x, scope, backend="triton"), tensors, grad)
-        raw = Scope(
-            *(t.clone() for t in scope.csr), 1100, 1100
-        )  # of a device: without what the builder knows
+        # Of a device: without what the builder knows
+        raw = Scope(*(t.clone() for t in scope.csr), 1100, 1100)
         again = both_ways(lambda *x: scope_attention(*x, raw, backend="triton"), tensors, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -175,9 +175,8 @@ def test_scope_attention(data):
     if dtype == torch.float32:
         return judge(vtok_fast.scope_attention, tensors, {"scope": scope})
     # Of a handful of numbers the contract's ratio would be a matter of luck, so here is the bound of each.
-    # What is rounded to the
-    # dtype, by half an eps each: the probabilities, the result of each of up to three ranges, and what two of
-    # them are merged to.
+    # What is rounded to the dtype, by half an eps each: the probabilities, the result of each of up to three
+    # ranges, and what two of them are merged to.
     q, k, v = (t.double() for t in tensors.values())
     error = (
         vtok_fast.scope_attention(**tensors, scope=scope) - vtok_fast.scope_attention(q, k, v, scope)

@@ -8,11 +8,11 @@
         conv.forward(x, weight, None, out, [1, 1, 1], 0, None, seed=seed)      # fills `out`, a CPU tensor
 
 The function named on the right is an ordinary launcher, ``Status (*)(parameters...)``. Arguments become its
-parameters by
-position: a torch tensor or what ``vtok_fast.dispatch.native.arg`` makes of it (None where absent) a
-``vtok::Tensor``; an int or bool any integer, bool or enum; a float any floating point; a list of numbers
-``std::vector`` or ``std::array``; None an empty ``std::optional`` or the stream. Where a launcher takes a
-struct, wrap it: ``exports={"forward": "+[](vtok::Tensor x, int n) { Problem p; ...; return launch(p); }"}``;
+parameters by position: a torch tensor or what ``vtok_fast.dispatch.native.arg`` makes of it (None where
+absent) a ``vtok::Tensor``; an int or bool any integer, bool or enum; a float any floating point; a list of
+numbers ``std::vector`` or ``std::array``; None an empty ``std::optional`` or the stream. Where a launcher
+takes a struct, wrap it: ``exports={"forward": "+[](vtok::Tensor x, int n) { Problem p; ...; return launch(p);
+}"}``;
     ``glue`` is C++ text put before the exports.
 
 Every tensor argument is registered as global memory, from its first to its last element; what else the

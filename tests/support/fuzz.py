@@ -135,10 +135,11 @@ def native_calls(r: random.Random) -> Iterator[tuple[Callable[..., Any], list[An
         lib.fsq_quantize,
         [z, torch.empty_like(z), torch.empty(b, t, h, w, dtype=torch.int32), table, levels, 1, threads],
     )
+    # A token's sizes, and how many
     grid, tokens_of = (
         [r.randint(1, 3) for _ in range(3)],
         [r.randint(1, 4) for _ in range(3)],
-    )  # a token's sizes, and how many
+    )
     sizes = [n * m for n, m in zip(grid, tokens_of)]
     video = _video(r, (b, c, sizes[0] - grid[0] + 1, *sizes[1:]), dtype)
     yield lib.router_scores, [video, torch.randn_like(video), torch.empty(b, *tokens_of), *grid, threads]

@@ -206,7 +206,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.modules["support.golden"] = sys.modules[
-        "__main__"
-    ]  # the modules of the systems import this one under its name
+    # The modules of the systems import this one under its name
+    sys.modules["support.golden"] = sys.modules["__main__"]
     sys.exit(main())

@@ -46,9 +46,8 @@ def check(scope, dim, heads=2, kv_heads=2, dtype=torch.float32, batch=1, mask=No
     """Forward and backward against the reference in float64.
 
     float32 is *close* beside the reference in float32. In float16 the probabilities and the gradients of the
-    scores are rounded
-    before the second product, as in every flash attention: half an eps for each of at most three factors of a
-    result, and for itself.
+    scores are rounded before the second product, as in every flash attention: half an eps for each of at most
+    three factors of a result, and for itself.
     """
     make = make or (lambda h, n: torch.randn(batch, h, n, dim).to(dtype))
     q, k, v = make(heads, scope.q_len), make(kv_heads, scope.k_len), make(kv_heads, scope.k_len)

@@ -31,9 +31,8 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VTOK_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(tuning, "_enabled", True)
-    monkeypatch.setattr(
-        backends, "why_not_triton_on", lambda tensor: None
-    )  # the interpreter takes those of a CPU
+    # The interpreter takes those of a CPU
+    monkeypatch.setattr(backends, "why_not_triton_on", lambda tensor: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     tuning.forget()
     torch.manual_seed(0)
@@ -154,6 +153,7 @@ def test_an_entry_of_the_table_is_what_attention_launches(monkeypatch):
     torch.testing.assert_close(
         got[0], scope_attention.run(call, "reference")[0], rtol=0, atol=4 * torch.finfo(torch.float16).eps
     )
+    # Of an older version; damaged
     for useless in (
         list(other._replace(block_m=24)),
         [1, 2],
@@ -162,7 +162,7 @@ def test_an_entry_of_the_table_is_what_attention_launches(monkeypatch):
         {},
         7,
         [None] * 6,
-    ):  # of an older version; damaged
+    ):
         seen.clear()
         write(of[0], {of[1]: {"choice": useless}})
         launcher.run(call)

@@ -216,9 +216,8 @@ def test_quantiser(shape):
     ours, indices = fast(z)
     ours.square().sum().backward()
     assert ours.shape == out.shape and indices.shape == tokens.shape and indices.dtype == tokens.dtype
-    assert torch.equal(indices, tokens) and torch.equal(
-        ours, out
-    )  # no latent of this seed is near a threshold
+    # No latent of this seed is near a threshold
+    assert torch.equal(indices, tokens) and torch.equal(ours, out)
     torch.testing.assert_close(z.grad, gradient, rtol=1e-4, atol=1e-5)
     assert not vtok_fast.accelerate(copy.deepcopy(fsq), contract="exact").swapped
 

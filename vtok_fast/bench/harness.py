@@ -37,9 +37,9 @@ MOST_REPEATS = 1 << 14
 @dataclass(frozen=True)
 class Settings:
     """What to measure on, and how long. A trial ends after ``min_rounds`` and ``min_seconds``, or past
-    ``max_seconds``, but never
-    before three rounds. ``dtype`` None: each case's own, which is float32 on a CPU and bfloat16 on a GPU.
-    ``compile``: whether ``torch.compile`` and FlexAttention, which take long to start, are among the peers.
+    ``max_seconds``, but never before three rounds. ``dtype`` None: each case's own, which is float32 on a CPU
+    and bfloat16 on a GPU. ``compile``: whether ``torch.compile`` and FlexAttention, which take long to start,
+    are among the peers.
         ``graphs``: on a GPU also the time of a
     replay as a CUDA graph. ``memory``: on a CPU also the peak memory, in a process of its own (a GPU tells it
     anyway)."""

@@ -70,9 +70,8 @@ def clocks(device: str) -> dict[str, float | None]:
 
 
 def _smi(device: str, fields: dict[str, str]) -> dict[str, str | None]:
-    uuid = getattr(
-        torch.cuda.get_device_properties(device), "uuid", None
-    )  # its number among all GPUs may be another one
+    # Its number among all GPUs may be another one
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     which = f"GPU-{uuid}" if uuid else str(torch.device(device).index or 0)
     try:
         said = subprocess.run(

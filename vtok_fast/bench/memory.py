@@ -1,9 +1,8 @@
 """Peak memory of a case's candidates on a CPU: ``vtok-fast bench --memory``.
 
 A process of its own, with the allocator as a user has it, builds the case and calls each candidate twice. The
-figure is of the
-second call: the most that was resident, its result included, beyond what was before it, inputs and warm
-caches among that. So it counts what torch allocates and what the native module does.
+figure is of the second call: the most that was resident, its result included, beyond what was before it,
+inputs and warm caches among that. So it counts what torch allocates and what the native module does.
 """
 
 from __future__ import annotations

@@ -138,9 +138,8 @@ def _measure(task: dict[str, Any]) -> dict[str, float]:
     )
     model.eval()
     if task["variant"] != "eager":
-        vtok_fast.accelerate(
-            model, check=False
-        )  # a check would leave freed memory behind that the work then reuses
+        # A check would leave freed memory behind that the work then reuses
+        vtok_fast.accelerate(model, check=False)
     video = torch.rand(1, model.config.in_channels, *task["shape"]) * 2 - 1
     return of_pass(model, lambda: model.encode(video), model.decode)
 

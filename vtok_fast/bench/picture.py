@@ -36,9 +36,8 @@ def draw(results: dict[str, Any], path: str | os.PathLike) -> None:
     _roofline(left, sections, limits)
     _bars(right, sections)
     path = Path(path)
-    temporary = path.with_name(
-        f".part-{path.name}"
-    )  # a name that ends as the picture's does, which tells its format
+    # A name that ends as the picture's does, which tells its format
+    temporary = path.with_name(f".part-{path.name}")
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     os.replace(temporary, path)

@@ -1,10 +1,9 @@
 """One sample of a call's time: by the clock on a CPU, by CUDA events on a GPU.
 
 On a GPU every timed call finds the L2 cache filled with other data and, where they are small, other copies of
-its inputs than the
-call before: a kernel in a model seldom finds its inputs in the cache. The pass that fills the cache also
-gives the host the time to queue the call's launches, so that their cost is not measured unless they take
-longer than it; ``host_seconds`` says how long the host needs. A replay of the call as a CUDA graph
+its inputs than the call before: a kernel in a model seldom finds its inputs in the cache. The pass that fills
+the cache also gives the host the time to queue the call's launches, so that their cost is not measured unless
+they take longer than it; ``host_seconds`` says how long the host needs. A replay of the call as a CUDA graph
 (``graph_seconds``, where it is asked for) has no launches of the host at all.
 """
 
@@ -116,9 +115,8 @@ class DeviceTimer:
         graph, side = self._cuda.CUDAGraph(), self._cuda.Stream()
         try:
             side.wait_stream(self._cuda.current_stream())
-            with self._cuda.stream(
-                side
-            ):  # as capture wants it: what is made at a first call is made on another stream
+            # As capture wants it: what is made at a first call is made on another stream
+            with self._cuda.stream(side):
                 call()
             self._cuda.current_stream().wait_stream(side)
             with self._cuda.graph(graph):

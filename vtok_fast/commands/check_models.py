@@ -3,9 +3,8 @@ clip where one is.
 
 What is compared: the tokens (those of a codebook by the rule of `parity.tokens`, latents by the *close*
 contract), the video that is decoded from the reference's tokens, InfoTok's scores, and the gradients of a
-whole pass. The models are the small
-configurations: VidTok's with the package's weights, the others with random ones, none of them zero, so that
-nothing hides behind a zero.
+whole pass. The models are the small configurations: VidTok's with the package's weights, the others with
+random ones, none of them zero, so that nothing hides behind a zero.
 """
 
 from __future__ import annotations

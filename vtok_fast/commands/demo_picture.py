@@ -75,9 +75,8 @@ def _header(figure: Any, result: dict[str, Any]) -> None:
 
 
 def _frames(figure: Any, clips: Tensor, reconstruction: Tensor) -> None:
-    source, back = (
-        video.transpose(1, 2).flatten(0, 1).clamp(-1, 1) for video in (clips, reconstruction)
-    )  # (frames, 3, H, W)
+    # (frames, 3, H, W)
+    source, back = (video.transpose(1, 2).flatten(0, 1).clamp(-1, 1) for video in (clips, reconstruction))
     total = source.shape[0]
     shown = sorted({round(i * (total - 1) / (COLUMNS - 1)) for i in range(COLUMNS)})
     rows = (

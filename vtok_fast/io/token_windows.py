@@ -21,6 +21,7 @@ from vtok_fast.io.files import checksum, open_tensors, raw, write_atomically
 from vtok_fast.io.tokens import FORMAT, Tokens
 
 WINDOWS_FORMAT = "vtok-fast token windows 1"
+# Of the types that tokens have, in safetensors
 NAMES = {
     torch.uint8: "U8",
     torch.int32: "I32",
@@ -28,7 +29,7 @@ NAMES = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
-}  # of the types that tokens have, in safetensors
+}
 
 
 class TokenWindows(Sequence[Tokens]):

@@ -113,9 +113,8 @@ class open_video:
         self, length: int, size: int | tuple[int, int] | None = None, overlap: int = 0
     ) -> Iterator[tuple[int, Callable[[], Tensor]]]:
         """Windows of `length` frames, each beginning with the last `overlap` frames of the one before, the
-        last one perhaps of
-        fewer: how many, and a function that gives them as (C, T, H, W) uint8 (so that a window that is not
-        needed costs no conversion)."""
+        last one perhaps of fewer: how many, and a function that gives them as (C, T, H, W) uint8 (so that a
+        window that is not needed costs no conversion)."""
         window: list[Any] = []
         shared = 0
         for frame in self.frames():

@@ -20,10 +20,9 @@ def rotary_angles(
     grid: (h, w), (t, h, w).
 
     The frequencies theta^(-2i / head_dim) (RoFormer, arXiv 2104.09864) are dealt to the axes in turn, and the
-    pairs of one axis
-    lie together: on (h, w) pairs 0 and 1 of a head of 8 turn with the row, at frequencies 0 and 2, pairs 2
-    and 3 with the column, at 1 and 3, as in InfoTok. Tokens that are nowhere on the grid do not turn: give
-    them rows of zeros.
+    pairs of one axis lie together: on (h, w) pairs 0 and 1 of a head of 8 turn with the row, at frequencies 0
+    and 2, pairs 2 and 3 with the column, at 1 and 3, as in InfoTok. Tokens that are nowhere on the grid do
+    not turn: give them rows of zeros.
     """
     if head_dim < 2 * len(grid) or head_dim % 2:
         raise ValueError(

@@ -164,9 +164,8 @@ def fsq_entropy_loss(
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """The levels as a tuple, or a ValueError that says what is wrong with them."""
-    possible = (
-        _possible.__wrapped__ if torch.compiler.is_compiling() else _possible
-    )  # tracing through a cache makes torch warn
+    # Tracing through a cache makes torch warn
+    possible = _possible.__wrapped__ if torch.compiler.is_compiling() else _possible
     try:
         return possible(tuple(map(operator.index, levels)))
     except TypeError:

@@ -101,10 +101,11 @@ def causal_conv3d(
     (top, bottom), (left, right) = spatial_pad
     inside = (0, 0)
     if spatial_mode == "zeros" and top == bottom and left == right:
+        # The convolution pads these itself, without a copy
         inside, spatial_pad = (
             (top, left),
             ((0, 0), (0, 0)),
-        )  # the convolution pads these itself, without a copy
+        )
     padded = padded_input(
         x,
         time_pad=time_pad,

@@ -102,9 +102,8 @@ def _chain(
     if residual is not None:
         x = x + residual
     narrow = x.dtype in (torch.float16, torch.bfloat16)
-    if (
-        rounding == "wan"
-    ):  # normalize in float32, then times sqrt(C), gamma, and plus a bias that is 0.0 where absent
+    # Normalize in float32, then times sqrt(C), gamma, and plus a bias that is 0.0 where absent
+    if rounding == "wan":
         y = F.normalize(x.float() if narrow else x, dim=1, eps=WAN_FLOOR).to(x.dtype) * x.shape[1] ** 0.5
         if weight is not None:
             y = y * weight.view(-1, 1, 1, 1)

@@ -19,8 +19,7 @@ def stream(model: nn.Module) -> Any:
     """A stream over a model, accelerated or as shipped: ``encode_chunk``, ``decode_chunk``, ``reset``,
     ``chunks``.
 
-        stream = vtok_fast.stream(model)
-        for start, end in stream.chunks(num_frames):
+        stream = vtok_fast.stream(model) for start, end in stream.chunks(num_frames):
             latent = stream.encode_chunk(video[:, :, start:end])
 
     For the tokenizers of :mod:`vtok_fast.models` it is what their own ``stream()`` gives. For diffusers'

@@ -9,9 +9,8 @@
 namespace vtok::cpu {
 
 // Rows or columns. Output index i is of phase i % phases. Under nearest upsampling each phase reads every
-// source index through
-// a contiguous group of taps, which are summed in the weights: a 3x3 kernel on a frame upsampled by 2 has 2x2
-// taps per phase.
+// source index through a contiguous group of taps, which are summed in the weights: a 3x3 kernel on a frame
+// upsampled by 2 has 2x2 taps per phase.
 struct DirectAxis {
   int64_t out;
   int phases, max_taps;

@@ -4,9 +4,8 @@
 // An axis that pads with zeros needs no more, and replicated frames only more terms for the first and the
 // last frame (Source::before). Else, where elements are read several times (replicated or reflected rows and
 // columns, upsampling, cached frames), the axis is computed in the padded domain, in scratch memory, and a
-// second kernel gathers for each element of x and of
-// the cache the positions that read it, in a fixed order: deterministic, at one read of the domain and one
-// write of the gradient.
+// second kernel gathers for each element of x and of the cache the positions that read it, in a fixed order:
+// deterministic, at one read of the domain and one write of the gradient.
 #include <algorithm>
 #include <string>
 

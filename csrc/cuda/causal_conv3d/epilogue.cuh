@@ -1,6 +1,5 @@
 // What happens to a finished sum before it is stored: SiLU, depth-to-space, residual or blend, one rounding.
-// The bias is no part
-// of it: an accumulator starts as its channel's bias.
+// The bias is no part of it: an accumulator starts as its channel's bias.
 //
 // With depth-to-space the weight rows are rearranged so that kernel channel n = phase * (O/phases) + c holds
 // the public channel c

@@ -1,9 +1,8 @@
 // Taps that read the same element are one tap with the sum of their weights. That is so for every output of
-// one phase of a
-// nearest upsampling: with a factor u, output u q + r reads at q + floor((r + tap - front) / u), so each of
-// the u phases is a convolution of the small input with fewer taps (3 become 2 for u = 2: 27 multiply-adds
-// become 8 in a 3x3x3 over twice the frames, rows and columns). And it is so for all temporal taps over a
-// single replicated frame, an image. The sums are made in float32 and rounded once.
+// one phase of a nearest upsampling: with a factor u, output u q + r reads at q + floor((r + tap - front) /
+// u), so each of the u phases is a convolution of the small input with fewer taps (3 become 2 for u = 2: 27
+// multiply-adds become 8 in a 3x3x3 over twice the frames, rows and columns). And it is so for all temporal
+// taps over a single replicated frame, an image. The sums are made in float32 and rounded once.
 #include <algorithm>
 
 #include "cuda/causal_conv3d/plan.h"

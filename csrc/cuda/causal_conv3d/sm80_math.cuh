@@ -1,12 +1,11 @@
 // The matrix products inside the convolution kernels. A warp owns a tile of (16 MI) x (8 NI) float32
-// accumulators in the layout
-// of mma.sync: acc[i][j][e] is row 16i + lane/4 + 8(e/2), column 8j + 2(lane%4) + e%2.
+// accumulators in the layout of mma.sync: acc[i][j][e] is row 16i + lane/4 + 8(e/2), column 8j + 2(lane%4) +
+// e%2.
 //
 // Forward and dgrad: both operands lie in shared memory with K contiguous, in rows of 64 bytes (32 half, 16
 // float), four 16-byte chunks each; chunk c of row r is kept at chunk c ^ (r/2 % 4), so that ldmatrix's eight
-// rows and cp.async's stores touch all
-// banks. wgrad: K (positions) is the slow axis, rows are Cols elements of M or N; chunk c of row k is kept at
-// chunk c ^ (k % 8).
+// rows and cp.async's stores touch all banks. wgrad: K (positions) is the slow axis, rows are Cols elements
+// of M or N; chunk c of row k is kept at chunk c ^ (k % 8).
 #pragma once
 
 #include "cuda/ptx.cuh"

@@ -8,9 +8,8 @@
 // Shares are summed in a fixed order by a second kernel, which also rounds once: deterministic.
 //
 // Tile 128x128, 8 warps of 64x32, slices of 32 positions (16 in float32), 4 stages of 16 KiB, and 60 bytes of
-// tables per position
-// of a batch for 3x3x3: 72 KiB, two blocks per multiprocessor at 128 registers. Scratch: splits * O * taps *
-// C float32.
+// tables per position of a batch for 3x3x3: 72 KiB, two blocks per multiprocessor at 128 registers. Scratch:
+// splits * O * taps * C float32.
 #include <algorithm>
 #include <string>
 

@@ -3,18 +3,18 @@
 //
 // A block works off tiles of positions (frames x rows x columns, any shape of at most M) by N channels. Per
 // step of K one patch of x, the tile's positions with their halo, comes to shared memory by TMA, which fills
-// in zeros around the frame; the producer
-// chooses for each time tap the frame: clamped, skipped, or from the tensor map of the cache. The trick: one
-// patch serves all taps of the plane. A tap is a shift of the patch by whole rows of 128 bytes, and ldmatrix
-// reads any rows into the registers from which wgmma takes its left operand. (A descriptor of the tile in
-// shared memory could start only at every eighth row: that of a tap does not, and no GPU has proven the
-// swizzle's base offset yet.) Three warps produce, one thread each: patches, weights, and the output with the
-// residual that is laid under it beforehand. Two warpgroups multiply, each with half of the rows.
+// in zeros around the frame; the producer chooses for each time tap the frame: clamped, skipped, or from the
+// tensor map of the cache. The trick: one patch serves all taps of the plane. A tap is a shift of the patch
+// by whole rows of 128 bytes, and ldmatrix reads any rows into the registers from which wgmma takes its left
+// operand. (A descriptor of the tile in shared memory could start only at every eighth row: that of a tap
+// does not, and no GPU has proven the swizzle's base offset yet.) Three warps produce, one thread each:
+// patches, weights, and the output with the residual that is laid under it beforehand. Two warpgroups
+// multiply, each with half of the rows.
 //
 // Bytes that decide the design, per multiprocessor of an H200 at 1.75 GHz: the tensor cores do 2048
 // multiply-adds of halves a cycle, so m64nNk16 lasts N/2 cycles; shared memory moves 128 bytes a cycle; L2
-// about 24 (5.5 TB/s over 132), device memory 17 to
-// 20. Of a 3x3x3 layer per slab and time tap, nine taps (cycles: of the tensor cores; L2: bytes a cycle;
+// about 24 (5.5 TB/s over 132), device memory 17 to 20. Of a 3x3x3 layer per slab and time tap, nine taps
+// (cycles: of the tensor cores; L2: bytes a cycle;
 //     multicast: the weights
 // shared by a cluster of two; shared: share of the cycles that ldmatrix, wgmma and TMA keep shared memory
 // busy; issue: slots of the four schedulers that the loop below takes, of its 107 to 114 instructions a warp

@@ -1,6 +1,5 @@
 // The Hopper convolution's plan: whether it can run a task, which tile, and the tensor maps. The kernel and
-// the counts of bytes
-// behind the model of its cost: causal_conv3d_sm90.cuh.
+// the counts of bytes behind the model of its cost: causal_conv3d_sm90.cuh.
 #ifndef VTOK_SM90
 #define VTOK_SM90  // this file is what it stands for
 #endif

@@ -7,11 +7,9 @@
 // product with the rounded reciprocal and one Newton step, which is the rounded quotient (Markstein 1990).
 //
 // Three layouts. Planar, positions adjacent: a thread takes 16 bytes of each channel in turn and keeps those
-// positions' indices
-// in registers. Rows, channels adjacent: a block stages 256 positions in shared memory, 16 bytes at a time,
-// then a thread has a
-// position. Any strides: a thread has a position, element by element; also where addresses are not multiples
-// of 16 bytes.
+// positions' indices in registers. Rows, channels adjacent: a block stages 256 positions in shared memory, 16
+// bytes at a time, then a thread has a position. Any strides: a thread has a position, element by element;
+// also where addresses are not multiples of 16 bytes.
 //
 // Floor per position of C channels: 2 C sizeof(T) + 4 bytes; about 2 (L - 1) + 8 instructions per value. By
 // count, on an H200 (4.8 TB/s, 132 x 128 lanes), six channels of eight levels are limited by memory in

@@ -13,9 +13,8 @@ namespace vtok::cuda {
 constexpr int kFsqChannels = 31, kFsqThresholds = 768;
 
 // z and codes (rank at most 6, channels at `dim`), indices int32 (z's sizes without `dim`), all with any
-// strides. thresholds, in
-// the host's memory: float32 (channels, most levels - 1), contiguous. A NaN in z gives the code NaN and the
-// index -1.
+// strides. thresholds, in the host's memory: float32 (channels, most levels - 1), contiguous. A NaN in z
+// gives the code NaN and the index -1.
 Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices, const Tensor& thresholds,
                     const std::vector<int64_t>& levels, int dim, void* stream);
 

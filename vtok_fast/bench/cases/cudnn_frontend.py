@@ -41,9 +41,8 @@ def peer(
     except ImportError as error:
         return None, str(error)
     try:
-        join = front > 0 and (
-            cache is not None or replicate
-        )  # frames that are no zeros must lie before the video
+        # Frames that are no zeros must lie before the video
+        join = front > 0 and (cache is not None or replicate)
         run = partial(
             _run,
             _plan(

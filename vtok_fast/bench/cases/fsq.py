@@ -2,9 +2,8 @@
 
 Peers: *eager*, the quantiser of VidTok as published: to channels-last, tanh bound, round, index as a sum of
 products, back; *vector-quantize style*, the same with the constants made anew in each call, and the library
-itself where it is installed;
-``torch.compile`` of the first. The copy is a floor, no peer: it reads the latent and writes codes and
-indices.
+itself where it is installed; ``torch.compile`` of the first. The copy is a floor, no peer: it reads the
+latent and writes codes and indices.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 its tokens.
 
 Peers of *router* (scores, budget and mask): the eager chain of InfoTok's code, with a sort for its quantile,
-and ``torch.compile``
-of that. Of *pack*: ``x[mask]`` on the channels-last view, which is the eager way, and ``index_select`` with
+and ``torch.compile`` of that. Of *pack*: ``x[mask]`` on the channels-last view, which is the eager way, and
+``index_select`` with
     positions that are
 already known. Of *unpack*: writing into zeros through the mask, and ``index_copy`` into zeros with such
     positions.

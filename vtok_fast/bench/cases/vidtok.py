@@ -1,7 +1,6 @@
 """VidTok, encode and decode: the plain PyTorch model beside the accelerated one; on a CPU with and without
-the cache of transformed
-weights, on a GPU beside PyTorch's best arrangement too: ``channels_last_3d`` weights, and ``torch.compile``
-of that.
+the cache of transformed weights, on a GPU beside PyTorch's best arrangement too: ``channels_last_3d``
+weights, and ``torch.compile`` of that.
 
 With ``full`` on a CPU also the peak memory of one pass at 17x256x256, each variant in a process of its own
 (see vtok_fast/bench/peak_memory.py); on a GPU the peak stands beside every time.

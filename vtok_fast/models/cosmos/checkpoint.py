@@ -42,9 +42,8 @@ def _read_jit(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"path: no checkpoint at {path}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # of TorchScript, in which these models are released
+            # Of TorchScript, in which these models are released
+            warnings.simplefilter("ignore", DeprecationWarning)
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
     except RuntimeError as error:
         raise ValueError(f"path: {path} is truncated or no TorchScript file ({error})") from error

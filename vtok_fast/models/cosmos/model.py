@@ -7,8 +7,8 @@ video to tokens and back.
 
 Every video comes back complete: one of 1 + k * temporal_compression frames as it is, any other filled up
 behind with copies of its last frame and cut again, as the official programs do. A frame depends on no later
-one (beyond its own group), but on all earlier
-ones, because of the attention over time: so there is no exact streaming in bounded memory, and `stream` works
+one (beyond its own group), but on all earlier ones, because of the attention over time: so there is no exact
+streaming in bounded memory, and `stream` works
     in windows.
 """
 

@@ -90,9 +90,8 @@ class Decoder(_Network):
         super().__init__(config)
         mult = config.decoder_mult
         channels = [config.channels * m for m in (*mult, mult[-1])]
-        spatial, temporal = (
-            [*reversed(config.ups(axis))] for axis in ("spatial", "temporal")
-        )  # from level 1 up
+        # From level 1 up
+        spatial, temporal = ([*reversed(config.ups(axis))] for axis in ("spatial", "temporal"))
         self.conv_in = factorized(config.z_channels, channels[-1])
         self.mid = self.make_middle(channels[-1])
         self.up = nn.ModuleList()

@@ -5,9 +5,8 @@ own patch, as p copies.
 
 The Haar wavelets of one round are sums and differences of pairs along t, h and w: eight bands, in the order
 (t, h, w) = LLL, LLH, LHL, LHH, HLL, HLH, HHL, HHH, each 1/8 of a signed sum of 2x2x2 values; LLL is their
-mean. They are computed as what they are,
-three stages of butterflies, and not as convolutions: so the factors are exact powers of two, where the
-official float32 constants are about 3e-8 off in each round.
+mean. They are computed as what they are, three stages of butterflies, and not as convolutions: so the factors
+are exact powers of two, where the official float32 constants are about 3e-8 off in each round.
 """
 
 from __future__ import annotations
@@ -55,9 +54,8 @@ class Patcher(nn.Module):
         p = self.patch_size
         x = torch.cat((x[:, :, :1].expand(-1, -1, p - 1, -1, -1), x), dim=2) if p > 1 else x
         if self.method == "rearrange":
-            x = (
-                x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, p))
-            )  # (B, C, t, p, h, p, w, p)
+            # (B, C, t, p, h, p, w, p)
+            x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, p))
             return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
         while p > 1:
             x, p = haar(x), p // 2

@@ -69,12 +69,10 @@ class InfoTok(CosmosBase):
             ("vit_decoder", config.num_decoder_layers),
         ):
             self.add_module(name, nn.ModuleList(self._make_block() for _ in range(depth)))
-        self.register_buffer(
-            "ema_loss", torch.zeros(1)
-        )  # the running mean of scores; zero before the first clip
-        self.register_buffer(
-            "save_loss", torch.zeros(128)
-        )  # of the released state dict; nothing here uses it
+        # The running mean of scores; zero before the first clip
+        self.register_buffer("ema_loss", torch.zeros(1))
+        # Of the released state dict; nothing here uses it
+        self.register_buffer("save_loss", torch.zeros(128))
         self.apply(self._initialise)
 
     def _make_block(self) -> Block:
@@ -243,9 +241,8 @@ class InfoTok(CosmosBase):
         selection = config.selection if selection is None else selection
         if strategy == "elbo_ema":
             if self.training:
-                self.ema_loss.masked_fill_(
-                    self.ema_loss <= 0, torch.nan
-                )  # the state dict starts at zero, token_budget at NaN
+                # The state dict starts at zero, token_budget at NaN
+                self.ema_loss.masked_fill_(self.ema_loss <= 0, torch.nan)
             elif self.ema_loss.item() > 0:
                 strategy = "global_elbo"
             else:

@@ -1,9 +1,8 @@
 """The block-causal transformer of InfoTok, under the state-dict keys of the released model.
 
 Tokens are (B, t*h*w, C), frame by frame. A token sees its own latent frame and those before. Rotary positions
-are of rows and
-columns: the first half of a head's pairs turns with the row, the second with the column, at every second
-frequency each. Time has a learned embedding, which is added once.
+are of rows and columns: the first half of a head's pairs turns with the row, the second with the column, at
+every second frequency each. Time has a learned embedding, which is added once.
 """
 
 from __future__ import annotations
@@ -57,9 +56,8 @@ class Attention(nn.Module):
 
     def turn(self, x: Tensor, angles: Tensor, frames: int) -> Tensor:
         """Rotary positions, the same in every frame."""
-        heads = (
-            x.unflatten(-1, (self.mha.num_heads, -1)).unflatten(1, (frames, -1)).transpose(2, 3)
-        )  # (B, frames, heads, n, D)
+        # (B, frames, heads, n, D)
+        heads = x.unflatten(-1, (self.mha.num_heads, -1)).unflatten(1, (frames, -1)).transpose(2, 3)
         return apply_rotary(heads, angles).transpose(2, 3).flatten(3).flatten(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:

@@ -17,11 +17,10 @@ class TivTokConfig(Config):
 
     The paper states: patch, dim, depth, frames, the total tokens and their dimension, a rotary embedding over
     three axes. The split into 3/4 invariant and 1/4 variant tokens follows from its token counts, SoftVQ from
-    the name of its backbone. Inferred, because
-    the paper does not say: heads, rotary_split, tiv_position, tv_position, nearby, decoder_time, query_grid,
-    patch_scope, the quantiser's options, merge, that a short last chunk counts in the mean like a whole one,
-    that in the decoder every token sees every other one of its slice, and that its "t" is a slice of tv
-    tokens (tv/4 for each raw frame would give the same tokens).
+    the name of its backbone. Inferred, because the paper does not say: heads, rotary_split, tiv_position,
+    tv_position, nearby, decoder_time, query_grid, patch_scope, the quantiser's options, merge, that a short
+    last chunk counts in the mean like a whole one, that in the decoder every token sees every other one of
+    its slice, and that its "t" is a slice of tv tokens (tv/4 for each raw frame would give the same tokens).
 
     Attributes:
         frames: of a chunk.

@@ -193,9 +193,8 @@ class TivTok(Tokenizer):
             row[:, sets * c.tiv :].unflatten(1, (slices, c.tv)),
         )
         chunk = torch.arange(slices, device=row.device) // c.slices
-        own = chunk // (
-            c.chunks_per_set or slices
-        )  # the set of each slice; slices is more than there are chunks
+        # The set of each slice; slices is more than there are chunks
+        own = chunk // (c.chunks_per_set or slices)
         parts = [
             self.decoder(tiv[:, own[i : i + SLICES_AT_ONCE]], tv[:, i : i + SLICES_AT_ONCE], height, width, i)
             for i in range(0, slices, SLICES_AT_ONCE)

@@ -1,9 +1,8 @@
 """The layers of VidTok, one small class per kind, in plain PyTorch.
 
 They compute what the layers of https://github.com/microsoft/VidTok (MIT) compute, under the same state-dict
-keys, and at the same
-cost: LayerNorm over channels permutes to channels-last and back, 2D blocks fold time into the batch, 1D
-blocks fold space into it, and every causal layer makes a padded copy of its input.
+keys, and at the same cost: LayerNorm over channels permutes to channels-last and back, 2D blocks fold time
+into the batch, 1D blocks fold space into it, and every causal layer makes a padded copy of its input.
 
 Video tensors are (B, C, T, H, W). `version` is "1.0" (the time axis is padded with zeros) or "1.1" (with
 copies of the first frame); a non-causal layer pads both sides with zeros.
@@ -120,12 +119,13 @@ class CausalConv3d(nn.Module):
         time, height, width = (d * (k - 1) + 1 - s for k, s, d in zip(reach, stride, dilation, strict=True))
         self.version = version
         self.time_pad = time
+        # In the order of F.pad
         self.spatial_padding = (
             width // 2,
             width - width // 2,
             height // 2,
             height - height // 2,
-        )  # in the order of F.pad
+        )
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, dilation=dilation)
 
     def forward(self, x: Tensor, caches: Caches | None = None) -> Tensor:

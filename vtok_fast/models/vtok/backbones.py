@@ -21,10 +21,11 @@ from vtok_fast.models.common.transformer import (
     split_head,
 )
 
+# Of its training images, in [0, 1]
 CLIP_MEAN, CLIP_STD = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
-)  # of its training images, in [0, 1]
+)
 
 
 def feature_map(features: Tensor) -> Tensor:

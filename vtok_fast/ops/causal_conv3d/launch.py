@@ -38,9 +38,8 @@ def channels_last(tensor: Tensor | None) -> Tensor | None:
 def inputs(x: Tensor, cache: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
     """x and its cache as the kernels read them: alike in all strides but those of batch and time."""
     chunk = 16 // x.element_size()
-    if (
-        x.shape[1] // groups % chunk == 0 or cache is not None
-    ):  # else the kernels gather element by element, from any strides
+    # Else the kernels gather element by element, from any strides
+    if x.shape[1] // groups % chunk == 0 or cache is not None:
         x = channels_last(x)
     if cache is not None and any(cache.shape[i] > 1 and cache.stride(i) != x.stride(i) for i in (1, 3, 4)):
         x, cache = x.contiguous(memory_format=LAST), cache.contiguous(memory_format=LAST)
@@ -51,9 +50,8 @@ def allow_tf32(x: Tensor) -> bool:
     """Whether PyTorch's own convolution would round float32 to tf32."""
     if x.dtype != torch.float32:
         return False
-    conv = getattr(
-        torch.backends.cudnn, "conv", None
-    )  # from 2.9; asking allow_tf32 then fails where the newer setting was used
+    # From 2.9; asking allow_tf32 then fails where the newer setting was used
+    conv = getattr(torch.backends.cudnn, "conv", None)
     return conv.fp32_precision == "tf32" if conv is not None else torch.backends.cudnn.allow_tf32
 
 

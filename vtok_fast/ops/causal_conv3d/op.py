@@ -98,10 +98,11 @@ def causal_conv3d(
     if isinstance(alpha, Tensor):
         assert residual is not None  # checked
         if torch.compiler.is_compiling() or alpha.requires_grad or alpha.device.type != "cpu":
+            # Outside the kernel: a graph, a gradient or a device keeps the value
             blend, alpha = (
                 (residual, alpha),
                 None,
-            )  # outside the kernel: a graph, a gradient or a device keeps the value
+            )
             residual = None
         else:
             alpha = float(alpha)

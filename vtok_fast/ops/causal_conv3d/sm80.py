@@ -18,10 +18,11 @@ from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall, Gradien
 from vtok_fast.ops.causal_conv3d.launch import allow_tf32, channels_last, inputs, launch
 
 ANY: Triple = (0, 0, 0)  # rows and columns of the tile, K splits; 0: the plan's
+# Temporal taps; bytes of a position's tables in shared memory, on the smallest of GPUs
 LARGEST_TIME, LARGEST_TABLE = (
     32,
     256,
-)  # temporal taps; bytes of a position's tables in shared memory, on the smallest of GPUs
+)
 
 
 def why_not(call: ConvCall | ConvBackwardCall) -> str | None:

@@ -2,9 +2,8 @@
 launch.
 
 A plan is a tile of the output (rows x columns of the product), K splits, blocks per cluster and stages. The
-native module's model
-of the cost chooses it, unless the caller does: what ``vtok-fast tune`` measured is in the machine's tuning
-table.
+native module's model of the cost chooses it, unless the caller does: what ``vtok-fast tune`` measured is in
+the machine's tuning table.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from vtok_fast.ops.causal_conv3d import tuned
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall
 from vtok_fast.ops.causal_conv3d.launch import ask, channels_last, inputs, launch, why_not_hopper, why_refused
 
-Choice = tuple[
-    int, int, int, int, int
-]  # rows and columns of the tile, K splits, cluster, stages of weights; 0: the plan's
+# Rows and columns of the tile, K splits, cluster, stages of weights; 0: the plan's
+Choice = tuple[int, int, int, int, int]
 ANY: Choice = (0, 0, 0, 0, 0)
 
 

@@ -3,9 +3,8 @@
 A scope becomes a list of rectangles of queries and keys. Neighbouring segments that see the same range make
 one rectangle; rectangles of one shape at equal distances make one batched call on strided views, so that
 nothing is copied. Where a query has several rectangles, their results are merged by their log-sum-exp, or its
-keys are gathered first if that moves fewer bytes. The
-backward pass needs no merge: given the final log-sum-exp and output, the gradients of the rectangles add up
-(FlashAttention, arXiv 2205.14135, appendix B).
+keys are gathered first if that moves fewer bytes. The backward pass needs no merge: given the final
+log-sum-exp and output, the gradients of the rectangles add up (FlashAttention, arXiv 2205.14135, appendix B).
 """
 
 from __future__ import annotations
@@ -75,9 +74,8 @@ def _plan(scope: Scope) -> Plan:
             continue
         if not seen:
             unseeing.append((start, end))
-        elif 4 * keys < 3 * (end - start) * (
-            len(seen) - 1
-        ):  # rows moved: keys and values in and out, or a merge of two results
+        # Rows moved: keys and values in and out, or a merge of two results
+        elif 4 * keys < 3 * (end - start) * (len(seen) - 1):
             gathered.setdefault((end - start, keys), []).append((start, seen))
         else:
             for depth, (lo, hi) in enumerate(seen):
@@ -145,8 +143,8 @@ def _views(
     c: Rectangles, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
 ) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
     """The rectangles' parts of tensors along the queries and of tensors along the keys, (n, heads, length,
-    ...) with n as large as
-    views can be: all of them for one video, else those of one video or of one rectangle for all videos."""
+    ...) with n as large as views can be: all of them for one video, else those of one video or of one
+    rectangle for all videos."""
     queries = tuple(_windows(x, c.q_start, c.rows, c.q_step, c.count) for x in queries)
     keys = tuple(_windows(x, c.k_start, c.keys, c.k_step, c.count) for x in keys)
     axis = 0 if queries[0].shape[0] <= c.count else 1

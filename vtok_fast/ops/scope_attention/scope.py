@@ -66,9 +66,8 @@ class Scope:
     q_len: int
     k_len: int
     validated: bool = False
-    cache: ClassVar[
-        dict[Any, Any]
-    ]  # of the instance, but no field: two scopes are equal whatever is cached on them
+    # Of the instance, but no field: two scopes are equal whatever is cached on them
+    cache: ClassVar[dict[Any, Any]]
 
     def __init__(
         self,

@@ -231,12 +231,13 @@ def run_unpack(call: UnpackCall, backend: str | None) -> Tensor:
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# What stands for any dtype of that size in C++
 _BYTES = {
     1: torch.uint8,
     2: torch.float16,
     4: torch.float32,
     8: torch.float64,
-}  # what stands for any dtype of that size in C++
+}
 
 
 def _why_not_cpu(tokens: Tensor) -> str | None:

@@ -42,10 +42,10 @@ def router_scores(
     """InfoTok's router: the mean absolute error of each token's pixels, in one pass over both videos.
 
     Frame 0 is a group of its own; the others form groups of ``grid[0]``. Contract: *exact*. The mean is
-    defined on integers, since
-    a sum of floats depends on its order: each |video - reconstruction|, computed in float32, is cut to a
-    multiple of 2^-30 and to at most 4096, the sum is exact, and it is divided in float64. Against a plain
-    mean, at most 2^-30 is lost. A difference that is NaN makes its token's score NaN. No gradient.
+    defined on integers, since a sum of floats depends on its order: each |video - reconstruction|, computed
+    in float32, is cut to a multiple of 2^-30 and to at most 4096, the sum is exact, and it is divided in
+    float64. Against a plain mean, at most 2^-30 is lost. A difference that is NaN makes its token's score
+    NaN. No gradient.
 
     Args:
         video, reconstruction: (B, C, 1 + k grid[0], H, W), float32, float64, bfloat16 or float16, the same;

@@ -127,9 +127,8 @@ def _pooled_conv(
 ) -> Tensor:
     weight = layer.conv3d.weight
     if weight.dtype in (torch.float16, torch.bfloat16):  # such weights would be rounded twice
-        front = (
-            x[:, :, :1] if kernel[0] > 1 else x[:, :, :0]
-        )  # a pool of whole windows never reaches the zeros behind
+        # A pool of whole windows never reaches the zeros behind
+        front = x[:, :, :1] if kernel[0] > 1 else x[:, :, :0]
         return conv(layer, x, residual=blocks.pool(torch.cat((front, x), dim=2), kernel), **pads)
     average = torch.zeros_like(weight)
     eye = torch.eye(*weight.shape[:2], dtype=weight.dtype, device=weight.device)[..., None, None, None]

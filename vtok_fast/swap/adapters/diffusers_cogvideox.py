@@ -183,9 +183,8 @@ def upsample(block: nn.Module, inputs: Tensor) -> Tensor:
     frames stay equal."""
     y, frames = frame_conv(block.conv, inputs, upsample=(1, 2, 2)), inputs.shape[2]
     if block.compress_time and frames > 1:
-        y = video(
-            channels_last(y).repeat_interleave(2, 1)[:, frames % 2 :]
-        )  # the first of an odd number only once
+        # The first of an odd number only once
+        y = video(channels_last(y).repeat_interleave(2, 1)[:, frames % 2 :])
     return y
 
 

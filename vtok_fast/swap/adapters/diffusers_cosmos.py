@@ -103,9 +103,8 @@ def downsample(block: nn.Module, hidden_states: Tensor) -> Tensor:
     often as before."""
     x = hidden_states
     if block.spatial_downsample:
-        how = Rule(
-            ((0, 0), (0, 1), (0, 1))
-        )  # rows and columns of zeros behind, which the pool counts as well
+        # Rows and columns of zeros behind, which the pool counts as well
+        how = Rule(((0, 0), (0, 1), (0, 1)))
         x = _with_pool(block.conv1, x, how, (1, 2, 2), (0, 0, 0))
     if block.temporal_downsample:
         # The first frame is repeated once by the block and once by its convolution; the pool sees the former

@@ -37,9 +37,8 @@ from vtok_fast.swap.patch import Skip, Swap, runs
 LIBRARY = "diffusers.models.autoencoders.autoencoder_vidtok"
 CONVS_3D, CONVS_1D = ("VidTokCausalConv3d", "Conv3d"), ("VidTokCausalConv1d", "Conv1d")
 
-_local = (
-    threading.local()
-)  # .whole: the clip is processed whole in this thread, so that no cache will be read
+# .whole: the clip is processed whole in this thread, so that no cache will be read
+_local = threading.local()
 
 
 def propose(module: nn.Module) -> list[Swap] | Skip | None:

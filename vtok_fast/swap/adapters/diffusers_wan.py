@@ -2,8 +2,8 @@
 
 Its feature cache is a list that the blocks change in place, in the order in which they are visited; an entry
 is None, the string "Rep", or the last frames that a causal convolution got. All of that stays: a swapped and
-an unswapped block can take turns on one
-list. What goes: the padded input, the concatenation with the cache, norms in six kernels, upsampled frames,
+an unswapped block can take turns on one list. What goes: the padded input, the concatenation with the cache,
+norms in six kernels, upsampled frames,
     clones of whole chunks.
 """
 
@@ -130,9 +130,8 @@ def _upsample_time(block: nn.Module, x: Tensor, feat_cache: list, feat_idx: list
         return x
     first = isinstance(before, str)
     y = conv(block.time_conv, x, None if first else before)
-    feat_cache[slot] = last_frames(
-        x, torch.zeros_like(x) if first else before
-    )  # a single frame has zeros before it there
+    # A single frame has zeros before it there
+    feat_cache[slot] = last_frames(x, torch.zeros_like(x) if first else before)
     feat_idx[0] += 1
     b, _, t, h, w = y.shape
     # Channels (2, C) become frames (T, 2): one copy, and the frames stay channels-last.

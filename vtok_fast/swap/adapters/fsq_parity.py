@@ -1,8 +1,8 @@
 """How a swapped FSQ is judged, whichever library it is from.
 
 The op's index is the formula's in float64, and must be. Eager code evaluates the formula in float32, so near
-a threshold it can
-name the level next to it: such tokens are counted, and each must lie as close to a threshold as float32's
+a threshold it can name the level next to it: such tokens are counted, and each must lie as close to a
+threshold as float32's
     roundings reach.
 """
 

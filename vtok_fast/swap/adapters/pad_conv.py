@@ -2,11 +2,10 @@
 convolve it.
 
 Such a module holds one convolution (or is one, with a ``forward`` of its own) and no other parameters. What
-it pads is not guessed
-from names: a small copy of it is run with kernels of a single one on inputs whose every element is its own
-address, which shows for each place of the padded input where it comes from. If one rule explains all of it,
-also for a single frame, and the op then gives the module's results for random weights, the module is swapped;
-else it is named with the reason.
+it pads is not guessed from names: a small copy of it is run with kernels of a single one on inputs whose
+every element is its own address, which shows for each place of the padded input where it comes from. If one
+rule explains all of it, also for a single frame, and the op then gives the module's results for random
+weights, the module is swapped; else it is named with the reason.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ def propose(module: nn.Module) -> list[Swap] | Skip | None:
     if isinstance(rule, str):
         return Skip(f"pads or convolves in a way of its own: {rule}")
     guard = _settings(module, conv)
-    copies_for_nothing = not any(
-        map(any, rule.pads)
-    )  # only there can copies be saved without touching the convolution
+    # Only there can copies be saved without touching the convolution
+    copies_for_nothing = not any(map(any, rule.pads))
     return [
         Swap(
             f"conv with virtual padding {rule.pads}",
@@ -106,9 +104,8 @@ def _forward(run: Callable[..., Tensor], rule: Rule, guard: MappingProxyType) ->
     def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         conv = _only_conv(module)
         if conv is None or x.dim() != conv.weight.dim() or args or kwargs or _settings(module, conv) != guard:
-            return type(module).forward(
-                module, x, *args, **kwargs
-            )  # another call, or other settings, than the rule was found for
+            # Another call, or other settings, than the rule was found for
+            return type(module).forward(module, x, *args, **kwargs)
         return run(conv, x, rule)
 
     return forward

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 
 Pads = tuple[tuple[int, int], ...]
+# As torch and others call them
 MODES = {
     "zeros": "zeros",
     "constant": "zeros",
     "replicate": "replicate",
     "reflect": "reflect",
-}  # as torch and others call them
+}
 
 
 @dataclass(frozen=True)

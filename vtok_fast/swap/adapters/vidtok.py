@@ -99,12 +99,13 @@ def conv(layer: nn.Module, x: Tensor, caches: Caches | None = None, **options) -
         front = {"time_mode": "zeros" if layer.version == "1.0" else "replicate"}
         if caches is not None:
             front["cache"] = earlier_frames(layer, x, caches)
+    # Torch.compile of torch 2.6 knows no | of dicts
     options = {
         "weight": inner.weight,
         "bias": inner.bias,
         **front,
         **options,
-    }  # torch.compile of torch 2.6 knows no | of dicts
+    }
     weight = options.pop("weight")
     if weight.dim() == 3:  # over time alone
         weight = weight[..., None, None]
@@ -246,9 +247,8 @@ def resblock2d_forward(block: blocks.ResBlock2d, x: Tensor) -> Tensor:
 def resblock1d_forward(block: blocks.ResBlock1d, x: Tensor, caches: Caches | None = None) -> Tensor:
     if x.dim() == 5:  # from run_level below
         return resblock(block, x, caches)
-    y = resblock(
-        block, x.permute(1, 2, 0)[None, :, :, None], caches
-    )  # (N, C, T): the pixels as the columns of one video
+    # (N, C, T): the pixels as the columns of one video
+    y = resblock(block, x.permute(1, 2, 0)[None, :, :, None], caches)
     return y[0, :, :, 0].permute(2, 0, 1)
 
 
