@@ -2,13 +2,14 @@
 scripts/hub.py [FOLDER]`.
 
 What such a repository asks for: build/VARIANT/ is a package that can be imported under any name, so all
-imports are relative; its torch ops have a name that no other version has; layers.py holds layers without
-state, of which only `forward` is taken. All of that follows from the sources: imports are rewritten, the ops'
-namespace gets a digest of what was copied, and the layers are the `forward` functions of vtok_fast.nn.
+imports are relative; its id and the namespace of its torch ops are those of no other version and variant;
+layers.py holds layers without state, of which only `forward` is taken. All of that follows from the sources:
+imports are rewritten, the id is a digest of what a variant holds, and the layers are the `forward` functions
+of vtok_fast.nn.
 
-Variants: torch-cpu and torch-cuda have the Triton kernels and the PyTorch references; one named after a
-torch, CUDA and platform, as torch211-cxx11-cu130-x86_64-linux, has the native modules too (they need no
-torch, so one build serves every variant).
+Variants: torch-cpu and torch-cuda have the Triton kernels and the PyTorch references. One with a platform
+has the native modules too, of every Python that `--native` gives: torch211-cxx11-cu130-x86_64-linux for
+torch 2.11, torch-stable-abi26-cu130-x86_64-linux for torch 2.6 and newer (they need no torch).
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import ast
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,21 +32,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vtok_fast"
 TABLES = ROOT / PACKAGE / "dispatch" / "tables"  # tuned, for the GPUs that are known
 LAYERS = {"causal_conv3d": "CausalConv3d", "fsq": "FSQ", "norm_act": "NormAct"}
-ENTRY = '''"""vtok-fast as a kernel repository: ops for video tokenizers, and layers without state for `kernelize`."""
+PYTHONS = ("310", "311", "312", "313", "314")  # what pyproject.toml admits and wheels are built for
+VARIANT = re.compile(
+    r"torch-(?P<portable>cpu|cuda)|(torch-stable-abi\d{2,}|torch\d{2,}(-cxx(11|98))?)-(?P<native>cpu|cu\d{2,})-\w+-[a-z]+"
+)
+TEMPLATES = ROOT / "scripts" / "hub_templates"
 
-from . import layers
-from .dispatch.backends import BackendError, available_backends, backend, fallbacks
-from .ops.causal_conv3d import causal_conv3d
-from .ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
-from .ops.norm_act import norm_act
-from .ops.scope_attention import Scope, scope_attention
-from .ops.token_packing import PackedTokens, pack_tokens, router_scores, select_tokens
-from .ops.token_packing import token_budget, unpack_tokens
 
-__all__ = ["BackendError", "FSQOutput", "PackedTokens", "Scope", "available_backends", "backend",
-           "causal_conv3d", "fallbacks", "fsq_decode", "fsq_entropy_loss", "fsq_quantize", "layers", "norm_act",
-           "pack_tokens", "router_scores", "scope_attention", "select_tokens", "token_budget", "unpack_tokens"]
-'''
+def template(name: str) -> str:
+    return (TEMPLATES / name).read_text()
 
 
 def file_of(module: str) -> Path:
@@ -103,7 +101,7 @@ def relative(module: str, source: str, name: str) -> str:
 def layers(sources: dict[str, str]) -> str:
     """layers.py: of each layer in vtok_fast.nn only its `forward`, as source text."""
     parts = [
-        '"""Layers without state: `kernelize` puts their `forward` into modules of vtok_fast.nn, or like them."""\n',
+        '"""Layers without state: `kernelize` puts their `forward` into others like them."""\n',
         "from __future__ import annotations\n",
         "import torch",
         "from torch import Tensor, nn\n",
@@ -127,8 +125,6 @@ def layers(sources: dict[str, str]) -> str:
 
 def variant_here() -> str:
     """The name of this machine's variant, after its torch."""
-    import platform
-
     import torch
 
     major, minor = torch.__version__.split(".")[:2]
@@ -136,8 +132,59 @@ def variant_here() -> str:
     return f"torch{major}{minor}-cxx11-{cuda}-{platform.machine()}-{sys.platform}"
 
 
-def write(out: Path, variants: list[str], natives: list[Path]) -> str:
-    """Writes the repository, replacing one that is there. Returns the unique name."""
+def modules_of(paths: list[Path], folder: Path) -> list[Path]:
+    """The native modules themselves, where some paths are wheels: those are unpacked into `folder`. Raises
+    ValueError for a wheel without one, and for two modules of one name."""
+    found = []
+    for path in paths:
+        if path.suffix != ".whl":
+            found.append(path)
+            continue
+        with zipfile.ZipFile(path) as wheel:
+            inside = [name for name in wheel.namelist() if re.fullmatch(rf"{PACKAGE}/_C[^/]*\.so", name)]
+            if not inside:
+                raise ValueError(f"--native {path}: this wheel has no native module")
+            place = folder / path.name
+            found += [Path(wheel.extract(name, place)) for name in inside]
+    names = [path.name for path in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--native: two modules named {', '.join(twice)}; one repository holds one family")
+    return sorted(found, key=lambda path: path.name)
+
+
+def warnings_for(variants: list[str], natives: list[Path]) -> list[str]:
+    """What a variant promises by its name and these modules do not keep."""
+    said = []
+    if native := [name for name in variants if VARIANT.fullmatch(name)["native"]]:
+        have = {tag for path in natives for tag in re.findall(r"cpython-(\d+)-", path.name)}
+        if missing := [f"{tag[0]}.{tag[1:]}" for tag in PYTHONS if tag not in have]:
+            said.append(
+                f"{', '.join(native)}: no native module for Python {', '.join(missing)}, where the ops will "
+                "run on Triton and PyTorch; --native adds modules or wheels"
+            )
+    if gpu := [name for name in native if VARIANT.fullmatch(name)["native"] != "cpu"]:
+        without = [path.name for path in natives if b".nv_fatbin" not in path.read_bytes()]
+        if without:
+            said.append(f"{', '.join(gpu)}: no CUDA kernels in {', '.join(without)}")
+    return said
+
+
+def write(out: Path, variants: list[str], natives: list[Path], version: int = 1) -> dict[str, str]:
+    """Writes the repository, replacing one that is there. Returns each variant's id. `version` is the number
+    that `get_kernel` asks for. Raises ValueError for a variant that kernels would not know, a version below
+    1, and a folder of other things."""
+    for variant in variants:
+        if VARIANT.fullmatch(variant) is None:
+            raise ValueError(
+                "variant: expected torch-cpu, torch-cuda, or a name such as "
+                f"torch211-cxx11-cu130-x86_64-linux or torch-stable-abi26-cu130-x86_64-linux, got {variant!r}"
+            )
+    if version < 1:
+        raise ValueError(f"version: expected 1 or more, got {version}")
+    if out.exists() and not (
+        out.is_dir() and (not any(out.iterdir()) or any(out.glob("build/*/metadata.json")))
+    ):
+        raise ValueError(f"folder: {out} is there and is not such a repository, which this would replace")
     ops = [
         f"{PACKAGE}.ops.{path.stem}"
         for path in sorted((ROOT / PACKAGE / "ops").glob("*"))
@@ -145,50 +192,59 @@ def write(out: Path, variants: list[str], natives: list[Path]) -> str:
     ]
     sources = needed(ops)
     nn = {f"{PACKAGE}.nn.{file}": (ROOT / PACKAGE / "nn" / f"{file}.py").read_text() for file in LAYERS}
-    digest = hashlib.sha256(json.dumps([ENTRY, sources, nn], sort_keys=True).encode())
+    home, api = template("home.py"), template("api.py")
     tables = sorted(TABLES.glob("*.json"))
-    for path in [*natives, *tables]:
-        digest.update(path.read_bytes())
-    name = f"_{PACKAGE}_{digest.hexdigest()[:12]}"
-    version = re.search(r'__version__ = "(.+)"', (ROOT / PACKAGE / "__init__.py").read_text())[1]
-    files = {file_in_package(module): relative(module, source, name) for module, source in sources.items()}
-    files |= {"__init__.py": ENTRY, "layers.py": relative(f"{PACKAGE}.layers", layers(nn), name)}
+    release = re.search(r'__version__ = "(.+)"', (ROOT / PACKAGE / "__init__.py").read_text())[1]
 
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    ids = {}
     for variant in variants:
-        folder = part / "build" / variant
-        backend, plain = "cuda" if "-cu" in variant else "cpu", variant.startswith("torch-")
-        for file, text in files.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(text)
-        (folder / "metadata.json").write_text(
-            json.dumps(
-                {
-                    "id": name,
-                    "name": "vtok-fast",
-                    "version": 0,
-                    "license": "Apache-2.0",
-                    "python-depends": [],
-                    "backend": {"type": backend},
-                },
-                indent=1,
-            )
-            + "\n"
+        native = VARIANT.fullmatch(variant)["native"]
+        copied, text = (natives, api + template("native.py")) if native else ([], api)
+        digest = hashlib.sha256(
+            json.dumps([home, text, sources, nn, variant, version, release], sort_keys=True).encode()
         )
-        for path in () if plain else natives:
+        for path in [*copied, *tables]:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+        name = ids[variant] = f"_{PACKAGE}_{digest.hexdigest()[:16]}"
+        files = {
+            file_in_package(module): relative(module, source, name) for module, source in sources.items()
+        }
+        files |= {
+            "__init__.py": home.replace("@ID@", name),
+            "api.py": text,
+            "layers.py": relative(f"{PACKAGE}.layers", layers(nn), name),
+            "metadata.json": metadata(name, version, "cuda" if "-cu" in variant else "cpu"),
+        }
+        folder = part / "build" / variant
+        for file, content in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(content)
+        for path in copied:
             shutil.copy2(path, folder / path.name)
         for path in tables:
             (folder / "dispatch" / TABLES.name).mkdir(exist_ok=True)
             shutil.copy2(path, folder / "dispatch" / TABLES.name / path.name)
     (part / "README.md").write_text(
-        f"---\ntags:\n- kernels\nlicense: apache-2.0\n---\nvtok-fast {version}: fast kernels for video "
-        "tokenizers, laid out by scripts/hub.py.\n"
+        template("README.md").replace("@RELEASE@", release).replace("@VERSION@", str(version))
     )
     shutil.copy2(ROOT / "LICENSE", part / "LICENSE")
     shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)
-    return name
+    return ids
+
+
+def metadata(name: str, version: int, backend: str) -> str:
+    facts = {
+        "id": name,
+        "name": "vtok-fast",
+        "version": version,
+        "license": "Apache-2.0",
+        "python-depends": [],
+        "backend": {"type": backend},
+    }
+    return json.dumps(facts, indent=1) + "\n"
 
 
 def file_in_package(module: str) -> str:
@@ -210,17 +266,30 @@ def main() -> None:
         "--native",
         type=Path,
         action="append",
-        metavar="SO",
-        help="native modules; default: those in vtok_fast/",
+        metavar="FILE",
+        help="a native module, or a wheel that has one, for one Python; may be repeated; default: those in "
+        "vtok_fast/",
+    )
+    parser.add_argument(
+        "--version",
+        type=int,
+        default=1,
+        metavar="N",
+        help="what get_kernel(..., version=N) asks for, on the Hub the branch vN; default: 1",
     )
     options = parser.parse_args()
-    natives = options.native or sorted((ROOT / PACKAGE).glob("_C*.so"))
-    name = write(options.folder, options.variant or ["torch-cpu", "torch-cuda", variant_here()], natives)
-    print(
-        f"{name} in {options.folder}: "
-        f"{', '.join(sorted(p.name for p in (options.folder / 'build').iterdir()))}; native modules: "
-        f"{', '.join(p.name for p in natives) or 'none'}"
-    )
+    variants = options.variant or ["torch-cpu", "torch-cuda", variant_here()]
+    with tempfile.TemporaryDirectory() as unpacked:
+        try:
+            natives = modules_of(options.native or sorted((ROOT / PACKAGE).glob("_C*.so")), Path(unpacked))
+            ids = write(options.folder, variants, natives, options.version)
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            sys.exit(f"hub: {error}")
+        for text in warnings_for(variants, natives):
+            print(f"hub: warning: {text}", file=sys.stderr)
+    print(f"{options.folder}: native modules: {', '.join(path.name for path in natives) or 'none'}")
+    for variant, name in ids.items():
+        print(f"  {variant}: {name}")
 
 
 if __name__ == "__main__":
