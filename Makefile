@@ -39,8 +39,10 @@ test-all: setup ## every test
 bench: setup ## each op beside its strongest peers
 	@$(RUN) -m benchmarks
 
-lint: setup $(VENV)/.tools ## ruff and mypy
+lint: setup $(VENV)/.tools ## ruff, mypy and clang-format, which change nothing
+	@$(RUN) -m ruff format --check .
 	@$(RUN) -m ruff check .
+	@git ls-files csrc tests/emulator | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	@$(RUN) -m mypy
 
 wheels: needs ## wheels for CPUs and for families of GPUs, each tried in a fresh environment

@@ -26,12 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 INTRODUCTION = """# Models of other libraries
 
-`vtok_fast.accelerate(model)` swaps the following, in place, checks each swap against float64, and takes everything back with
-`report.revert()`. Contract *close*: at most twice the error of PyTorch's own code (see `vtok_fast/parity.py`); under
-`accelerate(model, contract="exact")` only copies that do nothing go, and every result is bit-equal. Any other model is handled by
-the general rule: `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, and modules that pad and then convolve, found out by running them.
+`vtok_fast.accelerate(model)` swaps the modules below in place, checks each swap against float64, and takes
+everything back with `report.revert()`. The contract *close* allows at most twice the error of PyTorch's own
+code (see `vtok_fast/parity.py`); `accelerate(model, contract="exact")` removes only copies that do nothing,
+and every result is bit-equal. Any other model is handled by the general rule: `nn.Conv1d`, `nn.Conv2d`,
+`nn.Conv3d`, and modules that pad and then convolve, which are recognized by running them.
 
-This page is written by `python -m benchmarks.models_page`; `python -m benchmarks --only models --full` measures.
+This page is written by `python -m benchmarks.models_page`; `vtok-fast bench models --full` measures.
 """
 
 

@@ -98,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def verdict(difference: float) -> str:
     if abs(difference) < 0.2:
-        return f"At this size the two 8x models do not differ ({difference:+.2f} dB for the grown one): the claim does not show."
+        return (
+            f"At this size the two 8x models do not differ ({difference:+.2f} dB for the grown one): "
+            "the claim does not show."
+        )
     return (
         f"The grown model is {abs(difference):.2f} dB {'better' if difference > 0 else 'worse'} than the "
         f"direct one: the claim "

@@ -185,35 +185,38 @@ def new_figure(columns: int = 1):
 
 RESULTS = """# The papers' claims in miniature
 
-Each section is written by the script that it names, which trains tiny models on three short clips for some minutes on one core,
-and reports what it measured. Such models say whether a mechanism does what it is for, not how good a full-size tokenizer is. PSNR
-is that of frames that no training saw. There is one seed of each: differences of a few tenths of a dB say little.
+Each section is written by the script that it names. The script trains tiny models on three short clips, for
+some minutes on one core, and reports what it measured. Such models show whether a mechanism does what it is
+for, not how good a full-size tokenizer is. PSNR is measured on frames that were not part of any training.
+There is one seed of each: differences of a few tenths of a dB mean little.
 """
 
 TRAINING = """# They learn
 
-The loss of every training behind [the miniatures](results.md): tiny configurations of the five systems on the demo's clips, one
-core, written by `python examples/miniature.py`, which runs the scripts of all claims (one of them: `python
-examples/claims_tivtok.py`). The loss is the mean absolute error, twice the mean squared one, a fifth of that of neighbouring
-pixels' differences, and the model's own loss. Longer trainings, with checkpoints and averaged weights, are what
-`examples/train.py` is for:
+The loss of every training run behind [the miniatures](results.md): tiny configurations of the five systems
+on the demo's clips, on one core, written by `python examples/miniature.py`, which runs the scripts of all
+claims (one of them: `python examples/claims_tivtok.py`). The loss is the mean absolute error, plus twice
+the mean squared error, a fifth of the error of differences between neighboring pixels, and the model's own
+loss. `examples/train.py` is for longer training, with checkpoints and averaged weights:
 
 ```sh
-python examples/train.py --model tivtok --data clips --minutes 60                    # any of the systems, on a folder of clips
+python examples/train.py --model tivtok --data clips --minutes 60   # any of the systems, on a folder of clips
 python examples/train.py --model vidtok --data clips --steps 50000 --losses paper
-python examples/train.py --model vidtok --data clips --steps 30000 --losses paper --stage 2 --start data/run/model.safetensors \\
-    --output data/stage2
-python examples/train.py --model promag --data clips --steps 50000 --start data/4x/model.safetensors --grow --output data/8x
+python examples/train.py --model vidtok --data clips --steps 30000 --losses paper --stage 2 \\
+    --start data/run/model.safetensors --output data/stage2
+python examples/train.py --model promag --data clips --steps 50000 --grow \\
+    --start data/4x/model.safetensors --output data/8x
 ```
 
-The second has the weights of the paper's losses (`examples/recipes.py`), a perceptual network (torchvision's VGG-16, whose weights
-must be there: nothing is downloaded) and a discriminator among them. The third is VidTok's second stage: the decoder alone, on
-crops of twice the height and width. The last grows a ProMAG by a stage.
+The second uses the weights of the paper's losses (`examples/recipes.py`), which include a perceptual
+network (torchvision's VGG-16, whose weights must be present: nothing is downloaded) and a discriminator.
+The third is VidTok's second stage: it trains only the decoder, on crops of twice the height and width. The
+last grows a ProMAG by a stage.
 
-TivTok and VTok would not learn at first: they came to the mean colour of a clip and stayed. Learned queries know nothing of
-places: attention is even, every token holds the mean of the clip, and the decoder spreads it evenly. Now tokens stand at the
-centres of cells of the frame, and queries and keys start with a bias that makes attention fall off with distance (`nearby` in
-their configurations).
+TivTok and VTok did not learn at first: they converged to the mean color of a clip and stayed there. Learned
+queries know nothing about places: attention is uniform, every token holds the mean of the clip, and the
+decoder spreads it evenly. Now tokens stand at the centers of cells of the frame, and queries and keys start
+with a bias that makes attention fall off with distance (`nearby` in their configurations).
 """
 
 

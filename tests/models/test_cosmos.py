@@ -21,8 +21,14 @@ from vtok_fast.models.cosmos import blocks
 from vtok_fast.models.cosmos.checkpoint import CONSTANTS
 from vtok_fast.models.cosmos.patcher import Patcher, UnPatcher, haar
 
-SMALL = {"channels": 8, "channels_mult": (1, 2, 2), "num_res_blocks": 1, "patch_size": 2, "temporal_compression": 4,
-         "z_channels": 8}  # fmt: skip
+SMALL = {
+    "channels": 8,
+    "channels_mult": (1, 2, 2),
+    "num_res_blocks": 1,
+    "patch_size": 2,
+    "temporal_compression": 4,
+    "z_channels": 8,
+}
 FSQ = {**SMALL, "levels": (8, 5, 5)}
 AE = {**SMALL, "formulation": "AE", "latent_channels": 3}
 VAE = {**AE, "formulation": "VAE", "z_factor": 2}

@@ -21,9 +21,18 @@ from vtok_fast.models.infotok.model import DROPPED, frame_budgets, frame_rates
 from vtok_fast.models.infotok.transformer import Attention, Block, block_causal_mask, rotary_angles
 from vtok_fast.ops.token_packing.packed_tokens import PackedTokens
 
-SMALL = {"channels": 8, "channels_mult": (1, 1, 2), "num_res_blocks": 1, "z_channels": 16, "hidden_size": 16,
-         "intermediate_size": 24, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2,
-         "levels": (8, 5, 5)}  # fmt: skip
+SMALL = {
+    "channels": 8,
+    "channels_mult": (1, 1, 2),
+    "num_res_blocks": 1,
+    "z_channels": 16,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "num_attention_heads": 2,
+    "levels": (8, 5, 5),
+}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -49,8 +58,14 @@ def test_the_released_model():
         and model.num_tokens(81, 240, 432) == 34_020
     )
     state = model.state_dict()
-    for key, shape in {"temporal_embed": (49, 256), "vit_encoder.7.attention.mha.in_proj_weight": (768, 256), "save_loss": (128,),
-                       "vit_decoder.0.mlp.w2.weight": (256, 512), "quantizer.implicit_codebook": (64000, 6)}.items():  # fmt: skip
+    shapes = {
+        "temporal_embed": (49, 256),
+        "vit_encoder.7.attention.mha.in_proj_weight": (768, 256),
+        "save_loss": (128,),
+        "vit_decoder.0.mlp.w2.weight": (256, 512),
+        "quantizer.implicit_codebook": (64000, 6),
+    }
+    for key, shape in shapes.items():
         assert state[key].shape == shape
     assert model.vit_encoder[0].attention.mha.head_dim == 8
 

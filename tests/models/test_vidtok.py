@@ -370,8 +370,9 @@ def test_codes_and_indices():
     codes = layer.decode(indices)
     # The first channel runs fastest.
     assert torch.equal(codes[0, :, 1, 0, 0] - codes[0, :, 0, 0, 0], torch.tensor([0.25, 0.0, 0.0]))
-    z = torch.atanh((codes * torch.tensor([4.0, 2.0, 13.0]).reshape(3, 1, 1, 1) + layer.offset[:, None, None, None])
-                    / layer.reach[:, None, None, None]) - layer.shift[:, None, None, None]  # fmt: skip
+    half_width = torch.tensor([4.0, 2.0, 13.0])[:, None, None, None]
+    offset, reach, shift = (t[:, None, None, None] for t in (layer.offset, layer.reach, layer.shift))
+    z = torch.atanh((codes * half_width + offset) / reach) - shift
     result = layer(z)
     assert torch.equal(result.indices, indices) and torch.equal(result.codes, codes)
 

@@ -114,7 +114,8 @@ OUT_OF_MEMORY = textwrap.dedent("""
     from vtok_fast.dispatch import native
 
     torch.set_num_threads(int(sys.argv[2]))
-    x, w = torch.randn(1, 256, 2, 12, 12).contiguous(memory_format=torch.channels_last_3d), torch.randn(256, 256, 3, 3, 3)
+    x = torch.randn(1, 256, 2, 12, 12).contiguous(memory_format=torch.channels_last_3d)
+    w = torch.randn(256, 256, 3, 3, 3)
     small, smaller = torch.randn(1, 8, 2, 9, 9), torch.randn(8, 8, 3, 3, 3)
     before = vtok_fast.causal_conv3d(small, smaller), vtok_fast.norm_act(small)
     out = torch.empty(1, 256, 2, 12, 12, memory_format=torch.channels_last_3d)
@@ -125,8 +126,11 @@ OUT_OF_MEMORY = textwrap.dedent("""
 
     def conv():
         a = native.arg
-        native.lib().causal_conv3d(a(x), a(w), None, None, None, a(out), (1, 1, 1), (1, 1, 1), 1, (2, 0, 1, 1, 1, 1), 0, 0,
-                                   (1, 1, 1), False, None, 0, {"winograd": 4, "direct": 1}[sys.argv[1]], native.threads())
+        algorithm = {"winograd": 4, "direct": 1}[sys.argv[1]]
+        native.lib().causal_conv3d(
+            a(x), a(w), None, None, None, a(out), (1, 1, 1), (1, 1, 1), 1, (2, 0, 1, 1, 1, 1), 0, 0,
+            (1, 1, 1), False, None, 0, algorithm, native.threads(),
+        )
 
     resource.setrlimit(resource.RLIMIT_AS, (field("VmSize") * 1024 + (1 << 20), resource.RLIM_INFINITY))
     failed, resident = 0, []
@@ -144,7 +148,8 @@ OUT_OF_MEMORY = textwrap.dedent("""
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     conv()
     want = vtok_fast.causal_conv3d(x, w, backend="reference")
-    assert vtok_fast.parity.close(out, vtok_fast.causal_conv3d(x.double(), w.double(), backend="reference"), want).ok
+    truth = vtok_fast.causal_conv3d(x.double(), w.double(), backend="reference")
+    assert vtok_fast.parity.close(out, truth, want).ok
     print("survived")
 """)
 

@@ -142,8 +142,12 @@ def check_layers(golden: Golden, accelerate) -> Iterator[Check]:
 def check_convolutions(golden: Golden, accelerate) -> Iterator[Check]:
     options = ("stride", "time_stride", "dilation", "time_dilation", "padding")
     for name, case in golden.cases.items():
-        layer = blocks.CausalConv3d(case["chan_in"], case["chan_out"], tuple(case["kernel_size"]),
-                                    **{key: case[key] for key in options if key in case})  # fmt: skip
+        layer = blocks.CausalConv3d(
+            case["chan_in"],
+            case["chan_out"],
+            tuple(case["kernel_size"]),
+            **{key: case[key] for key in options if key in case},
+        )
         yield same(name, "time_pad", torch.tensor(layer.time_pad), torch.tensor(case["time_pad"]))
         layer.load_state_dict(golden.weights(f"weights/{name}"))
         with accelerate(layer):

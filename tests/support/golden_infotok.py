@@ -91,8 +91,9 @@ def run_case(golden: Golden, name: str, model: InfoTok) -> Iterator[Check]:
         yield from check_rate(golden, name, run, model, x, score, {**actual, **expected})
 
 
-def check_rate(golden: Golden, name: str, run: str, model: InfoTok, x: Tensor, score: Tensor,
-               known: dict[str, Tensor]) -> Iterator[Check]:  # fmt: skip
+def check_rate(
+    golden: Golden, name: str, run: str, model: InfoTok, x: Tensor, score: Tensor, known: dict[str, Tensor]
+) -> Iterator[Check]:
     match = re.fullmatch(r"(.+)_r([\d.]+)", run)
     if match is None or match[1] not in STRATEGIES:
         raise Unsupported(f"{golden.path}: case {name}, the run {run!r} is unknown here")

@@ -30,7 +30,8 @@ class Target:
 
     def __str__(self) -> str:
         what = "geometric mean" if self.statistic == "mean" else "least"
-        return f"{self.section}{''.join(f', {x}' for x in (self.group, self.case) if x)}: {what} against {self.against}"
+        scope = ", ".join(x for x in (self.section, self.group, self.case) if x)
+        return f"{scope}: {what} against {self.against}"
 
 
 TARGETS = (

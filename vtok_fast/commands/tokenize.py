@@ -70,9 +70,18 @@ def load_model(
     )
 
 
-def tokenize(video: str | os.PathLike, output: str | os.PathLike, model: nn.Module, *, size: int | tuple[int, int] | None = None,
-             window: int | None = None, overlap: int | None = None, weights: str | None = None,
-             progress: Progress = lambda done, total: None, **choice: Any) -> TokenWindows:  # fmt: skip
+def tokenize(
+    video: str | os.PathLike,
+    output: str | os.PathLike,
+    model: nn.Module,
+    *,
+    size: int | tuple[int, int] | None = None,
+    window: int | None = None,
+    overlap: int | None = None,
+    weights: str | None = None,
+    progress: Progress = lambda done, total: None,
+    **choice: Any,
+) -> TokenWindows:
     """Write the tokens of a video file to `output`, and return them.
 
     Args:

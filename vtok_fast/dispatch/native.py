@@ -68,7 +68,8 @@ def _why_no_gpu(index: int | None) -> str | None:
     if _missing is not None:
         return _missing
     if not _C.cuda_archs:
-        return "the native module was built without CUDA kernels; VTOK_FAST_CUDA_ARCHS chooses them at build time"
+        built = "the native module was built without CUDA kernels"
+        return f"{built}; VTOK_FAST_CUDA_ARCHS chooses them at build time"
     if not torch.cuda.is_available():
         return "there is no GPU"
     if problem := _C.cuda_problem():

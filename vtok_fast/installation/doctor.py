@@ -41,9 +41,11 @@ import torch
 torch.ones(64, 64) @ torch.ones(64, 64)
 cuda = torch.cuda.is_available()
 say(torch=torch.__version__, cuda=cuda, threads=torch.get_num_threads(), toolkit=torch.version.cuda,
-    cudnn=torch.backends.cudnn.version() if cuda else None, allow_tf32=torch.backends.cudnn.allow_tf32 if cuda else False)
+    cudnn=torch.backends.cudnn.version() if cuda else None,
+    allow_tf32=torch.backends.cudnn.allow_tf32 if cuda else False)
 count = torch.cuda.device_count() if cuda else 0
-say(gpus=[{"name": torch.cuda.get_device_name(i), "capability": torch.cuda.get_device_capability(i)} for i in range(count)])
+say(gpus=[{"name": torch.cuda.get_device_name(i), "capability": torch.cuda.get_device_capability(i)}
+          for i in range(count)])
 try:
     import warnings
     warnings.simplefilter("ignore")
@@ -52,14 +54,16 @@ try:
     lib = native.lib()
     say(version=vtok_fast.__version__, native=native.why_missing(), ops=vtok_fast.available_backends())
     if lib is not None:
-        say(isa=lib.isa(), isas=list(lib.supported_isas()), runtime=lib.threading_runtime(), archs=list(lib.cuda_archs),
+        say(isa=lib.isa(), isas=list(lib.supported_isas()), runtime=lib.threading_runtime(),
+            archs=list(lib.cuda_archs),
             cuda_problem=(lib.cuda_problem() or None) if cuda and lib.cuda_archs else None)
 except Exception as error:
     say(native=f"{type(error).__name__}: {error}")
 try:
     lines = open("/proc/self/maps").read().split()
     runtimes = ("libgomp", "libomp", "libiomp")
-    say(openmp=sorted({word for word in lines if word.startswith("/") and word.rsplit("/", 1)[-1].startswith(runtimes)}))
+    files = {word for word in lines if word.startswith("/")}
+    say(openmp=sorted(file for file in files if file.rsplit("/", 1)[-1].startswith(runtimes)))
 except OSError:
     pass
 """
@@ -284,7 +288,8 @@ def _gpus(probe: dict) -> list[Finding]:
     for i, gpu in enumerate(probe["gpus"]):
         name, capability = f"GPU {i}, {gpu['name']}", tuple(gpu["capability"])
         code = gpus.code_for(capability, probe["archs"])
-        build = f"VTOK_FAST_CUDA_ARCHS={capability[0]}{capability[1]}{'a' if capability == (9, 0) else ''} pip install ."
+        arch = f"{capability[0]}{capability[1]}{'a' if capability == (9, 0) else ''}"
+        build = f"VTOK_FAST_CUDA_ARCHS={arch} pip install ."
         if probe["native"] is not None:
             continue  # there is a finding of its own
         if code is None and capability < (8, 0):

@@ -33,7 +33,10 @@ class Pair:
     package: tuple[str, Span] | None = None
 
 
-NEW_CUDNN = "install torch 2.10 or newer, which brings cuDNN 9.15, or pip install 'nvidia-cudnn-cu12>=9.15' (cu13 for CUDA 13)"
+NEW_CUDNN = (
+    "install torch 2.10 or newer, which brings cuDNN 9.15, "
+    "or pip install 'nvidia-cudnn-cu12>=9.15' (cu13 for CUDA 13)"
+)
 PAIRS = (
     Pair(
         "bad",

@@ -101,7 +101,8 @@ class Report:
         yield _swapped_table(self.swapped)
         if self.skipped:
             yield _skipped_table(self.skipped)
-        yield f"{len(self.swapped)} modules swapped, {len(self.skipped)} left alone, contract {self.contract}."
+        counts = f"{len(self.swapped)} modules swapped, {len(self.skipped)} left alone"
+        yield f"{counts}, contract {self.contract}."
         if self.end_to_end is not None:
             e = self.end_to_end
             yield f"End to end: error {e.error:.2e}, {e.bound:.2e} allowed{': TOO FAR' if e.why else ''}."

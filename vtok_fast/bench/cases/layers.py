@@ -62,7 +62,8 @@ class Layer:
     def __str__(self) -> str:
         stride = "" if self.stride == (1, 1, 1) else f"/{''.join(map(str, self.stride))}"
         size = "x".join(map(str, self.size if self.batch == 1 else (self.batch, *self.size)))
-        return f"{self.model} {self.cin}-{self.cout} {''.join(map(str, self.kernel))}{stride} {size} {self.chunk}"
+        kernel = "".join(map(str, self.kernel))
+        return f"{self.model} {self.cin}-{self.cout} {kernel}{stride} {size} {self.chunk}"
 
 
 def load() -> list[Layer]:

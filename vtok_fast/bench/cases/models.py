@@ -105,7 +105,8 @@ class Case:
     small: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model} {'x'.join(map(str, self.size))}{' small' if self.small else ''}{' memory' if self.memory else ''}"
+        kind = f"{' small' if self.small else ''}{' memory' if self.memory else ''}"
+        return f"{self.model} {'x'.join(map(str, self.size))}{kind}"
 
 
 def cases(settings: Settings) -> list[Case]:

@@ -30,7 +30,10 @@ from vtok_fast.ops.token_packing import (
 )
 from vtok_fast.reference import token_packing as reference
 
-PEERS = "eager (sort and quantile; x[mask]; zeros[mask] = x); torch.compile(eager) for a router; index_select or index_copy"
+PEERS = (
+    "eager (sort and quantile; x[mask]; zeros[mask] = x); torch.compile(eager) for a router; "
+    "index_select or index_copy"
+)
 
 
 @dataclass(frozen=True)

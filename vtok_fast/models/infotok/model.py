@@ -163,8 +163,13 @@ class InfoTok(CosmosBase):
         indices = self.check_tokens(tokens)
         return pack_tokens(indices, indices != DROPPED)
 
-    def unpack(self, packed: PackedTokens, *, video_shape: tuple[int, int, int] | None = None,
-               dtype: torch.dtype | None = None) -> Tokens:  # fmt: skip
+    def unpack(
+        self,
+        packed: PackedTokens,
+        *,
+        video_shape: tuple[int, int, int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tokens:
         """The tokens of a packed stream of clips of one size.
 
         Args:
@@ -182,8 +187,13 @@ class InfoTok(CosmosBase):
             if video_shape is None
             else tuple(video_shape)
         )
-        tokens = Tokens(model=f"{self.system}/{self.config.name}", config=self.config.to_dict(), video_shape=shape,
-                        dtype=parameter.dtype if dtype is None else dtype, indices=unpack_tokens(packed, fill=DROPPED))  # fmt: skip
+        tokens = Tokens(
+            model=f"{self.system}/{self.config.name}",
+            config=self.config.to_dict(),
+            video_shape=shape,
+            dtype=parameter.dtype if dtype is None else dtype,
+            indices=unpack_tokens(packed, fill=DROPPED),
+        )
         self.check_tokens(tokens)
         return tokens
 
@@ -229,9 +239,16 @@ class InfoTok(CosmosBase):
             first = change.flatten(1).amax(1) if z.shape[2] > 1 else z.new_zeros(len(z))
             return torch.cat((first[:, None, None, None].expand(-1, 1, *z.shape[3:]), change), dim=1)
 
-    def keep(self, scores: Tensor, *, rate: float | Tensor | None = None, rate_strategy: str | None = None,
-             selection: str | None = None, router: str | None = None,
-             elbo_mean: float | Tensor | None = None) -> Tensor:  # fmt: skip
+    def keep(
+        self,
+        scores: Tensor,
+        *,
+        rate: float | Tensor | None = None,
+        rate_strategy: str | None = None,
+        selection: str | None = None,
+        router: str | None = None,
+        elbo_mean: float | Tensor | None = None,
+    ) -> Tensor:
         """Which tokens are kept: bool, like scores (B, t, h, w). Errors as for `vtok_fast.token_budget` and
         `vtok_fast.select_tokens`; ValueError for "elbo_ema" in evaluation before any training moved its
         mean."""

@@ -489,7 +489,8 @@ class Scope:
 
     def __repr__(self) -> str:
         where = "" if self.device.type == "cpu" else f", device='{self.device}'"
-        return f"Scope({self.q_len} queries in {self.segments} segments, {self.k_len} keys in {len(self.ranges)} ranges{where})"
+        queries = f"{self.q_len} queries in {self.segments} segments"
+        return f"Scope({queries}, {self.k_len} keys in {len(self.ranges)} ranges{where})"
 
 
 # ---- checks ------------------------------------------------------------------------------------------------

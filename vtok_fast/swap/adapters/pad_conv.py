@@ -156,7 +156,8 @@ def find_rule(module: nn.Module, conv: nn.Module) -> Rule | str:
             torch.manual_seed(0)
             return _search(module, conv)
     except Exception as error:  # foreign code on inputs that it may not be made for
-        return f"running a small copy raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        return f"running a small copy raised {type(error).__name__}: {first_line}"
 
 
 def _search(module: nn.Module, conv: nn.Module) -> Rule | str:
