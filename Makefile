@@ -36,8 +36,8 @@ test: setup ## the tests, but for the slow ones
 test-all: setup ## every test
 	@$(RUN) -m pytest
 
-bench: setup ## each op beside its strongest peers
-	@$(RUN) -m benchmarks
+bench: setup ## each op beside its strongest peers; results go to benchmarks/results
+	@$(RUN) -m vtok_fast.cli bench --output benchmarks/results
 
 lint: setup $(VENV)/.tools ## ruff, mypy and clang-format, which change nothing
 	@$(RUN) -m ruff format --check .

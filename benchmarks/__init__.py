@@ -1,2 +1,3 @@
-"""The benchmarks of vtok_fast.bench under pytest-benchmark, and their results. ``python -m benchmarks
---help``."""
+"""The benchmarks under pytest-benchmark (test_cases.py), what was measured (results/, LOG.md), what is
+predicted (predictions/), and the writer of docs/models.md. The command that measures is ``vtok-fast bench``.
+"""

@@ -1,5 +1,4 @@
-"""What every benchmark file gets: the options, one test per case, the timing of a trial, and where its result
-goes."""
+"""What test_cases.py gets: the options, one test per case, the timing of a trial, where its result goes."""
 
 from __future__ import annotations
 
@@ -9,6 +8,9 @@ import torch
 from vtok_fast.bench import ceilings, harness, machine, report
 from vtok_fast.bench import run as runner
 from vtok_fast.bench.harness import Settings
+from vtok_fast.bench.sections import SECTIONS
+from vtok_fast.bench.sections import section as module_of
+from vtok_fast.commands.options import default_device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,14 +35,18 @@ def pytest_configure(config: pytest.Config) -> None:
         quick=option.quick,
         full=option.full,
         seconds=option.seconds,
-        device=option.device or runner.default_device(),
+        device=option.device or default_device(),
     )
     config.sections = {}
+    if config.settings.device == "cpu":
+        harness.pin_allocator()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", metafunc.module.cases(metafunc.config.settings), ids=str)
+        settings = metafunc.config.settings
+        pairs = [(name, case) for name in SECTIONS for case in module_of(name).cases(settings)]
+        metafunc.parametrize("section, case", pairs, ids=[f"{name} {case}" for name, case in pairs])
 
 
 @pytest.fixture(scope="session")
@@ -72,11 +78,12 @@ def keep(request, limits):
 
 @pytest.fixture
 def run_trial(request, benchmark, keep, limits):
-    """``run_trial(case)``: builds the module's trial, times it, keeps the result, and fails where ours is
-    wrong. A case called memory measures that instead."""
-    module, settings = request.module, request.config.settings
+    """``run_trial(section, case)``: builds the section's trial, times it, keeps the result, and fails where
+    ours is wrong. A case of memory measures that instead."""
+    settings = request.config.settings
 
-    def run(case) -> None:
+    def run(section, case) -> None:
+        module = module_of(section)
         if getattr(case, "memory", False):
             keep("memory", {"case": str(case), "variants": module.memory(case)})
             return
@@ -92,7 +99,7 @@ def run_trial(request, benchmark, keep, limits):
         if settings.on_gpu:
             record["clocks"] = machine.clocks(settings.device)
         benchmark.extra_info.update(record)
-        keep(module.__name__.rpartition(".")[2], record)
+        keep(section, record)
         assert trial.wrong is None, trial.wrong
 
     return run

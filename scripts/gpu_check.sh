@@ -45,9 +45,7 @@ if command -v compute-sanitizer >/dev/null; then
   step sanitizer timeout 120 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/ops/test_fsq_sm80.py -k test_every_layout
 fi
 bench() {
-  local results
-  results=benchmarks/results/$("$PYTHON" -c 'from vtok_fast.bench import machine as m; print(m.slug(m.describe("cuda")))').json
-  "$PYTHON" -m vtok_fast.cli bench --device cuda --output "$results" --plot "$OUT/roofline.png" "$@" && echo "written to $results"
+  "$PYTHON" -m vtok_fast.cli bench --device cuda --output benchmarks/results --plot "$OUT/roofline.png" "$@"
 }
 OPS="causal_conv3d norm_act fsq scope_attention token_packing vidtok"
 case ${BENCH:-short} in

@@ -1,5 +1,5 @@
-"""The command `vtok-fast`: info, doctor, demo, check, bench (in bench/cli.py), tune, tokenize, detokenize,
-score.
+"""The command `vtok-fast`: info, doctor, demo, check, bench (in commands/bench.py), tune, tokenize,
+detokenize, score.
 
 Whatever needs torch is imported inside the commands, so that `doctor` and `--help` work without it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
-from vtok_fast.bench.cli import app as bench
+from vtok_fast.commands.bench import app as bench
+from vtok_fast.commands.options import (
+    Json,
+    default_device,
+    device_of,
+    dtype_of,
+    numbers,
+    pixels,
+    print_json,
+    stdout_for_json,
+)
 
 app = typer.Typer(
     help="Fast kernels for video tokenizers.",
@@ -25,8 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 def main() -> None:
@@ -38,10 +45,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
 @app.command()
 def info(as_json: Json = False) -> None:
     """Versions, the processor, GPUs, and for each op and backend whether it can run here, or why not."""
@@ -49,7 +52,7 @@ def info(as_json: Json = False) -> None:
     from vtok_fast.commands.info import main as show
 
     if as_json:
-        _print_json(facts())
+        print_json(facts())
     else:
         show()
 
@@ -63,7 +66,7 @@ def doctor(as_json: Json = False) -> None:
     if not as_json:
         raise typer.Exit(report())
     findings = examine()
-    _print_json([dataclasses.asdict(finding) for finding in findings])
+    print_json([dataclasses.asdict(finding) for finding in findings])
     raise typer.Exit(int(any(finding.level == "bad" for finding in findings)))
 
 
@@ -97,7 +100,7 @@ def demo(
     console = Console(width=None if sys.stdout.isatty() else 120)
     result = run(options) if as_json else run(options, console.print)
     if as_json:
-        _print_json(result)
+        print_json(result)
     raise typer.Exit(0 if result["parity"]["ok"] else 1)
 
 
@@ -179,14 +182,14 @@ def tokenize(
     """Write the tokens of a video, in memory for one window. A run that was stopped goes on where it was."""
     from vtok_fast.commands import tokenize as video_tokens
 
-    pixels = None if size is None else _pixels(size)
+    scaled = None if size is None else pixels(size)
     chosen, weights = _model(device, dtype, accelerate, model, checkpoint)
     with _progress(as_json, "windows") as progress:
         windows = video_tokens.tokenize(
             video,
             output,
             chosen,
-            size=pixels,
+            size=scaled,
             window=window,
             overlap=overlap,
             weights=weights,
@@ -210,7 +213,7 @@ def tokenize(
         "bytes": output.stat().st_size,
     }
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         size_text = "x".join(map(str, facts["size"]))
         print(
@@ -257,7 +260,7 @@ def detokenize(
         "size": list(windows[0].video_shape[1:]),
     }
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         print(f"{output}: {facts['frames']} frames of {'x'.join(map(str, facts['size']))}")
 
@@ -288,12 +291,12 @@ def score(
             original,
             reconstruction,
             tokens=tokens,
-            size=None if size is None else _pixels(size),
+            size=None if size is None else pixels(size),
             fvd_network=fvd_network,
             progress=progress,
         )
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     from rich.console import Console
     from rich.table import Table
@@ -319,30 +322,13 @@ def score(
     Console().print(table)
 
 
-def _pixels(text: str) -> int | tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"size={text!r}: expected HxW or a number of pixels, such as 256x448 or 256")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-
-
 def _model(device: str | None, dtype: str, accelerate: bool, *names: Any) -> tuple[Any, str]:
     """A model by the arguments of `load_model`, ready to run, and the fingerprint of its weights as they are
     stored."""
-    import torch
-
     import vtok_fast
-    from vtok_fast.bench.cli import dtype_of
     from vtok_fast.commands import tokenize as video_tokens
 
-    chosen = dtype_of(dtype)
-    has_gpu = torch.cuda.is_available()
-    try:
-        where = torch.device(device or ("cuda" if has_gpu else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r}: expected cpu, cuda or cuda:N") from error
-    if where.type == "cuda" and not (has_gpu and (where.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"device={device!r}: there are {torch.cuda.device_count()} CUDA GPUs here")
+    chosen, where = dtype_of(dtype), device_of(device)
     model = video_tokens.load_model(*names)
     weights = video_tokens.fingerprint(model)
     model.to(where, chosen)
@@ -387,7 +373,7 @@ def check(
         found, source = list(outcomes()), None
     failed = [outcome for outcome in found if not outcome.ok]
     if as_json:
-        _print_json(
+        print_json(
             {
                 "ok": not failed,
                 **({"video": source} if models else {}),
@@ -438,10 +424,7 @@ def tune(
 ) -> None:
     """Measure the ways to run a model's layers on this machine, and remember the fastest for the
     dispatcher."""
-    from vtok_fast.bench.cli import dtype_of, stdout_for_json
     from vtok_fast.bench.harness import Settings
-    from vtok_fast.bench.own import numbers
-    from vtok_fast.bench.run import default_device
     from vtok_fast.commands import tune as tuner
 
     shape = numbers(size, "size")
@@ -453,7 +436,7 @@ def tune(
     with stdout_for_json(as_json):
         result = tuner.run(model, settings, size=shape, output=output, dry_run=dry_run)
     if as_json:
-        _print_json(result)
+        print_json(result)
     elif dry_run:
         print("\n".join(f"{op}: {key}" for op, keys in result["classes"].items() for key in keys))
     else:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from vtok_fast.bench import machine, report
+from vtok_fast.bench.harness import Settings
+from vtok_fast.bench.sections import SECTIONS, section
 from vtok_fast.cli import app
 
-RESULTS = str(next((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json")))
+ROOT = Path(__file__).parents[2]
+RESULTS = str(next((ROOT / "benchmarks" / "results").glob("*.json")))
+TESTS = "benchmarks/test_cases.py::test_case"
 
 
 def said(capsys, *arguments):
@@ -31,3 +38,32 @@ def test_compare_prints_no_empty_table(capsys):
     text = said(capsys, "compare", RESULTS, RESULTS)
     assert "cases in both, 0 slower" in text and "section" not in text
     assert "section" in said(capsys, "compare", "--all", RESULTS, RESULTS)
+
+
+def test_a_folder_as_output_gets_the_file_of_this_machine(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("vtok_fast.bench.harness.pin_allocator", lambda: None)  # it starts the program again
+    options = ("--op", "fsq", "--shape", "1,6,2,8,8", "--quick", "--device", "cpu", "--output", str(tmp_path))
+    said(capsys, *options)
+    (file,) = tmp_path.iterdir()
+    assert file.name == f"{machine.slug(machine.describe('cpu'))}.json"
+    assert list(report.load(file)["sections"]) == ["fsq"]
+
+
+def test_pytest_benchmark_has_a_test_for_each_case():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--quick",
+        "--device",
+        "cpu",
+        "--collect-only",
+        "-q",
+    ]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    settings = Settings.of(quick=True, device="cpu")
+    for name in SECTIONS:
+        found = [line for line in listed.stdout.splitlines() if line.startswith(f"{TESTS}[{name} ")]
+        assert len(found) == len(section(name).cases(settings)) > 0

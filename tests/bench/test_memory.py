@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vtok_fast.bench import memory, peak_memory, report, run
+from vtok_fast.bench import case_memory, process_memory, report, run
 from vtok_fast.bench.harness import Candidate, Settings
 
 pytestmark = pytest.mark.skipif(
@@ -22,14 +22,15 @@ MIB = 1 << 20
 
 CHAINS = """
 import json, torch
-from vtok_fast.bench import memory
+from vtok_fast.bench import case_memory
 from vtok_fast.bench.harness import Candidate
 def chain(mib):
     first = torch.ones(mib * (1 << 20) // 4)
     second = first + 1
     del first
     return second * 2
-print(json.dumps([memory.of_candidate(Candidate(str(mib), chain, inputs=(mib,))) for mib in (64, 8, 64)]))
+candidates = [Candidate(str(mib), chain, inputs=(mib,)) for mib in (64, 8, 64)]
+print(json.dumps([case_memory.of_candidate(candidate) for candidate in candidates]))
 """
 
 
@@ -50,12 +51,12 @@ def test_inputs_and_warm_caches_do_not_count():
             cache.append(x + 1)
         return x[:10] + cache[0][:10]
 
-    assert memory.of_candidate(Candidate("cached", call, inputs=(x,))) < 8 * MIB
+    assert case_memory.of_candidate(Candidate("cached", call, inputs=(x,))) < 8 * MIB
 
 
 def test_every_candidate_of_a_case_is_measured_in_another_process(monkeypatch):
     chosen = run.choose(["token_packing"], QUICK, match="unpack")[:1]
-    monkeypatch.setattr(peak_memory, "settled", lambda: pytest.fail("measured in this process"))
+    monkeypatch.setattr(process_memory, "settled", lambda: pytest.fail("measured in this process"))
     wish = Settings(**{**QUICK.__dict__, "memory": True})
     results = run.run(chosen, wish, say=lambda line: None)
     (record,) = results["sections"]["token_packing"]["cases"]
@@ -79,4 +80,4 @@ class Unknown:
 
 def test_a_process_that_fails_says_why():
     with pytest.raises(RuntimeError, match="measuring the memory of unknown: "):
-        memory.of_case("sora", Unknown(), QUICK)
+        case_memory.of_case("sora", Unknown(), QUICK)

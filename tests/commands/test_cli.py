@@ -15,7 +15,7 @@ pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
 from vtok_fast import cli  # noqa: E402
-from vtok_fast.bench import peak_memory  # noqa: E402
+from vtok_fast.bench import process_memory  # noqa: E402
 from vtok_fast.commands import demo as demo_module  # noqa: E402
 from vtok_fast.installation import doctor  # noqa: E402
 from vtok_fast.io.token_windows import TokenWindows  # noqa: E402
@@ -125,7 +125,7 @@ def test_demo_measures(demo, clip):
 def test_demo_says_so_without_weights(clip, tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "released", CONFIGS["tiny"] | {"ch": 4})
     # Measured in the demo above
-    monkeypatch.setattr(peak_memory, "measure", lambda variant, shape, **_: {"peak": 1})
+    monkeypatch.setattr(process_memory, "measure", lambda variant, shape, **_: {"peak": 1})
     said = []
     result = demo_module.run(
         demo_module.Options(clip, "released", output=tmp_path / "demo", size=16, rounds=1), said.append

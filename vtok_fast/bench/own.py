@@ -63,16 +63,6 @@ class Own:
                 )
 
 
-def numbers(text: str | None, name: str) -> tuple[int, ...] | None:
-    """``"1,128,17"`` as integers. Raises ValueError naming the option."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        raise ValueError(f"{name}={text!r}: expected whole numbers with commas between them") from None
-
-
 def megabytes(*tensors: Any) -> float:
     """What some tensors (or None) hold, each counted once."""
     return sum(math.prod(t.shape) * t.element_size() for t in tensors if t is not None) / 1e6

@@ -9,16 +9,12 @@ from typing import Any
 
 import torch
 
-from vtok_fast.bench import ceilings, harness, machine, memory, report
+from vtok_fast.bench import case_memory, ceilings, harness, machine, report
 from vtok_fast.bench.harness import Settings
 from vtok_fast.bench.own import Own
 from vtok_fast.bench.sections import OPS, SECTIONS, section
 
 Chosen = list[tuple[str, Any]]  # sections with cases
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choose(
@@ -139,6 +135,6 @@ def measure(name: str, case: Any, settings: Settings, limits: dict[str, Any] | N
     """The record of one case. Raises Missing where it cannot run here."""
     record = harness.measure(section(name).build(case, settings), settings, limits)
     if settings.memory and not settings.on_gpu:  # on a GPU it stands there already
-        for candidate, peak in memory.of_case(name, case, settings).items():
+        for candidate, peak in case_memory.of_case(name, case, settings).items():
             record["seconds"][candidate]["peak_bytes"] = peak
     return record | ({"clocks": machine.clocks(settings.device)} if settings.on_gpu else {})

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.bench import peak_memory
+from vtok_fast.bench import process_memory
 from vtok_fast.io.files import write_atomically
 from vtok_fast.io.tokens import Tokens
 from vtok_fast.io.video import VideoError, read_video, write_video
@@ -300,10 +300,10 @@ def measure_memory(model: VidTok, shape: tuple[int, int, int]) -> dict[str, int]
         model.save(file)
         config = model.config.to_dict()
         return {
-            variant: peak_memory.measure(
+            variant: process_memory.measure(
                 variant, shape, config=config, checkpoint=file, threads=torch.get_num_threads()
             )["peak"]
-            for variant in peak_memory.VARIANTS
+            for variant in process_memory.VARIANTS
         }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok_fast.bench import peak_memory
+from vtok_fast.bench import process_memory
 from vtok_fast.bench.cases.vidtok import best_arrangements, difference, moved, sides, wrong
 from vtok_fast.bench.harness import Missing, Settings, Trial
 from vtok_fast.swap import accelerate
@@ -187,7 +187,7 @@ def _difference(model: nn.Module, fast: nn.Module, x: Tensor) -> float:
 
 def measure_memory(case: Case, variant: str) -> dict[str, float]:
     """What one encode and decode takes beyond the loaded model, as
-    :func:`vtok_fast.bench.peak_memory.measure` says for VidTok."""
+    :func:`vtok_fast.bench.process_memory.measure` says for VidTok."""
     task = {
         "model": case.model,
         "size": case.size,
@@ -195,7 +195,9 @@ def measure_memory(case: Case, variant: str) -> dict[str, float]:
         "variant": variant,
         "threads": torch.get_num_threads(),
     }
-    return peak_memory.in_process("vtok_fast.bench.cases.models", task, weight_cache=variant != VARIANTS[2])
+    return process_memory.in_process(
+        "vtok_fast.bench.cases.models", task, weight_cache=variant != VARIANTS[2]
+    )
 
 
 def _measure(task: dict[str, Any]) -> dict[str, float]:
@@ -204,7 +206,7 @@ def _measure(task: dict[str, Any]) -> dict[str, float]:
     if task["variant"] != "eager":
         accelerate(model, check=False)  # a check would leave freed memory behind that the work then reuses
     x = sample(model, tuple(task["size"]))
-    return peak_memory.of_pass(model, lambda: latent(model, x), lambda z: decode(model, z))
+    return process_memory.of_pass(model, lambda: latent(model, x), lambda z: decode(model, z))
 
 
 def memory(case: Case) -> dict[str, Any]:

@@ -3,7 +3,7 @@ the cache of transformed weights, on a GPU beside PyTorch's best arrangement too
 weights, and ``torch.compile`` of that.
 
 With ``full`` on a CPU also the peak memory of one pass at 17x256x256, each variant in a process of its own
-(see vtok_fast/bench/peak_memory.py); on a GPU the peak stands beside every time.
+(see vtok_fast/bench/process_memory.py); on a GPU the peak stands beside every time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok_fast.bench import peak_memory
+from vtok_fast.bench import process_memory
 from vtok_fast.bench.harness import Candidate, Settings, Trial, backend_of, dtype_name, with_compiled
 from vtok_fast.dispatch import native
 from vtok_fast.models import VidTok
@@ -170,6 +170,6 @@ def memory(case: Case) -> dict[str, Any]:
         raise RuntimeError("peak memory is read from /proc")
     names = ("eager", "vtok_fast", "vtok_fast, no weight cache")
     return {
-        name: peak_memory.measure(variant, case.size, config=case.config, threads=torch.get_num_threads())
-        for name, variant in zip(names, peak_memory.VARIANTS, strict=True)
+        name: process_memory.measure(variant, case.size, config=case.config, threads=torch.get_num_threads())
+        for name, variant in zip(names, process_memory.VARIANTS, strict=True)
     }

@@ -3,14 +3,15 @@ them."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from vtok_fast.commands import options
+from vtok_fast.commands.options import Json
 
 
 class _RunByDefault(TyperGroup):
@@ -31,7 +32,6 @@ app = typer.Typer(
     cls=_RunByDefault,
     help="Time each op beside its strongest peers (bench run, or just bench), or compare two results.",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 @app.command()
@@ -107,7 +107,12 @@ def run(
     threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A results file to write (or to add to).")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A results file to write or to add to; in a folder, the file named after this machine.",
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture to write: roofline and speed-up bars.")] = None,
     as_json: Json = False,
@@ -119,17 +124,16 @@ def run(
     from vtok_fast.bench import harness, report
     from vtok_fast.bench import run as runner
     from vtok_fast.bench.own import Own
-    from vtok_fast.bench.own import numbers as parse
 
-    device = device or runner.default_device()
-    if torch.device(device).type == "cuda" and not dry_run and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: torch sees no GPU")
+    device = device or options.default_device()
+    if not dry_run:
+        options.device_of(device)
     settings = harness.Settings.of(
         quick=quick,
         full=full,
         seconds=seconds,
         device=device,
-        dtype=dtype_of(dtype),
+        dtype=options.dtype_of(dtype),
         compile=not no_compile,
         graphs=graphs,
         memory=memory,
@@ -138,15 +142,15 @@ def run(
     given = (shape, kernel, stride, channels, time_mode, kind, groups, levels, numbers)
     if any(value is not None for value in given) or compiled:
         wish = Own(
-            parse(shape, "shape"),
-            parse(kernel, "kernel"),
-            parse(stride, "stride"),
+            options.numbers(shape, "shape"),
+            options.numbers(kernel, "kernel"),
+            options.numbers(stride, "stride"),
             channels,
             time_mode,
             kind,
             groups,
-            parse(levels, "levels"),
-            parse(numbers, "numbers"),
+            options.numbers(levels, "levels"),
+            options.numbers(numbers, "numbers"),
             compiled,
         )
     chosen = runner.choose(
@@ -159,7 +163,11 @@ def run(
         harness.pin_allocator()
     if threads:
         torch.set_num_threads(threads)
-    with stdout_for_json(as_json):
+    if output is not None and output.is_dir():
+        from vtok_fast.bench import machine
+
+        output = output / f"{machine.slug(machine.describe(device))}.json"
+    with options.stdout_for_json(as_json):
         results = runner.run(chosen, settings, file=output)
     if plot is not None:
         from vtok_fast.bench import picture
@@ -212,22 +220,6 @@ def compare(
     raise typer.Exit(int(bool(found.regressions)))
 
 
-def dtype_of(name: str | None) -> Any:
-    import torch
-
-    known = {
-        "fp32": torch.float32,
-        "float32": torch.float32,
-        "bf16": torch.bfloat16,
-        "bfloat16": torch.bfloat16,
-        "fp16": torch.float16,
-        "float16": torch.float16,
-    }
-    if name is not None and name not in known:
-        raise ValueError(f"dtype={name!r}: expected one of fp32, bf16, fp16")
-    return known.get(name)
-
-
 def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -247,8 +239,3 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
             f"{name}: beside {next(row['peers'] for row in rows if row['section'] == name)}", markup=False
         )
     console.print(report.counted(len(rows)))
-
-
-def stdout_for_json(as_json: bool) -> Any:
-    """Where the running output goes: to standard error, while standard output is for JSON."""
-    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()

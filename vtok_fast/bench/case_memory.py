@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vtok_fast.bench import peak_memory
+from vtok_fast.bench import process_memory
 from vtok_fast.bench.harness import Candidate, Settings
 
 
@@ -23,8 +23,8 @@ def of_case(section: str, case: Any, settings: Settings) -> dict[str, float]:
     """Bytes by the name of a candidate. Raises RuntimeError where the process fails, as where there is no
     Linux to tell."""
     job = base64.b85encode(pickle.dumps((section, case, settings, torch.get_num_threads()))).decode()
-    return peak_memory.in_process(
-        "vtok_fast.bench.memory", {"variant": str(case), "job": job}, weight_cache=True
+    return process_memory.in_process(
+        "vtok_fast.bench.case_memory", {"variant": str(case), "job": job}, weight_cache=True
     )
 
 
@@ -33,9 +33,9 @@ def of_candidate(candidate: Candidate) -> int:
     if candidate.prepare:
         candidate.prepare()
     candidate.call()
-    before = peak_memory.settled()
+    before = process_memory.settled()
     result = candidate.call()
-    peak = peak_memory.highest() - before
+    peak = process_memory.highest() - before
     del result
     return peak
 

@@ -50,7 +50,7 @@ def measure(
         "threads": threads,
     }
     return in_process(
-        "vtok_fast.bench.peak_memory", task, weight_cache=variant != "fast without weight cache"
+        "vtok_fast.bench.process_memory", task, weight_cache=variant != "fast without weight cache"
     )
 
 
@@ -65,7 +65,7 @@ def in_process(module: str, task: dict[str, Any], *, weight_cache: bool) -> dict
     if not weight_cache:
         environment["VTOK_FAST_WEIGHT_CACHE"] = "0"
     environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
+        [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
     )
     result = subprocess.run(
         [sys.executable, "-m", module, json.dumps(task)], capture_output=True, text=True, env=environment
