@@ -487,7 +487,7 @@ def tile(width: int, positions: int, planar: bool, values: int = 8192) -> tuple[
 def tuned(
     kernel: str, x: Tensor, width: int, positions: int, planar: bool, values: int = 8192
 ) -> tuple[int, int]:
-    """:func:`tile`, unless the tuning table has another one for this class of launches."""
+    """`tile`, unless the tuning table has another one for this class of launches."""
     return tuned_tile(
         "norm_act",
         x,
@@ -590,7 +590,7 @@ def norm_act(
     rounding: str,
     tail: Tensor | None = None,
 ) -> None:
-    """Writes ``y``, and its last frames also to ``tail``; arguments as in :func:`vtok_fast.norm_act`.
+    """Writes ``y``, and its last frames also to ``tail``; arguments as in `vtok_fast.norm_act`.
 
     ``y`` and ``tail`` are fresh tensors in one memory format. Scale and shift broadcast to ``x``.
     """

@@ -528,7 +528,7 @@ def norm_act_backward(
     wanted: tuple[bool, ...] = (True,) * 6,
 ) -> tuple[Tensor | None, ...]:
     """Gradients for (x, weight, bias, scale, shift, residual), None for the absent, as
-    :func:`vtok_fast.reference.norm_act.norm_act_backward` gives them. Videos come in the memory format
+    `vtok_fast.reference.norm_act.norm_act_backward` gives them. Videos come in the memory format
     ``layout``; of scale and shift only those ``wanted``, by their places in the result."""
     b, channels, frames, h, w = x.shape
     plane, span = h * w, 1 if per_frame and "group" in kind else frames

@@ -780,7 +780,7 @@ def queries_gradient(
     scale: float,
     c: Config,
 ) -> None:
-    """Writes ``dq``; blocks as for :func:`attend`."""
+    """Writes ``dq``; blocks as for `attend`."""
     b, h, q_len, _ = q.shape
     _launch(
         "queries",

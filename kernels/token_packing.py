@@ -6,7 +6,7 @@ are two launches: one program per clip counts the kept tokens before each block 
 knows its first row and moves its tokens. Nothing waits for the device, and no shape depends on data, unless
 ``capacity`` is None.
 
-Means are sums of integers (see :mod:`vtok_fast.reference.token_packing`), so the bits are those of every
+Means are sums of integers (see `vtok_fast.reference.token_packing`), so the bits are those of every
 other backend; products and sums in float64 stay apart (``enable_fp_fusion=False``) for the same reason.
 """
 

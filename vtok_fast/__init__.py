@@ -3,9 +3,9 @@
 Ops: ``causal_conv3d``, ``norm_act``, ``fsq_quantize``, ``fsq_decode``, ``fsq_entropy_loss``,
 ``scope_attention`` with ``Scope``, ``router_scores``, ``token_budget``, ``select_tokens``, ``pack_tokens``,
 ``unpack_tokens``. ``accelerate`` and ``accelerated`` swap them into an existing model; ``stream`` runs one
-chunk by chunk. ``backend``, ``available_backends`` and ``fallbacks``: which kernel
-runs. ``vtok_fast.nn``: modules. ``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is
-    measured.
+chunk by chunk. ``backend``, ``algorithm``, ``available_backends`` and ``fallbacks``: which kernel runs.
+``Tokens`` and ``TokenWindows``: what a tokenizer makes of a video, and its file. ``vtok_fast.nn``: modules.
+``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is measured.
 """
 
 try:
@@ -18,6 +18,8 @@ except ImportError as error:  # the command line's doctor still has something to
 else:
     from vtok_fast import models, nn
     from vtok_fast.dispatch.backends import BackendError, algorithm, available_backends, backend, fallbacks
+    from vtok_fast.io.token_windows import TokenWindows
+    from vtok_fast.io.tokens import Tokens
     from vtok_fast.ops.causal_conv3d import causal_conv3d
     from vtok_fast.ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
     from vtok_fast.ops.norm_act import norm_act
@@ -39,6 +41,8 @@ __all__ = [
     "PackedTokens",
     "Report",
     "Scope",
+    "TokenWindows",
+    "Tokens",
     "accelerate",
     "accelerated",
     "algorithm",

@@ -121,16 +121,16 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 
 def fvd(real: Iterable[Tensor], generated: Iterable[Tensor], features: Callable[[Tensor], Tensor]) -> float:
-    """Frechet video distance (Unterthiner et al., arXiv 1812.01717): :func:`frechet_distance` of what a
+    """Frechet video distance (Unterthiner et al., arXiv 1812.01717): `frechet_distance` of what a
     network sees in clips.
 
     Args:
         real, generated: batches of clips (B, C, T, H, W) in [-1, 1]; the published figures take 2,048 clips
             of 16 frames.
         features: (B, D) of such a batch. A published figure needs the published network, an I3D trained on
-            Kinetics-400, which is not part of this package: :func:`load_fvd_network` reads one that you have.
+            Kinetics-400, which is not part of this package: `load_fvd_network` reads one that you have.
 
-    Raises what :func:`frechet_distance` does, and ValueError for features of another shape.
+    Raises what `frechet_distance` does, and ValueError for features of another shape.
     """
     found = []
     for name, batches in (("real", real), ("generated", generated)):
@@ -151,7 +151,7 @@ def fvd(real: Iterable[Tensor], generated: Iterable[Tensor], features: Callable[
 def load_fvd_network(
     path: str | os.PathLike, device: torch.device | str = "cpu"
 ) -> Callable[[Tensor], Tensor]:
-    """The ``features`` of :func:`fvd` from a TorchScript file: called with clips (B, 3, T, H, W), float32 in
+    """The ``features`` of `fvd` from a TorchScript file: called with clips (B, 3, T, H, W), float32 in
     [-1, 1].
 
     One whose ``forward`` takes ``rescale``, ``resize`` and ``return_features``, as the I3D that StyleGAN-V's

@@ -140,7 +140,7 @@ def test_pictures_are_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
     result = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
         cwd=ROOT,

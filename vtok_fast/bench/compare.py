@@ -70,7 +70,7 @@ class Comparison:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
-    """Compares two results as :func:`vtok_fast.bench.report.load` gives them. Raises ValueError for a CPU's
+    """Compares two results as `vtok_fast.bench.report.load` gives them. Raises ValueError for a CPU's
     and a GPU's."""
     if kind(before["machine"]) != kind(after["machine"]):
         raise ValueError(

@@ -85,7 +85,7 @@ def _resident(field: str) -> int:
 
 
 def settled() -> int:
-    """Returns what is resident, in bytes, after what is free has been given back; from here :func:`highest`
+    """Returns what is resident, in bytes, after what is free has been given back; from here `highest`
     starts again."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -95,12 +95,12 @@ def settled() -> int:
 
 
 def highest() -> int:
-    """The most that was resident at a time since :func:`settled`, in bytes."""
+    """The most that was resident at a time since `settled`, in bytes."""
     return _resident("VmHWM")
 
 
 def of_pass(model: Any, encode: Callable[[], Any], decode: Callable[[Any], Any]) -> dict[str, float]:
-    """Runs both, and returns what :func:`measure` does; the model is loaded and swapped, the video made."""
+    """Runs both, and returns what `measure` does; the model is loaded and swapped, the video made."""
     import torch
 
     from vtok_fast.dispatch import native

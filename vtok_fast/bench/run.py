@@ -86,7 +86,7 @@ def run(
 ) -> dict[str, Any]:
     """Measures the ceilings, then every case; what fails is noted and the rest goes on.
 
-    Returns and, after every case, writes to ``file`` the results as :func:`vtok_fast.bench.report.save` does.
+    Returns and, after every case, writes to ``file`` the results as `vtok_fast.bench.report.save` does.
     """
     prepare(settings)
     here, sections = machine.describe(settings.device), {}

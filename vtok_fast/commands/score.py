@@ -38,7 +38,7 @@ def score(
         tokens: what ``tokenize`` wrote: then also what they cost, and how much of the codebook they use.
         size: as it was tokenised with. None: a frame that is only a little larger than the reconstruction's
             is cut, as it then was; another one is scaled until it covers the reconstruction's, and cut.
-        fvd_network: a TorchScript file, see :func:`vtok_fast.metrics.load_fvd_network`; FVD is of the clips
+        fvd_network: a TorchScript file, see `vtok_fast.metrics.load_fvd_network`; FVD is of the clips
             of 16 frames.
 
     Returns ``frames``, ``size``, ``psnr`` (dB), ``ssim``, ``lpips`` (or ``no_lpips``, why there is none);

@@ -238,7 +238,7 @@ def tune(
     run: Callable[[], Any], entries: Entries, settings: Settings, dry_run: bool, say: Callable[[str], None]
 ) -> None:
     """Adds the entries of the classes that occur within ``run()`` and are not there yet; None for those that
-    are as good untuned, which :func:`vtok_fast.dispatch.tuning.save` takes out."""
+    are as good untuned, which `vtok_fast.dispatch.tuning.save` takes out."""
     found: list[tuple[str, str, Callable[[], Any]]] = []
     for key, call in calls_of(run).items():
         found.append(("causal_conv3d", key, partial(measure, call, settings)))

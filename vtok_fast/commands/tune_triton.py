@@ -1,6 +1,6 @@
 """The half of ``vtok-fast tune`` for Triton kernels: which tile is the fastest for each class of launches.
 
-A launcher asks :func:`vtok_fast.dispatch.tuning.chosen` for its tile and says which others there are. So
+A launcher asks `vtok_fast.dispatch.tuning.chosen` for its tile and says which others there are. So
 nothing here knows an op: whatever is asked for while a call runs is a class, and the call is then timed with
     each of its tiles in turn.
 """

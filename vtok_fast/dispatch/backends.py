@@ -2,13 +2,13 @@
 
 An op holds its backends in order of preference, each with a ``why_not(call)`` that returns None for yes and
 the reason for no. Automatic choice takes the first that can run the call and records why others could not
-(:func:`fallbacks`); ``backend=`` at a call raises :class:`BackendError` instead. ``with
+(`fallbacks`); ``backend=`` at a call raises `BackendError` instead. ``with
 backend("reference"):`` and the environment variable ``VTOK_FAST_BACKEND``, read at
 import, set a preference for a block or a program: an op without that backend, or whose call it cannot run,
 falls back and records why.
 
 A gradient is an op of its own, ``<op>_backward``. It runs later, often in another thread, so the forward pass
-records the caller's choice with :func:`remember`, and the backward pass selects under it.
+records the caller's choice with `remember`, and the backward pass selects under it.
 """
 
 from __future__ import annotations
@@ -101,26 +101,26 @@ def algorithm(name: str) -> Iterator[None]:
 
 
 def current_algorithm() -> str:
-    """The algorithm chosen by :func:`algorithm`, else by ``VTOK_FAST_CONV_ALGORITHM`` at import, else
+    """The algorithm chosen by `algorithm`, else by ``VTOK_FAST_CONV_ALGORITHM`` at import, else
     ``auto``."""
     return getattr(_local, "algorithm", None) or _environment_algorithm or "auto"
 
 
 def preferred() -> str | None:
-    """The backend preferred by :func:`backend` or the environment, or None for automatic choice."""
+    """The backend preferred by `backend` or the environment, or None for automatic choice."""
     name = getattr(_local, "backend", None) or _environment_backend
     return None if name == "auto" else name
 
 
 def remember(ctx: Any, explicit: str | None) -> None:
     """Records in an autograd context which backend the caller of the forward pass chose: at the call, by
-    :func:`backend` or in the environment. The gradient prefers it, and falls back where it cannot run."""
+    `backend` or in the environment. The gradient prefers it, and falls back where it cannot run."""
     ctx.explicit_backend = explicit
     ctx.preferred_backend = explicit or preferred()
 
 
 def remembered(ctx: Any) -> AbstractContextManager[None]:
-    """Within the block, the choice that :func:`remember` recorded is the preference of this thread."""
+    """Within the block, the choice that `remember` recorded is the preference of this thread."""
     return backend(ctx.preferred_backend)
 
 

@@ -1,7 +1,7 @@
 """The native module ``vtok_fast._C``: loading it, and handing tensors to it.
 
 Importing ``vtok_fast`` works without it (no compiler at build time, another platform): every op then runs its
-reference, and :func:`why_missing` says what went wrong.
+reference, and `why_missing` says what went wrong.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ except ImportError as error:
 
 
 def lib() -> Any:
-    """The native module, or None; :func:`why_missing` then gives the reason."""
+    """The native module, or None; `why_missing` then gives the reason."""
     return _C
 
 

@@ -8,7 +8,7 @@ microseconds. The user's own, in the cache folder, goes before the one that ship
 
 No table can break a call: what is not an entry of this version, or not among the choices that there are,
 counts as untuned, and a tile that a kernel cannot be launched with puts the op's table aside
-(:func:`guarded`).
+(`guarded`).
 """
 
 from __future__ import annotations

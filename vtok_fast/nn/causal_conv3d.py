@@ -15,10 +15,10 @@ class CausalConv3d(nn.Conv3d):
     """A causal 3D convolution over (B, C, T, H, W) in place of "pad, then ``nn.Conv3d``".
 
     Constructor and state keys (``weight``, ``bias``) are ``nn.Conv3d``'s, except that padding is given as in
-    :func:`vtok_fast.causal_conv3d`, whose options are here too. With a stride above 1 in height or width
+    `vtok_fast.causal_conv3d`, whose options are here too. With a stride above 1 in height or width
     ``spatial_pad`` must be given.
 
-    Raises ValueError where it is not; ``forward`` raises as :func:`vtok_fast.causal_conv3d`.
+    Raises ValueError where it is not; ``forward`` raises as `vtok_fast.causal_conv3d`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CausalConv3d(nn.Conv3d):
         residual: Tensor | None = None,
         alpha: float | Tensor | None = None,
     ) -> Tensor:
-        """Convolves ``x``; ``cache``, ``residual`` and ``alpha`` as in :func:`vtok_fast.causal_conv3d`."""
+        """Convolves ``x``; ``cache``, ``residual`` and ``alpha`` as in `vtok_fast.causal_conv3d`."""
         return causal_conv3d(
             x,
             self.weight,

@@ -14,7 +14,7 @@ from vtok_fast.ops.fsq import VARIANTS, FSQOutput, check_levels, fsq_decode, fsq
 class FSQ(nn.Module):
     """Quantises a latent with len(levels) channels at ``dim``; no parameters, no buffers, no state keys.
 
-    Options as in :func:`vtok_fast.fsq_quantize`.
+    Options as in `vtok_fast.fsq_quantize`.
 
     Raises ValueError for levels or a variant that do not exist; ``forward`` and ``decode`` raise as the
     functions that they call.
@@ -35,11 +35,11 @@ class FSQ(nn.Module):
         return math.prod(self.levels)
 
     def forward(self, z: Tensor) -> FSQOutput:
-        """(codes, indices) of ``z``; see :func:`vtok_fast.fsq_quantize`."""
+        """(codes, indices) of ``z``; see `vtok_fast.fsq_quantize`."""
         return fsq_quantize(z, self.levels, variant=self.variant, dim=self.dim, backend=self.backend)
 
     def decode(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The codes of ``indices``; see :func:`vtok_fast.fsq_decode`."""
+        """The codes of ``indices``; see `vtok_fast.fsq_decode`."""
         return fsq_decode(indices, self.levels, dtype=dtype, dim=self.dim)
 
     def extra_repr(self) -> str:

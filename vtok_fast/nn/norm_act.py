@@ -14,7 +14,7 @@ class NormAct(nn.Module):
     """A norm over (B, C, T, H, W), then SiLU where asked for.
 
     Its state keys ``weight`` and ``bias``, of one value per channel, are those of ``nn.LayerNorm(C)``,
-    ``nn.GroupNorm(groups, C)`` and ``nn.RMSNorm(C)``. Options as in :func:`vtok_fast.norm_act`.
+    ``nn.GroupNorm(groups, C)`` and ``nn.RMSNorm(C)``. Options as in `vtok_fast.norm_act`.
 
     Args:
         num_channels: C.
@@ -22,7 +22,7 @@ class NormAct(nn.Module):
         bias: whether there is a bias; default: with ``affine`` for the kinds that subtract a mean.
 
     Raises ValueError for a number of channels, a kind or groups that do not fit; ``forward`` raises as
-    :func:`vtok_fast.norm_act`.
+    `vtok_fast.norm_act`.
     """
 
     weight: nn.Parameter | None
@@ -85,7 +85,7 @@ class NormAct(nn.Module):
         tail_frames: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Normalises ``x``; ``residual``, ``scale``, ``shift`` and ``tail_frames`` as in
-        :func:`vtok_fast.norm_act`."""
+        `vtok_fast.norm_act`."""
         return norm_act(
             x,
             self.weight,

@@ -67,7 +67,7 @@ class ScopeAttention(nn.MultiheadAttention):
         bias: whether the projections have one.
         twice: project the input twice with the same weights, rotary positions in between, as the released
             InfoTok does.
-        backend: as in :func:`vtok_fast.scope_attention`.
+        backend: as in `vtok_fast.scope_attention`.
 
     Raises ValueError where the heads do not divide the channels.
     """
@@ -103,14 +103,14 @@ class ScopeAttention(nn.MultiheadAttention):
             query: (B, Sq, C).
             key, value: (B, Sk, C); default ``query``, and ``key``.
             scope: of Sq queries and Sk keys; default: everything sees everything.
-            angles: of rotary positions, see :func:`rotary_angles`; those of queries and keys alike.
+            angles: of rotary positions, see `rotary_angles`; those of queries and keys alike.
             need_weights: must be False: there are no weights to give.
 
         Returns:
             (B, Sq, C), and None where ``nn.MultiheadAttention`` gives weights.
 
         Raises ValueError for shapes that do not fit, or ``need_weights``; otherwise as
-        :func:`vtok_fast.scope_attention`.
+        `vtok_fast.scope_attention`.
         """
         key = query if key is None else key
         value = key if value is None else value

@@ -34,7 +34,7 @@ class FSQCall(NamedTuple):
 
 
 class FSQDecodeCall(NamedTuple):
-    """A checked call of :func:`fsq_decode`."""
+    """A checked call of `fsq_decode`."""
 
     indices: Tensor
     levels: tuple[int, ...]
@@ -57,7 +57,7 @@ def fsq_quantize(
 ) -> FSQOutput:
     """Quantises each channel of ``z`` to one of its levels.
 
-    The index is defined by the formula of :mod:`vtok_fast.reference.fsq` in float64 for the value that ``z``
+    The index is defined by the formula of `vtok_fast.reference.fsq` in float64 for the value that ``z``
     holds. Every backend counts the same thresholds, so codes and indices are the same bits on all of them.
     Contract: *exact*.
 
@@ -95,12 +95,12 @@ def fsq_quantize(
 def fsq_decode(
     indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32, dim: int = 1
 ) -> Tensor:
-    """The codes of ``indices``: the inverse of :func:`fsq_quantize`, bit for bit in the same dtype.
+    """The codes of ``indices``: the inverse of `fsq_quantize`, bit for bit in the same dtype.
 
     Args:
         indices: any integer dtype, any shape. An index outside [0, codebook size), such as the -1 of a NaN,
             gives codes NaN.
-        levels: as in :func:`fsq_quantize`.
+        levels: as in `fsq_quantize`.
         dtype: of the result.
         dim: where the result has its channel dimension.
 
@@ -146,7 +146,7 @@ def fsq_entropy_loss(
 
     Args:
         z: the latent before quantisation, channels at ``dim``; computed in float32, or float64 for that.
-        levels, dim: as in :func:`fsq_quantize`.
+        levels, dim: as in `fsq_quantize`.
 
     Returns:
         (entropy term, commitment term), scalars in float32 or float64.

@@ -54,7 +54,7 @@ def norm_act(
     The result is ``activation((norm(x + residual) * weight + bias) * scale + shift)``, computed in float32
     (float64 for a float64 ``x``) and rounded once. It is a fresh tensor: ``contiguous`` where ``x`` is that
     and not also ``channels_last_3d``, else ``channels_last_3d``. Contract: *close* (see
-    :mod:`vtok_fast.parity`). First-order gradients for all tensor arguments.
+    `vtok_fast.parity`). First-order gradients for all tensor arguments.
 
     Args:
         x: (B, C, T, H, W), float32, float64, bfloat16 or float16; any strides.

@@ -96,7 +96,7 @@ def causal_conv3d(
     upsample_first_frame_once: bool = False,
     depth_to_space: tuple[int, int, int] = (1, 1, 1),
 ) -> Tensor:
-    """The definition that every backend is compared with. Arguments as :func:`vtok_fast.causal_conv3d`, all
+    """The definition that every backend is compared with. Arguments as `vtok_fast.causal_conv3d`, all
     explicit."""
     (top, bottom), (left, right) = spatial_pad
     inside = (0, 0)

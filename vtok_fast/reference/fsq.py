@@ -71,7 +71,7 @@ def _value(key: int) -> float:
 def fsq_quantize(
     z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Codes and indices; arguments and the treatment of NaN as in :func:`vtok_fast.fsq_quantize`."""
+    """Codes and indices; arguments and the treatment of NaN as in `vtok_fast.fsq_quantize`."""
     last = z.movedim(dim, -1)
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     codes = torch.empty_like(last, dtype=wide)
@@ -115,7 +115,7 @@ def fsq_quantize_backward(
 def fsq_decode(
     indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32, dim: int = 1
 ) -> Tensor:
-    """The codes of indices, as in :func:`vtok_fast.fsq_decode`."""
+    """The codes of indices, as in `vtok_fast.fsq_decode`."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     rest = indices.to(torch.int64)
     outside = (rest < 0) | (rest >= math.prod(levels))
@@ -159,7 +159,7 @@ def fsq_entropy_loss(
     gamma: float = 1.0,
     dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """(entropy term, commitment term), as in :func:`vtok_fast.fsq_entropy_loss`; ``codes`` are the quantised
+    """(entropy term, commitment term), as in `vtok_fast.fsq_entropy_loss`; ``codes`` are the quantised
     ``z``."""
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat = z.movedim(dim, -1).reshape(-1, len(levels)).to(wide)

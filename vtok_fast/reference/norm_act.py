@@ -32,7 +32,7 @@ def norm_act(
     rounding: str = "once",
 ) -> Tensor:
     """``activation(norm(x + residual) * weight + bias) * scale + shift)``; arguments as in
-    :func:`vtok_fast.norm_act`."""
+    `vtok_fast.norm_act`."""
     if rounding != "once":
         return _chain(x, weight, bias, eps, scale, shift, residual, activation, rounding)
     wide = _wide(x)

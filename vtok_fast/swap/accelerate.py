@@ -66,9 +66,9 @@ def accelerate(
         contract: "close" may replace arithmetic; "exact" allows only what is bit-equal to the eager chain.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``.
         ValueError: ``contract`` is unknown.
-        Whatever the model raises on ``example``. The model is then as it was.
+        Exception: whatever the model raises on ``example``; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -102,7 +102,7 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
     nested.
 
     Args:
-        model, options: as in :func:`accelerate`, which also says what is raised.
+        model, options: as in `accelerate`, which also says what is raised.
 
     Yields the report of what was swapped.
     """
@@ -233,7 +233,7 @@ def _containers(value: Any) -> Any:
 
 
 def _measured(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Any, Any], _Cost]:
-    """What :func:`_call` gives; the shortest of three runs in milliseconds, and the most memory that its
+    """What `_call` gives; the shortest of three runs in milliseconds, and the most memory that its
     tensors took."""
     best = float("inf")
     for _ in range(3):

@@ -22,8 +22,8 @@ def stream(model: nn.Module) -> Any:
         stream = vtok_fast.stream(model) for start, end in stream.chunks(num_frames):
             latent = stream.encode_chunk(video[:, :, start:end])
 
-    For the tokenizers of :mod:`vtok_fast.models` it is what their own ``stream()`` gives. For diffusers'
-    ``AutoencoderKLWan``, ``AutoencoderKLCogVideoX`` and causal ``AutoencoderVidTok`` it is a :class:`Stream`.
+    For the tokenizers of `vtok_fast.models` it is what their own ``stream()`` gives. For diffusers'
+    ``AutoencoderKLWan``, ``AutoencoderKLCogVideoX`` and causal ``AutoencoderVidTok`` it is a `Stream`.
 
     Raises:
         TypeError: a model of another kind, or one that cannot stream; says why.

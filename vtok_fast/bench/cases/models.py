@@ -187,7 +187,7 @@ def _difference(model: nn.Module, fast: nn.Module, x: Tensor) -> float:
 
 def measure_memory(case: Case, variant: str) -> dict[str, float]:
     """What one encode and decode takes beyond the loaded model, as
-    :func:`vtok_fast.bench.process_memory.measure` says for VidTok."""
+    `vtok_fast.bench.process_memory.measure` says for VidTok."""
     task = {
         "model": case.model,
         "size": case.size,

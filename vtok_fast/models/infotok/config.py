@@ -22,14 +22,13 @@ def _choice(default: Any) -> Any:
 
 @dataclass(frozen=True)
 class InfoTokConfig(CosmosConfig):
-    """The structure of one InfoTok, and how it chooses tokens where a call says nothing else. Beyond a
-    discrete `CosmosConfig`:
+    """The structure of one InfoTok, and how it chooses tokens by default. It extends a discrete
+    `CosmosConfig`.
 
     Attributes:
         hidden_size, num_attention_heads, intermediate_size: of the transformers; hidden_size equals
-        z_channels, there is no
-            projection.
-        num_encoder_layers, num_decoder_layers: blocks before the quantiser and after it.
+            z_channels, because there is no projection.
+        num_encoder_layers, num_decoder_layers: blocks before the quantizer and after it.
         theta, rms_norm_eps, initializer_range: of rotary positions, norms, and initial weights (the last one
             normal; inferred for the temporal embedding).
         max_num_video_frames: latent frames of the longest video; longer ones go window by window.

@@ -10,15 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class VidTokConfig:
-    """The structure of one VidTok. Field names are those of the official configuration files, where they have
-    them.
+    """The structure of one VidTok, with the field names of the official configuration files where they exist.
 
     Attributes:
         version: "1.0" (zeros before the first frame) or "1.1" (copies of it; streaming; trilinear upsampling
             in time).
         causal: whether a frame sees only itself and earlier frames.
         regularizer: "fsq" (tokens are integers) or "kl" (tokens are continuous latents).
-        levels: quantisation levels of each latent channel (fsq only; one per z_channels).
+        levels: quantization levels of each latent channel (fsq only; one per z_channels).
         ch, ch_mult: channels of level i are ch * ch_mult[i]; level 0 has the full resolution.
         spatial_ds, tempo_ds: levels after which the encoder halves H and W, and T. None: all but the last;
             the two before the last.
@@ -27,10 +26,11 @@ class VidTokConfig:
         time_downsample_factor: input frames per latent frame.
         norm_type: "layernorm" or "groupnorm" (32 groups; needs channels divisible by 32).
         interpolation_mode: "nearest" or "trilinear" (version 1.1 only), of the upsampling in time.
-        init_pad_mode: how the causal encoder fills up the front of a clip: "replicate", "constant" (zeros) or
-        "reflect". entropy_loss_weight, entropy_loss_annealing_steps, entropy_loss_annealing_factor,
-        commitment_loss_weight, diversity_gamma:
-            of the FSQ training loss, see `FSQRegularizer`.
+        init_pad_mode: how the causal encoder pads the front of a clip: "replicate", "constant" (zeros) or
+            "reflect".
+        entropy_loss_weight, entropy_loss_annealing_steps, entropy_loss_annealing_factor: the entropy term of
+            the FSQ training loss, see `FSQRegularizer`.
+        commitment_loss_weight, diversity_gamma: its commitment and diversity terms.
     """
 
     version: str = "1.0"

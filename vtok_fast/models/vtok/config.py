@@ -22,8 +22,8 @@ class VTokConfig(Config):
             to `VTok`).
         feature_dim: channels of the backbone's features; for "vit" it is dim.
         freeze_backbone: whether the backbone does not learn.
-        key_grid: rows and columns of the key frame's tokens. key_pool: how its features get there, "average"
-            or "max".
+        key_grid: rows and columns of the key frame's tokens.
+        key_pool: how its features are pooled into them, "average" or "max".
         stride: frames from one residual token to the next. A clip of T frames has (T - 1) // stride of them.
         token_dim: channels of a token. If it is not feature_dim, the key frame's features pass a linear
             layer.
@@ -31,8 +31,8 @@ class VTokConfig(Config):
             width.
         patch: rows and columns of a patch of the "vit" and of the decoder.
         decoder_dim, decoder_depth, decoder_heads, mlp_ratio: of the decoder.
-        nearby: of the decoder's queries and keys, a bias to start with, by which attention falls off with
-        distance (see `look_nearby`).
+        nearby: initial bias of the decoder's queries and keys that makes attention fall off with distance
+            (see `look_nearby`).
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {

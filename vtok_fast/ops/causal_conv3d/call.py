@@ -66,7 +66,7 @@ class ConvCall(NamedTuple):
 
     @classmethod
     def of_flat(cls, *args: Any) -> ConvCall:
-        """The call that :meth:`flat` took apart; torch's dispatcher turns its tuples into lists."""
+        """The call that `flat` took apart; torch's dispatcher turns its tuples into lists."""
         fields = [tuple(a) if isinstance(a, list) else a for a in args]
         tensors, geometry, rest = fields[:5], Geometry(*fields[5:13]), fields[13:]
         return cls(*tensors, geometry, *rest)

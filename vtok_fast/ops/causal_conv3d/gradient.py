@@ -24,7 +24,7 @@ from vtok_fast.reference import causal_conv3d as reference
 
 
 def upsample_adjoint(grad: Tensor, factors: Triple, first_frame_once: bool = False) -> Tensor:
-    """The adjoint of :func:`reference.upsample_nearest`: sums what was repeated."""
+    """The adjoint of `reference.upsample_nearest`: sums what was repeated."""
     if first_frame_once and factors[0] > 1:
         head, rest = grad[:, :, :1], grad[:, :, 1:]
         return torch.cat([upsample_adjoint(head, (1, *factors[1:])), upsample_adjoint(rest, factors)], 2)
@@ -35,7 +35,7 @@ def upsample_adjoint(grad: Tensor, factors: Triple, first_frame_once: bool = Fal
 
 
 def space_to_depth_3d(grad: Tensor, factors: Triple) -> Tensor:
-    """The adjoint (and inverse) of :func:`reference.depth_to_space_3d`."""
+    """The adjoint (and inverse) of `reference.depth_to_space_3d`."""
     if factors == (1, 1, 1):
         return grad
     b, c, t, h, w = grad.shape

@@ -42,7 +42,7 @@ def causal_conv3d(
     The result is ``activation(conv(upsample(x)) + bias)``, then depth-to-space, then ``+ residual``, or with
     ``alpha`` ``alpha * residual + (1 - alpha) * that``. It is a fresh tensor in ``channels_last_3d`` memory
     format.
-    Contract: *close* (see :mod:`vtok_fast.parity`). First-order gradients for all tensor arguments.
+    Contract: *close* (see `vtok_fast.parity`). First-order gradients for all tensor arguments.
 
     Args:
         x: (B, C, T, H, W), float32, float64, bfloat16 or float16; any strides.

@@ -46,7 +46,7 @@ def _args(call: ConvBackwardCall, grad_weight: Tensor, grad_bias: Tensor | None)
 
 
 def plan(call: ConvBackwardCall, *, lib: Any = None, choice: Choice = ANY) -> Plan:
-    """The plan of :func:`wgrad`, which reads none of the tensors' data.
+    """The plan of `wgrad`, which reads none of the tensors' data.
 
     Raises:
         NotImplementedError: the kernel cannot run it; the message says why.
@@ -57,7 +57,7 @@ def plan(call: ConvBackwardCall, *, lib: Any = None, choice: Choice = ANY) -> Pl
 
 def why_not(call: ConvBackwardCall) -> str | None:
     """The reason why the kernel cannot compute these gradients, or None. x, cache and grad are as
-    :func:`wgrad` takes them."""
+    `wgrad` takes them."""
     return why_refused(
         call.x, "causal_conv3d_sm90_wgrad", _args(call, call.weight, None), ANY, len(Plan._fields)
     )

@@ -36,7 +36,7 @@ def scope_attention(
     """``softmax(q k^T scale) v`` over the keys that ``scope`` lets each query see.
 
     A query that sees nothing gives zeros, and gets and gives gradients of zero. Contract: *close* (see
-    :mod:`vtok_fast.parity`). First-order gradients for ``q``, ``k`` and ``v``, in which no order of summation
+    `vtok_fast.parity`). First-order gradients for ``q``, ``k`` and ``v``, in which no order of summation
     depends on chance.
 
     Args:

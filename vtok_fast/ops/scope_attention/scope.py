@@ -52,7 +52,7 @@ class Scope:
         q_len: number of queries.
         k_len: number of keys.
         validate: check values that live on a device; this waits for the device. Values on the host are always
-            checked. Unchecked values never lead outside of memory: ranges are clamped, and :meth:`validate`
+            checked. Unchecked values never lead outside of memory: ranges are clamped, and `validate`
             and every other method that waits for the device then raises.
 
     Raises:

@@ -1,5 +1,5 @@
 """``token_packing``: pack the kept tokens of a video, and put them back. Choosing them:
-:mod:`vtok_fast.ops.token_packing.selection`."""
+`vtok_fast.ops.token_packing.selection`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def pack_tokens(
         keep: bool (B, *grid). Or int positions (B, K) in the flat grid, in any order, counted once if
             repeated, -1 for none; with them integer ``tokens`` are (B, *grid) and others (B, C, *grid).
             Positions on a GPU are checked as the capacity is.
-        levels, variant: quantise the kept tokens on the way, as :func:`vtok_fast.fsq_quantize` with dim=1:
+        levels, variant: quantise the kept tokens on the way, as `vtok_fast.fsq_quantize` with dim=1:
             values are its indices.
         capacity: rows of the result.
         validate: wait for the device and raise at once.
@@ -178,7 +178,7 @@ def unpack_tokens(
             positions without a value get ``fill``, which the next call that waits for the device reports.
         shape: of the result, to be checked; None takes it from the mask.
         fill: a number that the dtype of the values can hold.
-        validate, backend: as in :func:`pack_tokens`.
+        validate, backend: as in `pack_tokens`.
 
     Returns:
         (B, C, *grid) with the channels innermost in memory, which for videos is ``channels_last_3d``; (B,

@@ -86,7 +86,7 @@ class PackedTokens:
         return self.grids or (tuple(self.mask.shape[1:]),) * self.clips
 
     def with_values(self, values: Tensor) -> PackedTokens:
-        """The same positions with other values, as after a layer or :func:`vtok_fast.fsq_decode`."""
+        """The same positions with other values, as after a layer or `vtok_fast.fsq_decode`."""
         if len(values) != len(self.values):
             raise ValueError(f"values: expected {len(self.values)} rows, got shape {tuple(values.shape)}")
         return replace(self, values=values)
@@ -154,7 +154,7 @@ class PackedTokens:
 
     @classmethod
     def from_bytes(cls, data: bytes, device: torch.device | str = "cpu") -> PackedTokens:
-        """What :meth:`to_bytes` wrote; values are int32.
+        """What `to_bytes` wrote; values are int32.
 
         Raises:
             ValueError: the bytes are truncated, damaged, of another version, or something else.

@@ -122,7 +122,7 @@ def token_budget(
       in place, to decay x elbo_mean + (1 - decay) x the mean of these clips. One that is NaN starts with that
       mean.
 
-    Means are exact sums as in :func:`router_scores`, so every backend counts the same. Source: InfoTok, arXiv
+    Means are exact sums as in `router_scores`, so every backend counts the same. Source: InfoTok, arXiv
     2512.16975, equation 4, and its code.
 
     Args:

@@ -92,7 +92,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def video(x: Tensor) -> Tensor:
-    """The inverse of :func:`channels_last`."""
+    """The inverse of `channels_last`."""
     return x.permute(0, 4, 1, 2, 3)
 
 
