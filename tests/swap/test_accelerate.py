@@ -1,6 +1,7 @@
 """accelerate(): what it swaps, what it refuses, and that it gives everything back."""
 
 import copy
+import dataclasses
 import pickle
 import threading
 
@@ -105,8 +106,8 @@ def test_a_swap_that_fails_its_contract_is_undone(model, monkeypatch):
     def wrong(block, x):
         return adapter.resblock2d_forward(block, x) * 1.001
 
-    what, _, *rest = adapter._SWAPS[blocks.ResBlock2d]
-    monkeypatch.setitem(adapter._SWAPS, blocks.ResBlock2d, (what, wrong, *rest))
+    swap = dataclasses.replace(adapter._SWAPS[blocks.ResBlock2d], function=wrong)
+    monkeypatch.setitem(adapter._SWAPS, blocks.ResBlock2d, swap)
     report = vtok_fast.accelerate(model)
     failed = [e for e in report.skipped if e.why.startswith("failed its contract")]
     assert failed and all(e.kind == "ResBlock2d" and e.error > e.bound for e in failed)

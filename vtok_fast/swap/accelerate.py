@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,23 @@ from vtok_fast.swap.adapters import (
     vidtok,
 )
 from vtok_fast.swap.live_memory import peak_bytes
-from vtok_fast.swap.patch import Patch, Skip, Swap, hooked
+from vtok_fast.swap.patch import Patch, Skip, Swap, why_hooked
 from vtok_fast.swap.report import Entry, Report
 from vtok_fast.swap.results import close, equal
 
+
+class Adapter(Protocol):
+    """What a module of ``adapters/`` owes. It may also have ``quantizers(model)``: the FSQ quantizers in a
+    model whose inputs are latents themselves, each with its levels; their tokens are then judged on an
+    example."""
+
+    def propose(self, module: nn.Module) -> list[Swap] | Skip | None:
+        """The swaps of a module; a ``Skip`` for one that is known and left alone; None for an unknown one."""
+        ...
+
+
 # Asked in this order; the first that knows a module answers for it.
-LIBRARIES = (
+LIBRARIES: tuple[Adapter, ...] = (
     diffusers_wan,
     diffusers_cogvideox,
     diffusers_hunyuan,
@@ -43,7 +54,7 @@ LIBRARIES = (
     diffusers_vidtok,
     vector_quantize,
 )
-ADAPTERS = (vidtok, cosmos, infotok, promag, *LIBRARIES, pad_conv)
+ADAPTERS: tuple[Adapter, ...] = (vidtok, cosmos, infotok, promag, *LIBRARIES, pad_conv)
 
 _cache_shares: dict[int, int] = {}  # accelerated model -> bytes of the weight cache it pays for
 
@@ -145,14 +156,16 @@ def _propose(model: nn.Module, report: Report) -> list[_Candidate]:
         swaps = answer if isinstance(answer, list) else []
         if swaps and report.contract == "exact":
             swaps = [
-                replace(swap, function=swap.exact, judge=equal) for swap in swaps if swap.exact is not None
+                replace(swap, function=swap.exact, judge=equal)
+                for swap in swaps
+                if swap.exact is not None and swap.exact_where(module)
             ]
             why = "" if swaps else "the swap replaces arithmetic, which the contract exact does not allow"
         if swaps and any(s.attribute in module.__dict__ for s in swaps):
             why, swaps = "already accelerated, or its forward was replaced by somebody else", []
             covered.update(module.modules())
         for swap in swaps:
-            if reason := hooked(module, swap.covers):
+            if reason := why_hooked(module, swap.covers):
                 why, swaps = reason, []
                 break
             inside = [module] if swap.covers is None else [module.get_submodule(name) for name in swap.covers]
@@ -294,12 +307,13 @@ def _sample(c: _Candidate) -> tuple:
 
 
 def _run(model: nn.Module, args: tuple) -> tuple[Any, list[tuple[Tensor, tuple[int, ...]]]]:
-    """The model's result, and on the way the latents that its FSQ quantisers got, with their levels."""
+    """The model's result, and on the way the latents that its FSQ quantizers got, with their levels."""
     latents: list[tuple[Tensor, tuple[int, ...]]] = []
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, levels=levels: latents.append((inputs[0], levels)))
-        for adapter in (vidtok, diffusers_vidtok)
-        for module, levels in adapter.quantisers(model)
+        for adapter in ADAPTERS
+        if hasattr(adapter, "quantizers")
+        for module, levels in adapter.quantizers(model)
     ]
     try:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.parity import Parity
 
 _ABSENT = object()
@@ -38,6 +39,8 @@ class Swap:
             give it.
         exact: what takes the place of the method under the contract *exact*: the same arithmetic on fewer
             copies. None where there is nothing of that kind.
+        exact_where: for which modules of the class there is.
+        why_not: why this swap was not made for a module of its class, or None where it was.
     """
 
     what: str
@@ -49,6 +52,8 @@ class Swap:
     judge: Callable[[Any, Any, Any], Parity] | None = None
     reference: Callable[..., Any] | None = None
     exact: Callable[..., Any] | None = None
+    exact_where: Callable[[nn.Module], bool] = lambda module: True
+    why_not: Callable[[nn.Module], Reason] = lambda module: None
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ class Skip:
     at."""
 
     why: str
+
+
+def described(error: Exception) -> str:
+    """An exception's class and the first line of its message."""
+    message = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 class Patch:
@@ -104,7 +115,7 @@ def runs(module: nn.Module, function: Callable[..., Any], attribute: str = "forw
     return method is not None and getattr(method, "__code__", None) is function.__code__
 
 
-def hooked(module: nn.Module, parts: tuple[str, ...] | None = None) -> str | None:
+def why_hooked(module: nn.Module, parts: tuple[str, ...] | None = None) -> Reason:
     """Why a module's children (or only these, with theirs) cannot be bypassed: a hook or a replaced forward
     on one of them would not run any more."""
     for name, child in module.named_modules():

@@ -9,60 +9,29 @@ strided convolution beside them.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
-from vtok_fast import parity
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.models.common.regularizers import Regularized
 from vtok_fast.models.cosmos import blocks
 from vtok_fast.models.cosmos.networks import Decoder, Encoder
 from vtok_fast.models.cosmos.quantizers import FSQuantizer
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import fsq_quantize
-from vtok_fast.ops.norm_act import norm_act
-from vtok_fast.swap.patch import Skip, Swap
+from vtok_fast.swap.adapters.layers import Answer, group_norm, judge_fsq, lookup, only_end, random
+from vtok_fast.swap.patch import Swap
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
-    kind = type(module)
-    if kind in (Encoder, Decoder):
-        return [
-            Swap(
-                "norm + SiLU in one pass before conv_out",
-                run_out,
-                "run_out",
-                covers=("norm_out",),
-                probe=_only_end,
-                sample=lambda m: (_random(m, 1, m.norm_out.norm.num_channels, 3, 10, 14),),
-            )
-        ]
-    if kind not in _SWAPS:
-        return None
-    if kind is FSQuantizer and (module.num_codebooks > 1 or isinstance(module.project_in, nn.Linear)):
-        return Skip("several codebooks, or projections around them")
-    if kind in (blocks.HybridDown, blocks.HybridUp) and not (module.spatial or module.temporal):
-        return Skip("passes its input on")
-    what, function, sample, judge = _SWAPS[kind]
-    return [Swap(what, function, sample=sample, judge=judge)]
+def propose(module: nn.Module) -> Answer:
+    return lookup(module, _SWAPS)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
 
 
 def norm(layer: blocks.Norm, x: Tensor, activation: str | None = "silu") -> Tensor:
-    inner = layer.norm
-    return norm_act(
-        x,
-        inner.weight,
-        inner.bias,
-        kind="group",
-        groups=inner.num_groups,
-        per_frame=layer.per_frame,
-        eps=inner.eps,
-        activation=activation,
-    )
+    return group_norm(layer.norm, x, activation, per_frame=layer.per_frame)
 
 
 def conv(layer: blocks.CausalConv3d, x: Tensor, **options) -> Tensor:
@@ -136,6 +105,10 @@ def _pooled_conv(
     return conv(layer, x, weight=weight + average, **pads)
 
 
+def norm_forward(layer: blocks.Norm, x: Tensor) -> Tensor:
+    return norm(layer, x, None)
+
+
 def run_out(network: nn.Module, x: Tensor) -> Tensor:
     return network.conv_out(norm(network.norm_out, x))
 
@@ -145,55 +118,57 @@ def fsq_forward(quantizer: FSQuantizer, z: Tensor, *, step: int | None = None) -
     return Regularized(codes, indices, None if step is None else z.new_zeros(()))
 
 
-def _judge_fsq(fast: Regularized, eager: Regularized, ref64: Regularized) -> parity.Parity:
-    """Indices must equal those of the formula in float64, codes are then the same numbers."""
-    return parity.exact(fast.indices, ref64.indices)
-
-
 # ---- inputs for the check ----------------------------------------------------------------------------------
-
-
-def _random(module: nn.Module, *shape: int) -> Tensor:
-    like = next(module.parameters(), None)
-    return (
-        torch.randn(shape, dtype=like.dtype, device=like.device) if like is not None else torch.randn(shape)
-    )
-
-
-def _only_end(network: nn.Module) -> nn.Module:
-    """The part of a network that ``run_out`` uses."""
-    end = copy.copy(network)
-    end._modules = {name: network._modules[name] for name in ("norm_out", "conv_out")}
-    return end
 
 
 def _block_input(block: nn.Module) -> tuple[Tensor]:
     layer = next(m for m in block.modules() if isinstance(m, blocks.CausalConv3d))
-    return (_random(block, 1, layer.conv3d.in_channels, 5, 10, 14),)
+    return (random(block, 1, layer.conv3d.in_channels, 5, 10, 14),)
 
 
-_SWAPS = {
-    blocks.ResBlock: (
-        "norm + SiLU in one pass, factorised convs, residual fused",
-        resblock,
-        _block_input,
-        None,
+def _why_not_resampler(block: blocks.HybridDown | blocks.HybridUp) -> Reason:
+    return None if block.spatial or block.temporal else "passes its input on"
+
+
+def _why_not_fsq(quantizer: FSQuantizer) -> Reason:
+    plain = quantizer.num_codebooks == 1 and not isinstance(quantizer.project_in, nn.Linear)
+    return None if plain else "several codebooks, or projections around them"
+
+
+_END = Swap(
+    "norm + SiLU in one pass before conv_out",
+    run_out,
+    "run_out",
+    covers=("norm_out",),
+    probe=only_end,
+    sample=lambda m: (random(m, 1, m.norm_out.norm.num_channels, 3, 10, 14),),
+)
+_SWAPS: dict[type, Swap] = {
+    Encoder: _END,
+    Decoder: _END,
+    blocks.ResBlock: Swap(
+        "norm + SiLU in one pass, factorised convs, residual fused", resblock, sample=_block_input
     ),
-    blocks.SpatialAttention: ("norm, projections and residual fused", attention, _block_input, None),
-    blocks.TemporalAttention: ("norm, projections and residual fused", attention, _block_input, None),
-    blocks.HybridDown: ("pools folded into the convs", hybrid_down, _block_input, None),
-    blocks.HybridUp: ("repetition folded into the convs, residuals fused", hybrid_up, _block_input, None),
-    blocks.CausalConv3d: ("conv with virtual padding", conv, _block_input, None),
-    blocks.Norm: (
-        "norm in one pass",
-        lambda layer, x: norm(layer, x, None),
-        lambda m: (_random(m, 1, m.norm.num_channels, 4, 10, 14),),
-        None,
+    blocks.SpatialAttention: Swap("norm, projections and residual fused", attention, sample=_block_input),
+    blocks.TemporalAttention: Swap("norm, projections and residual fused", attention, sample=_block_input),
+    blocks.HybridDown: Swap(
+        "pools folded into the convs", hybrid_down, sample=_block_input, why_not=_why_not_resampler
     ),
-    FSQuantizer: (
+    blocks.HybridUp: Swap(
+        "repetition folded into the convs, residuals fused",
+        hybrid_up,
+        sample=_block_input,
+        why_not=_why_not_resampler,
+    ),
+    blocks.CausalConv3d: Swap("conv with virtual padding", conv, sample=_block_input),
+    blocks.Norm: Swap(
+        "norm in one pass", norm_forward, sample=lambda m: (random(m, 1, m.norm.num_channels, 4, 10, 14),)
+    ),
+    FSQuantizer: Swap(
         "thresholds instead of tanh and rounding",
         fsq_forward,
-        lambda m: (torch.randn(1, len(m.levels), 4, 10, 14),),
-        _judge_fsq,
+        sample=lambda m: (torch.randn(1, len(m.levels), 4, 10, 14),),
+        judge=judge_fsq,
+        why_not=_why_not_fsq,
     ),
 }

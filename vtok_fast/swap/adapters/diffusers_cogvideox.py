@@ -10,34 +10,40 @@ the video's size. A 1x1 convolution and nearest enlarging commute, so here the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.swap.adapters.layers import (
+    Answer,
+    Table,
     channels_last,
     frame_conv,
     group_norm,
     lookup,
     plain_conv2d,
     random,
-    unlike,
     video,
+    why_unlike,
 )
 from vtok_fast.swap.adapters.pad_conv import own_rule
 from vtok_fast.swap.adapters.padding import Rule, exact, virtual
-from vtok_fast.swap.patch import Skip, Swap
+from vtok_fast.swap.patch import Swap
 
 LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_cogvideox"
 Cache = dict
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
+def propose(module: nn.Module) -> Answer:
     return (
-        lookup(module, LIBRARY, _TABLE)
-        or lookup(module, "diffusers.models.downsampling", _DOWN)
-        or lookup(module, "diffusers.models.upsampling", _UP)
+        lookup(module, _SWAPS, LIBRARY)
+        or lookup(module, _DOWN, "diffusers.models.downsampling")
+        or lookup(module, _UP, "diffusers.models.upsampling")
     )
 
 
@@ -237,30 +243,8 @@ def _network(
 # ---- what is proposed --------------------------------------------------------------------------------------
 
 
-def _propose_conv(layer: nn.Module) -> list[Swap] | Skip:
-    if why := unlike(layer, conv="CogVideoXSafeConv3d"):
-        return Skip(why)
-    pads_nothing = not any(layer.conv.padding) and not any(layer.time_causal_padding)
-    return [
-        Swap(
-            "causal conv with virtual padding and cache",
-            conv,
-            sample=lambda m: (_video(m, m.conv.in_channels, 3),),
-            exact=conv_exact if pads_nothing else None,
-        )
-    ]
-
-
-def _propose_spatial_norm(norm: nn.Module) -> list[Swap] | Skip:
-    if why := _unlike_norm(norm):
-        return Skip(why)
-    return [
-        Swap(
-            "scale and shift made from the small latent, applied in one pass",
-            spatial_norm,
-            sample=_norm_sample,
-        )
-    ]
+def _why_not_conv(layer: nn.Module) -> Reason:
+    return why_unlike(layer, conv="CogVideoXSafeConv3d")
 
 
 def _norm_sample(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -269,10 +253,12 @@ def _norm_sample(norm: nn.Module) -> tuple[Tensor, Tensor]:
     )
 
 
-def _unlike_norm(norm: nn.Module) -> str | None:
+def _why_not_norm(norm: nn.Module) -> Reason:
     if type(norm) is nn.GroupNorm:
         return None
-    why = unlike(norm, norm_layer="GroupNorm", conv_y="CogVideoXCausalConv3d", conv_b="CogVideoXCausalConv3d")
+    why = why_unlike(
+        norm, norm_layer="GroupNorm", conv_y="CogVideoXCausalConv3d", conv_b="CogVideoXCausalConv3d"
+    )
     if not why and any(
         layer.conv.kernel_size != (1, 1, 1) or any(layer.conv.padding) or layer.conv.bias is None
         for layer in (norm.conv_y, norm.conv_b)
@@ -281,11 +267,11 @@ def _unlike_norm(norm: nn.Module) -> str | None:
     return why
 
 
-def _propose_block(block: nn.Module) -> list[Swap] | Skip:
+def _why_not_block(block: nn.Module) -> Reason:
     norms = ("GroupNorm", "CogVideoXSpatialNorm3D")
     shortcut = ("None", "CogVideoXCausalConv3d", "CogVideoXSafeConv3d")
-    why = (
-        unlike(
+    return (
+        why_unlike(
             block,
             norm1=norms,
             norm2=norms,
@@ -294,15 +280,8 @@ def _propose_block(block: nn.Module) -> list[Swap] | Skip:
             nonlinearity="SiLU",
             conv_shortcut=shortcut,
         )
-        or _unlike_norm(block.norm1)
-        or _unlike_norm(block.norm2)
-    )
-    return (
-        Skip(why)
-        if why
-        else [
-            Swap("norm + SiLU in one pass, causal convs, residual fused", resnet_block, sample=_block_sample)
-        ]
+        or _why_not_norm(block.norm1)
+        or _why_not_norm(block.norm2)
     )
 
 
@@ -317,50 +296,65 @@ def _block_sample(block: nn.Module) -> tuple:
     )
 
 
-def _propose_network(function):
-    def propose_network(network: nn.Module) -> list[Swap] | Skip:
-        why = unlike(
-            network, norm_out=("GroupNorm", "CogVideoXSpatialNorm3D"), conv_act="SiLU"
-        ) or _unlike_norm(network.norm_out)
-        return (
-            Skip(why)
-            if why
-            else [Swap("norm + SiLU in one pass before conv_out", function, covers=("norm_out", "conv_act"))]
-        )
-
-    return propose_network
+def _network_swap(function: Callable[..., Any]) -> Swap:
+    return Swap(
+        "norm + SiLU in one pass before conv_out",
+        function,
+        covers=("norm_out", "conv_act"),
+        why_not=lambda network: (
+            why_unlike(network, norm_out=("GroupNorm", "CogVideoXSpatialNorm3D"), conv_act="SiLU")
+            or _why_not_norm(network.norm_out)
+        ),
+    )
 
 
-def _propose_resample(what: str, function):
-    def propose_resample(block: nn.Module) -> list[Swap] | Skip:
-        if not plain_conv2d(block.conv):
-            return Skip("conv was replaced")
-        return [Swap(what, function, sample=lambda m: (_video(m, m.conv.in_channels, 3),))]
-
-    return propose_resample
+def _resample_swap(what: str, function: Callable[..., Tensor]) -> Swap:
+    return Swap(
+        what,
+        function,
+        sample=lambda m: (_video(m, m.conv.in_channels, 3),),
+        why_not=lambda block: None if plain_conv2d(block.conv) else "conv was replaced",
+    )
 
 
 def _video(module: nn.Module, channels: int, frames: int) -> Tensor:
     return random(module, 1, channels, frames, 10, 14)
 
 
-_TABLE = {
-    "CogVideoXCausalConv3d": _propose_conv,
-    "CogVideoXSafeConv3d": lambda m: [
-        Swap("conv with virtual padding", safe_conv, sample=lambda m: (_video(m, m.in_channels, 3),))
-    ],
-    "CogVideoXSpatialNorm3D": _propose_spatial_norm,
-    "CogVideoXResnetBlock3D": _propose_block,
-    "CogVideoXEncoder3D": _propose_network(encoder),
-    "CogVideoXDecoder3D": _propose_network(decoder),
+_SWAPS: Table = {
+    "CogVideoXCausalConv3d": Swap(
+        "causal conv with virtual padding and cache",
+        conv,
+        sample=lambda m: (_video(m, m.conv.in_channels, 3),),
+        exact=conv_exact,
+        exact_where=lambda layer: not any(layer.conv.padding) and not any(layer.time_causal_padding),
+        why_not=_why_not_conv,
+    ),
+    "CogVideoXSafeConv3d": Swap(
+        "conv with virtual padding", safe_conv, sample=lambda m: (_video(m, m.in_channels, 3),)
+    ),
+    "CogVideoXSpatialNorm3D": Swap(
+        "scale and shift made from the small latent, applied in one pass",
+        spatial_norm,
+        sample=_norm_sample,
+        why_not=_why_not_norm,
+    ),
+    "CogVideoXResnetBlock3D": Swap(
+        "norm + SiLU in one pass, causal convs, residual fused",
+        resnet_block,
+        sample=_block_sample,
+        why_not=_why_not_block,
+    ),
+    "CogVideoXEncoder3D": _network_swap(encoder),
+    "CogVideoXDecoder3D": _network_swap(decoder),
 }
-_DOWN = {
-    "CogVideoXDownsample3D": _propose_resample(
+_DOWN: Table = {
+    "CogVideoXDownsample3D": _resample_swap(
         "frames averaged in place, strided conv with virtual padding", downsample
     )
 }
-_UP = {
-    "CogVideoXUpsample3D": _propose_resample(
+_UP: Table = {
+    "CogVideoXUpsample3D": _resample_swap(
         "upsampling folded into the conv, frames repeated after it", upsample
     )
 }

@@ -7,17 +7,22 @@ before one are never written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.swap.adapters.layers import (
+    Answer,
+    Table,
     attention_per_frame,
     channels_last,
     group_norm,
     lookup,
     random,
-    unlike,
+    why_unlike,
 )
 from vtok_fast.swap.adapters.padding import MODES, Rule, exact, virtual
 from vtok_fast.swap.patch import Skip, Swap
@@ -25,8 +30,8 @@ from vtok_fast.swap.patch import Skip, Swap
 LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_cosmos"
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
-    return lookup(module, LIBRARY, _TABLE)
+def propose(module: nn.Module) -> Answer:
+    return lookup(module, _SWAPS, LIBRARY)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -146,7 +151,7 @@ def upsample(block: nn.Module, hidden_states: Tensor) -> Tensor:
 # ---- what is proposed --------------------------------------------------------------------------------------
 
 
-def _unlike_conv(*layers: nn.Module) -> str | None:
+def _why_not_convs(*layers: nn.Module) -> Reason:
     for layer in layers:
         if type(layer).__name__ != "CosmosCausalConv3d":
             return f"a convolution is a {type(layer).__name__}, which this swap was not made for"
@@ -155,94 +160,44 @@ def _unlike_conv(*layers: nn.Module) -> str | None:
     return None
 
 
-def _unlike_pair(*pairs: nn.Module) -> str | None:
+def _why_not_pairs(*pairs: nn.Module) -> Reason:
     for pair in pairs:
         if type(pair).__name__ != "CosmosConvProjection3d":
             return f"a pair of convolutions is a {type(pair).__name__}"
-        if why := _unlike_conv(pair.conv_s, pair.conv_t):
+        if why := _why_not_convs(pair.conv_s, pair.conv_t):
             return why
     return None
 
 
-def _propose_conv(layer: nn.Module) -> list[Swap] | Skip:
-    if why := _unlike_conv(layer):
-        return Skip(why)
-    copies_for_nothing = not layer.temporal_pad or not any(layer.spatial_pad)
-    return [
-        Swap(
-            "causal conv with virtual padding",
-            conv,
-            sample=lambda m: (_video(m, m.in_channels),),
-            exact=conv_exact if copies_for_nothing else None,
-        )
-    ]
-
-
-def _propose_norm(norm: nn.Module) -> list[Swap] | Skip:
-    why = unlike(norm, norm="GroupNorm")
-    return (
-        Skip(why)
-        if why
-        else [
-            Swap(
-                "norm in one pass, per frame without a permuted copy",
-                norm_forward,
-                sample=lambda m: (_video(m, m.norm.num_channels),),
-            )
-        ]
-    )
-
-
-def _propose_block(block: nn.Module) -> list[Swap] | Skip:
-    why = unlike(
+def _why_not_block(block: nn.Module) -> Reason:
+    why = why_unlike(
         block,
         norm1="CosmosCausalGroupNorm",
         norm2="CosmosCausalGroupNorm",
         conv_shortcut=("Identity", "CosmosCausalConv3d"),
-    ) or _unlike_pair(block.conv1, block.conv2)
+    ) or _why_not_pairs(block.conv1, block.conv2)
     if not why and not isinstance(block.conv_shortcut, nn.Identity):
-        why = _unlike_conv(block.conv_shortcut)
-    return (
-        Skip(why)
-        if why
-        else [
-            Swap(
-                "norm + SiLU in one pass, causal convs, residual fused",
-                resnet_block,
-                sample=lambda m: (_video(m, m.norm1.norm.num_channels),),
-            )
-        ]
-    )
+        why = _why_not_convs(block.conv_shortcut)
+    return why
 
 
-def _propose_attention(block: nn.Module) -> list[Swap] | Skip:
+def _why_not_attention(block: nn.Module) -> Reason:
     kind = type(block.processor).__name__
     if kind not in ("CosmosSpatialAttentionProcessor2_0", "CosmosTemporalAttentionProcessor2_0"):
-        return Skip(f"the processor is a {kind}, which this swap was not made for")
-    why = unlike(block, norm="CosmosCausalGroupNorm") or _unlike_conv(
+        return f"the processor is a {kind}, which this swap was not made for"
+    return why_unlike(block, norm="CosmosCausalGroupNorm") or _why_not_convs(
         block.to_q, block.to_k, block.to_v, block.to_out[0]
     )
-    return (
-        Skip(why)
-        if why
-        else [
-            Swap(
-                "norm, projections and residual fused",
-                attention,
-                sample=lambda m: (_video(m, m.norm.norm.num_channels),),
-            )
-        ]
-    )
 
 
-def _propose_resample(what: str, function):
-    def propose_resample(block: nn.Module) -> list[Swap] | Skip | None:
+def _propose_resample(what: str, function: Callable[..., Tensor]) -> Callable[[nn.Module], Answer]:
+    def propose_resample(block: nn.Module) -> Answer:
         layers = [
             layer for layer in (block.conv1, block.conv2, block.conv3) if not isinstance(layer, nn.Identity)
         ]
         if not layers:
             return None
-        if why := _unlike_conv(*layers):
+        if why := _why_not_convs(*layers):
             return Skip(why)
         if function is downsample and layers[0].weight.dtype in (torch.float16, torch.bfloat16):
             return Skip("a pool folded into 16-bit weights would be rounded twice")
@@ -255,11 +210,33 @@ def _video(module: nn.Module, channels: int) -> Tensor:
     return random(module, 1, channels, 3, 10, 14)
 
 
-_TABLE = {
-    "CosmosCausalConv3d": _propose_conv,
-    "CosmosCausalGroupNorm": _propose_norm,
-    "CosmosResnetBlock3d": _propose_block,
-    "CosmosCausalAttention": _propose_attention,
+_SWAPS: Table = {
+    "CosmosCausalConv3d": Swap(
+        "causal conv with virtual padding",
+        conv,
+        sample=lambda m: (_video(m, m.in_channels),),
+        exact=conv_exact,
+        exact_where=lambda layer: not layer.temporal_pad or not any(layer.spatial_pad),
+        why_not=_why_not_convs,
+    ),
+    "CosmosCausalGroupNorm": Swap(
+        "norm in one pass, per frame without a permuted copy",
+        norm_forward,
+        sample=lambda m: (_video(m, m.norm.num_channels),),
+        why_not=lambda norm: why_unlike(norm, norm="GroupNorm"),
+    ),
+    "CosmosResnetBlock3d": Swap(
+        "norm + SiLU in one pass, causal convs, residual fused",
+        resnet_block,
+        sample=lambda m: (_video(m, m.norm1.norm.num_channels),),
+        why_not=_why_not_block,
+    ),
+    "CosmosCausalAttention": Swap(
+        "norm, projections and residual fused",
+        attention,
+        sample=lambda m: (_video(m, m.norm.norm.num_channels),),
+        why_not=_why_not_attention,
+    ),
     "CosmosDownsample3d": _propose_resample(
         "pools folded into strided convs with virtual padding", downsample
     ),

@@ -7,12 +7,24 @@ squared elements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.scope_attention import scope_attention
 from vtok_fast.ops.scope_attention.scope import Scope
-from vtok_fast.swap.adapters.layers import channels_last, group_norm, lookup, random, unlike, video
+from vtok_fast.swap.adapters.layers import (
+    Answer,
+    Table,
+    channels_last,
+    group_norm,
+    lookup,
+    random,
+    video,
+    why_unlike,
+)
 from vtok_fast.swap.adapters.pad_conv import own_rule
 from vtok_fast.swap.adapters.padding import MODES, Rule, exact, virtual
 from vtok_fast.swap.patch import Skip, Swap
@@ -20,8 +32,8 @@ from vtok_fast.swap.patch import Skip, Swap
 LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video"
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
-    return lookup(module, LIBRARY, _TABLE)
+def propose(module: nn.Module) -> Answer:
+    return lookup(module, _SWAPS, LIBRARY)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -111,64 +123,34 @@ def _runner(module: nn.Module):
 # ---- what is proposed --------------------------------------------------------------------------------------
 
 
-def _unlike_conv(*layers: nn.Module | None) -> str | None:
+def _why_not_convs(*layers: nn.Module | None) -> Reason:
     """Why these are not all convolutions as their class makes them."""
     for layer in layers:
         if layer is not None:
             if type(layer).__name__ != "HunyuanVideoCausalConv3d":
                 return f"a convolution is a {type(layer).__name__}, which this swap was not made for"
-            if why := unlike(layer, conv="Conv3d"):
+            if why := why_unlike(layer, conv="Conv3d"):
                 return why
             if rule(layer) is None:
                 return f"pad_mode {layer.pad_mode!r} with a convolution that pads {layer.conv.padding} itself"
     return None
 
 
-def _propose_conv(layer: nn.Module) -> list[Swap] | Skip:
-    if why := _unlike_conv(layer):
-        return Skip(why)
-    return [
-        Swap(
-            "causal conv with virtual padding",
-            conv,
-            sample=lambda m: (_video(m, m.conv.in_channels),),
-            exact=None if any(layer.time_causal_padding) else conv_exact,
-        )
-    ]
-
-
-def _propose_upsample(block: nn.Module) -> list[Swap] | Skip:
-    if why := _unlike_conv(block.conv):
-        return Skip(why)
+def _why_not_upsample(block: nn.Module) -> Reason:
+    if why := _why_not_convs(block.conv):
+        return why
     if any(int(f) != f or f < 1 for f in block.upsample_factor):
-        return Skip(f"upsample_factor {block.upsample_factor} is not made of whole numbers")
-    return [
-        Swap(
-            "upsampling folded into the conv",
-            upsample,
-            sample=lambda m: (_video(m, m.conv.conv.in_channels),),
-        )
-    ]
+        return f"upsample_factor {block.upsample_factor} is not made of whole numbers"
+    return None
 
 
-def _propose_block(block: nn.Module) -> list[Swap] | Skip:
-    why = unlike(block, norm1="GroupNorm", norm2="GroupNorm", nonlinearity="SiLU") or _unlike_conv(
+def _why_not_block(block: nn.Module) -> Reason:
+    return why_unlike(block, norm1="GroupNorm", norm2="GroupNorm", nonlinearity="SiLU") or _why_not_convs(
         block.conv1, block.conv2, block.conv_shortcut
     )
-    return (
-        Skip(why)
-        if why
-        else [
-            Swap(
-                "norm + SiLU in one pass, causal convs, residual fused",
-                resnet_block,
-                sample=lambda m: (_video(m, m.norm1.num_channels),),
-            )
-        ]
-    )
 
 
-def _propose_mid_block(block: nn.Module) -> list[Swap] | Skip | None:
+def _propose_mid_block(block: nn.Module) -> Answer:
     covers = tuple(f"attentions.{i}" for i, attn in enumerate(block.attentions) if attn is not None)
     if not covers:
         return None
@@ -192,31 +174,41 @@ def _propose_mid_block(block: nn.Module) -> list[Swap] | Skip | None:
     ]
 
 
-def _propose_network(function):
-    def propose_network(network: nn.Module) -> list[Swap] | Skip:
-        why = unlike(network, conv_norm_out="GroupNorm", conv_act="SiLU")
-        return (
-            Skip(why)
-            if why
-            else [
-                Swap(
-                    "norm + SiLU in one pass before conv_out", function, covers=("conv_norm_out", "conv_act")
-                )
-            ]
-        )
-
-    return propose_network
+def _network_swap(function: Callable[..., Tensor]) -> Swap:
+    return Swap(
+        "norm + SiLU in one pass before conv_out",
+        function,
+        covers=("conv_norm_out", "conv_act"),
+        why_not=lambda network: why_unlike(network, conv_norm_out="GroupNorm", conv_act="SiLU"),
+    )
 
 
 def _video(module: nn.Module, channels: int) -> Tensor:
     return random(module, 1, channels, 3, 10, 14)
 
 
-_TABLE = {
-    "HunyuanVideoCausalConv3d": _propose_conv,
-    "HunyuanVideoUpsampleCausal3D": _propose_upsample,
-    "HunyuanVideoResnetBlockCausal3D": _propose_block,
+_SWAPS: Table = {
+    "HunyuanVideoCausalConv3d": Swap(
+        "causal conv with virtual padding",
+        conv,
+        sample=lambda m: (_video(m, m.conv.in_channels),),
+        exact=conv_exact,
+        exact_where=lambda layer: not any(layer.time_causal_padding),
+        why_not=_why_not_convs,
+    ),
+    "HunyuanVideoUpsampleCausal3D": Swap(
+        "upsampling folded into the conv",
+        upsample,
+        sample=lambda m: (_video(m, m.conv.conv.in_channels),),
+        why_not=_why_not_upsample,
+    ),
+    "HunyuanVideoResnetBlockCausal3D": Swap(
+        "norm + SiLU in one pass, causal convs, residual fused",
+        resnet_block,
+        sample=lambda m: (_video(m, m.norm1.num_channels),),
+        why_not=_why_not_block,
+    ),
     "HunyuanVideoMidBlock3D": _propose_mid_block,
-    "HunyuanVideoEncoder3D": _propose_network(encoder),
-    "HunyuanVideoDecoder3D": _propose_network(decoder),
+    "HunyuanVideoEncoder3D": _network_swap(encoder),
+    "HunyuanVideoDecoder3D": _network_swap(decoder),
 }

@@ -9,27 +9,30 @@ stays channels-last: neither frames nor pixels are folded into the batch by a co
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import fsq_quantize
 from vtok_fast.ops.norm_act import norm_act
 from vtok_fast.parity import Parity
 from vtok_fast.swap.adapters.fsq_parity import compare
 from vtok_fast.swap.adapters.layers import (
+    Answer,
+    Table,
     attention_per_frame,
     channels_last,
     frame_conv,
     lookup,
     plain_conv2d,
     random,
-    unlike,
     video,
+    why_unlike,
 )
 from vtok_fast.swap.adapters.padding import MODES
 from vtok_fast.swap.patch import Skip, Swap, runs
@@ -41,11 +44,11 @@ CONVS_3D, CONVS_1D = ("VidTokCausalConv3d", "Conv3d"), ("VidTokCausalConv1d", "C
 _local = threading.local()
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
-    return lookup(module, LIBRARY, _TABLE)
+def propose(module: nn.Module) -> Answer:
+    return lookup(module, _SWAPS, LIBRARY)
 
 
-def quantisers(model: nn.Module) -> list[tuple[nn.Module, tuple[int, ...]]]:
+def quantizers(model: nn.Module) -> list[tuple[nn.Module, tuple[int, ...]]]:
     """The FSQ quantisers in a model whose inputs are latents themselves, and their levels."""
     return [
         (m, tuple(m._levels.tolist()))
@@ -310,19 +313,15 @@ def _state(model: nn.Module, network: nn.Module) -> Iterator[None]:
 # ---- what is proposed --------------------------------------------------------------------------------------
 
 
-def _propose_causal_conv(layer: nn.Module) -> list[Swap] | Skip:
-    why = unlike(layer, conv=("Conv1d", "Conv3d"))
+def _why_not_causal_conv(layer: nn.Module) -> Reason:
+    why = why_unlike(layer, conv=("Conv1d", "Conv3d"))
     if not why and (
         any(layer.conv.padding)
         or layer.conv.groups != 1
         or getattr(layer, "pad_mode", "constant") not in MODES
     ):
         why = "its convolution pads or groups by itself"
-    return (
-        Skip(why)
-        if why
-        else [Swap("causal conv with virtual padding and a short cache", _conv_forward, sample=_conv_sample)]
-    )
+    return why
 
 
 def _conv_forward(layer: nn.Module, x: Tensor) -> Tensor:
@@ -336,14 +335,14 @@ def _conv_sample(layer: nn.Module) -> tuple[Tensor]:
     return (random(layer, 70, c, 5) if layer.conv.weight.dim() == 3 else random(layer, 1, c, 4, 10, 14),)
 
 
-def _propose_block(block: nn.Module) -> list[Swap] | Skip:
+def _why_not_block(block: nn.Module) -> Reason:
     kinds = next((k for k in (CONVS_1D, CONVS_3D, ("Conv2d",)) if type(block.conv1).__name__ in k), ())
     shortcut = (
         ("conv_shortcut" if block.use_conv_shortcut else "nin_shortcut",)
         if block.in_channels != block.out_channels
         else ()
     )
-    why = unlike(
+    return why_unlike(
         block,
         conv1=kinds,
         conv2=kinds,
@@ -351,11 +350,6 @@ def _propose_block(block: nn.Module) -> list[Swap] | Skip:
         norm2="VidTokLayerNorm",
         nonlinearity="SiLU",
         **dict.fromkeys(shortcut, kinds),
-    )
-    return (
-        Skip(why)
-        if why
-        else [Swap("norm + SiLU in one pass, convs, residual fused", resnet_block, sample=_block_sample)]
     )
 
 
@@ -369,65 +363,42 @@ def _block_sample(block: nn.Module) -> tuple[Tensor, None]:
     return random(block, *size[inner.weight.dim()]), None
 
 
-def _propose_attention(block: nn.Module) -> list[Swap] | Skip:
-    why = unlike(block, norm="VidTokLayerNorm", q=CONVS_3D, k=CONVS_3D, v=CONVS_3D, proj_out=CONVS_3D)
-    return (
-        Skip(why)
-        if why
-        else [
-            Swap(
-                "norm, projections and residual fused",
-                attention,
-                sample=lambda m: (random(m, 1, m.norm.norm.normalized_shape[0], 2, 10, 14),),
-            )
-        ]
+def _why_not_attention(block: nn.Module) -> Reason:
+    return why_unlike(block, norm="VidTokLayerNorm", q=CONVS_3D, k=CONVS_3D, v=CONVS_3D, proj_out=CONVS_3D)
+
+
+def _space_swap(what: str, function: Callable[..., Tensor]) -> Swap:
+    return Swap(
+        what,
+        function,
+        sample=lambda m: (random(m, 2, m.in_channels, 10, 14),),
+        why_not=lambda block: None if plain_conv2d(block.conv) else "conv was replaced",
     )
 
 
-def _propose_space(what: str, function):
-    def propose_space(block: nn.Module) -> list[Swap] | Skip:
-        return (
-            Skip("conv was replaced")
-            if not plain_conv2d(block.conv)
-            else [Swap(what, function, sample=lambda m: (random(m, 2, m.in_channels, 10, 14),))]
-        )
-
-    return propose_space
+def _why_not_time(block: nn.Module) -> Reason:
+    return why_unlike(block, conv=CONVS_3D)
 
 
-def _propose_time(what: str, function):
-    def propose_time(block: nn.Module) -> list[Swap] | Skip:
-        if why := unlike(block, conv=CONVS_3D):
-            return Skip(why)
-        if function is time_down and block.mix_factor.dtype in (torch.float16, torch.bfloat16):
-            return Skip("a pool folded into 16-bit weights would be rounded twice")
-        return [
-            Swap(
-                what,
-                function,
-                sample=lambda m: (random(m, 1, getattr(m.conv, "conv", m.conv).in_channels, 4, 10, 14),),
-            )
-        ]
-
-    return propose_time
+def _why_not_time_down(block: nn.Module) -> Reason:
+    if why := _why_not_time(block):
+        return why
+    if block.mix_factor.dtype in (torch.float16, torch.bfloat16):
+        return "a pool folded into 16-bit weights would be rounded twice"
+    return None
 
 
-def _propose_network(function):
-    def propose_network(network: nn.Module) -> list[Swap] | Skip:
-        why = unlike(network, norm_out="VidTokLayerNorm", nonlinearity="SiLU")
-        return (
-            Skip(why)
-            if why
-            else [
-                Swap(
-                    "levels without relayouts, norm + SiLU in one pass before conv_out",
-                    function,
-                    covers=("norm_out", "nonlinearity"),
-                )
-            ]
-        )
+def _time_sample(block: nn.Module) -> tuple[Tensor]:
+    return (random(block, 1, getattr(block.conv, "conv", block.conv).in_channels, 4, 10, 14),)
 
-    return propose_network
+
+def _network_swap(function: Callable[..., Tensor]) -> Swap:
+    return Swap(
+        "levels without relayouts, norm + SiLU in one pass before conv_out",
+        function,
+        covers=("norm_out", "nonlinearity"),
+        why_not=lambda network: why_unlike(network, norm_out="VidTokLayerNorm", nonlinearity="SiLU"),
+    )
 
 
 def _propose_fsq(regularizer: nn.Module) -> list[Swap] | Skip:
@@ -454,20 +425,40 @@ def _propose_fsq(regularizer: nn.Module) -> list[Swap] | Skip:
     ]
 
 
-_TABLE = {
-    "VidTokCausalConv1d": _propose_causal_conv,
-    "VidTokCausalConv3d": _propose_causal_conv,
-    "VidTokResnetBlock": _propose_block,
-    "VidTokAttnBlock": _propose_attention,
-    "VidTokDownsample2D": _propose_space("strided conv with virtual padding", space_down),
-    "VidTokUpsample2D": _propose_space("upsampling folded into the conv", space_up),
-    "VidTokDownsample3D": _propose_time("pool folded into the conv", time_down),
-    "VidTokUpsample3D": _propose_time("interpolation without relayouts, blend fused", time_up),
-    "VidTokEncoder3D": _propose_network(encoder),
-    "VidTokDecoder3D": _propose_network(decoder),
-    "AutoencoderVidTok": lambda m: [
+_CONV = Swap(
+    "causal conv with virtual padding and a short cache",
+    _conv_forward,
+    sample=_conv_sample,
+    why_not=_why_not_causal_conv,
+)
+_SWAPS: Table = {
+    "VidTokCausalConv1d": _CONV,
+    "VidTokCausalConv3d": _CONV,
+    "VidTokResnetBlock": Swap(
+        "norm + SiLU in one pass, convs, residual fused",
+        resnet_block,
+        sample=_block_sample,
+        why_not=_why_not_block,
+    ),
+    "VidTokAttnBlock": Swap(
+        "norm, projections and residual fused",
+        attention,
+        sample=lambda m: (random(m, 1, m.norm.norm.normalized_shape[0], 2, 10, 14),),
+        why_not=_why_not_attention,
+    ),
+    "VidTokDownsample2D": _space_swap("strided conv with virtual padding", space_down),
+    "VidTokUpsample2D": _space_swap("upsampling folded into the conv", space_up),
+    "VidTokDownsample3D": Swap(
+        "pool folded into the conv", time_down, sample=_time_sample, why_not=_why_not_time_down
+    ),
+    "VidTokUpsample3D": Swap(
+        "interpolation without relayouts, blend fused", time_up, sample=_time_sample, why_not=_why_not_time
+    ),
+    "VidTokEncoder3D": _network_swap(encoder),
+    "VidTokDecoder3D": _network_swap(decoder),
+    "AutoencoderVidTok": (
         Swap("no cache kept that is not read", encode, "_encode", covers=(), exact=encode),
         Swap("no cache kept that is not read", decode, "_decode", covers=(), exact=decode),
-    ],
+    ),
     "FSQRegularizer": _propose_fsq,
 }

@@ -9,19 +9,24 @@ norms in six kernels, upsampled frames,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.norm_act import norm_act
 from vtok_fast.swap.adapters.layers import (
+    Answer,
+    Table,
     channels_last,
     frame_conv,
     lookup,
     plain_conv2d,
     random,
-    unlike,
     video,
+    why_unlike,
 )
 from vtok_fast.swap.adapters.padding import Rule, exact, virtual
 from vtok_fast.swap.patch import Skip, Swap
@@ -30,8 +35,8 @@ LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_wan"
 KEPT = 2  # frames that a cache entry holds
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
-    return lookup(module, LIBRARY, _TABLE)
+def propose(module: nn.Module) -> Answer:
+    return lookup(module, _SWAPS, LIBRARY)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -210,41 +215,24 @@ def decoder(
 # ---- what is proposed --------------------------------------------------------------------------------------
 
 
-def _propose_conv(layer: nn.Module) -> list[Swap] | Skip:
+def _why_not_conv(layer: nn.Module) -> Reason:
     if layer.padding != (0, 0, 0) or layer.padding_mode != "zeros" or layer._padding[5]:
-        return Skip("its padding was changed after construction")
-    return [
-        Swap(
-            "causal conv with virtual padding and cache",
-            conv,
-            sample=_conv_sample,
-            exact=None if any(layer._padding) else conv_exact,
-        )
-    ]
+        return "its padding was changed after construction"
+    return None
 
 
 def _conv_sample(layer: nn.Module) -> tuple:
-    frames = max(2, layer.kernel_size[0])
-    return _video(layer, layer.in_channels, frames), _video(layer, layer.in_channels) if layer._padding[
-        4
-    ] else None
+    frames, cached = max(2, layer.kernel_size[0]), layer._padding[4]
+    return _video(layer, layer.in_channels, frames), _video(layer, layer.in_channels) if cached else None
 
 
-def _propose_norm(norm: nn.Module) -> list[Swap] | Skip:
-    if not norm.channel_first:
-        return Skip("channels last: only used on pixels, not on videos")
-    frames = norm.gamma.dim() == 3
-    return [
-        Swap(
-            "norm in one pass",
-            rms_forward,
-            sample=lambda m: (random(m, 2, m.gamma.numel(), 6, 7) if frames else _video(m, m.gamma.numel()),),
-        )
-    ]
+def _norm_sample(norm: nn.Module) -> tuple[Tensor]:
+    channels = norm.gamma.numel()
+    return (random(norm, 2, channels, 6, 7) if norm.gamma.dim() == 3 else _video(norm, channels),)
 
 
-def _propose_residual_block(block: nn.Module) -> list[Swap] | Skip:
-    why = unlike(
+def _why_not_block(block: nn.Module) -> Reason:
+    return why_unlike(
         block,
         norm1="WanRMS_norm",
         norm2="WanRMS_norm",
@@ -253,33 +241,13 @@ def _propose_residual_block(block: nn.Module) -> list[Swap] | Skip:
         nonlinearity="SiLU",
         conv_shortcut=("WanCausalConv3d", "Identity"),
     )
-    if why:
-        return Skip(why)
-    return [
-        Swap(
-            "norm + SiLU in one pass, causal convs, residual fused",
-            residual_block,
-            sample=lambda m: (_video(m, m.in_dim), [_video(m, m.in_dim), _video(m, m.out_dim)], [0]),
-        )
-    ]
 
 
-def _propose_attention(block: nn.Module) -> list[Swap] | Skip:
-    why = unlike(block, norm="WanRMS_norm", to_qkv="Conv2d", proj="Conv2d")
-    return (
-        Skip(why)
-        if why
-        else [
-            Swap(
-                "norm in one pass, projections and residual fused",
-                attention,
-                sample=lambda m: (_video(m, m.dim),),
-            )
-        ]
-    )
+def _block_sample(block: nn.Module) -> tuple:
+    return _video(block, block.in_dim), [_video(block, block.in_dim), _video(block, block.out_dim)], [0]
 
 
-def _propose_resample(block: nn.Module) -> list[Swap] | Skip | None:
+def _propose_resample(block: nn.Module) -> Answer:
     if block.mode not in ("upsample2d", "upsample3d", "downsample2d", "downsample3d"):
         return None
     up = block.mode.startswith("up")
@@ -287,7 +255,7 @@ def _propose_resample(block: nn.Module) -> list[Swap] | Skip | None:
     if (
         type(first).__name__ != ("WanUpsample" if up else "ZeroPad2d")
         or not plain_conv2d(layer)
-        or ("3d" in block.mode and unlike(block, time_conv="WanCausalConv3d"))
+        or ("3d" in block.mode and why_unlike(block, time_conv="WanCausalConv3d"))
     ):
         return Skip("its parts were replaced")
     if (
@@ -296,66 +264,69 @@ def _propose_resample(block: nn.Module) -> list[Swap] | Skip | None:
         else tuple(first.padding) != (0, 1, 0, 1)
     ):
         return Skip("another resampling than this swap was made for")
-    return [
-        Swap(
-            "upsampling folded into the conv" if up else "strided conv with virtual padding",
-            upsample if up else downsample,
-            sample=_resample_sample,
-        )
-    ]
+    what = "upsampling folded into the conv" if up else "strided conv with virtual padding"
+    return [Swap(what, upsample if up else downsample, sample=_resample_sample)]
 
 
 def _resample_sample(block: nn.Module) -> tuple:
     x = _video(block, block.dim)
     if "2d" in block.mode:
         return (x,)
-    return (
-        x,
-        [_video(block, block.dim) if block.mode == "upsample3d" else random(block, 1, block.dim, 1, 5, 7)],
-        [0],
-    )
+    kept = _video(block, block.dim) if block.mode == "upsample3d" else random(block, 1, block.dim, 1, 5, 7)
+    return x, [kept], [0]
 
 
-def _propose_network(function) -> object:
-    def propose_network(network: nn.Module) -> list[Swap] | Skip:
-        why = unlike(
+def _network(function: Callable[..., Tensor]) -> Swap:
+    return Swap(
+        "norm + SiLU in one pass before conv_out",
+        function,
+        covers=("conv_in", "norm_out", "conv_out", "nonlinearity"),
+        why_not=lambda network: why_unlike(
             network,
             norm_out="WanRMS_norm",
             conv_in="WanCausalConv3d",
             conv_out="WanCausalConv3d",
             nonlinearity="SiLU",
-        )
-        return (
-            Skip(why)
-            if why
-            else [
-                Swap(
-                    "norm + SiLU in one pass before conv_out",
-                    function,
-                    covers=("conv_in", "norm_out", "conv_out", "nonlinearity"),
-                )
-            ]
-        )
-
-    return propose_network
+        ),
+    )
 
 
 def _video(module: nn.Module, channels: int, frames: int = 2) -> Tensor:
     return random(module, 1, channels, frames, 10, 14)
 
 
-_TABLE = {
-    "WanCausalConv3d": _propose_conv,
-    "WanRMS_norm": _propose_norm,
-    "WanResidualBlock": _propose_residual_block,
-    "WanAttentionBlock": _propose_attention,
+_SWAPS: Table = {
+    "WanCausalConv3d": Swap(
+        "causal conv with virtual padding and cache",
+        conv,
+        sample=_conv_sample,
+        exact=conv_exact,
+        exact_where=lambda layer: not any(layer._padding),
+        why_not=_why_not_conv,
+    ),
+    "WanRMS_norm": Swap(
+        "norm in one pass",
+        rms_forward,
+        sample=_norm_sample,
+        why_not=lambda norm: (
+            None if norm.channel_first else "channels last: only used on pixels, not on videos"
+        ),
+    ),
+    "WanResidualBlock": Swap(
+        "norm + SiLU in one pass, causal convs, residual fused",
+        residual_block,
+        sample=_block_sample,
+        why_not=_why_not_block,
+    ),
+    "WanAttentionBlock": Swap(
+        "norm in one pass, projections and residual fused",
+        attention,
+        sample=lambda m: (_video(m, m.dim),),
+        why_not=lambda block: why_unlike(block, norm="WanRMS_norm", to_qkv="Conv2d", proj="Conv2d"),
+    ),
     "WanResample": _propose_resample,
-    "WanResidualDownBlock": lambda m: [
-        Swap("no clone of the input", residual_down, covers=(), exact=residual_down)
-    ],
-    "WanResidualUpBlock": lambda m: [
-        Swap("no clone of the input", residual_up, covers=(), exact=residual_up)
-    ],
-    "WanEncoder3d": _propose_network(encoder),
-    "WanDecoder3d": _propose_network(decoder),
+    "WanResidualDownBlock": Swap("no clone of the input", residual_down, covers=(), exact=residual_down),
+    "WanResidualUpBlock": Swap("no clone of the input", residual_up, covers=(), exact=residual_up),
+    "WanEncoder3d": _network(encoder),
+    "WanDecoder3d": _network(decoder),
 }

@@ -14,16 +14,12 @@ from vtok_fast.models.infotok.transformer import Attention, Block
 from vtok_fast.ops.norm_act import norm_act
 from vtok_fast.ops.scope_attention import scope_attention
 from vtok_fast.ops.scope_attention.scope import Scope
-from vtok_fast.swap.patch import Skip, Swap
+from vtok_fast.swap.adapters.layers import Answer, lookup
+from vtok_fast.swap.patch import Swap
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
-    kind = type(module)
-    if kind is Attention:
-        return [Swap("block-causal attention without a mask", attend, "attend", covers=(), sample=_heads)]
-    if kind is Block:
-        return [Swap("RMSNorm in one pass", block, covers=("attention_norm", "ffn_norm"), sample=_tokens)]
-    return None
+def propose(module: nn.Module) -> Answer:
+    return lookup(module, _SWAPS)
 
 
 def attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
@@ -59,3 +55,9 @@ def _tokens(block: Block) -> tuple:
     weight, heads = block.attention.mha.in_proj_weight, block.attention.mha.num_heads
     x = torch.randn(1, 3 * 20, weight.shape[1], dtype=weight.dtype, device=weight.device)
     return x, torch.rand(20, weight.shape[1] // heads // 2, dtype=torch.float64, device=weight.device), 3
+
+
+_SWAPS: dict[type, Swap] = {
+    Attention: Swap("block-causal attention without a mask", attend, "attend", covers=(), sample=_heads),
+    Block: Swap("RMSNorm in one pass", block, covers=("attention_norm", "ffn_norm"), sample=_tokens),
+}

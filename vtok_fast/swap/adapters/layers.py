@@ -1,30 +1,42 @@
-"""What the adapters of other people's libraries share."""
+"""What the adapters share: how a table answers for a module, layers on videos, inputs for the check."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_fast import parity
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.norm_act import norm_act
 from vtok_fast.swap.patch import Skip, Swap
 
-Table = Mapping[str, Callable[[nn.Module], "list[Swap] | Skip | None"]]
+Answer = list[Swap] | Skip | None
+# What is swapped in a class, given itself or by name: a record, several, or a function of the instance where
+# the record depends on it.
+Table = Mapping[Any, Swap | tuple[Swap, ...] | Callable[[nn.Module], Answer]]
 
 
-def lookup(module: nn.Module, library: str, table: Table) -> list[Swap] | Skip | None:
-    """What a table of class names says to a module, if its class comes from that library (which nobody
-    imports for this)."""
+def lookup(module: nn.Module, table: Table, library: str | None = None) -> Answer:
+    """What a table says to a module. It is keyed by class, or by the names of the classes of one library
+    (which nobody imports for this)."""
     kind = type(module)
-    if kind.__module__ != library or kind.__name__ not in table:
+    if library is not None and kind.__module__ != library:
         return None
-    return table[kind.__name__](module)
+    found = table.get(kind if library is None else kind.__name__)
+    if found is None or callable(found):
+        return None if found is None else found(module)
+    swaps = [found] if isinstance(found, Swap) else list(found)
+    why = next((why for swap in swaps if (why := swap.why_not(module))), None)
+    return Skip(why) if why else swaps
 
 
-def unlike(module: nn.Module, **expected: str | tuple[str, ...]) -> str | None:
+def why_unlike(module: nn.Module, **expected: str | tuple[str, ...]) -> Reason:
     """Why a block is not made of the parts that its class makes: a wrapper in the place of one (LoRA,
     quantisation) does more.
 
@@ -37,7 +49,7 @@ def unlike(module: nn.Module, **expected: str | tuple[str, ...]) -> str | None:
     return None
 
 
-def frame_conv(conv: nn.Conv2d, x: Tensor, spatial_pad=None, **options) -> Tensor:
+def frame_conv(conv: nn.Conv2d, x: Tensor, *, spatial_pad=None, **options) -> Tensor:
     """A 2D convolution on each frame of a video (B, C, T, H, W), by default with its own (zero) padding."""
     spatial_pad = tuple((p, p) for p in conv.padding) if spatial_pad is None else spatial_pad
     return causal_conv3d(
@@ -100,3 +112,16 @@ def random(module: nn.Module, *shape: int) -> Tensor:
     """Random input in a module's dtype, on its device."""
     like = next(module.parameters(), torch.empty(()))
     return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
+def only_end(network: nn.Module) -> nn.Module:
+    """The part of a network that its ``run_out`` uses."""
+    end = copy.copy(network)
+    end._modules = {name: network._modules[name] for name in ("norm_out", "conv_out")}
+    return end
+
+
+def judge_fsq(fast: Any, eager: Any, ref64: Any) -> parity.Parity:
+    """For results with ``indices``: those must equal the formula's in float64, codes are then the same
+    numbers."""
+    return parity.exact(fast.indices, ref64.indices)

@@ -2,10 +2,11 @@
 convolve it.
 
 Such a module holds one convolution (or is one, with a ``forward`` of its own) and no other parameters. What
-it pads is not guessed from names: a small copy of it is run with kernels of a single one on inputs whose
-every element is its own address, which shows for each place of the padded input where it comes from. If one
-rule explains all of it, also for a single frame, and the op then gives the module's results for random
-weights, the module is swapped; else it is named with the reason.
+it pads is not guessed
+from names: a small copy of it is run with kernels of a single one on inputs whose every element is its own
+address, which shows for each place of the padded input where it comes from. If one rule explains all of it,
+also for a single frame, and the op then gives the module's results for random weights, the module is swapped;
+else it is named with the reason.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.reference import causal_conv3d as reference
+from vtok_fast.swap.adapters.layers import Answer
 from vtok_fast.swap.adapters.padding import MODES, Rule, exact, virtual
-from vtok_fast.swap.patch import Skip, Swap
+from vtok_fast.swap.patch import Skip, Swap, described
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FILLS = ("zeros", "replicate", "reflect")
@@ -30,7 +33,7 @@ _SIMPLE = (bool, int, float, str, tuple, list, type(None))
 _KERNEL_LIMIT = 343  # taps; each is one small run
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
+def propose(module: nn.Module) -> Answer:
     kind = type(module)
     if kind in _PLAIN:
         return _propose_plain(module)
@@ -43,8 +46,9 @@ def propose(module: nn.Module) -> list[Swap] | Skip | None:
     if isinstance(rule, str):
         return Skip(f"pads or convolves in a way of its own: {rule}")
     guard = _settings(module, conv)
-    # Only there can copies be saved without touching the convolution
-    copies_for_nothing = not any(map(any, rule.pads))
+    copies_for_nothing = not any(
+        map(any, rule.pads)
+    )  # only there can copies be saved without touching the convolution
     return [
         Swap(
             f"conv with virtual padding {rule.pads}",
@@ -104,8 +108,9 @@ def _forward(run: Callable[..., Tensor], rule: Rule, guard: MappingProxyType) ->
     def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         conv = _only_conv(module)
         if conv is None or x.dim() != conv.weight.dim() or args or kwargs or _settings(module, conv) != guard:
-            # Another call, or other settings, than the rule was found for
-            return type(module).forward(module, x, *args, **kwargs)
+            return type(module).forward(
+                module, x, *args, **kwargs
+            )  # another call, or other settings, than the rule was found for
         return run(conv, x, rule)
 
     return forward
@@ -156,8 +161,7 @@ def find_rule(module: nn.Module, conv: nn.Module) -> Rule | str:
             torch.manual_seed(0)
             return _search(module, conv)
     except Exception as error:  # foreign code on inputs that it may not be made for
-        first_line = str(error).splitlines()[0] if str(error) else ""
-        return f"running a small copy raised {type(error).__name__}: {first_line}"
+        return f"running a small copy raised {described(error)}"
 
 
 def _search(module: nn.Module, conv: nn.Module) -> Rule | str:
@@ -190,7 +194,7 @@ def _search(module: nn.Module, conv: nn.Module) -> Rule | str:
     )
     if rule is None:
         return "no single padding mode per axis explains it"
-    return _verify(module, conv, rule, sizes) or rule
+    return _why_not(module, conv, rule, sizes) or rule
 
 
 def _addresses(size: Sequence[int]) -> Tensor:
@@ -255,7 +259,7 @@ def _explains(rule: Rule, size: Sequence[int], seen: Tensor) -> bool:
     return torch.equal(expected[tuple(slice(n) for n in seen.shape)], seen)
 
 
-def _verify(module: nn.Module, conv: nn.Module, rule: Rule, sizes: Sequence[Sequence[int]]) -> str | None:
+def _why_not(module: nn.Module, conv: nn.Module, rule: Rule, sizes: Sequence[Sequence[int]]) -> Reason:
     """Compares the module with the op on random weights and inputs, training and not, one frame included;
     None if they agree."""
     weight = torch.randn(2, 2, *conv.kernel_size, dtype=torch.float64)

@@ -9,20 +9,17 @@ accelerated layer needs no tiles: where a plain one has normalised, activated an
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vtok_fast.models.promag import blocks
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.norm_act import norm_act
-from vtok_fast.swap.patch import Skip, Swap
+from vtok_fast.swap.adapters.layers import Answer, lookup, random
+from vtok_fast.swap.patch import Swap
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
-    if type(module) not in _SWAPS:
-        return None
-    what, function, sample = _SWAPS[type(module)]
-    return [Swap(what, function, sample=sample)]
+def propose(module: nn.Module) -> Answer:
+    return lookup(module, _SWAPS)
 
 
 def norm(layer: blocks.GroupNorm, x: Tensor, **options) -> Tensor:
@@ -74,31 +71,32 @@ def causal_conv(layer: blocks.CausalConv3d, x: Tensor, before=None, residual: Te
     return conv(layer, x if before is None else before(x, (slice(None), slice(None))), residual)
 
 
-def _random(module: nn.Module, channels: int, frames: int = 4) -> Tensor:
-    like = next(module.parameters())
-    return torch.randn(1, channels, frames, 10, 14, dtype=like.dtype, device=like.device)
+def _input(module: nn.Module, channels: int, frames: int = 4) -> Tensor:
+    return random(module, 1, channels, frames, 10, 14)
 
 
-_SWAPS = {
-    blocks.ResBlock: (
+_SWAPS: dict[type, Swap] = {
+    blocks.ResBlock: Swap(
         "norm + SiLU in one call, 3x3x3 convs with virtual padding, residual fused",
         res_block,
-        lambda m: (_random(m, m.first.conv.conv.in_channels),),
+        sample=lambda m: (_input(m, m.first.conv.conv.in_channels),),
     ),
-    blocks.NormConv: (
+    blocks.NormConv: Swap(
         "norm + SiLU in one call, conv with virtual padding",
         norm_conv,
-        lambda m: (_random(m, m.conv.conv.in_channels),),
+        sample=lambda m: (_input(m, m.conv.conv.in_channels),),
     ),
-    blocks.NormSiLU: ("norm + SiLU in one call", norm_silu, lambda m: (_random(m, len(m.norm.weight)),)),
-    blocks.AdaNorm: (
+    blocks.NormSiLU: Swap(
+        "norm + SiLU in one call", norm_silu, sample=lambda m: (_input(m, len(m.norm.weight)),)
+    ),
+    blocks.AdaNorm: Swap(
         "norm and scale in one call",
         ada_norm,
-        lambda m: (_random(m, m.affine.in_channels, 5), _random(m, m.affine.in_channels, 3)),
+        sample=lambda m: (_input(m, m.affine.in_channels, 5), _input(m, m.affine.in_channels, 3)),
     ),
-    blocks.CausalConv3d: (
+    blocks.CausalConv3d: Swap(
         "conv with virtual padding, depth to space in its store",
         causal_conv,
-        lambda m: (_random(m, m.conv.in_channels),),
+        sample=lambda m: (_input(m, m.conv.in_channels),),
     ),
 }

@@ -12,17 +12,16 @@ from vtok_fast.parity import Parity
 from vtok_fast.reference.fsq import MAX_LEVEL
 from vtok_fast.reference.fsq import fsq_quantize as in_float64
 from vtok_fast.swap.adapters.fsq_parity import compare
-from vtok_fast.swap.adapters.layers import lookup
+from vtok_fast.swap.adapters.layers import Answer, Table, lookup
 from vtok_fast.swap.patch import Skip, Swap
 from vtok_fast.swap.results import equal
 
 PACKAGE = "vector_quantize_pytorch"
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
-    signs = {"LFQ": lambda m: Skip("a quantiser of signs: there is no op for it")}
-    return lookup(module, f"{PACKAGE}.finite_scalar_quantization", {"FSQ": _propose_fsq}) or lookup(
-        module, f"{PACKAGE}.lookup_free_quantization", signs
+def propose(module: nn.Module) -> Answer:
+    return lookup(module, _SWAPS, f"{PACKAGE}.finite_scalar_quantization") or lookup(
+        module, _SIGNS, f"{PACKAGE}.lookup_free_quantization"
     )
 
 
@@ -79,16 +78,16 @@ def _in_float32(fsq: nn.Module, z: Tensor) -> bool:
     )
 
 
-def _around(fsq: nn.Module, z: Tensor, quantise) -> tuple[Tensor, Tensor | None]:
+def _around(fsq: nn.Module, z: Tensor, quantize) -> tuple[Tensor, Tensor | None]:
     """What stands around the quantiser: channels to the end and back, projections, codebooks, indices if
     wanted."""
     first = z.dim() >= 4 or fsq.channel_first
     if not fsq.has_projections and fsq.num_codebooks == 1:  # then the channels can stay where they are
-        codes, indices = quantise(z, 1 if first else -1)
+        codes, indices = quantize(z, 1 if first else -1)
         indices = indices.unsqueeze(-1) if fsq.keep_num_codebooks_dim and indices is not None else indices
     else:
         z = fsq.project_in(z.movedim(1, -1) if first else z).unflatten(-1, (fsq.num_codebooks, -1))
-        codes, indices = quantise(z, -1)
+        codes, indices = quantize(z, -1)
         codes = fsq.project_out(codes.flatten(-2))
         codes = codes.movedim(-1, 1) if first else codes
         indices = indices if fsq.keep_num_codebooks_dim or indices is None else indices.squeeze(-1)
@@ -101,7 +100,7 @@ def symmetric(fsq: nn.Module, z: Tensor) -> tuple[Tensor, Tensor | None]:
     if torch.is_grad_enabled() or fsq.training and fsq.noise_dropout > 0 or not _in_float32(fsq, z):
         return type(fsq).forward(fsq, z)
 
-    def quantise(z: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    def quantize(z: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
         last = z.movedim(dim, -1)
         wide = last if last.dtype in fsq.allowed_dtypes else last.float()
         steps = fsq._levels - 1
@@ -113,7 +112,7 @@ def symmetric(fsq: nn.Module, z: Tensor) -> tuple[Tensor, Tensor | None]:
             indices = codes.add(1.0).div_(size).mul_(fsq._basis).sum(-1).round_().to(torch.int32)
         return codes.to(z.dtype).movedim(-1, dim), indices
 
-    return _around(fsq, z, quantise)
+    return _around(fsq, z, quantize)
 
 
 def _sample(fsq: nn.Module) -> tuple[Tensor]:
@@ -127,3 +126,7 @@ def _projected(fsq: nn.Module, z: Tensor) -> Tensor:
     """What the quantiser itself gets, in float64, channels last."""
     z = z.movedim(1, -1) if z.dim() >= 4 or fsq.channel_first else z
     return fsq.project_in(z).unflatten(-1, (fsq.num_codebooks, -1)).double()
+
+
+_SWAPS: Table = {"FSQ": _propose_fsq}
+_SIGNS: Table = {"LFQ": lambda fsq: Skip("a quantiser of signs: there is no op for it")}

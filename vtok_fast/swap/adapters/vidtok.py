@@ -9,57 +9,38 @@ into the weights of the convolution beside it.
 
 from __future__ import annotations
 
-import copy
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok_fast import parity
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.models.common.regularizers import FSQRegularizer, Regularized
 from vtok_fast.models.vidtok import blocks
 from vtok_fast.models.vidtok.networks import Decoder, Encoder, over_time, per_frame
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import fsq_quantize
 from vtok_fast.ops.norm_act import norm_act
-from vtok_fast.swap.patch import Skip, Swap, runs
+from vtok_fast.swap.adapters.layers import (
+    Answer,
+    attention_per_frame,
+    frame_conv,
+    group_norm,
+    judge_fsq,
+    lookup,
+    only_end,
+    random,
+)
+from vtok_fast.swap.patch import Swap, runs
 
 Caches = blocks.Caches
 
 
-def propose(module: nn.Module) -> list[Swap] | Skip | None:
-    kind = type(module)
-    if kind in (Encoder, Decoder):
-        return [
-            Swap("levels without relayouts", run_level, "run_level", covers=()),
-            Swap(
-                "norm + SiLU in one pass before conv_out",
-                run_out,
-                "run_out",
-                covers=("norm_out",),
-                probe=_only_end,
-                sample=lambda m: (_random(m.conv_out, 1, _channels(m), 4, 10, 14), None),
-            ),
-        ]
-    if kind not in _SWAPS:
-        return None
-    if kind is blocks.ResBlock1d and not isinstance(module.norm1, blocks.LayerNorm):
-        return Skip("GroupNorm over a single pixel's channels has no kernel")
-    if kind is FSQRegularizer and (module.num_codebooks > 1 or isinstance(module.project_in, nn.Linear)):
-        return Skip("several codebooks, or projections around them")
-    if kind is blocks.TimeDown and module.mix_factor.dtype in (torch.float16, torch.bfloat16):
-        return Skip("a pool folded into 16-bit weights would be rounded twice")
-    what, function, sample, judge = _SWAPS[kind]
-    return [Swap(what, function, sample=sample, judge=judge)]
+def propose(module: nn.Module) -> Answer:
+    return lookup(module, _SWAPS)
 
 
-def quantisers(model: nn.Module) -> list[tuple[nn.Module, tuple[int, ...]]]:
+def quantizers(model: nn.Module) -> list[tuple[nn.Module, tuple[int, ...]]]:
     """The FSQ quantisers in a model whose inputs are latents themselves, and their levels."""
-    return [
-        (m, m.levels)
-        for m in model.modules()
-        if isinstance(m, FSQRegularizer) and m.num_codebooks == 1 and not isinstance(m.project_in, nn.Linear)
-    ]
+    return [(m, m.levels) for m in model.modules() if isinstance(m, FSQRegularizer) and not _why_not_fsq(m)]
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -73,16 +54,7 @@ def norm_silu(
         return norm_act(
             x, norm.norm.weight, norm.norm.bias, kind="layer", eps=norm.norm.eps, activation=activation
         )
-    return norm_act(
-        x,
-        norm.weight,
-        norm.bias,
-        kind="group",
-        groups=norm.num_groups,
-        per_frame=per_frame,
-        eps=norm.eps,
-        activation=activation,
-    )
+    return group_norm(norm, x, activation, per_frame=per_frame)
 
 
 def conv(layer: nn.Module, x: Tensor, caches: Caches | None = None, **options) -> Tensor:
@@ -154,19 +126,6 @@ def _as_video(layer: nn.Module, frames: Tensor, like: Tensor) -> Tensor:
     return frames.unflatten(0, (b, h, w)).permute(0, 3, 4, 1, 2)
 
 
-def frame_conv(layer: nn.Conv2d, x: Tensor, *, spatial_pad=((1, 1), (1, 1)), **options) -> Tensor:
-    """A 2D convolution on each frame of a video."""
-    return causal_conv3d(
-        x,
-        layer.weight.unsqueeze(2),
-        layer.bias,
-        stride=(1, *layer.stride),
-        time_pad=(0, 0),
-        spatial_pad=spatial_pad,
-        **options,
-    )
-
-
 # ---- blocks, on whole videos (B, C, T, H, W) ---------------------------------------------------------------
 
 
@@ -189,12 +148,8 @@ def resblock(block: blocks.ResBlock1d | blocks.ResBlock3d, x: Tensor, caches: Ca
 
 
 def attention(block: blocks.FrameAttention, x: Tensor, caches: Caches | None = None) -> Tensor:
-    b, c, t, h, w = x.shape
     y = norm_silu(block.norm, x, per_frame=block.causal, activation=None)
-    q, k, v = (
-        conv(layer, y).permute(0, 2, 3, 4, 1).reshape(b, t, h * w, c) for layer in (block.q, block.k, block.v)
-    )
-    y = F.scaled_dot_product_attention(q, k, v).reshape(b, t, h, w, c).permute(0, 4, 1, 2, 3)
+    y = attention_per_frame(*(conv(layer, y) for layer in (block.q, block.k, block.v)))
     return conv(block.proj_out, y, residual=x)
 
 
@@ -297,26 +252,7 @@ def fsq_forward(regularizer: FSQRegularizer, z: Tensor, *, step: int | None = No
     return Regularized(codes, indices, loss)
 
 
-def _judge_fsq(fast: Regularized, eager: Regularized, ref64: Regularized) -> parity.Parity:
-    """Indices must equal those of the formula in float64, codes are then the same numbers."""
-    return parity.exact(fast.indices, ref64.indices)
-
-
 # ---- inputs for the check ----------------------------------------------------------------------------------
-
-
-def _random(module: nn.Module, *shape: int) -> Tensor:
-    like = next(module.parameters(), None)
-    return (
-        torch.randn(shape, dtype=like.dtype, device=like.device) if like is not None else torch.randn(shape)
-    )
-
-
-def _only_end(network: nn.Module) -> nn.Module:
-    """The part of a network that ``run_out`` uses."""
-    end = copy.copy(network)
-    end._modules = {name: network._modules[name] for name in ("norm_out", "conv_out")}
-    return end
 
 
 def _channels(block: nn.Module) -> int:
@@ -328,65 +264,87 @@ def _conv_channels(block: nn.Module) -> int:
     return next(m for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))).in_channels
 
 
-_SWAPS = {
-    blocks.ResBlock2d: (
+def _why_not_resblock1d(block: blocks.ResBlock1d) -> Reason:
+    per_channel = isinstance(block.norm1, blocks.LayerNorm)
+    return None if per_channel else "GroupNorm over a single pixel's channels has no kernel"
+
+
+def _why_not_time_down(block: blocks.TimeDown) -> Reason:
+    half = block.mix_factor.dtype in (torch.float16, torch.bfloat16)
+    return "a pool folded into 16-bit weights would be rounded twice" if half else None
+
+
+def _why_not_fsq(regularizer: FSQRegularizer) -> Reason:
+    plain = regularizer.num_codebooks == 1 and not isinstance(regularizer.project_in, nn.Linear)
+    return None if plain else "several codebooks, or projections around them"
+
+
+_NETWORK = (
+    Swap("levels without relayouts", run_level, "run_level", covers=()),
+    Swap(
+        "norm + SiLU in one pass before conv_out",
+        run_out,
+        "run_out",
+        covers=("norm_out",),
+        probe=only_end,
+        sample=lambda m: (random(m.conv_out, 1, _channels(m), 4, 10, 14), None),
+    ),
+)
+_SWAPS: dict[type, Swap | tuple[Swap, ...]] = {
+    Encoder: _NETWORK,
+    Decoder: _NETWORK,
+    blocks.ResBlock2d: Swap(
         "norm + SiLU in one pass, 3x3 convs, residual fused",
         resblock2d_forward,
-        lambda m: (_random(m, 2, _channels(m), 10, 14),),
-        None,
+        sample=lambda m: (random(m, 2, _channels(m), 10, 14),),
     ),
-    blocks.ResBlock1d: (
+    blocks.ResBlock1d: Swap(
         "norm + SiLU in one pass, temporal convs, residual fused",
         resblock1d_forward,
-        lambda m: (_random(m, 70, _channels(m), 5),),
-        None,
+        sample=lambda m: (random(m, 70, _channels(m), 5),),
+        why_not=_why_not_resblock1d,
     ),
-    blocks.ResBlock3d: (
+    blocks.ResBlock3d: Swap(
         "norm + SiLU in one pass, 3x3x3 convs, residual fused",
         resblock,
-        lambda m: (_random(m, 1, _channels(m), 4, 10, 14),),
-        None,
+        sample=lambda m: (random(m, 1, _channels(m), 4, 10, 14),),
     ),
-    blocks.FrameAttention: (
+    blocks.FrameAttention: Swap(
         "norm, projections and residual fused",
         attention,
-        lambda m: (_random(m, 1, _channels(m), 2, 10, 14),),
-        None,
+        sample=lambda m: (random(m, 1, _channels(m), 2, 10, 14),),
     ),
-    blocks.SpatialDown: (
+    blocks.SpatialDown: Swap(
         "strided conv with virtual padding",
         spatial_down_forward,
-        lambda m: (_random(m, 2, _conv_channels(m), 10, 14),),
-        None,
+        sample=lambda m: (random(m, 2, _conv_channels(m), 10, 14),),
     ),
-    blocks.SpatialUp: (
+    blocks.SpatialUp: Swap(
         "upsampling folded into the conv",
         spatial_up_forward,
-        lambda m: (_random(m, 2, _conv_channels(m), 10, 14),),
-        None,
+        sample=lambda m: (random(m, 2, _conv_channels(m), 10, 14),),
     ),
-    blocks.TimeDown: (
+    blocks.TimeDown: Swap(
         "pool folded into the conv",
         time_down,
-        lambda m: (_random(m, 1, _conv_channels(m), 4, 10, 14),),
-        None,
+        sample=lambda m: (random(m, 1, _conv_channels(m), 4, 10, 14),),
+        why_not=_why_not_time_down,
     ),
-    blocks.TimeUp: (
+    blocks.TimeUp: Swap(
         "upsampling folded into the conv, blend fused",
         time_up,
-        lambda m: (_random(m, 1, _conv_channels(m), 3, 10, 14),),
-        None,
+        sample=lambda m: (random(m, 1, _conv_channels(m), 3, 10, 14),),
     ),
-    blocks.CausalConv3d: (
+    blocks.CausalConv3d: Swap(
         "conv with virtual padding",
         causal_conv3d_forward,
-        lambda m: (_random(m, 1, m.conv.in_channels, 4, 10, 14),),
-        None,
+        sample=lambda m: (random(m, 1, m.conv.in_channels, 4, 10, 14),),
     ),
-    FSQRegularizer: (
+    FSQRegularizer: Swap(
         "thresholds instead of tanh and rounding",
         fsq_forward,
-        lambda m: (_random(m, 1, len(m.levels), 4, 10, 14),),
-        _judge_fsq,
+        sample=lambda m: (random(m, 1, len(m.levels), 4, 10, 14),),
+        judge=judge_fsq,
+        why_not=_why_not_fsq,
     ),
 }
