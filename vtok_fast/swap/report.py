@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module. ``error`` and ``bound`` are relative to float64 (see :mod:`vtok_fast.parity`), times in
+    """One module. ``error`` and ``bound`` are relative to float64 (see `vtok_fast.parity`), times in
     milliseconds and the most memory that tensors took in bytes, both on the check's inputs; None where
     nothing was measured. ``note`` is what else the check saw."""
 
@@ -36,15 +36,15 @@ class Entry:
 
 
 class Report:
-    """The result of :func:`vtok_fast.accelerate`.
+    """The result of `vtok_fast.accelerate`.
 
     Attributes:
-        swapped, skipped: lists of :class:`Entry`, in the model's order.
+        swapped, skipped: lists of `Entry`, in the model's order.
         contract: "close" or "exact".
         end_to_end: the whole model's error and bound on ``example``, with a ``why`` where it is beyond the
             bound (a token that falls to the other side of a rounding threshold does that: see ``tokens``);
             None where no example was given.
-        tokens: a :class:`vtok_fast.parity.TokenParity` for each FSQ quantiser of the model, on ``example``.
+        tokens: a `vtok_fast.parity.TokenParity` for each FSQ quantiser of the model, on ``example``.
     """
 
     def __init__(self, contract: str):
