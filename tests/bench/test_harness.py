@@ -82,9 +82,15 @@ def test_short_calls_are_repeated_within_a_sample(monkeypatch):
     assert statistics.median(seconds["a"]) == pytest.approx(harness.SAMPLE_SECONDS / 8)
 
 
-def test_measure_names_the_fastest_peer_and_ignores_floors():
+def test_measure_names_the_fastest_peer_and_ignores_floors(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+
     def busy(n):
-        return lambda: sum(range(n))
+        def work():
+            now[0] += n * 1e-8
+
+        return work
 
     trial = Trial(
         "t",

@@ -12,9 +12,8 @@ import torch
 
 import vtok_fast
 from vtok_fast import Scope
-from vtok_fast.dispatch import native
 
-needs_native = pytest.mark.skipif(native.lib() is None, reason="no native module")
+HANGS = 1800  # seconds after which a process is held to hang: what takes one or two, on the busiest machine
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
@@ -91,7 +90,7 @@ def _child(queue, expected) -> None:
 
 
 @LINUX
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_child_forked_after_use_computes_the_same(two_threads):
     expected = native_calls(3)
@@ -99,12 +98,12 @@ def test_a_child_forked_after_use_computes_the_same(two_threads):
     queue = context.Queue()
     child = context.Process(target=_child, args=(queue, expected))
     child.start()
-    child.join(60)
+    child.join(HANGS)
     hung = child.is_alive()
     if hung:
         child.kill()
     assert not hung, "the child waits for threads that only its parent has"
-    assert child.exitcode == 0 and queue.get(timeout=5)
+    assert child.exitcode == 0 and queue.get(timeout=HANGS)
     assert same(native_calls(3), expected)  # nor does the parent notice
 
 
@@ -140,7 +139,7 @@ OUT_OF_MEMORY = textwrap.dedent("""
         except MemoryError:
             failed += 1
         gc.collect()
-        resident.append(field("VmRSS"))
+        resident.append(field("RssAnon") + field("VmSwap"))  # of files, the system takes pages back at will
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert failed == 60, f"{failed} of 60 calls failed"
     assert resident[-1] - resident[9] < 1024, f"grown from {resident[9]} to {resident[-1]} KiB"
@@ -155,7 +154,7 @@ OUT_OF_MEMORY = textwrap.dedent("""
 
 
 @LINUX
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize(
     "algorithm,threads",
     [
@@ -171,6 +170,6 @@ def test_memory_that_runs_out_in_an_op_is_an_error_and_no_leak(algorithm, thread
         [sys.executable, "-c", OUT_OF_MEMORY, algorithm, str(threads)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
     assert result.returncode == 0 and "survived" in result.stdout, result.stderr[-2000:]
