@@ -217,7 +217,7 @@ def test_what_a_gpu_run_records(cuda, monkeypatch):
     ],
     ids=lambda x: getattr(x, "__name__", str(x)).rpartition(".")[2],
 )
-def test_workloads_as_on_a_gpu(cuda, monkeypatch, one_thread, section, case):
+def test_workloads_as_on_a_gpu(cuda, monkeypatch, section, case):
     """In bfloat16, without the CPU's weight cache, with rotating inputs; on tensors of the CPU."""
 
     def no_compiler(candidates, settings):

@@ -29,13 +29,13 @@ def _run(module, case):
 
 
 @pytest.mark.parametrize("layer", layers.benchmark_layers(quick=True), ids=str)
-def test_causal_conv3d_runs(layer, one_thread):
+def test_causal_conv3d_runs(layer):
     record = _run(causal_conv3d, causal_conv3d.Case(layers.scaled(replace(layer, cin=32, cout=32), 0.02)))
     assert "vtok_fast, no weight cache" in record["ratios"]
 
 
 @pytest.mark.parametrize("layer", layers.benchmark_layers(), ids=str)
-def test_all_peers_compute_the_same(layer, one_thread):
+def test_all_peers_compute_the_same(layer):
     layer = replace(layer, cin=8, cout=8)
     layer = layers.scaled(layer, 0.001)
     trial = causal_conv3d.build(causal_conv3d.Case(layer), TINY)
@@ -45,7 +45,7 @@ def test_all_peers_compute_the_same(layer, one_thread):
 
 
 @pytest.mark.parametrize("case", norm_act.cases(TINY), ids=str)
-def test_norm_act_runs(case, one_thread):
+def test_norm_act_runs(case):
     case = replace(case, size=(*case.size[:1], 2, 8, 8), compile=False)
     _run(norm_act, case)
     trial = norm_act.build(case, TINY)
@@ -56,13 +56,13 @@ def test_norm_act_runs(case, one_thread):
 
 
 @pytest.mark.parametrize("layout", ["planar", "channels last"])
-def test_fsq_runs(layout, one_thread):
+def test_fsq_runs(layout):
     record = _run(fsq, fsq.Case("large", (8, 5, 5), (2, 8, 8), layout))
     assert record["facts"]["differ_from_float64"] == 0 and "plain copy" in record["ratios"]["vtok_fast"]
 
 
 @pytest.mark.parametrize("case", token_packing.cases(TINY), ids=str)
-def test_token_packing_runs(case, one_thread):
+def test_token_packing_runs(case):
     _run(token_packing, replace(case, compile=False))
     trial = token_packing.build(case, TINY)
     # In which eager scores are rounded, and tie
@@ -71,7 +71,7 @@ def test_token_packing_runs(case, one_thread):
 
 
 @pytest.mark.parametrize("case", scope_attention.cases(TINY), ids=str)
-def test_scope_attention_runs(case, one_thread):
+def test_scope_attention_runs(case):
     record = _run(scope_attention, replace(case, flex=False))
     assert record["facts"]["gflop"] > 0
 
@@ -82,7 +82,7 @@ def test_scope_attention_and_flex_attention_see_the_same():
         assert torch.equal(case.sees()(positions[:, None], positions), case.scope().mask())
 
 
-def test_vidtok_runs(one_thread):
+def test_vidtok_runs():
     record = _run(vidtok, vidtok.Case("tiny", (1, 32, 32)))
     assert record["facts"]["swapped"] > 0 and record["facts"]["tokens"] == 64
 
@@ -90,7 +90,7 @@ def test_vidtok_runs(one_thread):
 # ---- the command line's part -------------------------------------------------------------------------------
 
 
-def test_own_shapes(one_thread):
+def test_own_shapes():
     wish = Own((1, 8, 5, 16, 16), kernel=(3, 3, 3), channels=4, time_mode="cache")
     ((name, case),) = runner.choose(["causal_conv3d"], TINY, wish=wish)
     assert case.layer.out_size == (5, 16, 16) and (case.layer.cout, case.layer.front, case.layer.chunk) == (
@@ -144,7 +144,7 @@ def test_workloads_are_chosen_by_model_and_words():
     assert {row["section"] for row in listed} == set(runner.SECTIONS) and all(row["peers"] for row in listed)
 
 
-def test_listed_peers_are_those_that_run(one_thread):
+def test_listed_peers_are_those_that_run():
     layer = layers.scaled(next(x for x in layers.load() if x.kernel[0] == 1), 0.002)
     built = [
         (causal_conv3d, causal_conv3d.Case(layer, compile=True)),
@@ -161,7 +161,7 @@ def test_listed_peers_are_those_that_run(one_thread):
             assert set(trial.missing.values()) == {"not asked for"}
 
 
-def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch, one_thread):
+def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
     limits = {"copy_gb_s": 1.0, "matmul_tflop_s": {"float32": 1.0}}
     monkeypatch.setattr(ceilings, "measure", lambda settings: limits)
     chosen = runner.choose(["fsq"], TINY)[2:]

@@ -12,8 +12,6 @@ from vtok_fast import cli
 from vtok_fast.commands import check_models
 from vtok_fast.models import VTok
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_every_model_keeps_its_contract(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # no clip of the demo there

@@ -14,15 +14,15 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
-from vtok_fast import cli  # noqa: E402
-from vtok_fast.bench import process_memory  # noqa: E402
-from vtok_fast.commands import demo as demo_module  # noqa: E402
-from vtok_fast.installation import doctor  # noqa: E402
-from vtok_fast.io.token_windows import TokenWindows  # noqa: E402
-from vtok_fast.io.tokens import Tokens  # noqa: E402
-from vtok_fast.io.video import read_video, write_video  # noqa: E402
-from vtok_fast.models import VidTok, VTok  # noqa: E402
-from vtok_fast.models.vidtok.config import CONFIGS  # noqa: E402
+from vtok_fast import cli
+from vtok_fast.bench import process_memory
+from vtok_fast.commands import demo as demo_module
+from vtok_fast.installation import doctor
+from vtok_fast.io.token_windows import TokenWindows
+from vtok_fast.io.tokens import Tokens
+from vtok_fast.io.video import read_video, write_video
+from vtok_fast.models import VidTok, VTok
+from vtok_fast.models.vidtok.config import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
 

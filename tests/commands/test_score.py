@@ -14,12 +14,12 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("torchmetrics")
 
-from vtok_fast import metrics  # noqa: E402
-from vtok_fast.commands.score import score  # noqa: E402
-from vtok_fast.commands.tokenize import detokenize, load_model, tokenize  # noqa: E402
-from vtok_fast.io.token_windows import TokenWindows  # noqa: E402
-from vtok_fast.io.video import read_video, to_float, write_video  # noqa: E402
-from vtok_fast.models import VTok  # noqa: E402
+from vtok_fast import metrics
+from vtok_fast.commands.score import score
+from vtok_fast.commands.tokenize import detokenize, load_model, tokenize
+from vtok_fast.io.token_windows import TokenWindows
+from vtok_fast.io.video import read_video, to_float, write_video
+from vtok_fast.models import VTok
 
 
 def clip(frames=20, height=32, width=48, seed=0):

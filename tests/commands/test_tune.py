@@ -19,7 +19,6 @@ from vtok_fast.ops.causal_conv3d.call import ConvCall, Geometry
 
 QUICK = Settings(quick=True, min_rounds=3, min_seconds=0.0, max_seconds=1.0)
 CPU = torch.device("cpu")
-needs_native = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 
 
 @pytest.fixture
@@ -127,7 +126,7 @@ def test_classes():
 # ---- the dispatcher ----------------------------------------------------------------------------------------
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("choice", ["direct", "winograd2", "winograd4"])
 def test_the_algorithm_of_the_table_runs_on_a_cpu(cache, monkeypatch, choice):
     call, seen = a_call(), []
@@ -152,7 +151,7 @@ def test_the_algorithm_of_the_table_runs_on_a_cpu(cache, monkeypatch, choice):
     assert seen[1] != seen[0]
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_what_lost_its_measurement_is_not_chosen(cache):
     call = a_call()
     write({"backend": "reference", "choice": None}, call)
@@ -259,7 +258,7 @@ def timed(monkeypatch, times):
     monkeypatch.setattr(tune.harness, "interleave", interleave)
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize(
     ("times", "entry"),
     [
@@ -278,7 +277,7 @@ def test_the_winner_of_a_class(monkeypatch, times, entry):
     assert facts["microseconds"]["untuned"] == 10 and tuning._enabled
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_what_computes_something_else_cannot_win(monkeypatch):
     timed(monkeypatch, {"untuned": 10, "cpu winograd2": 1, "cpu direct": 5})
     execute = tune.execute
@@ -309,7 +308,7 @@ def test_ways_on_a_gpu(monkeypatch):
     assert list(tune.ways(a_call(kernel=(3, 1, 1)))) == [("cpu", "direct"), ("reference", None)]
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_tune_writes_what_the_dispatcher_reads(cache, monkeypatch):
     timed(monkeypatch, {"untuned": 10, "cpu direct": 5})
     said = []

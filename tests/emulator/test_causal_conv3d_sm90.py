@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.conv_cases import (  # noqa: E402
+from support.conv_cases import (
     KERNELS,
     checked_call,
     close,
@@ -18,14 +18,14 @@ from support.conv_cases import (  # noqa: E402
     in_double,
     make_call,
 )
-from support.conv_sm90_emulated import Emulated, emulator  # noqa: E402
+from support.conv_sm90_emulated import Emulated
 
 from vtok_fast import parity
 from vtok_fast.dispatch import native
 from vtok_fast.ops.causal_conv3d import launch, sm90
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall
 
-pytestmark = pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
+pytestmark = pytest.mark.needs_emulator
 BF16, F16 = torch.bfloat16, torch.float16
 LAST = torch.channels_last_3d
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from support import emulator  # noqa: E402
-from support.conv_sm80_emulated import _tensor  # noqa: E402
+from support import emulator
+from support.conv_sm80_emulated import _tensor
 from torch import Tensor
 
 from vtok_fast.ops.causal_conv3d import gradient, sm90_wgrad
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, Geometry
-from vtok_fast.reference import causal_conv3d as reference  # noqa: E402
+from vtok_fast.reference import causal_conv3d as reference
 
-pytestmark = pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
+pytestmark = pytest.mark.needs_emulator
 
 LAST = torch.channels_last_3d
 BF16, F16 = torch.bfloat16, torch.float16

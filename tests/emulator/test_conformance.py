@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-from support import emulator  # noqa: E402
+from support import emulator
 
 LANES = range(32)
 VALUES = 2048
@@ -208,7 +208,7 @@ def check(words, parts):
     assert at == len(words)
 
 
-@pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
+@pytest.mark.needs_emulator
 @pytest.mark.parametrize("seed", range(3))
 def test_emulator(seed):
     library = emulator.build(
@@ -223,7 +223,7 @@ def test_emulator(seed):
     check([n & 0xFFFFFFFF for n in words.tolist()], PARTS)
 
 
-@pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
+@pytest.mark.needs_emulator
 @pytest.mark.parametrize("seed", range(3))
 def test_emulator_sm90(seed):
     library = emulator.build(

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import emulator  # noqa: E402
+from support import emulator
 
-from vtok_fast.ops import fsq as op  # noqa: E402
-from vtok_fast.ops.fsq import threshold_table  # noqa: E402
-from vtok_fast.reference import fsq as reference  # noqa: E402
+from vtok_fast.ops import fsq as op
+from vtok_fast.ops.fsq import threshold_table
+from vtok_fast.reference import fsq as reference
 
-pytestmark = pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
+pytestmark = pytest.mark.needs_emulator
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = (0, 1, 2)
 

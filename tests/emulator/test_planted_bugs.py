@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from support import emulator  # noqa: E402
+from support import emulator
 
-pytestmark = pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
+pytestmark = pytest.mark.needs_emulator
 
 BUGS = {
     1: ("both stages in one place", "race in shared memory: cp.async"),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adversary import Adversary, Discriminator  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from adversary import Adversary, Discriminator
 
 
 def videos(seed: int, size: int = 16) -> torch.Tensor:

@@ -14,11 +14,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 ROOT = Path(__file__).resolve().parents[2]
 
-import miniature  # noqa: E402
+import miniature
 
-from vtok_fast.models import VidTok  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from vtok_fast.models import VidTok
 
 
 class Noise:

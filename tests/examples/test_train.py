@@ -15,9 +15,9 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
-from vtok_fast.commands.tokenize import systems  # noqa: E402
-from vtok_fast.io.video import write_video  # noqa: E402
-from vtok_fast.models import VidTok  # noqa: E402
+from vtok_fast.commands.tokenize import systems
+from vtok_fast.io.video import write_video
+from vtok_fast.models import VidTok
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--threads", "1", "--crop", "1x5x16x16", "--warmup", "2", "--ema", "0.5")

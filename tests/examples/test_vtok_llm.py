@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from vtok_llm import DIRECTIONS, VideoLM, main, moving, probe, tiny_lm  # noqa: E402
+from vtok_llm import DIRECTIONS, VideoLM, main, moving, probe, tiny_lm
 
-from vtok_fast.models import VTok  # noqa: E402
+from vtok_fast.models import VTok
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("av")
 
-from vtok_fast.io.video import VideoError, read_video, to_float, to_uint8, write_video  # noqa: E402
+from vtok_fast.io.video import VideoError, read_video, to_float, to_uint8, write_video
 
 
 def moving_disc(frames: int = 6, height: int = 48, width: int = 80) -> torch.Tensor:

@@ -14,7 +14,6 @@ from support import tokenizer_contract as contract
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 from vtok_fast.models import Cosmos, CosmosConfig
 from vtok_fast.models.common.windows import WindowStream
 from vtok_fast.models.cosmos import blocks
@@ -33,7 +32,6 @@ FSQ = {**SMALL, "levels": (8, 5, 5)}
 AE = {**SMALL, "formulation": "AE", "latent_channels": 3}
 VAE = {**AE, "formulation": "VAE", "z_factor": 2}
 KINDS = {"FSQ": FSQ, "AE": AE, "VAE": VAE, "FSQ predict1": {**FSQ, "layout": "predict1"}}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(kind: str = "FSQ", **fields) -> Cosmos:
@@ -122,7 +120,7 @@ def test_patches_and_back(method, patch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_common_face(kind, tmp_path):
+def test_the_common_contract(kind, tmp_path):
     contract.check_tokens(make(kind), contract.clip(2, 3, 5, 16, 8), tmp_path / "clip.tokens")
     contract.check_refusals(make(kind), contract.clip(1, 3, 5, 16, 8))
 
@@ -294,7 +292,7 @@ def outputs(module: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
-@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+@pytest.mark.needs_native
 @pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_each_accelerated_block_is_close(name, frames):
@@ -311,7 +309,7 @@ def test_each_accelerated_block_is_close(name, frames):
         assert measured.ok or (zero and not expected.any()), f"{key}: {measured}"
 
 
-@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+@pytest.mark.needs_native
 @pytest.mark.parametrize("kind", ["FSQ", "VAE"])
 def test_acceleration(kind):
     """A whole model: every block swapped within its contract, tokens equal but for latents at a threshold,
@@ -350,7 +348,7 @@ def test_acceleration(kind):
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+@pytest.mark.needs_native
 def test_acceleration_in_bfloat16():
     model, video = make().bfloat16(), contract.clip(1, 3, 5, 16, 16, dtype=torch.bfloat16)
     report = vtok_fast.accelerate(model)

@@ -12,10 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vtok_fast.dispatch import native
-
 TESTS = Path(__file__).resolve().parents[1]
-from support import golden  # noqa: E402
+from support import golden
 
 FOLDERS = [
     TESTS / "golden_data",
@@ -29,7 +27,6 @@ FILES = {
     if path.name.startswith(PREFIXES)
 }
 CONV = "vidtok_causal_conv.safetensors"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +38,7 @@ def test_golden_file(name):
     assert [check for check in checks if not check.passed] == []
 
 
-@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+@pytest.mark.needs_native
 @pytest.mark.parametrize("algorithm", ["direct", "winograd2", "winograd4"])
 @pytest.mark.parametrize(
     "name", sorted(FILES) or [pytest.param("none", marks=pytest.mark.skip("no golden files found"))]

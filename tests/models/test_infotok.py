@@ -15,7 +15,6 @@ from support import tokenizer_contract as contract
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 from vtok_fast.models import Cosmos, InfoTok, InfoTokConfig
 from vtok_fast.models.infotok.model import DROPPED, frame_budgets, frame_rates
 from vtok_fast.models.infotok.transformer import Attention, Block, block_causal_mask, rotary_angles
@@ -33,7 +32,6 @@ SMALL = {
     "num_attention_heads": 2,
     "levels": (8, 5, 5),
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> InfoTok:
@@ -266,7 +264,7 @@ def test_shares_of_frames():
 # Encoding and decoding
 
 
-def test_the_common_face(tmp_path):
+def test_the_common_contract(tmp_path):
     contract.check_tokens(make(), contract.clip(2, 3, 7, 16, 8), tmp_path / "clip.tokens")
     contract.check_refusals(make(), contract.clip(1, 3, 5, 16, 16))
 
@@ -411,7 +409,7 @@ def test_autocast():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+@pytest.mark.needs_native
 @pytest.mark.parametrize("twice", [True, False])
 def test_the_accelerated_block_is_close(twice):
     module = contract.randomise(Block(32, 4, 48, eps=1e-5, twice=twice), std=0.3)
@@ -429,7 +427,7 @@ def test_the_accelerated_block_is_close(twice):
         assert measured.ok, f"{key}: {measured}"
 
 
-@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+@pytest.mark.needs_native
 def test_acceleration():
     """Every block within its contract, tokens equal but for latents at a threshold, gradients as near to
     those in float64 as a float32 implementation must come. All tokens are kept: a score at the bound may fall

@@ -1,5 +1,5 @@
 """ProMAG: latent sizes of the paper, causality, growth, the norm without mean, tiles, chunks, and the common
-face."""
+contract."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tokenizer_contract import (  # noqa: E402
+from support.tokenizer_contract import (
     check_acceleration,
     check_autocast,
     check_compile,
@@ -23,7 +23,6 @@ from support.tokenizer_contract import (  # noqa: E402
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 from vtok_fast.models import ProMAG, ProMAGConfig
 from vtok_fast.models.promag import blocks
 
@@ -46,7 +45,6 @@ KINDS = [
     {"per_frame": True, "growth": 1},
     {"chunk_frames": None},
 ]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> ProMAG:
@@ -312,11 +310,11 @@ def test_stream_is_the_whole(frames):
     )
 
 
-# The common face
+# The common contract
 
 
 @pytest.mark.parametrize("fields", KINDS, ids=str)
-def test_face(fields, tmp_path):
+def test_contract(fields, tmp_path):
     model = make(**fields)
     for frames in (1, 9, 19):
         check_tokens(model, clip(2, 3, frames, 8, 12), tmp_path / "tokens.safetensors")
@@ -326,7 +324,7 @@ def test_face(fields, tmp_path):
     check_gradients(model, video)
 
 
-@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+@pytest.mark.needs_native
 @pytest.mark.parametrize("fields", KINDS, ids=str)
 def test_acceleration(fields):
     """Groups of the ops' own sizes, so that the kernels run, and not only their fallbacks."""
@@ -343,7 +341,7 @@ def test_acceleration(fields):
     ]
 
 
-@pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+@pytest.mark.needs_native
 def test_acceleration_without_an_example():
     """Every kind of layer is checked on inputs of its own."""
     for fields in (

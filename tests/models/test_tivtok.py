@@ -1,12 +1,12 @@
 """TivTok: the paper's token counts, what each token sees, chunks that share invariant tokens, SoftVQ, and the
-common face."""
+common contract."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tokenizer_contract import (  # noqa: E402
+from support.tokenizer_contract import (
     check_acceleration,
     check_autocast,
     check_compile,
@@ -49,7 +49,6 @@ KINDS = [
     {"rotary_split": (8, 2, 2), "tv_position": "none", "decoder_time": True},
     {"tiv_position": "cell", "tv_position": "cell", "decoder_time": True},
 ]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> TivTok:
@@ -265,7 +264,7 @@ def test_softvq_codewords_learn_from_the_mean_alone():
     assert z.grad.abs().sum() > 0
 
 
-# The common face
+# The common contract
 
 
 @pytest.mark.parametrize("fields", KINDS, ids=str)

@@ -23,7 +23,6 @@ PARAMETERS = {"288": 148.8, "444": 154.9, "888": 164.9, "488": 157.4, "41616": 1
 
 SMALL = {"ch": 8, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "z_channels": 4}
 FSQ = {**SMALL, "levels": (8, 8, 5, 5)}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> VidTok:

@@ -13,7 +13,6 @@ FSQ = {"ch": 8, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "z_channels": 4, "lev
 V1_1 = {"version": "1.1", "interpolation_mode": "trilinear"}
 TWICE = {"tempo_ds": (1,), "tempo_us": (2,), "time_downsample_factor": 2}
 KL = {"regularizer": "kl", "levels": None}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> VidTok:

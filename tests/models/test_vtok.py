@@ -1,5 +1,5 @@
 """VTok: token counts, the mean-difference identity, backbones, what a residual token changes, and the common
-face."""
+contract."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tokenizer_contract import (  # noqa: E402
+from support.tokenizer_contract import (
     check_acceleration,
     check_autocast,
     check_compile,
@@ -41,7 +41,6 @@ SMALL = {
     "decoder_heads": 2,
     "mlp_ratio": 2.0,
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**fields) -> VTok:
@@ -224,13 +223,13 @@ def test_clip_of_transformers():
     torch.testing.assert_close(model.sequence(model.encode(video))[:, :4], states[-2][:, 1:])
 
 
-# The common face
+# The common contract
 
 
 @pytest.mark.parametrize(
     "fields", [{}, {"stride": 3}, {"token_dim": 16}, {"key_pool": "max", "motion_layers": 3}], ids=str
 )
-def test_face(fields, tmp_path):
+def test_contract(fields, tmp_path):
     model = make(**fields)
     for frames in (1, 2, 8):
         check_tokens(model, clip(2, 3, frames, 8, 12), tmp_path / "tokens.safetensors")

@@ -10,10 +10,8 @@ from torch.autograd import gradcheck
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 from vtok_fast.ops.causal_conv3d.call import Geometry
 
-needs_native = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
 NONE = ((0, 0), (0, 0))
 ONE = ((1, 1), (1, 1))
 DOWN = ((0, 1), (0, 1))
@@ -191,7 +189,7 @@ def make(kernel, cache=0, channels=(5, 6), size=(4, 7, 9), dtype=torch.float64):
     return x, w, b, c
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.needs_native)])
 @pytest.mark.parametrize("name, kernel, chain, options", ROWS, ids=[row[0] for row in ROWS])
 def test_padding_rule_of_public_models(name, kernel, chain, options, backend):
     options = dict(options)
@@ -303,7 +301,7 @@ def run_call(call, dtype, backend):
     return compute(same, backend), compute(torch.Tensor.double, "reference"), compute(same, "reference")
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("algorithm", ["direct", "winograd2", "winograd4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @settings(max_examples=40, deadline=None)
@@ -319,7 +317,7 @@ def test_cpu_kernel_against_float64(call, dtype, algorithm):
         assert (p := parity.close(*results)).ok, p
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_every_element_of_the_output_is_written():
     x, w, b, _ = make((3, 3, 3), channels=(16, 16), dtype=torch.float32)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
@@ -337,7 +335,7 @@ def test_every_element_of_the_output_is_written():
         torch.use_deterministic_algorithms(False)
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("algorithm", ["direct", "winograd4"])
 def test_offsets_beyond_2_to_the_31(algorithm):
     """Frames that lie 2**29 elements apart: the last one starts beyond 2**31. Untouched pages cost no
@@ -406,7 +404,7 @@ def test_gradients_of_residual_and_alpha():
     )
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_float32_gradients_are_close():
     x, w, b, c = make((3, 3, 3), cache=2, channels=(16, 24), size=(4, 12, 14), dtype=torch.float32)
 
@@ -499,7 +497,7 @@ def test_bad_input_is_named(change, error, message):
         vtok_fast.causal_conv3d(**{"x": X, "weight": W, **change})
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_float64_has_no_cpu_kernel_and_says_so():
     with pytest.raises(vtok_fast.BackendError, match="no torch.float64 kernel"):
         vtok_fast.causal_conv3d(X.double(), W.double(), backend="cpu")
@@ -513,7 +511,7 @@ def test_empty_batch():
     assert y.shape == (0, 6, 3, 8, 8)
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_tensors_that_are_not_what_their_memory_says():
     n = torch.conj(torch.randn(1, 4, 3, 8, 8, dtype=torch.complex64)).imag  # a view with its sign bit pending
     assert n.is_neg()
@@ -532,7 +530,7 @@ def test_tensors_that_are_not_what_their_memory_says():
         vtok_fast.causal_conv3d([1], W)
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("algorithm", ["direct", "winograd4"])
 def test_strided_and_expanded_arguments(algorithm):
     x, w = torch.randn(1, 16, 3, 8, 8), torch.randn(32, 16, 3, 3, 3)

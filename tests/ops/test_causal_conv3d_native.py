@@ -11,17 +11,9 @@ from vtok_fast.dispatch import native
 from vtok_fast.reference.causal_conv3d import causal_conv3d as reference
 
 lib = native.lib()
-pytestmark = pytest.mark.skipif(lib is None, reason=f"{native.why_missing()}")
+pytestmark = pytest.mark.needs_native
 DIRECT = 1
 CASES_PER_TEST = 40
-
-
-@pytest.fixture(params=[] if lib is None else lib.supported_isas())
-def isa(request):
-    before = lib.isa()
-    lib.set_isa(request.param)
-    yield request.param
-    lib.set_isa(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -17,14 +17,14 @@ from support.conv_cases import (
     laid_out,
     make_call,
     random_call,
-)  # noqa: E402
-from support.conv_sm80_emulated import Emulated, emulator  # noqa: E402
+)
+from support.conv_sm80_emulated import Emulated
 
 from vtok_fast import parity
 from vtok_fast.ops.causal_conv3d import gradient, op, sm80
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall
 
-pytestmark = pytest.mark.skipif(emulator.why_missing() is not None, reason=str(emulator.why_missing()))
+pytestmark = pytest.mark.needs_emulator
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 A100, SMALL = {"shared_limit": 163 << 10}, {"shared_limit": 99 << 10}

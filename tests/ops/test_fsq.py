@@ -18,20 +18,6 @@ from vtok_fast.reference import fsq as reference
 
 LEVEL_SETS = ([8] * 5, [8, 8, 8, 5, 5, 5], [4, 3, 2], [64], [26, 1000], [2] * 31)
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-needs_native = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
-ISAS = native.lib().supported_isas() if native.lib() else []
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    native.lib().set_isa(request.param)
-    yield request.param
-    native.lib().set_isa("auto")
 
 
 def float64_index(z: float, level: int, variant: str) -> tuple[int, float]:
@@ -68,7 +54,7 @@ def test_thresholds_are_where_the_float64_formula_steps(variant):
             assert min(margin, margin_before) > 8 * 2**-53 * level
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("dtype", NARROW)
 def test_kernel_equals_reference_next_to_thresholds(isa, dtype):
     for variant in reference.VARIANTS:
@@ -98,7 +84,7 @@ def test_kernel_equals_reference_next_to_thresholds(isa, dtype):
         assert indices[:99].tolist() == written_out
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("levels", LEVEL_SETS, ids=str)
 def test_every_layout_and_a_nan(isa, levels):
     for dtype in NARROW:
@@ -124,7 +110,7 @@ def test_every_layout_and_a_nan(isa, levels):
             assert torch.equal(got.codes.isnan(), nan) and torch.equal(got.indices == -1, nan.any(dim))
 
 
-@needs_native
+@pytest.mark.needs_native
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_shape(data):
@@ -138,7 +124,7 @@ def test_any_shape(data):
     assert torch.equal(fsq_decode(got.indices, levels, dim=dim), got.codes)
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_every_element_is_written_and_none_beside(isa):
     levels = [8, 5, 6]
     for channels_innermost in (False, True):

@@ -19,11 +19,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVEL_SETS = ([8] * 4, [8] * 5, [8, 8, 8, 5, 5, 5], [4, 3, 2], [64, 26], [300], [2] * 31)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def same(a, b):
     return (
         a.dtype == b.dtype

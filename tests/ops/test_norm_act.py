@@ -15,20 +15,6 @@ from vtok_fast.reference import norm_act as reference
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
-needs_native = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
-ISAS = native.lib().supported_isas() if native.lib() else []
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    native.lib().set_isa(request.param)
-    yield request.param
-    native.lib().set_isa("auto")
 
 
 def video(c, t=2, h=5, w=7, b=2, dtype=torch.float32, layout=torch.channels_last_3d, seed=0):
@@ -52,7 +38,7 @@ def assert_close(x, weight, bias, **options):
     return y
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_kernel_is_close_to_float64(isa, kind, layout):
@@ -88,7 +74,7 @@ def test_kernel_is_close_to_float64(isa, kind, layout):
                 )
 
 
-@needs_native
+@pytest.mark.needs_native
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_shape_and_strides(data):
@@ -118,7 +104,7 @@ def test_any_shape_and_strides(data):
     assert y.is_contiguous(memory_format=torch.channels_last_3d) or x.is_contiguous()
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("layout", LAYOUTS.values())
 @pytest.mark.parametrize("kind", ("layer", "group"))
 def test_large_mean_costs_no_accuracy(isa, kind, layout):
@@ -127,7 +113,7 @@ def test_large_mean_costs_no_accuracy(isa, kind, layout):
     assert_close(x, None, None, kind=kind)
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("layout", LAYOUTS.values())
 def test_every_element_is_written_and_none_beside(isa, layout):
     for c in (3, 17, 32):
@@ -245,7 +231,7 @@ def test_gradients(kind, rounding):
     assert torch.autograd.gradcheck(f, args)
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_kernel_gradient_is_close():
     x = video(32).requires_grad_()
     weight = torch.randn(32, requires_grad=True)

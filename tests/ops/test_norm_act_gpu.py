@@ -13,11 +13,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", reference.KINDS)

@@ -10,13 +10,13 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton  # noqa: E402
-from support.triton_harness import CAPABILITIES, run_interpreted  # noqa: E402
-from support.triton_signatures import AFTER, OPTIONAL, compiled  # noqa: E402
+import triton
+from support.triton_harness import CAPABILITIES, run_interpreted
+from support.triton_signatures import AFTER, OPTIONAL, compiled
 
-import vtok_fast  # noqa: E402
-from vtok_fast.kernels import norm_act as kernels  # noqa: E402
-from vtok_fast.kernels import norm_act_backward as backward  # noqa: E402
+import vtok_fast
+from vtok_fast.kernels import norm_act as kernels
+from vtok_fast.kernels import norm_act_backward as backward
 
 INTERPRETED = Path(__file__).resolve().parents[1] / "support" / "norm_act_interpreted.py"
 

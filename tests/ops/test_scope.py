@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scope_cases import by_hand, ints, scopes  # noqa: E402
+from support.scope_cases import by_hand, ints, scopes
 
 from vtok_fast.ops.scope_attention.scope import CSR, Scope, _clamp, _transpose_device
 

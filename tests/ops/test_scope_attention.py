@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support.scope_cases import by_hand, scopes  # noqa: E402
+from support.scope_cases import by_hand, scopes
 
 import vtok_fast
 from vtok_fast import parity

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from support.scope_cases import by_hand  # noqa: E402
+from support.scope_cases import by_hand
 
-from vtok_fast import parity  # noqa: E402
-from vtok_fast.kernels import scope_attention as kernels  # noqa: E402
-from vtok_fast.ops.scope_attention import scope_attention  # noqa: E402
-from vtok_fast.ops.scope_attention.scope import Scope  # noqa: E402
-from vtok_fast.ops.token_packing.packed_tokens import raise_device_errors  # noqa: E402
-from vtok_fast.reference import scope_attention as reference  # noqa: E402
+from vtok_fast import parity
+from vtok_fast.kernels import scope_attention as kernels
+from vtok_fast.ops.scope_attention import scope_attention
+from vtok_fast.ops.scope_attention.scope import Scope
+from vtok_fast.ops.token_packing.packed_tokens import raise_device_errors
+from vtok_fast.reference import scope_attention as reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SCOPES = {

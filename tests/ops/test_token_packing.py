@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import golden  # noqa: E402
+from support import golden
 
 import vtok_fast
 from vtok_fast.dispatch import native
@@ -31,25 +31,11 @@ from vtok_fast.reference import token_packing as reference
 GOLDEN = Path(__file__).resolve().parents[1] / "golden_data" / "token_packing_infotok.safetensors"
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "reference") if native.lib() else ("reference",)
-needs_native = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
-ISAS = native.lib().supported_isas() if native.lib() else []
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    native.lib().set_isa(request.param)
-    yield request.param
-    native.lib().set_isa("auto")
 
 
 def poison():
@@ -83,7 +69,7 @@ def test_scores_are_what_the_definition_says(backend):
                     )
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("dtype", NARROW)
 def test_scores_are_the_same_bits_on_every_instance(isa, dtype):
     for layout in ("contiguous", "channels_last", "mixed", "cropped", "transposed"):
@@ -104,7 +90,7 @@ def test_scores_are_the_same_bits_on_every_instance(isa, dtype):
             assert torch.equal(got.nan_to_num(-1.0), want.nan_to_num(-1.0)), (layout, grid)
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_many_values_under_one_mean_stay_exact(isa):
     # 3 x 16 x 32 x 512 values of nearly 4096: more than a double adds up without rounding.
     a, b = 4096 - torch.rand(1, 3, 17, 32, 512), torch.zeros(1, 3, 17, 32, 512)
@@ -624,7 +610,7 @@ def test_late_errors_are_raised_once():
     raise_device_errors(device)
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_kernels_clamp_what_nobody_checked():
     call = token_selection.SelectCall(torch.rand(3, 10), torch.tensor([-5, 4, 99]), "topk", 4)
     keep = token_selection._select_cpu_run(call)
@@ -633,7 +619,7 @@ def test_kernels_clamp_what_nobody_checked():
 
 
 @pytest.mark.slow
-@needs_native
+@pytest.mark.needs_native
 def test_more_than_2_to_31_elements():
     keep = torch.zeros(1, 17, 1024, 512, dtype=torch.bool)
     keep[0, -1, -1, -5:] = keep[0, 0, 0, 0] = True

@@ -10,13 +10,13 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton  # noqa: E402
-from support.triton_harness import CAPABILITIES, assert_fits, compile_for, run_interpreted  # noqa: E402
-from support.triton_signatures import types  # noqa: E402
+import triton
+from support.triton_harness import CAPABILITIES, assert_fits, compile_for, run_interpreted
+from support.triton_signatures import types
 
-import vtok_fast  # noqa: E402
-from vtok_fast.kernels import token_packing as kernels  # noqa: E402
-from vtok_fast.ops.token_packing import pack_tokens, router_scores, select_tokens  # noqa: E402
+import vtok_fast
+from vtok_fast.kernels import token_packing as kernels
+from vtok_fast.ops.token_packing import pack_tokens, router_scores, select_tokens
 
 INTERPRETED = Path(__file__).resolve().parents[1] / "support" / "token_packing_interpreted.py"
 

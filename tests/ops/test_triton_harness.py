@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from support.triton_harness import CAPABILITIES, SHARED_LIMIT, assert_fits, compile_for, run_interpreted  # noqa: E402
+import triton
+import triton.language as tl
+from support.triton_harness import CAPABILITIES, SHARED_LIMIT, assert_fits, compile_for, run_interpreted
 
 FILE = """
 import torch, triton, triton.language as tl

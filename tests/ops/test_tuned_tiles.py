@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from support.triton_harness import assert_fits, compile_for, run_interpreted  # noqa: E402
-from support.triton_signatures import AFTER, OPTIONAL, compiled, types  # noqa: E402
+from support.triton_harness import assert_fits, compile_for, run_interpreted
+from support.triton_signatures import AFTER, OPTIONAL, compiled, types
 
-from vtok_fast.kernels import norm_act, scope_attention, tiles_near, token_packing  # noqa: E402
+from vtok_fast.kernels import norm_act, scope_attention, tiles_near, token_packing
 
 
 def test_results_under_the_interpreter():

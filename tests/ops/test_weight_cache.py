@@ -9,7 +9,7 @@ from torch.nn.functional import conv3d
 from vtok_fast.dispatch import native
 
 lib = native.lib()
-pytestmark = pytest.mark.skipif(lib is None, reason=f"{native.why_missing()}")
+pytestmark = pytest.mark.needs_native
 SET_LIMIT = 1 << 30
 
 
@@ -18,12 +18,10 @@ def fresh_cache():
     if lib is None:
         yield
         return
-    before = lib.weight_cache_stats()["bound"]
     lib.clear_weight_cache()
     lib.set_weight_cache(SET_LIMIT)
     yield
     lib.clear_weight_cache()
-    lib.set_weight_cache(before)
 
 
 def run(x, weight, m=4):

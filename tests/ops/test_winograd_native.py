@@ -10,18 +10,10 @@ from vtok_fast.dispatch import native
 from vtok_fast.reference.causal_conv3d import causal_conv3d as reference
 
 lib = native.lib()
-pytestmark = pytest.mark.skipif(lib is None, reason=f"{native.why_missing()}")
+pytestmark = pytest.mark.needs_native
 MODES = {"zeros": 0, "replicate": 1, "reflect": 2}
 FLOOR = 16 * 2**-23  # the close contract's, of the norm-wise relative error
 HALF_EPS = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-
-@pytest.fixture(params=[] if lib is None else lib.supported_isas())
-def isa(request):
-    before = lib.isa()
-    lib.set_isa(request.param)
-    yield request.param
-    lib.set_isa(before)
 
 
 @pytest.fixture(params=[2, 4])

@@ -13,25 +13,15 @@ from support import fuzz
 
 from vtok_fast.dispatch import native
 
-needs_native = pytest.mark.skipif(native.lib() is None, reason="no native module")
-
 
 @pytest.fixture(autouse=True)
-def as_before(tmp_path, monkeypatch):
-    """A run changes settings of the native module, and notes its last case for whoever finds the process
-    dead."""
+def notes(tmp_path, monkeypatch):
+    """A run notes its last case for whoever finds the process dead."""
     monkeypatch.setattr(fuzz, "SEED", tmp_path / "seed")
     monkeypatch.setattr(fuzz, "LAST", tmp_path / "call")
-    isa, bound = (
-        (native.lib().isa(), native.lib().weight_cache_stats()["bound"]) if native.lib() else (None, None)
-    )
-    yield
-    if native.lib():
-        native.lib().set_isa(isa)
-        native.lib().set_weight_cache(bound)
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_calls_are_sound_before_they_are_spoilt():
     """Of every entry point that takes tensors; but for pads too wide for `reflect`, which are refused."""
     ran, refused = collections.Counter(), collections.Counter()
@@ -51,7 +41,7 @@ def test_calls_are_sound_before_they_are_spoilt():
 
 
 @pytest.mark.parametrize(
-    "target", [pytest.param("native", marks=needs_native), "packed", "tokens", "results"]
+    "target", [pytest.param("native", marks=pytest.mark.needs_native), "packed", "tokens", "results"]
 )
 def test_a_short_run(target, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fuzz.py", target, "--cases", "150", "--seed", "11"])

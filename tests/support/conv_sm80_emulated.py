@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from support import emulator  # noqa: E402
+from support import emulator
 
 SOURCES = [
     f"csrc/cuda/causal_conv3d/{part}.cu" for part in ("sm80_forward", "dgrad", "sm80_wgrad", "plan", "phases")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from support.conv_sm80_emulated import SOURCES, _tensor, emulator  # noqa: E402
+from support.conv_sm80_emulated import SOURCES, _tensor, emulator
 
 H200 = {"shared_limit": 227 << 10, "capability": 90}
 HOPPER = [f"csrc/cuda/causal_conv3d/{part}.cu" for part in ("sm90_plan", "sm90_bf16", "sm90_f16")]

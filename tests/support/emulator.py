@@ -1,6 +1,6 @@
 """Runs the CUDA sources on the CPU, and finds what a GPU would not tell: see :func:`build`.
 
-    from emulator import build, EmulatorError      # with tests/emulator on sys.path
+    from support.emulator import build, EmulatorError
 
     conv = build("csrc/cuda/causal_conv3d.cu", includes=["cuda/causal_conv3d/causal_conv3d.h"],
                  exports={"forward": "vtok::cuda::causal_conv3d"})
@@ -11,9 +11,8 @@ The function named on the right is an ordinary launcher, ``Status (*)(parameters
 parameters by position: a torch tensor or what ``vtok_fast.dispatch.native.arg`` makes of it (None where
 absent) a ``vtok::Tensor``; an int or bool any integer, bool or enum; a float any floating point; a list of
 numbers ``std::vector`` or ``std::array``; None an empty ``std::optional`` or the stream. Where a launcher
-takes a struct, wrap it: ``exports={"forward": "+[](vtok::Tensor x, int n) { Problem p; ...; return launch(p);
-}"}``;
-    ``glue`` is C++ text put before the exports.
+takes a struct, wrap it: ``exports={"forward": "+[](vtok::Tensor x) { Problem p; ...; return launch(p); }"}``;
+``glue`` is C++ text put before the exports.
 
 Every tensor argument is registered as global memory, from its first to its last element; what else the
 kernels touch must be named in ``also=[...]``. Outputs are best filled with NaN before the call. A launcher's
@@ -33,12 +32,15 @@ The environment variable VTOK_EMULATOR_FLAGS adds compiler flags. So AddressSani
 emulator: ``LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 ASAN_OPTIONS=detect_leaks=0 VTOK_EMULATOR_FLAGS="-fsanitize=address -g" pytest ...``
 
-Compiled code is kept in tests/emulator/.cache for two weeks, by a hash of all sources and flags.
+Compiled code is kept in tests/emulator/.cache for two weeks, by a hash of all sources and flags. Processes
+that want the same file wait for the one that compiles it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -134,26 +136,41 @@ def build(
         repr((FLAGS, tuple(flags), _compiler())).encode() + b"".join(p.read_bytes() for p in headers)
     )
 
-    def compiled(name: str, content: bytes, source: Path) -> Path:
+    def compiled(name: str, content: bytes, source: Path) -> tuple[Path, tuple[Any, ...]]:
         digest = seen.copy()
         digest.update(content)
-        target = CACHE / f"{name}.{digest.hexdigest()[:16]}.o"
-        if not target.exists():
-            _run(_compiler(), *FLAGS, *flags, "-x", "c++", "-c", source, target=target)
-        return target
+        command = (_compiler(), *FLAGS, *flags, "-x", "c++", "-c", source)
+        return CACHE / f"{name}.{digest.hexdigest()[:16]}.o", command
 
     CACHE.mkdir(exist_ok=True)
-    objects = [compiled(part.stem, part.read_bytes(), part) for part in parts]
+    made = dict(compiled(part.stem, part.read_bytes(), part) for part in parts)
     written = CACHE / f"exports.{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
-    written.write_text(text)
-    objects.append(compiled("exports", text.encode(), written))
-    target = CACHE / f"lib.{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        _run(_compiler(), "-shared", *flags, *FLAGS, *objects, target=target)
-        for old in CACHE.iterdir():
-            if old.stat().st_mtime < time.time() - 14 * 86400:
-                old.unlink(missing_ok=True)
+    temporary = written.with_suffix(f".{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, written)
+    made |= [compiled("exports", text.encode(), written)]
+    _make(made)
+    target = CACHE / f"lib.{hashlib.sha256(repr([*made]).encode()).hexdigest()[:16]}.so"
+    _make({target: (_compiler(), "-shared", *flags, *FLAGS, *made)})
     return Library(target, exports)
+
+
+def _make(commands: Mapping[Path, Sequence[Any]]) -> None:
+    """Runs the command of every file that is missing. What another process is at comes last: processes that
+    want the same files share the work."""
+    for wait in (fcntl.LOCK_NB, 0):
+        for target, command in commands.items():
+            if target.exists():
+                continue
+            with open(target.with_suffix(".lock"), "w") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | wait)
+                if not target.exists():
+                    _run(*command, target=target)
+    for target in commands:
+        os.utime(target)
+    for old in CACHE.iterdir():
+        if old.stat().st_mtime < time.time() - 14 * 86400:
+            old.unlink(missing_ok=True)
 
 
 def _run(*command: Any, target: Path) -> None:

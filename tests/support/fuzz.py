@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import vtok_fast  # noqa: E402
-from support import another_native  # noqa: E402, F401 -- the build under test, before vtok_fast looks for its own
+import vtok_fast
+from support import another_native  # noqa: F401 -- the build under test, before vtok_fast looks for its own
 from vtok_fast.bench import report
 from vtok_fast.dispatch import native
 from vtok_fast.io import tokens

@@ -14,11 +14,6 @@ DTYPES = (torch.float32, torch.float16)
 LAYOUTS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def run(x, weight=None, bias=None, *, tail_frames=0, layout=torch.channels_last_3d, **options):
     """The launcher with a poisoned result."""
     options = {

@@ -58,7 +58,7 @@ class Attached(nn.Module):
         return (y[0] * 1.5, *y[1:]) if isinstance(y, tuple) else y * 1.5
 
 
-class Face:
+class SwapContract:
     """A test class inherits the tests and says what the model is.
 
     ``make()`` a small one with random weights; ``x`` a video and ``z`` a latent; ``encode(model, x)`` and

@@ -11,11 +11,6 @@ from vtok_fast.ops.fsq import fsq_quantize, threshold_table
 from vtok_fast.reference import token_packing as reference
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def flag():
     return torch.zeros(1, dtype=torch.int32)
 

@@ -11,12 +11,11 @@ from torch import nn
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 from vtok_fast.models import VidTok
 from vtok_fast.models.vidtok import blocks
 from vtok_fast.swap.adapters import vidtok as adapter
 
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 
 
 @pytest.fixture

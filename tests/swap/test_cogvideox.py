@@ -9,19 +9,18 @@ from torch import nn
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
-from diffusers import AutoencoderKLCogVideoX  # noqa: E402
-from diffusers.models.autoencoders import autoencoder_kl_cogvideox as library  # noqa: E402
-from diffusers.models.downsampling import CogVideoXDownsample3D  # noqa: E402
-from diffusers.models.upsampling import CogVideoXUpsample3D  # noqa: E402
+from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.autoencoders import autoencoder_kl_cogvideox as library
+from diffusers.models.downsampling import CogVideoXDownsample3D
+from diffusers.models.upsampling import CogVideoXUpsample3D
 from support import swap_contract as contract
 
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 
 
-class TestCogVideoX(contract.Face):
+class TestCogVideoX(contract.SwapContract):
     video, latent = (1, 3, 9, 32, 24), (1, 4, 3, 4, 3)
     part = "decoder.mid_block.resnets.0"
 

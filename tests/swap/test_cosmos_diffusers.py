@@ -9,17 +9,16 @@ import torch
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
-from diffusers import AutoencoderKLCosmos  # noqa: E402
-from diffusers.models.autoencoders import autoencoder_kl_cosmos as library  # noqa: E402
+from diffusers import AutoencoderKLCosmos
+from diffusers.models.autoencoders import autoencoder_kl_cosmos as library
 from support import swap_contract as contract
 
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 
 
-class TestCosmos(contract.Face):
+class TestCosmos(contract.SwapContract):
     video, latent = (1, 3, 9, 64, 32), (1, 4, 2, 8, 4)
     part = "decoder.mid_block.resnets.0"
     layer = "norm1"

@@ -11,14 +11,13 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import vtok_fast
-from vtok_fast.dispatch import native
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from support import swap_contract as contract  # noqa: E402
+from support import swap_contract as contract
 
 pytestmark = [
-    pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing())),
+    pytest.mark.needs_native,
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
 ]
 KINDS = {

@@ -8,17 +8,16 @@ from torch import nn
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
-from diffusers import AutoencoderKLHunyuanVideo  # noqa: E402
-from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as library  # noqa: E402
+from diffusers import AutoencoderKLHunyuanVideo
+from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as library
 from support import swap_contract as contract
 
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 
 
-class TestHunyuanVideo(contract.Face):
+class TestHunyuanVideo(contract.SwapContract):
     video, latent = (1, 3, 9, 32, 24), (1, 4, 3, 4, 3)
     part = "decoder.mid_block.resnets.0"
     exact_swaps = True

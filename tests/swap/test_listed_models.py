@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import models_page  # noqa: E402
-from vtok_fast.bench import harness, report  # noqa: E402
-from vtok_fast.bench.cases import models  # noqa: E402
-from vtok_fast.dispatch import native
+from benchmarks import models_page
+from vtok_fast.bench import harness, report
+from vtok_fast.bench.cases import models
 
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 TINY = harness.Settings(quick=True, min_rounds=1, min_seconds=0.0, max_seconds=0.0)
 
 

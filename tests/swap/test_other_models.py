@@ -7,13 +7,12 @@ import torch
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from support import swap_contract as contract  # noqa: E402
+from support import swap_contract as contract
 
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 FOUR = (16, 16, 16, 16)
 LTX = {
     "latent_channels": 8,

@@ -11,9 +11,8 @@ from torch import nn
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 
 
 class PadThenConv(nn.Module):

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import vtok_fast
-from vtok_fast.dispatch import native
 from vtok_fast.swap.adapters.fsq_parity import compare
 
 library = pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 
 
 def near_a_threshold(levels):

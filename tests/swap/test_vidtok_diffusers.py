@@ -8,16 +8,15 @@ import torch
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 
 library = pytest.importorskip(
     "diffusers.models.autoencoders.autoencoder_vidtok",
     reason="diffusers is not installed, or has no AutoencoderVidTok",
 )
 
-from support import swap_contract as contract  # noqa: E402
+from support import swap_contract as contract
 
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 
 
 def caches(model):
@@ -26,7 +25,7 @@ def caches(model):
     }
 
 
-class VidTok(contract.Face):
+class VidTok(contract.SwapContract):
     part = "decoder.mid.block_1"
     options: dict = {}
 

@@ -8,18 +8,17 @@ import torch
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
-from diffusers import AutoencoderKLWan  # noqa: E402
-from diffusers.models.autoencoders import autoencoder_kl_wan as library  # noqa: E402
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders import autoencoder_kl_wan as library
 from support import swap_contract as contract
 
-pytestmark = pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing()))
+pytestmark = pytest.mark.needs_native
 PLANS = [(1, 4, 4, 4), (1, 8, 4), (1, 4, 8), (1, 12)]
 
 
-class Wan(contract.Face):
+class Wan(contract.SwapContract):
     part = "decoder.mid_block.resnets.0"
 
     def encode(self, model, x):
