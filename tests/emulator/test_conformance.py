@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-from support import emulator
+from support import emulator  # noqa: E402
 
 LANES = range(32)
 VALUES = 2048

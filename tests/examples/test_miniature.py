@@ -14,9 +14,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 ROOT = Path(__file__).resolve().parents[2]
 
-import miniature
+import miniature  # noqa: E402
 
-from vtok_fast.models import VidTok
+from vtok_fast.models import VidTok  # noqa: E402
 
 
 class Noise:

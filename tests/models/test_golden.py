@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 TESTS = Path(__file__).resolve().parents[1]
-from support import golden
+from support import golden  # noqa: E402
 
 FOLDERS = [
     TESTS / "golden_data",

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from support.triton_harness import CAPABILITIES, ROOT, assert_fits, compile_for, run_interpreted
+from support.triton_harness import CAPABILITIES, ROOT, assert_fits, compile_for, run_interpreted  # noqa: E402
 
-import vtok_fast
-from vtok_fast.kernels import scope_attention as kernels
-from vtok_fast.ops.scope_attention import gpu as launcher
-from vtok_fast.ops.scope_attention.scope import Scope
+import vtok_fast  # noqa: E402
+from vtok_fast.kernels import scope_attention as kernels  # noqa: E402
+from vtok_fast.ops.scope_attention import gpu as launcher  # noqa: E402
+from vtok_fast.ops.scope_attention.scope import Scope  # noqa: E402
 
 INTERPRETED = Path(__file__).resolve().parents[1] / "support" / "scope_attention_interpreted.py"
 TENSORS = {"q", "k", "v", "out", "grad", "dq", "dk", "dv"}

@@ -14,7 +14,7 @@ import vtok_fast
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from support import swap_contract as contract
+from support import swap_contract as contract  # noqa: E402
 
 pytestmark = [
     pytest.mark.needs_native,

@@ -10,7 +10,7 @@ from vtok_fast import parity
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from support import swap_contract as contract
+from support import swap_contract as contract  # noqa: E402
 
 pytestmark = pytest.mark.needs_native
 FOUR = (16, 16, 16, 16)

@@ -14,7 +14,7 @@ library = pytest.importorskip(
     reason="diffusers is not installed, or has no AutoencoderVidTok",
 )
 
-from support import swap_contract as contract
+from support import swap_contract as contract  # noqa: E402
 
 pytestmark = pytest.mark.needs_native
 
