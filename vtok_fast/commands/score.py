@@ -128,9 +128,9 @@ def _pairs(
     """Clips of both, (C, T, H, W) uint8."""
     done = 0
     for a, b in zip_longest(one.windows(CLIP, size), other.windows(CLIP)):
-        counts = [0 if x is None else x[0] for x in (a, b)]
+        counts = [0 if x is None else x.count for x in (a, b)]
         if counts[0] != counts[1]:
             has = [f"{done + n} frames{' or more' if n == CLIP else ''}" for n in counts]
             raise ValueError(f"reconstruction: it has {has[1]}, the original {has[0]}")
         done += counts[0]
-        yield a[1](), b[1]()
+        yield a.read(), b.read()

@@ -1,0 +1,281 @@
+"""Packets to frames, each with its time, and an account of what is damaged.
+
+Every packet that should give a picture is remembered by its time; frames come out in the order of their times,
+so a packet whose time has passed is lost. Whether a decoder also reports it depends on codec, threads and
+damage, so reports alone are not relied on.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from vtok_fast.io.video.container import clock_start, declared_bytes, decoder
+from vtok_fast.io.video.errors import VideoError, pyav
+
+# Codecs of which each packet gives one picture, unless it says that it is not shown.
+ONE_TO_ONE = {
+    "h264",
+    "hevc",
+    "av1",
+    "libdav1d",
+    "vp8",
+    "vp9",
+    "libvpx",
+    "libvpx-vp9",
+    "mpeg1video",
+    "mpeg2video",
+}
+ON_ERROR = ("stop", "skip", "conceal")
+
+
+@dataclass
+class Problem:
+    """What is wrong with some consecutive frames of a file.
+
+    Attributes:
+        frame: the number of the first of them, among those that were given before it.
+        time: in seconds, where it is known.
+        count: how many frames; 0: not a frame, such as the end of a file that was cut off.
+        what: the reason.
+        done: "left out" or "concealed".
+    """
+
+    frame: int
+    time: float | None
+    count: int
+    what: str
+    done: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Timed:
+    """A decoded frame, its time and how long it is shown, in multiples of the stream's time base."""
+
+    frame: Any
+    pts: int
+    duration: int
+
+
+Entry = tuple[Any, int | None, str | None, bool]
+"""A frame, or None if it is lost; its time; what is wrong with it; whether no other frame leans on it."""
+
+
+class Damaged(VideoError):
+    """A VideoError about frames, which another way of decoding may place better."""
+
+
+class Decoding:
+    """The frames of a stream, from the first key frame on.
+
+    Args:
+        on_error: "stop": VideoError at the first damage. "skip": leave out what is damaged or leans on it, up
+            to the next key frame. "conceal": keep what the decoder makes of it, and repeat the frame before
+            in place of one that is lost.
+        exact: see `container.decoder`.
+
+    `problems` holds what was left out or concealed.
+    """
+
+    def __init__(self, path: Path, container: Any, stream: Any, on_error: str, exact: bool):
+        self.path, self.container, self.stream, self.on_error = path, container, stream, on_error
+        self.context = decoder(stream, on_error != "conceal", exact)
+        self.exact = exact
+        self._av = pyav()
+        self._failure: str | None = None  # of the container, after which nothing can be read
+        self.problems: list[Problem] = []
+        self.given = 0
+        rate = stream.guessed_rate or stream.average_rate or Fraction(25)
+        self.base = stream.time_base or 1 / rate
+        self.step = max(1, round(1 / rate / self.base))  # how long a frame lasts where nothing says
+        self.start = clock_start(container, stream)
+        self.by_order = container.format.name == "avi"  # its pictures are in order, their stamps are not
+
+    def time(self, pts: int | None) -> float | None:
+        return None if pts is None else float((pts - self.start) * self.base)
+
+    def problem(self, pts: int | None, count: int, what: str, keep: bool = False) -> None:
+        """Note it, or raise Damaged."""
+        time = self.time(pts)
+        if self.on_error == "stop":
+            when = "" if time is None else f" at {time:.3f} s"
+            raise Damaged(
+                f"path: {self.path}: frame {self.given}{when}: {what} "
+                "(on_error, --on-error: skip or conceal goes on)"
+            )
+        done = "concealed" if keep or count == 0 else "left out"
+        last = self.problems[-1] if self.problems else None
+        if (
+            last
+            and count
+            and (last.what, last.done) == (what, done)
+            and (last.frame + (last.count if done == "concealed" else 0) == self.given)
+        ):
+            last.count += count
+        else:
+            self.problems.append(Problem(self.given, time, count, what, done))
+
+    def frames(self) -> Iterator[Timed]:
+        """Raises VideoError."""
+        last: Timed | None = None
+        shift, leaning, lost_before = 0, False, None
+        for frame, key, why, disposable in self._account():
+            if why and self.on_error != "conceal":
+                self.problem(key, 1, why)
+                leaning = leaning or not disposable
+                continue
+            if frame is not None and leaning:
+                if not frame.key_frame:
+                    self.problem(key, 1, "it may lean on what is damaged")
+                    continue
+                leaning = False
+            if frame is None:
+                if last is None or key is None:
+                    lost_before = why
+                    continue
+                frame = last.frame
+            if why:
+                self.problem(key, 1, why, keep=True)
+            duration = frame.duration or self.step
+            pts = (last.pts + last.duration - shift if last else self.start) if key is None else key
+            if last and pts + shift <= last.pts:  # a clock that jumps back goes on where it was
+                shift = last.pts + last.duration - pts
+            last = Timed(frame, pts + shift, duration)
+            yield last
+            self.given += 1
+        if last is None:
+            raise VideoError(
+                f"path: {self.path} has no frame that can be decoded"
+                + (f" ({lost_before})" if lost_before else "")
+            )
+        self._check_end(last)
+
+    def _check_end(self, last: Timed) -> None:
+        has, wanted = self.path.stat().st_size, declared_bytes(self.path)
+        if wanted is not None and has < wanted:
+            self.problem(last.pts, 0, f"the file is cut off after {has} of {wanted} bytes")
+
+    def _account(self) -> Iterator[Entry]:
+        """What each packet has come to, in the order of the frames."""
+        waiting: list[tuple[int, bool]] = []  # the times of packets without a frame yet; whether disposable
+        bad: dict[int, str] = {}  # what is known to be wrong with the packet of a time
+        report: str | None = None  # of the decoder, not yet explained by a frame
+        reported: int | None = None  # the time of the packet with which it came
+        explained = False
+        key_time: int | None = None  # of the first key frame; what comes before it leans on what is not there
+
+        def place(frame: Any) -> Iterator[Entry]:
+            nonlocal report, explained
+            time = frame.pts
+            if self.by_order and waiting:
+                time = heapq.heappop(waiting)[0]
+            elif time is not None:
+                while waiting and waiting[0][0] < time:
+                    yield from lost(frame.interlaced_frame)
+                if waiting and waiting[0][0] == time:
+                    heapq.heappop(waiting)
+            why = None if time is None else bad.pop(time, None)
+            if frame.is_corrupt:
+                why = why or report or "the decoder conceals damage"
+            if why or explained:
+                report, explained = None, False
+            yield frame, time, why, False
+
+        def lost(fields: bool = False) -> Iterator[Entry]:
+            nonlocal explained
+            time, disposable = heapq.heappop(waiting)
+            why = bad.pop(time, None) or report
+            if why is None and self.context.name in ONE_TO_ONE and not fields:
+                why = "the decoder gives no picture"
+            if why is not None and not leading(time):
+                explained = True
+                yield None, time, why, disposable
+
+        def leading(time: int | None) -> bool:
+            return key_time is None or (time is not None and time < key_time)
+
+        def decoded(packet: Any, time: int | None = None) -> list[Any]:
+            nonlocal report, reported
+            try:
+                return self.context.decode(packet)
+            except self._av.error.EOFError:
+                return []
+            except self._av.error.FFmpegError as error:
+                if not leading(time):
+                    report, reported, why = str(error), time, str(error)
+                    if self.exact and time is not None:
+                        bad[time] = why
+                return []
+
+        for packet, joins, flagged in self._packets():
+            if joins:
+                for frame in decoded(None):
+                    yield from place(frame)
+                while waiting and not self.by_order:
+                    yield from lost()
+                self.context.flush_buffers()
+                key_time = None
+            time = packet.dts if self.by_order else packet.pts
+            if packet.is_keyframe and key_time is None:
+                key_time = -(1 << 63) if packet.pts is None or self.by_order else packet.pts
+                waiting.clear()
+            if time is not None and packet.size and not packet.is_discard and not self._hidden(packet):
+                heapq.heappush(waiting, (time, packet.is_disposable))
+                if flagged and not leading(time):
+                    bad[time] = "a packet is incomplete"
+            frames = decoded(packet, time)
+            if self.by_order and time in bad and not frames and (time, packet.is_disposable) in waiting:
+                waiting.remove((time, packet.is_disposable))
+                heapq.heapify(waiting)
+                report = None
+                yield None, time, bad.pop(time), packet.is_disposable
+            for frame in frames:
+                yield from place(frame)
+        for frame in decoded(None):
+            yield from place(frame)
+        while waiting and not self.by_order:
+            yield from lost()
+        if self._failure is not None:
+            yield None, None, self._failure, False
+        elif report is not None and not explained:
+            yield None, reported, report, False
+
+    def _packets(self) -> Iterator[tuple[Any, bool, bool]]:
+        """(packet, whether another recording begins with it, whether the container marks it as damaged)."""
+        held: Any = None
+        clock: int | None = None
+        begins = False
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size == 0 and packet.pts is None and packet.dts is None:
+                    continue  # the end
+                joins = False
+                if clock is not None and packet.dts is not None and packet.dts < clock:
+                    joins = packet.is_keyframe or (clock - packet.dts) * self.base > 1
+                clock = packet.dts if packet.dts is not None else clock
+                if held is not None:
+                    # Where recordings are joined the counters of MPEG-TS break, but not the pictures.
+                    yield held, begins, held.is_corrupt and not begins and not joins
+                held, begins = packet, joins
+        except (self._av.error.FFmpegError, OSError) as error:
+            self._failure = str(error)
+        if held is not None:
+            yield held, begins, held.is_corrupt and not begins
+
+    def _hidden(self, packet: Any) -> bool:
+        """Whether a packet of VP8 or VP9 holds a frame that is only there to be referred to."""
+        name = self.context.name
+        if name in ("vp8", "libvpx"):
+            return not bytes(packet)[0] & 0x10
+        if name in ("vp9", "libvpx-vp9"):
+            data = bytes(packet)
+            together = data[-1] & 0xE0 == 0xC0  # several frames, of which one is shown
+            return not together and data[0] & 0x30 != 0x30 and not data[0] & 0x0A
+        return False
