@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.kernels import on_device_of
 
 LOG2_E = 1.4426950408889634
@@ -629,7 +630,7 @@ _FLOAT32 = {
 KERNELS = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
 
 
-def why_not_head(dim: int) -> str | None:
+def why_not_head(dim: int) -> Reason:
     """Why there is no kernel for a head of this size, or None."""
     if dim <= LARGEST_WHOLE_HEAD and dim % 8 == 0 or dim <= 1024 and dim % 128 == 0:
         return None

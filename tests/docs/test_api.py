@@ -77,7 +77,7 @@ def test_a_public_name_has_a_docstring(name):
 
 
 def test_docstrings_are_written_in_markdown():
-    """Roles of Sphinx, as in :func:`name`, would be shown as they stand."""
+    """Roles of Sphinx, as in `name`, would be shown as they stand."""
     package = Path(vtok_fast.__file__).parent
     for found in pkgutil.walk_packages([str(package)], "vtok_fast."):
         file = package.joinpath(*found.name.split(".")[1:])

@@ -8,9 +8,14 @@ import pytest
 import torch
 from support import emulator
 
-from vtok_fast.ops import fsq as op
-from vtok_fast.ops.fsq import threshold_table
-from vtok_fast.reference import fsq as reference
+from vtok_fast.ops.fsq import call as calls  # noqa: E402
+from vtok_fast.ops.fsq import (  # noqa: E402
+    gradient,
+    op,
+    sm80,
+    threshold_table,  # noqa: E402
+)
+from vtok_fast.reference import fsq as reference  # noqa: E402
 
 pytestmark = pytest.mark.needs_emulator
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -219,14 +224,14 @@ def test_the_op_on_these_kernels(fsq):
     ):
         z = torch.randn(2, len(levels), 3, 8, 24).mul(1.5).to(dtype)
         for value, dim in layouts(z).values():
-            call = op.FSQCall(value, tuple(levels), "vidtok", dim % value.dim())
-            for got, want in zip(op._sm80_run(call, lib), op._reference_run(call)):
+            call = calls.FSQCall(value, tuple(levels), "vidtok", dim % value.dim())
+            for got, want in zip(sm80.run(call, lib), op.run_reference(call)):
                 assert same(got, want) and got.stride() == want.stride()
-            decode = op.FSQDecodeCall(want, *call[1:2], dtype, call.dim)
-            got, want = op._sm80_decode(decode, lib), op._reference_decode(decode)
+            decode = calls.FSQDecodeCall(want, *call[1:2], dtype, call.dim)
+            got, want = sm80.decode(decode, lib), op.decode_reference(decode)
             assert same(got, want) and got.stride() == want.stride()
-            backward = op.FSQBackwardCall(torch.randn_like(value), *call)
-            got, want = op._sm80_backward(backward, lib), op._reference_backward(backward)
+            backward = calls.FSQBackwardCall(torch.randn_like(value), *call)
+            got, want = sm80.backward(backward, lib), gradient.run_reference(backward)
             torch.testing.assert_close(
                 got, want, rtol=2 * torch.finfo(dtype).eps, atol=32 * torch.finfo(torch.float32).eps
             )

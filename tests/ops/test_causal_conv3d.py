@@ -426,11 +426,11 @@ def test_opcheck(dtype):
     geometry = ([1, 1, 1], [1, 1, 1], 1, [2, 0, 1, 1, 1, 1], "replicate", "zeros")
     torch.library.opcheck(
         torch.ops.vtok_fast.causal_conv3d,
-        (x, w, b, c, residual, *geometry, [1, 1, 1], False, 0.25, "silu", [1, 1, 1], None),
+        (x, w, b, c, residual, *geometry, [1, 1, 1], False, 0.25, "silu", [1, 1, 1], None, None),
     )
     torch.library.opcheck(
         torch.ops.vtok_fast.causal_conv3d,
-        (x, w, None, None, None, *geometry, [2, 1, 1], True, None, None, [1, 1, 2], None),
+        (x, w, None, None, None, *geometry, [2, 1, 1], True, None, None, [1, 1, 2], None, None),
     )
 
 

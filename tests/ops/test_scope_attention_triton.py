@@ -16,7 +16,7 @@ from support.triton_harness import CAPABILITIES, ROOT, assert_fits, compile_for,
 
 import vtok_fast  # noqa: E402
 from vtok_fast.kernels import scope_attention as kernels  # noqa: E402
-from vtok_fast.ops.scope_attention import gpu as launcher  # noqa: E402
+from vtok_fast.ops.scope_attention import triton as launcher  # noqa: E402
 from vtok_fast.ops.scope_attention.scope import Scope  # noqa: E402
 
 INTERPRETED = Path(__file__).resolve().parents[1] / "support" / "scope_attention_interpreted.py"

@@ -1,4 +1,4 @@
-"""Runs the CUDA sources on the CPU, and finds what a GPU would not tell: see :func:`build`.
+"""Runs the CUDA sources on the CPU, and finds what a GPU would not tell: see `build`.
 
     from support.emulator import build, EmulatorError
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support.scope_cases import by_hand, rounding, scopes
 from vtok_fast import parity
 from vtok_fast.kernels import scope_attention as kernels
-from vtok_fast.ops.scope_attention import gpu as launcher
-from vtok_fast.ops.scope_attention.op import ScopeCall
+from vtok_fast.ops.scope_attention import triton as launcher
+from vtok_fast.ops.scope_attention.call import ScopeBackwardCall, ScopeCall
 from vtok_fast.ops.scope_attention.scope import CSR, Scope, _clamp, _transpose_device
 from vtok_fast.ops.token_packing.packed_tokens import raise_device_errors
 from vtok_fast.reference import scope_attention as reference
@@ -56,7 +56,8 @@ def check(scope, dim, heads=2, kv_heads=2, dtype=torch.float32, batch=1, mask=No
     call = ScopeCall(q, k, v, scope, scale)
     out, lse = launcher.run(call, capability)
     grad = torch.randn_like(out)
-    got = (out, *launcher.run(call._replace(grad=grad, out=out, lse=lse), capability))
+    backward = ScopeBackwardCall(grad, q, k, v, out, lse, scope, scale)
+    got = (out, *launcher.run_backward(backward, capability))
 
     def refer(*tensors):
         q, k, v, grad = tensors

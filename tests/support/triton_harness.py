@@ -3,7 +3,7 @@ time.
 
 The interpreter is chosen when a kernel is imported, and for the functions of ``triton.language`` when Triton
 itself is. So the tests that need it live in files ``*_interpreted.py``, which pytest does not collect by
-itself, and an ordinary test runs such a file in a process of its own with :func:`run_interpreted`. Use
+itself, and an ordinary test runs such a file in a process of its own with `run_interpreted`. Use
 float32 and float16 there: the interpreter's ``tl.dot`` is wrong in bfloat16.
 """
 

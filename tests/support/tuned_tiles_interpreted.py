@@ -15,9 +15,11 @@ from vtok_fast.dispatch import backends, tuning
 from vtok_fast.kernels import norm_act as norm_kernels
 from vtok_fast.kernels import scope_attention as kernels
 from vtok_fast.kernels import token_packing as packing_kernels
-from vtok_fast.ops import norm_act
-from vtok_fast.ops.scope_attention import gpu as launcher
+from vtok_fast.ops.norm_act import op as norm_act
+from vtok_fast.ops.scope_attention import gradient as scope_gradient
 from vtok_fast.ops.scope_attention import op as scope_attention
+from vtok_fast.ops.scope_attention import triton as launcher
+from vtok_fast.ops.scope_attention.call import ScopeBackwardCall, ScopeCall
 from vtok_fast.ops.scope_attention.scope import Scope
 from vtok_fast.ops.token_packing import op as token_packing
 from vtok_fast.ops.token_packing import selection as token_selection
@@ -49,9 +51,17 @@ def attention(dtype=torch.float16, scope=None, dim=16):
     """A call with long segments, and its backward pass."""
     scope = scope or Scope.dense(40)
     q, k, v = torch.randn(3, 1, 1, scope.q_len, dim).to(dtype).unbind(0)
-    call = scope_attention.ScopeCall(q, k, v, scope, dim**-0.5)
+    call = ScopeCall(q, k, v, scope, dim**-0.5)
     out, lse = scope_attention.run(call, "reference")
-    return call, call._replace(grad=torch.randn_like(out), out=out, lse=lse)
+    return call, ScopeBackwardCall(torch.randn_like(out), q, k, v, out, lse, scope, dim**-0.5)
+
+
+def run_attention(call, backend):
+    """A call of either direction on a backend."""
+    if isinstance(call, ScopeCall):
+        return scope_attention.run(call, backend)
+    with backends.backend(backend):
+        return scope_gradient.run(call)
 
 
 def every_tile(run, call):
@@ -68,9 +78,9 @@ def every_tile(run, call):
 def test_every_tile_of_attention_is_close(direction, dtype):
     call = attention(dtype, Scope.time_invariant(tiv=4, tv=2, patches=16, slices=2))[direction]
     wide = call._replace(**{n: t.double() for n, t in call._asdict().items() if isinstance(t, torch.Tensor)})
-    exact, same = (scope_attention.run(c, "reference")[: 3 if direction else 1] for c in (wide, call))
+    exact, same = (run_attention(c, "reference")[: 3 if direction else 1] for c in (wide, call))
     kinds = set()
-    for (op, key), tile, got in every_tile(scope_attention.run, call):
+    for (op, key), tile, got in every_tile(run_attention, call):
         assert op == "scope_attention" and isinstance(tile, kernels.Config)
         kinds.add(key.split()[0])
         for ours, e, s in zip(got, exact, same):

@@ -94,7 +94,7 @@ def candidates(of: Class, launch: Launch) -> tuple[list[Candidate], dict[str, st
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+    return (result,) if isinstance(result, Tensor) else tuple(t for t in result if t is not None)
 
 
 def _alike(got: Tensor, want: Tensor) -> bool:

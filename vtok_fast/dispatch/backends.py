@@ -18,7 +18,7 @@ import importlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 NAMES = ("sm90", "sm80", "triton", "cpu", "reference")
 ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
 
-Reason = str | None  # what stands against something, as a sentence's middle; None where nothing does
+Reason = str | None  # what stands against something, as the middle of a sentence; None where nothing does
 
 _local = threading.local()
 _ops: dict[str, tuple[Backend, ...]] = {}
@@ -113,15 +113,33 @@ def preferred() -> str | None:
 
 
 def remember(ctx: Any, explicit: str | None) -> None:
-    """Records in an autograd context which backend the caller of the forward pass chose: at the call, by
-    `backend` or in the environment. The gradient prefers it, and falls back where it cannot run."""
+    """Records in an autograd context what the caller of the forward pass chose: at the call, by
+    `backend`, by `algorithm` or in the environment. The gradient prefers that backend, and falls
+    back where it cannot run."""
     ctx.explicit_backend = explicit
-    ctx.preferred_backend = explicit or preferred()
+    ctx.surrounding_backend = preferred()
+    ctx.preferred_backend = explicit or ctx.surrounding_backend
+    ctx.algorithm = current_algorithm()
 
 
-def remembered(ctx: Any) -> AbstractContextManager[None]:
+@contextmanager
+def remembered(ctx: Any) -> Iterator[None]:
     """Within the block, the choice that `remember` recorded is the preference of this thread."""
-    return backend(ctx.preferred_backend)
+    with backend(ctx.preferred_backend), algorithm(ctx.algorithm):
+        yield
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """The tensors that the forward pass saved. Activation checkpointing computes them again at this moment:
+    other calls too, so under what surrounded this call and not under its own ``backend=``."""
+    with backend(ctx.surrounding_backend), algorithm(ctx.algorithm):
+        return tuple(ctx.saved_tensors)  # read once: each reading may compute them again
+
+
+def is_differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient is being computed that will be differentiated in its turn (``create_graph=True``).
+    Kernels leave no graph behind, so the definition in PyTorch computes it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def select(op: str, call: Any, explicit: str | None = None) -> Backend:
@@ -156,6 +174,11 @@ def select(op: str, call: Any, explicit: str | None = None) -> Backend:
     raise BackendError(f"{op}: no backend can run this call: {reason}")
 
 
+def is_only_reference(op: str, call: Any) -> bool:
+    """Whether no other backend than the reference can run this call, so that there is nothing to choose."""
+    return all(b.name == "reference" or b.why_not(call) is not None for b in _ops[op])
+
+
 def fallbacks() -> dict[str, dict[str, str]]:
     """Per op and backend, the latest reason for which automatic choice passed it over."""
     result: dict[str, dict[str, str]] = {}
@@ -165,7 +188,7 @@ def fallbacks() -> dict[str, dict[str, str]]:
 
 
 @functools.cache
-def why_no_triton() -> str | None:
+def why_no_triton() -> Reason:
     """Why Triton cannot be imported here, or None where it can. Its kernels are imported at their first call
     only."""
     try:
@@ -175,7 +198,7 @@ def why_no_triton() -> str | None:
     return None
 
 
-def why_not_triton_on(tensor: torch.Tensor) -> str | None:
+def why_not_triton_on(tensor: torch.Tensor) -> Reason:
     """Why a Triton kernel cannot take this tensor, or None where it can: a GPU that Triton compiles for."""
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device}"

@@ -10,13 +10,15 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
 from torch.autograd import forward_ad
 
+from vtok_fast.dispatch import backends
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.installation import gpus
 
 _DTYPE_CODES = {
@@ -43,19 +45,19 @@ def lib() -> Any:
     return _C
 
 
-def why_missing() -> str | None:
+def why_missing() -> Reason:
     """Why there is no native module, or None where there is one."""
     return _missing
 
 
-def why_no_cuda(tensor: torch.Tensor | None = None) -> str | None:
+def why_no_cuda(tensor: torch.Tensor | None = None) -> Reason:
     """Why the CUDA kernels cannot run here at all, or on this tensor, or None where they can."""
     if tensor is None:
         return _why_no_gpu(None)
     return _why_no_gpu(tensor.device.index) if tensor.is_cuda else f"the tensors are on {tensor.device}"
 
 
-def why_not_on_cpu(tensor: torch.Tensor, dtypes: Collection[torch.dtype]) -> str | None:
+def why_not_on_cpu(tensor: torch.Tensor, dtypes: Collection[torch.dtype]) -> Reason:
     """Why the CPU kernels of an op that knows these dtypes cannot take this tensor, or None where they
     can."""
     if tensor.device.type != "cpu":
@@ -64,7 +66,7 @@ def why_not_on_cpu(tensor: torch.Tensor, dtypes: Collection[torch.dtype]) -> str
 
 
 @functools.cache
-def _why_no_gpu(index: int | None) -> str | None:
+def _why_no_gpu(index: int | None) -> Reason:
     if _missing is not None:
         return _missing
     if not _C.cuda_archs:
@@ -96,19 +98,34 @@ def cuda_stream(tensor: torch.Tensor) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-@overload
-def arg(tensor: torch.Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]: ...
+_CPU = torch.device("cpu")
+_Arg = tuple[int, int, torch.Size, tuple[int, ...]]
 
 
 @overload
-def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, ...]] | None: ...
+def arg(tensor: torch.Tensor, on: torch.device = ...) -> _Arg: ...
 
 
-def arg(tensor: torch.Tensor | None) -> tuple[int, int, torch.Size, tuple[int, ...]] | None:
-    """A tensor as the native module takes it: data pointer, dtype code, sizes and strides in elements."""
+@overload
+def arg(tensor: torch.Tensor | None, on: torch.device = ...) -> _Arg | None: ...
+
+
+def arg(tensor: torch.Tensor | None, on: torch.device = _CPU) -> _Arg | None:
+    """A tensor as the native module takes it: data pointer, dtype code, sizes and strides in elements.
+
+    Raises ValueError for a tensor that is not ``on`` the device whose memory the kernel reads: the native
+    module sees a pointer, and cannot tell.
+    """
     if tensor is None:
         return None
+    if tensor.device != on:
+        raise ValueError(f"a kernel that reads memory on {on} was given a tensor on {tensor.device}")
     return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def arg_on(device: torch.device) -> Callable[[torch.Tensor | None], Any]:
+    """`arg` for a kernel that reads memory on ``device``."""
+    return functools.partial(arg, on=device)
 
 
 _forked = False
@@ -135,11 +152,10 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     tensors, vmap, subclasses)."""
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace cannot record vtok_fast's ops; use torch.compile or torch.export")
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack()
-    ):
+    if torch.compiler.is_compiling():
+        backends.preferred()  # read for the guard: a graph holds its gradient's backend, another choice compiles anew
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:

@@ -54,7 +54,8 @@ def thresholds(level: int, variant: str = "vidtok") -> Tensor:
             middle = (below + reached) // 2
             below, reached = (below, middle) if index(_value(middle)) >= k else (middle, reached)
         found.append(_value(reached))
-    return torch.tensor(found, dtype=torch.float32)
+    with torch.inference_mode(False):  # the table outlives the call
+        return torch.tensor(found, dtype=torch.float32, device="cpu")
 
 
 def _key(z: float) -> int:
@@ -139,7 +140,7 @@ def official_float32(
     """
     last = z.movedim(dim, -1).to(torch.float32)
     half_l, offset, shift = torch.tensor(
-        [bound_constants(level, variant) for level in levels], device=z.device
+        [bound_constants(level, variant) for level in levels], dtype=torch.float32, device=z.device
     ).unbind(-1)
     half = torch.tensor([level // 2 for level in levels], dtype=torch.float32, device=z.device)
     basis = torch.tensor(

@@ -61,7 +61,7 @@ class ConvCall(NamedTuple):
     depth_to_space: Triple = (1, 1, 1)
 
     def flat(self) -> tuple[Any, ...]:
-        """The arguments of ``torch.ops.vtok_fast.causal_conv3d`` without the backend."""
+        """The arguments of ``torch.ops.vtok_fast.causal_conv3d`` without the two that choose a backend."""
         return *self[:5], *self.geometry, *self[6:]
 
     @classmethod
@@ -86,10 +86,8 @@ class ConvCall(NamedTuple):
 torch.library.define(
     "vtok_fast::causal_conv3d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, int[] stride, int[] dilation, "
-    "int groups, int[] "
-    "pad, str time_mode, str spatial_mode, int[] upsample, bool upsample_first_frame_once, float? alpha, "
-    "str? activation, "
-    "int[] depth_to_space, str? backend) -> Tensor",
+    "int groups, int[] pad, str time_mode, str spatial_mode, int[] upsample, bool upsample_first_frame_once, float? alpha, "
+    "str? activation, int[] depth_to_space, str? backend, str? preferred) -> Tensor",
 )
 
 

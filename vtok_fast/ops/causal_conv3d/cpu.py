@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, native
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import tuned
 from vtok_fast.ops.causal_conv3d.call import ConvCall, Geometry
 from vtok_fast.reference import causal_conv3d as reference
@@ -15,7 +16,7 @@ from vtok_fast.reference import causal_conv3d as reference
 _ALGORITHM_CODES = {"auto": 0, "direct": 1, "winograd2": 2, "winograd4": 4}
 
 
-def why_not(call: ConvCall) -> str | None:
+def why_not(call: ConvCall) -> Reason:
     """The reason why the kernels cannot run a checked call, or None."""
     return native.why_not_on_cpu(call.x, (torch.float32, torch.bfloat16, torch.float16))
 
@@ -30,7 +31,7 @@ def _choice(x: tuple, weight: tuple, geometry: Geometry, threads: int, isa: str)
     return native.lib().causal_conv3d_choice(x, weight, out, *geometry.native(), threads)
 
 
-def why_slower(call: ConvCall) -> str | None:
+def why_slower(call: ConvCall) -> Reason:
     """The reason to leave a call to PyTorch, measured or modelled, or None."""
     if backends.current_algorithm() != "auto":
         return None

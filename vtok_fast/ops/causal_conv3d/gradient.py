@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, native
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import sm80, sm90, sm90_wgrad
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall, Geometry, Gradients, Triple, run
 from vtok_fast.ops.causal_conv3d.launch import LAST, inputs, why_not_hopper
@@ -166,7 +167,12 @@ def _cache_gradient(whole: Tensor, cache: Tensor, upsample: Triple) -> Tensor:
     return grad_cache
 
 
-def _why_not_cpu(call: ConvBackwardCall) -> str | None:
+def run_reference(call: ConvBackwardCall) -> Gradients:
+    """The definition in PyTorch, which autograd can differentiate again."""
+    return _run_aten(call)
+
+
+def _why_not_cpu(call: ConvBackwardCall) -> Reason:
     return native.why_not_on_cpu(call.x, (torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -177,7 +183,7 @@ def _run_cpu(call: ConvBackwardCall) -> Gradients:
 # ---- CUDA --------------------------------------------------------------------------------------------------
 
 
-def _why_not_sm90(call: ConvBackwardCall) -> str | None:
+def _why_not_sm90(call: ConvBackwardCall) -> Reason:
     if (reason := why_not_hopper(call.x) or sm80.why_not(call)) is not None:
         return reason
     call = _as_read(call)
@@ -220,7 +226,7 @@ backends.register(
     backends.Backend("sm90", _why_not_sm90, lambda call: run_cuda(call, hopper=True)),
     backends.Backend("sm80", sm80.why_not, lambda call: run_cuda(call, hopper=False)),
     backends.Backend("cpu", _why_not_cpu, _run_cpu),
-    backends.Backend("reference", lambda call: None, _run_aten),
+    backends.Backend("reference", lambda call: None, run_reference),
 )
 
 # ---- torch.library -----------------------------------------------------------------------------------------
@@ -255,17 +261,17 @@ def _fake(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, *args: 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    call = ConvCall.of_flat(*inputs[:-1])
+    call = ConvCall.of_flat(*inputs[:-2])
     ctx.save_for_backward(call.x, call.weight, call.bias, call.cache)
     ctx.residual_shape = None if call.residual is None else call.residual.shape
     ctx.output_shape = output.shape
     no_tensors: dict[str, Any] = dict.fromkeys(("x", "weight", "bias", "cache", "residual"))
     ctx.options = call._replace(**no_tensors)
-    backends.remember(ctx, inputs[-1])
+    backends.remember(ctx, inputs[-2])
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
-    x, weight, bias, cache = ctx.saved_tensors
+    x, weight, bias, cache = backends.saved_tensors(ctx)
     call: ConvCall = ctx.options._replace(x=x, weight=weight, bias=bias, cache=cache)
     geometry, needs = call.geometry, ctx.needs_input_grad
     grad_residual = None
@@ -283,15 +289,22 @@ def _backward(ctx: Any, grad: Tensor) -> Any:
         # Recomputed instead of saved: one more forward for one activation less in memory.
         linear = call._replace(alpha=None, activation=None, depth_to_space=(1, 1, 1))
         with backends.remembered(ctx):
-            pre = torch.ops.vtok_fast.causal_conv3d(*linear.flat(), ctx.explicit_backend)
+            pre = torch.ops.vtok_fast.causal_conv3d(
+                *linear.flat(), ctx.explicit_backend, ctx.surrounding_backend
+            )
         sigmoid = torch.sigmoid(pre)
         grad = grad * (sigmoid * (1 + pre * (1 - sigmoid)))
     wanted = [needs[0], needs[1], needs[2] and bias is not None, needs[3] and cache is not None]
-    found = torch.ops.vtok_fast.causal_conv3d_backward(
-        grad, x, weight, cache, *geometry, wanted, ctx.preferred_backend
-    )
+    found: Any
+    if backends.is_differentiated(grad, x, weight, cache):
+        found = run_reference(ConvBackwardCall(grad, x, weight, cache, geometry, tuple(wanted)))
+    else:
+        with backends.remembered(ctx):
+            found = torch.ops.vtok_fast.causal_conv3d_backward(
+                grad, x, weight, cache, *geometry, wanted, ctx.preferred_backend
+            )
     grads = [g if needed else None for g, needed in zip(found, needs)]
-    return *grads, grad_residual, *[None] * 12
+    return *grads, grad_residual, *[None] * 13
 
 
 torch.library.register_autograd("vtok_fast::causal_conv3d", _backward, setup_context=_setup_context)

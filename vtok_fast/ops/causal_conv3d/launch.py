@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import native
+from vtok_fast.dispatch.backends import Reason
 
 LAST = torch.channels_last_3d
 
@@ -58,12 +59,12 @@ def allow_tf32(x: Tensor) -> bool:
 def launch(function: Callable[..., None], like: Tensor, *args: Any) -> None:
     """Asks for the scratch memory, takes it from torch's allocator and launches on the current stream of the
     tensor's device."""
-    need = torch.zeros(1, dtype=torch.int64)
+    need = torch.zeros(1, dtype=torch.int64, device="cpu")
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
         stream = torch.cuda.current_stream().cuda_stream if like.is_cuda else 0
         function(*args, None, native.arg(need), stream)
         workspace = torch.empty(max(int(need[0]), 16), dtype=torch.uint8, device=like.device)
-        function(*args, native.arg(workspace), native.arg(need), stream)
+        function(*args, native.arg(workspace, like.device), native.arg(need), stream)
 
 
 # ---- questions, without a launch ---------------------------------------------------------------------------
@@ -75,12 +76,12 @@ def ask(launcher: Any, args: tuple, choice: tuple[int, ...], numbers: int) -> li
     Raises:
         NotImplementedError: the kernel cannot run them; the message says why.
     """
-    need = torch.zeros(numbers, dtype=torch.int64)
+    need = torch.zeros(numbers, dtype=torch.int64, device="cpu")
     launcher(*_without_addresses(args), choice, None, native.arg(need), 0)
     return need.tolist()
 
 
-def why_refused(x: Tensor, launcher: str, args: tuple, choice: tuple[int, ...], numbers: int) -> str | None:
+def why_refused(x: Tensor, launcher: str, args: tuple, choice: tuple[int, ...], numbers: int) -> Reason:
     """The reason why a Hopper launcher of the native module cannot run these arguments on the device of x, or
     None; remembered."""
     if (reason := why_not_hopper(x)) is not None:
@@ -92,7 +93,7 @@ def why_refused(x: Tensor, launcher: str, args: tuple, choice: tuple[int, ...], 
 @functools.lru_cache(maxsize=4096)
 def _why_refused(
     device: int | None, launcher: str, args: tuple, choice: tuple[int, ...], numbers: int
-) -> str | None:
+) -> Reason:
     try:
         ask(getattr(native.lib(), launcher), args, choice, numbers)
     except NotImplementedError as error:
@@ -113,7 +114,7 @@ def _without_addresses(args: tuple) -> tuple:
     )
 
 
-def why_not_hopper(x: Tensor) -> str | None:
+def why_not_hopper(x: Tensor) -> Reason:
     """The reason why the Hopper kernels cannot run on this tensor's device, or None."""
     if (reason := native.why_no_cuda(x)) is not None:
         return reason

@@ -4,6 +4,7 @@ materialised."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def causal_conv3d(
     if native.is_plain(x, weight, bias, cache, residual):
         y = run(call, backend)
     else:
-        y = torch.ops.vtok_fast.causal_conv3d(*call.flat(), backend)
+        y = torch.ops.vtok_fast.causal_conv3d(*call.flat(), backend, None)
     if blend is not None:
         other, weight_of_other = blend
         if other.shape != y.shape:
@@ -159,9 +160,11 @@ backends.register(
 
 @torch.library.impl("vtok_fast::causal_conv3d", ("cpu", "cuda"))
 def _impl(*args: Any) -> Tensor:
-    return run(ConvCall.of_flat(*args[:-1]), args[-1])
+    *call, backend, preferred = args
+    with backends.backend(preferred) if preferred is not None else nullcontext():
+        return run(ConvCall.of_flat(*call), backend)
 
 
 @torch.library.register_fake("vtok_fast::causal_conv3d")
 def _fake(*args: Any) -> Tensor:
-    return ConvCall.of_flat(*args[:-1]).empty_output()
+    return ConvCall.of_flat(*args[:-2]).empty_output()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import native
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import tuned
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall, Gradients, Triple
 from vtok_fast.ops.causal_conv3d.launch import allow_tf32, channels_last, inputs, launch
@@ -25,12 +26,12 @@ LARGEST_TIME, LARGEST_TABLE = (
 )
 
 
-def why_not(call: ConvCall | ConvBackwardCall) -> str | None:
+def why_not(call: ConvCall | ConvBackwardCall) -> Reason:
     """The reason why the kernels cannot run a checked call or its gradients, or None."""
     return native.why_no_cuda(call.x) or why_not_shape(call)
 
 
-def why_not_shape(call: ConvCall | ConvBackwardCall) -> str | None:
+def why_not_shape(call: ConvCall | ConvBackwardCall) -> Reason:
     """The same, of what does not depend on the machine."""
     if call.x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"no {call.x.dtype} kernel"
@@ -42,7 +43,7 @@ def why_not_shape(call: ConvCall | ConvBackwardCall) -> str | None:
     return None if call.x.shape[0] else "the batch is empty"
 
 
-def why_slower(call: ConvCall) -> str | None:
+def why_slower(call: ConvCall) -> Reason:
     """The reason to prefer another backend, as measured on this machine, or None."""
     return tuned.why_slower("sm80", call)
 
@@ -57,7 +58,7 @@ def forward(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Triple = AN
     0."""
     x, cache = inputs(call.x, call.cache, call.geometry.groups)
     bias = None if call.bias is None else call.bias.contiguous()
-    arg = native.arg
+    arg = native.arg_on(call.x.device)
     residual = channels_last(call.residual)
     launch(
         (lib or native.lib()).causal_conv3d_sm80,
@@ -82,7 +83,7 @@ def backward(call: ConvBackwardCall, into: Gradients, *, lib: Any = None, choice
     """Writes the gradients into the tensors that are given, in the order x, weight, bias, cache; all others
     of ``call`` have channel stride 1. A gradient of the bias needs one of the weights."""
     grad_x, grad_weight, grad_bias, grad_cache = into
-    arg = native.arg
+    arg = native.arg_on(call.x.device)
     launch(
         (lib or native.lib()).causal_conv3d_sm80_backward,
         call.x,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vtok_fast.dispatch import native
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import tuned
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall
 from vtok_fast.ops.causal_conv3d.launch import ask, channels_last, inputs, launch, why_not_hopper, why_refused
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
 # ---- forward -----------------------------------------------------------------------------------------------
 
 
-def why_not(call: ConvCall) -> str | None:
+def why_not(call: ConvCall) -> Reason:
     """The reason why the kernel cannot run a checked call, or None."""
     if (reason := why_not_hopper(call.x)) is not None:
         return reason
@@ -53,7 +54,7 @@ def why_not(call: ConvCall) -> str | None:
     return why_refused(call.x, "causal_conv3d_sm90", args, ANY, len(Plan._fields))
 
 
-def why_slower(call: ConvCall) -> str | None:
+def why_slower(call: ConvCall) -> Reason:
     """The reason to prefer another backend, as measured on this machine, or None."""
     return tuned.why_slower("sm90", call)
 
@@ -68,7 +69,7 @@ def _forward_args(call: ConvCall, out: Tensor) -> tuple[tuple, list[Tensor | Non
     x, cache = inputs(call.x, call.cache, call.geometry.groups)
     bias = None if call.bias is None else call.bias.contiguous()
     residual = channels_last(call.residual)
-    arg = native.arg
+    arg = native.arg_on(call.x.device)
     args = (
         arg(x),
         arg(call.weight),
@@ -106,7 +107,7 @@ def forward(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Choice = AN
 
 
 def _dgrad_args(call: ConvBackwardCall, grad_x: Tensor | None, grad_cache: Tensor | None) -> tuple:
-    arg = native.arg
+    arg = native.arg_on(call.x.device)
     return (
         arg(call.x),
         arg(call.weight),
@@ -119,7 +120,7 @@ def _dgrad_args(call: ConvBackwardCall, grad_x: Tensor | None, grad_cache: Tenso
     )
 
 
-def why_not_dgrad(call: ConvBackwardCall) -> str | None:
+def why_not_dgrad(call: ConvBackwardCall) -> Reason:
     """The reason why the kernel cannot compute the input's gradient, or None. All tensors are channels-last
     already."""
     return why_refused(

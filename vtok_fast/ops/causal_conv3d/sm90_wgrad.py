@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vtok_fast.dispatch import native
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall
 from vtok_fast.ops.causal_conv3d.launch import ask, launch, why_refused
 
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
 def _args(call: ConvBackwardCall, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple:
     """The launcher's arguments. Where the others take the weights, it gets their gradient: it reads no
     weight, and the native module's problem wants a tensor of that shape."""
-    arg = native.arg
+    arg = native.arg_on(call.x.device)
     return (
         arg(call.x),
         arg(grad_weight),
@@ -55,7 +56,7 @@ def plan(call: ConvBackwardCall, *, lib: Any = None, choice: Choice = ANY) -> Pl
     return Plan(*ask(launcher, _args(call, call.weight, None), choice, len(Plan._fields)))
 
 
-def why_not(call: ConvBackwardCall) -> str | None:
+def why_not(call: ConvBackwardCall) -> Reason:
     """The reason why the kernel cannot compute these gradients, or None. x, cache and grad are as
     `wgrad` takes them."""
     return why_refused(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, tuning
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d.call import ConvCall, Geometry
 
 CHOICE_LENGTHS = {"sm80": 3, "sm90": 5}  # numbers in a choice of each backend's tile
@@ -55,7 +56,7 @@ def choice_of(call: ConvCall, backend: str) -> Any:
     return None if entry is None or entry["backend"] != backend else entry["choice"]
 
 
-def why_slower(backend: str, call: ConvCall) -> str | None:
+def why_slower(backend: str, call: ConvCall) -> Reason:
     """The table's word against a backend, or None."""
     entry = entry_for(call)
     if entry is None or entry["backend"] == backend:

@@ -10,11 +10,13 @@ log-sum-exp and output, the gradients of the rectangles add up (FlashAttention, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vtok_fast.dispatch.backends import Reason
+from vtok_fast.ops.scope_attention.call import ScopeBackwardCall, ScopeCall, like
 from vtok_fast.ops.scope_attention.scope import Scope
 
 # When a small scope is attended to densely under a mask: what a call costs, and the speed of one that is not
@@ -172,36 +174,43 @@ def _shared(c: Rectangles, units: int, backward: bool = False) -> Rectangles:
 # ---- attention ---------------------------------------------------------------------------------------------
 
 
-def like(x: Tensor, result: Tensor) -> Tensor:
-    """``result`` in the strides that ``empty_like(x)`` has: what PyTorch's kernels give, but for tensors with
-    gaps."""
-    empty = torch.empty_like(x)
-    return result if result.stride() == empty.stride() else empty.copy_(result)
+def why_not(call: ScopeCall | ScopeBackwardCall) -> Reason:
+    """The reason why PyTorch's CPU kernels cannot run a checked call, or None."""
+    return None if call.q.device.type == "cpu" else f"the tensors are on {call.q.device}"
 
 
-def why_not(call: Any) -> str | None:
-    if call.q.device.type != "cpu":
-        return f"the tensors are on {call.q.device}"
-    return None
+def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """PyTorch's kernels take the last dimension to be contiguous, and do not check it."""
+    return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
 
 
-def run(call: Any) -> tuple[Tensor, ...]:
-    """(out, lse), or (dq, dk, dv) where the call has a gradient."""
-    # PyTorch's kernels take the last dimension to be contiguous, and do not check it.
-    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in call[:3])
-    shared = 1 if _shares_heads() else q.shape[1] // max(k.shape[1], 1)  # otherwise as copies
+def run(call: ScopeCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a checked call."""
+    q, k, v = _rows_contiguous(call.q, call.k, call.v)
+    shared = _copies_per_head(q, k)
     if shared > 1:
         k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
-    if call.grad is None:
-        out, lse = _forward(q, k, v, call.scope, call.scale)
-        return like(call.q, out), lse
-    grad, out = (t if t.stride(3) == 1 else t.contiguous() for t in (call.grad, call.out))
-    if shared > 1:  # what the copies' gradients add up in
+    out, lse = _forward(q, k, v, call.scope, call.scale)
+    return like(call.q, out), lse
+
+
+def run_backward(call: ScopeBackwardCall) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) of a checked call."""
+    grad, q, k, v, out = _rows_contiguous(call.grad, call.q, call.k, call.v, call.out)
+    shared = _copies_per_head(q, k)
+    if shared > 1:
+        k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
+        # The copies' gradients add up in this type.
         grad, q, k, v, out = (t.to(call.lse.dtype) for t in (grad, q, k, v, out))
     dq, dk, dv = _backward(grad, q, k, v, out, call.lse, call.scope, call.scale)
     if shared > 1:
         dk, dv = (t.unflatten(1, (-1, shared)).sum(2) for t in (dk, dv))
-    return tuple(like(x, g.to(x.dtype)) for x, g in zip(call[:3], (dq, dk, dv)))
+    return tuple(like(x, g.to(x.dtype)) for x, g in zip((call.q, call.k, call.v), (dq, dk, dv)))
+
+
+def _copies_per_head(q: Tensor, k: Tensor) -> int:
+    """How many copies PyTorch's kernels need of each head of keys: one where heads of queries may share it."""
+    return 1 if _shares_heads() else q.shape[1] // max(k.shape[1], 1)
 
 
 def _dense_mask(q: Tensor, scope: Scope, steps: Plan) -> Tensor | None:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, native
-from vtok_fast.ops.scope_attention import cpu as scope_attention_cpu
-from vtok_fast.ops.scope_attention import gpu as scope_attention_triton
-from vtok_fast.ops.scope_attention.cpu import like
+from vtok_fast.ops.scope_attention import cpu, triton
+from vtok_fast.ops.scope_attention.call import ScopeCall, like
 from vtok_fast.ops.scope_attention.scope import CSR, Scope
 from vtok_fast.reference import scope_attention as reference
-
-
-class ScopeCall(NamedTuple):
-    """One checked call, as backends see it: a backward pass where there is a ``grad``, which comes with
-    ``out`` and ``lse``."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scope: Scope
-    scale: float
-    grad: Tensor | None = None
-    out: Tensor | None = None
-    lse: Tensor | None = None
 
 
 def scope_attention(
@@ -42,9 +27,9 @@ def scope_attention(
     Args:
         q: (B, heads, Sq, D), float32, float64, bfloat16 or float16; any strides.
         k, v: (B, heads / n, Sk, D): n neighbouring heads of queries share one of keys and values.
-        scope: of Sq queries and Sk keys, on the host or on the device of ``q``. The values of one on a device
-            are not waited for; what they say amiss is clamped, and the next method of the scope that waits
-            for the device raises.
+        scope: of Sq queries and Sk keys, on the host or on the device of ``q``. The values of a
+            scope on a device are not waited for: invalid ones are clamped, and the next method of the scope
+            that waits for the device raises.
         scale: multiplies the scores; default 1 / sqrt(D).
         backend: a name to insist on; else the best that can run.
 
@@ -53,7 +38,7 @@ def scope_attention(
         projections give it, joining the heads costs nothing.
 
     Raises:
-        TypeError: a dtype is not floating point, or they differ; or ``scope`` is none.
+        TypeError: a dtype is not floating point, or they differ; or ``scope`` is not a `Scope`.
         ValueError: a shape or number is impossible; names the argument and its value.
         BackendError: ``backend`` cannot run this call.
     """
@@ -64,13 +49,11 @@ def scope_attention(
     return torch.ops.vtok_fast.scope_attention(q, k, v, *scope.csr, scale, backend)[0]
 
 
-def run(call: ScopeCall, backend: str | None) -> tuple[Tensor, ...]:
-    """Runs a checked call on the chosen backend: (out, lse), or (dq, dk, dv)."""
-    if not call.q.numel() or not call.k.numel():  # kernels need not think of nothing
-        if call.grad is None:
-            out, lse = _fake(call.q)
-            return out.zero_(), lse.fill_(-torch.inf)
-        return tuple(torch.zeros_like(t) for t in call[:3])
+def run(call: ScopeCall, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Runs a checked call on the chosen backend: (out, lse)."""
+    if not call.q.numel() or not call.k.numel():  # empty inputs never reach a kernel
+        out, lse = _fake(call.q)
+        return out.zero_(), lse.fill_(-torch.inf)
     return backends.select("scope_attention", call, backend).run(call)
 
 
@@ -111,71 +94,29 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float | None) -
 # ---- backends ----------------------------------------------------------------------------------------------
 
 
-def _reference_run(call: ScopeCall) -> tuple[Tensor, ...]:
-    q, k, v, scope, scale, grad, out, lse = call
-    mask = Scope._make(*scope_attention_triton.clamped(scope), scope.q_len, scope.k_len).mask().to(q.device)
-    if grad is not None:
-        assert out is not None and lse is not None  # they come with it
-        return tuple(
-            map(like, (q, k, v), reference.scope_attention_backward(grad, q, k, v, out, lse, mask, scale))
-        )
-    result, lse = reference.scope_attention(q, k, v, mask, scale)
-    return like(q, result), lse
+def run_reference(call: ScopeCall) -> tuple[Tensor, Tensor]:
+    """The definition in PyTorch."""
+    q, k, v, scope, scale = call
+    out, lse = reference.scope_attention(q, k, v, triton.safe_mask(scope, q.device), scale)
+    return like(q, out), lse
 
 
 backends.register(
     "scope_attention",
-    backends.Backend("triton", scope_attention_triton.why_not, scope_attention_triton.run),
-    backends.Backend("cpu", scope_attention_cpu.why_not, scope_attention_cpu.run, needs_native=False),
-    backends.Backend("reference", lambda call: None, _reference_run),
+    backends.Backend("triton", triton.why_not, triton.run),
+    backends.Backend("cpu", cpu.why_not, cpu.run, needs_native=False),
+    backends.Backend("reference", lambda call: None, run_reference),
 )
+
 
 # ---- torch.library -----------------------------------------------------------------------------------------
-# The three tensors of the scope are arguments, so that a compiled graph serves every scope.
-
-_SCOPE = "Tensor q_offsets, Tensor range_offsets, Tensor ranges, float scale, str? backend"
-torch.library.define(
-    "vtok_fast::scope_attention", f"(Tensor q, Tensor k, Tensor v, {_SCOPE}) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "vtok_fast::scope_attention_backward",
-    f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SCOPE}) -> (Tensor, Tensor, "
-    f"Tensor)",
-)
-
-
 @torch.library.impl("vtok_fast::scope_attention", ("cpu", "cuda"))
 def _impl(q, k, v, q_offsets, range_offsets, ranges, scale, backend):
     scope = Scope.of(CSR(q_offsets, range_offsets, ranges), q.shape[2], k.shape[2])
     return run(ScopeCall(q, k, v, scope, scale), backend)
 
 
-@torch.library.impl("vtok_fast::scope_attention_backward", ("cpu", "cuda"))
-def _backward_impl(grad, q, k, v, out, lse, q_offsets, range_offsets, ranges, scale, backend):
-    scope = Scope.of(CSR(q_offsets, range_offsets, ranges), q.shape[2], k.shape[2])
-    return run(ScopeCall(q, k, v, scope, scale, grad, out, lse), backend)
-
-
 @torch.library.register_fake("vtok_fast::scope_attention")
 def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     return torch.empty_like(q), lse
-
-
-@torch.library.register_fake("vtok_fast::scope_attention_backward")
-def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, *csr, ctx.scale, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, *csr)
-
-
-def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.vtok_fast.scope_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend)
-    return *[g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)], *[None] * 5
-
-
-torch.library.register_autograd("vtok_fast::scope_attention", _backward, setup_context=_setup_context)

@@ -240,12 +240,10 @@ _BYTES = {
 }
 
 
-def _why_not_cpu(tokens: Tensor) -> str | None:
-    if not tokens.is_cpu:
-        return f"the tensors are on {tokens.device}"
+def _why_not_cpu(tokens: Tensor) -> backends.Reason:
     if tokens.dtype.itemsize not in _BYTES:
         return f"no kernel for elements of {tokens.dtype.itemsize} bytes"
-    return native.why_missing()
+    return native.why_not_on_cpu(tokens, (tokens.dtype,))
 
 
 def _moved(tensor: Tensor) -> tuple:
@@ -316,13 +314,13 @@ def _reference_unpack(call: UnpackCall) -> Tensor:
     return reference.unpack_tokens(*call)
 
 
-def _why_not_triton(tokens: Tensor) -> str | None:
+def _why_not_triton(tokens: Tensor) -> backends.Reason:
     if tokens.dtype.itemsize not in _INTEGERS:
         return f"no kernel for elements of {tokens.dtype.itemsize} bytes"
     return backends.why_not_triton_on(tokens)
 
 
-def _why_not_triton_pack(call: PackCall) -> str | None:
+def _why_not_triton_pack(call: PackCall) -> backends.Reason:
     if call.levels is not None and call.tokens.dtype == torch.float64:
         return "in float64 the formula of FSQ decides, not its thresholds"
     return _why_not_triton(call.tokens)
@@ -410,13 +408,19 @@ def _pack_fake(tokens, keep, capacity, levels, variant, backend):
     )
 
 
+# Each op's gradient is the other op, which autograd can differentiate again.
+
+
 def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[1])
+    backends.remember(ctx, inputs[-1])
 
 
 def _pack_backward(ctx, grad_values, grad_indices, grad_cu_seqlens):
-    (keep,) = ctx.saved_tensors
-    return torch.ops.vtok_fast.unpack_tokens(grad_values, keep, 0.0, None), None, None, None, None, None
+    (keep,) = backends.saved_tensors(ctx)
+    with backends.remembered(ctx):
+        grad = torch.ops.vtok_fast.unpack_tokens(grad_values, keep, 0.0, ctx.explicit_backend)
+    return grad, None, None, None, None, None
 
 
 torch.library.register_autograd("vtok_fast::pack_tokens", _pack_backward, setup_context=_pack_setup)
@@ -435,11 +439,14 @@ def _unpack_fake(values, mask, fill, backend):
 def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.rows = inputs[0].shape[0]
+    backends.remember(ctx, inputs[-1])
 
 
 def _unpack_backward(ctx, grad):
-    (mask,) = ctx.saved_tensors
-    return torch.ops.vtok_fast.pack_tokens(grad, mask, ctx.rows, None, "vidtok", None)[0], None, None, None
+    (mask,) = backends.saved_tensors(ctx)
+    with backends.remembered(ctx):
+        packed = torch.ops.vtok_fast.pack_tokens(grad, mask, ctx.rows, None, "vidtok", ctx.explicit_backend)
+    return packed[0], None, None, None
 
 
 torch.library.register_autograd("vtok_fast::unpack_tokens", _unpack_backward, setup_context=_unpack_setup)

@@ -16,6 +16,7 @@ from vtok_fast.reference import token_packing as reference
 
 METHODS = reference.METHODS
 STRATEGIES = reference.STRATEGIES
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels know
 
 
 class ScoresCall(NamedTuple):
@@ -31,6 +32,14 @@ class SelectCall(NamedTuple):
     budget: Tensor
     method: str
     stride: int
+
+
+class BudgetCall(NamedTuple):
+    scores: Tensor
+    rate: Tensor  # float64, one or (B,)
+    strategy: str
+    elbo_mean: Tensor | None
+    released: bool
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
@@ -107,6 +116,7 @@ def token_budget(
     elbo_mean: float | Tensor | None = None,
     decay: float = 0.99,
     released: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """How many tokens of each clip to keep: int64 (B,) on the device of ``scores``, which is never waited
     for.
@@ -131,9 +141,12 @@ def token_budget(
         elbo_mean: a positive number or a tensor of one element; for ``elbo_ema`` a float tensor on the device
             of ``scores``.
         decay: of ``elbo_ema``, 0 to 1.
+        backend: a name to insist on; else the best that can run. A count that depends on no tensor is made
+            on the host.
 
     Raises:
         TypeError, ValueError: an argument does not fit; names it and its value.
+        BackendError: ``backend`` cannot run this call.
     """
     if not scores.is_floating_point():
         raise TypeError(f"scores: expected a floating point dtype, got {scores.dtype}")
@@ -166,17 +179,10 @@ def token_budget(
             if not 0 <= decay <= 1:
                 raise ValueError(f"decay: expected 0 to 1, got {decay!r}")
             reference.update_mean(mean, scores.detach(), decay)
-    if (
-        native.is_plain(scores, rate, mean)
-        and backends.why_not_triton_on(scores) is None
-        and scores.dtype != torch.float64
-    ):
-        from vtok_fast.kernels import token_packing as kernels
-
-        return kernels.token_budget(
-            scores.contiguous().flatten(1), rate.contiguous(), strategy, mean, released
-        )
-    return reference.counts(reference.rates(scores.detach(), rate, strategy, mean), tokens, released)
+    call = BudgetCall(scores.detach(), rate, strategy, mean, released)
+    if not native.is_plain(*call[:2], mean):
+        return _budget_reference_run(call)
+    return backends.select("token_budget", call, backend).run(call)
 
 
 def _mean_tensor(elbo_mean: float | Tensor | None, strategy: str, device: torch.device) -> Tensor:
@@ -274,12 +280,8 @@ def select_tokens(
 # ---- backends ----------------------------------------------------------------------------------------------
 
 
-def _why_not_scores_cpu(call: ScoresCall) -> str | None:
-    if not call.video.is_cpu:
-        return f"the tensors are on {call.video.device}"
-    if call.video.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"no {call.video.dtype} kernel"
-    return native.why_missing()
+def _why_not_scores_cpu(call: ScoresCall) -> backends.Reason:
+    return native.why_not_on_cpu(call.video, DTYPES)
 
 
 def _scores_output(call: ScoresCall) -> Tensor:
@@ -298,14 +300,10 @@ def _scores_cpu_run(call: ScoresCall) -> Tensor:
     return scores
 
 
-def _why_not_select_cpu(call: SelectCall) -> str | None:
-    if not call.scores.is_cpu:
-        return f"the tensors are on {call.scores.device}"
+def _why_not_select_cpu(call: SelectCall) -> backends.Reason:
     if call.method not in ("topk", "threshold"):
         return f"method={call.method!r} is one comparison, which PyTorch does"
-    if call.scores.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"no {call.scores.dtype} kernel"
-    return native.why_missing()
+    return native.why_not_on_cpu(call.scores, DTYPES)
 
 
 def _select_cpu_run(call: SelectCall) -> Tensor:
@@ -328,8 +326,27 @@ def _select_reference_run(call: SelectCall) -> Tensor:
     return reference.select_tokens(call.scores, call.budget, method=call.method, stride=call.stride)
 
 
-def _why_not_scores_triton(call: ScoresCall) -> str | None:
-    if call.video.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+def _budget_reference_run(call: BudgetCall) -> Tensor:
+    rates = reference.rates(call.scores, call.rate, call.strategy, call.elbo_mean)
+    return reference.counts(rates, math.prod(call.scores.shape[1:]), call.released)
+
+
+def _why_not_budget_triton(call: BudgetCall) -> backends.Reason:
+    if call.scores.dtype not in DTYPES:
+        return f"no {call.scores.dtype} kernel"
+    return backends.why_not_triton_on(call.scores)
+
+
+@tuning.guarded("token_packing")
+def _budget_triton_run(call: BudgetCall) -> Tensor:
+    from vtok_fast.kernels import token_packing as kernels
+
+    scores, rate = call.scores.contiguous().flatten(1), call.rate.contiguous()
+    return kernels.token_budget(scores, rate, call.strategy, call.elbo_mean, call.released)
+
+
+def _why_not_scores_triton(call: ScoresCall) -> backends.Reason:
+    if call.video.dtype not in DTYPES:
         return f"no {call.video.dtype} kernel"
     return backends.why_not_triton_on(call.video)
 
@@ -341,10 +358,10 @@ def _scores_triton_run(call: ScoresCall) -> Tensor:
     return kernels.router_scores(*call)
 
 
-def _why_not_select_triton(call: SelectCall) -> str | None:
+def _why_not_select_triton(call: SelectCall) -> backends.Reason:
     if call.method not in ("topk", "threshold"):
         return f"method={call.method!r} is one comparison, which PyTorch does"
-    if call.scores.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if call.scores.dtype not in DTYPES:
         return f"no {call.scores.dtype} kernel"
     if call.scores.shape[0] and math.prod(call.scores.shape[1:]) >= 2**31:
         return "2**31 or more tokens in a clip"
@@ -366,6 +383,11 @@ backends.register(
     backends.Backend("triton", _why_not_scores_triton, _scores_triton_run),
     backends.Backend("cpu", _why_not_scores_cpu, _scores_cpu_run),
     backends.Backend("reference", lambda call: None, lambda call: reference.router_scores(*call)),
+)
+backends.register(
+    "token_budget",
+    backends.Backend("triton", _why_not_budget_triton, _budget_triton_run),
+    backends.Backend("reference", lambda call: None, _budget_reference_run),
 )
 backends.register(
     "select_tokens",

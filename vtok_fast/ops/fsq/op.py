@@ -6,12 +6,14 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, native
+from vtok_fast.ops.fsq import cpu, sm80
+from vtok_fast.ops.fsq.call import FSQCall, FSQDecodeCall, empty_outputs
 from vtok_fast.reference import fsq as reference
 
 VARIANTS = reference.VARIANTS
@@ -22,34 +24,6 @@ class FSQOutput(NamedTuple):
 
     codes: Tensor
     indices: Tensor
-
-
-class FSQCall(NamedTuple):
-    """One checked call, as backends see it."""
-
-    z: Tensor
-    levels: tuple[int, ...]
-    variant: str
-    dim: int
-
-
-class FSQDecodeCall(NamedTuple):
-    """A checked call of `fsq_decode`."""
-
-    indices: Tensor
-    levels: tuple[int, ...]
-    dtype: torch.dtype
-    dim: int
-
-
-class FSQBackwardCall(NamedTuple):
-    """The gradient of the codes, and the call that they came from."""
-
-    grad: Tensor
-    z: Tensor
-    levels: tuple[int, ...]
-    variant: str
-    dim: int
 
 
 def fsq_quantize(
@@ -124,7 +98,7 @@ def fsq_decode(
         )
     call = FSQDecodeCall(indices, levels, dtype, dim % rank)
     if not native.is_plain(indices):
-        return _reference_decode(call)
+        return decode_reference(call)
     return backends.select("fsq_decode", call).run(call)
 
 
@@ -209,149 +183,27 @@ def run(call: FSQCall, backend: str | None) -> tuple[Tensor, Tensor]:
 # ---- backends ----------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
-def threshold_table(levels: tuple[int, ...], variant: str) -> Tensor:
-    """float32 (channels, most levels - 1), contiguous: each channel's thresholds, NaN (never reached) behind
-    them."""
-    table = torch.full((len(levels), max(levels) - 1), math.nan)
-    for row, level in zip(table, levels):
-        row[: level - 1] = reference.thresholds(level, variant)
-    return table
-
-
-def _why_not_cpu(call: FSQCall) -> str | None:
-    if not call.z.is_cpu:
-        return f"the tensors are on {call.z.device}"
-    if call.z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"no {call.z.dtype} kernel"
-    if call.z.dim() > 6:
-        return f"rank {call.z.dim()}, at most 6"
-    return native.why_missing()
-
-
-def _outputs(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    positions = list(z.shape)
-    del positions[dim]
-    return torch.empty_like(z), z.new_empty(positions, dtype=torch.int32)
-
-
-def _cpu_run(call: FSQCall) -> tuple[Tensor, Tensor]:
-    codes, indices = _outputs(call.z, call.dim)
-    arg = native.arg
-    native.lib().fsq_quantize(
-        arg(call.z),
-        arg(codes),
-        arg(indices),
-        arg(threshold_table(call.levels, call.variant)),
-        call.levels,
-        call.dim,
-        native.threads(),
-    )
-    return codes, indices
-
-
-def _reference_run(call: FSQCall) -> tuple[Tensor, Tensor]:
+def run_reference(call: FSQCall) -> tuple[Tensor, Tensor]:
     codes, indices = reference.fsq_quantize(call.z, call.levels, variant=call.variant, dim=call.dim)
     return torch.empty_like(call.z).copy_(codes), indices.contiguous()
 
 
-def _sm80_refuses(tensor: Tensor, dtype: torch.dtype, rank: int) -> str | None:
-    if (reason := native.why_no_cuda(tensor)) is not None:
-        return reason
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"no {dtype} kernel"
-    return f"rank {rank}, at most 6" if rank > 6 else None
-
-
-def _why_not_sm80(call: FSQCall) -> str | None:
-    if max(call.levels) > 8 and sum(call.levels) - len(call.levels) > 768:
-        return (
-            f"more than 768 thresholds, which do not fit into a kernel's parameters, for levels {call.levels}"
-        )
-    return _sm80_refuses(call.z, call.z.dtype, call.z.dim())
-
-
-def _sm80_run(call: FSQCall, lib: Any = None) -> tuple[Tensor, Tensor]:
-    codes, indices = _outputs(call.z, call.dim)
-    arg, table = native.arg, threshold_table(call.levels, call.variant)
-    with native.cuda_stream(call.z) as stream:
-        (lib or native.lib()).fsq_sm80_quantize(
-            arg(call.z), arg(codes), arg(indices), arg(table), call.levels, call.dim, stream
-        )
-    return codes, indices
-
-
-def _sm80_can_decode(call: FSQDecodeCall) -> str | None:
-    if call.indices.dtype not in (torch.int32, torch.int64):
-        return f"no kernel for indices of {call.indices.dtype}"
-    if len(call.levels) > 31:
-        return f"{len(call.levels)} channels, at most 31"
-    return _sm80_refuses(call.indices, call.dtype, call.indices.dim() + 1)
-
-
-def _sm80_decode(call: FSQDecodeCall, lib: Any = None) -> Tensor:
-    codes = call.indices.new_empty((*call.indices.shape, len(call.levels)), dtype=call.dtype).movedim(
-        -1, call.dim
-    )
-    with native.cuda_stream(call.indices) as stream:
-        (lib or native.lib()).fsq_sm80_decode(
-            native.arg(call.indices), native.arg(codes), call.levels, call.dim, stream
-        )
-    return codes
-
-
-def _why_not_sm80_backward(call: FSQBackwardCall) -> str | None:
-    if call.grad.dtype != call.z.dtype or call.grad.device != call.z.device:
-        return "the gradient has another dtype or device than z"
-    return _sm80_refuses(call.z, call.z.dtype, call.z.dim())
-
-
-def _sm80_backward(call: FSQBackwardCall, lib: Any = None) -> Tensor:
-    grad_z, arg = torch.empty_like(call.z), native.arg
-    half_l, _, shifts = zip(*(reference.bound_constants(level, call.variant) for level in call.levels))
-    slopes = [half / (level // 2) for half, level in zip(half_l, call.levels)]
-    with native.cuda_stream(call.z) as stream:
-        (lib or native.lib()).fsq_sm80_backward(
-            arg(call.grad), arg(call.z), arg(grad_z), list(shifts), slopes, call.dim, stream
-        )
-    return grad_z
-
-
-def _reference_decode(call: FSQDecodeCall) -> Tensor:
+def decode_reference(call: FSQDecodeCall) -> Tensor:
     return reference.fsq_decode(call.indices, call.levels, dtype=call.dtype, dim=call.dim)
-
-
-def _reference_backward(call: FSQBackwardCall) -> Tensor:
-    return reference.fsq_quantize_backward(call.grad, call.z, call.levels, variant=call.variant, dim=call.dim)
-
-
-def _anything(call: Any) -> None:
-    return None
 
 
 backends.register(
     "fsq",
-    backends.Backend("sm80", _why_not_sm80, _sm80_run),
-    backends.Backend("cpu", _why_not_cpu, _cpu_run),
-    backends.Backend("reference", _anything, _reference_run),
+    backends.Backend("sm80", sm80.why_not, sm80.run),
+    backends.Backend("cpu", cpu.why_not, cpu.run),
+    backends.Backend("reference", lambda call: None, run_reference),
 )
 backends.register(
     "fsq_decode",
-    backends.Backend("sm80", _sm80_can_decode, _sm80_decode),
-    backends.Backend("reference", _anything, _reference_decode),
+    backends.Backend("sm80", sm80.why_not_decode, sm80.decode),
+    backends.Backend("reference", lambda call: None, decode_reference),
 )
-backends.register(
-    "fsq_backward",
-    backends.Backend("sm80", _why_not_sm80_backward, _sm80_backward),
-    backends.Backend("reference", _anything, _reference_backward),
-)
-
 # ---- torch.library -----------------------------------------------------------------------------------------
-
-torch.library.define(
-    "vtok_fast::fsq_quantize",
-    "(Tensor z, int[] levels, str variant, int dim, str? backend) -> (Tensor, Tensor)",
-)
 
 
 @torch.library.impl("vtok_fast::fsq_quantize", ("cpu", "cuda"))
@@ -361,40 +213,4 @@ def _impl(z, levels, variant, dim, backend):
 
 @torch.library.register_fake("vtok_fast::fsq_quantize")
 def _fake(z, levels, variant, dim, backend):
-    return _outputs(z, dim)
-
-
-torch.library.define(
-    "vtok_fast::fsq_quantize_backward",
-    "(Tensor grad, Tensor z, int[] levels, str variant, int dim) -> Tensor",
-)
-
-
-@torch.library.impl("vtok_fast::fsq_quantize_backward", ("cpu", "cuda"))
-def _backward_impl(grad, z, levels, variant, dim):
-    call = FSQBackwardCall(grad, z, tuple(levels), variant, dim)
-    grad_z = backends.select("fsq_backward", call).run(call)
-    return grad_z if grad_z.stride() == torch.empty_like(z).stride() else torch.empty_like(z).copy_(grad_z)
-
-
-@torch.library.register_fake("vtok_fast::fsq_quantize_backward")
-def _backward_fake(grad, z, levels, variant, dim):
-    return torch.empty_like(z)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    z, ctx.levels, ctx.variant, ctx.dim, _ = inputs
-    ctx.save_for_backward(z)
-
-
-def _backward(ctx, grad_codes, grad_indices):
-    (z,) = ctx.saved_tensors
-    call = FSQBackwardCall(grad_codes, z, tuple(ctx.levels), ctx.variant, ctx.dim)
-    # The reference where this gradient is differentiated in its turn, and on a CPU, where the compiler fuses
-    # it.
-    if torch.is_grad_enabled() or not z.is_cuda:
-        return _reference_backward(call), None, None, None, None
-    return torch.ops.vtok_fast.fsq_quantize_backward(*call), None, None, None, None
-
-
-torch.library.register_autograd("vtok_fast::fsq_quantize", _backward, setup_context=_setup_context)
+    return empty_outputs(z, dim)

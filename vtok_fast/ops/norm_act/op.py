@@ -3,33 +3,18 @@ passes."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtok_fast.dispatch import backends, native, tuning
+from vtok_fast.dispatch import backends, native
+from vtok_fast.ops.norm_act import cpu, triton
+from vtok_fast.ops.norm_act.call import NormCall, output_format
 from vtok_fast.reference import norm_act as reference
 
 KINDS = reference.KINDS
 ROUNDINGS = reference.ROUNDINGS
-
-
-class NormCall(NamedTuple):
-    """One checked call, as backends see it."""
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-    residual: Tensor | None
-    kind: str
-    groups: int
-    per_frame: bool
-    eps: float
-    activation: str | None
-    rounding: str
 
 
 def norm_act(
@@ -92,8 +77,8 @@ def norm_act(
     )
     if native.is_plain(x, weight, bias, scale, shift, residual):
         chosen = backends.select("norm_act", call, backend)
-        if tail_frames and chosen is _triton:  # writes the tail with the rest
-            return _triton_run(call, tail_frames)
+        if tail_frames and chosen.run is triton.run:  # writes the tail with the rest
+            return triton.run(call, tail_frames)
         y = chosen.run(call)
     else:
         y = torch.ops.vtok_fast.norm_act(*call, backend)
@@ -101,14 +86,6 @@ def norm_act(
         return y
     first = max(x.shape[2] - tail_frames, 0)
     return y, y[:, :, first:].clone(memory_format=output_format(x))
-
-
-def output_format(x: Tensor) -> torch.memory_format:
-    """The memory format of the result: that of ``x``, where it has one of the two; ``channels_last_3d`` where
-    it has both."""
-    if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.contiguous_format
-    return torch.channels_last_3d
 
 
 def run(call: NormCall, backend: str | None) -> Tensor:
@@ -190,67 +167,8 @@ def _check(
 # ---- backends ----------------------------------------------------------------------------------------------
 
 
-def _why_not_cpu(call: NormCall) -> str | None:
-    if call.x.device.type != "cpu":
-        return f"the tensors are on {call.x.device}"
-    if call.x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"no {call.x.dtype} kernel"
-    if call.rounding != "once":
-        return (
-            f"rounding={call.rounding!r} promises the bits of a chain of PyTorch's own reductions, and only "
-            f"they sum in their "
-            "order"
-        )
-    return native.why_missing()
-
-
-def _modulation(t: Tensor | None, x: Tensor, channels_last: bool) -> Tensor | None:
-    """A scale or shift in x's dtype, expanded to its shape, in strides that the kernel reads: see
-    NormProblem."""
-    if t is None:
-        return None
-    t = t.to(x.dtype).reshape((1,) * (5 - t.dim()) + t.shape)
-    if channels_last:
-        if x.shape[1] > 1 and (t.shape[1] == 1 or t.stride(1) != 1):
-            t = t.expand(-1, x.shape[1], -1, -1, -1).contiguous(memory_format=torch.channels_last_3d)
-    elif t.shape[3] * t.shape[4] > 1:
-        t = t.expand(-1, -1, -1, *x.shape[3:]).contiguous()
-    return t.expand(x.shape)
-
-
-def _cpu_run(call: NormCall) -> Tensor:
-    x, residual = call.x, call.residual
-    layout = output_format(x)
-    channels_last = layout == torch.channels_last_3d
-    if channels_last and x.stride(1) != 1:
-        x = x.contiguous(memory_format=layout)
-    if residual is not None and not (channels_last and residual.stride(1) == 1):
-        residual = residual.contiguous(memory_format=layout)
-    y = torch.empty_like(x, memory_format=layout)
-    # Held in names until the kernel returns: it sees pointers only.
-    scale, shift = _modulation(call.scale, x, channels_last), _modulation(call.shift, x, channels_last)
-    arg = native.arg
-    native.lib().norm_act(
-        arg(x),
-        arg(call.weight),
-        arg(call.bias),
-        arg(scale),
-        arg(shift),
-        arg(residual),
-        arg(y),
-        channels_last,
-        call.kind in ("layer", "group"),
-        call.kind in ("group", "group_rms"),
-        call.per_frame,
-        call.groups,
-        call.eps,
-        call.activation == "silu",
-        native.threads(),
-    )
-    return y
-
-
-def _reference_run(call: NormCall) -> Tensor:
+def run_reference(call: NormCall) -> Tensor:
+    """The definition in PyTorch."""
     y = reference.norm_act(
         call.x,
         call.weight,
@@ -269,78 +187,14 @@ def _reference_run(call: NormCall) -> Tensor:
     return y if y.stride() == out.stride() else out.copy_(y)
 
 
-def _why_not_triton(call: NormCall) -> str | None:
-    for name, t in zip(call._fields, call[:6]):
-        if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"no kernel for {name} in {t.dtype}"
-    if (why := backends.why_not_triton_on(call.x)) is not None:
-        return why
-    from vtok_fast.kernels import norm_act as kernels
-
-    if "group" not in call.kind and call.x.shape[1] // call.groups > kernels.MAX_CHANNELS:
-        return f"{call.x.shape[1] // call.groups} channels in a group, at most {kernels.MAX_CHANNELS}"
-    return None
-
-
-@tuning.guarded("norm_act")
-def _triton_run(call: NormCall, tail_frames: int = 0) -> Tensor | tuple[Tensor, Tensor]:
-    from vtok_fast.kernels import norm_act as kernels
-
-    layout = output_format(call.x)
-    y = torch.empty_like(call.x, memory_format=layout)
-    tail = (
-        torch.empty_like(y[:, :, max(y.shape[2] - tail_frames, 0) :], memory_format=layout)
-        if tail_frames
-        else None
-    )
-    kernels.norm_act(
-        *call[:6],
-        y,
-        kind=call.kind,
-        groups=call.groups,
-        per_frame=call.per_frame,
-        eps=call.eps,
-        silu=call.activation == "silu",
-        rounding=call.rounding,
-        tail=tail,
-    )
-    return y if tail is None else (y, tail)
-
-
-@tuning.guarded("norm_act")
-def _triton_backward(call: NormCall, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    from vtok_fast.kernels import norm_act_backward as kernels
-
-    return kernels.norm_act_backward(
-        grad,
-        *call[:6],
-        kind=call.kind,
-        groups=call.groups,
-        per_frame=call.per_frame,
-        eps=call.eps,
-        activation=call.activation,
-        rounding=call.rounding,
-        layout=output_format(call.x),
-        wanted=wanted,
-    )
-
-
-_triton = backends.Backend("triton", _why_not_triton, _triton_run)
 backends.register(
     "norm_act",
-    _triton,
-    backends.Backend("cpu", _why_not_cpu, _cpu_run),
-    backends.Backend("reference", lambda call: None, _reference_run),
+    backends.Backend("triton", triton.why_not, triton.run),
+    backends.Backend("cpu", cpu.why_not, cpu.run),
+    backends.Backend("reference", lambda call: None, run_reference),
 )
 
 # ---- torch.library -----------------------------------------------------------------------------------------
-
-torch.library.define(
-    "vtok_fast::norm_act",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, str kind, int "
-    "groups, bool "
-    "per_frame, float eps, str? activation, str rounding, str? backend) -> Tensor",
-)
 
 
 @torch.library.impl("vtok_fast::norm_act", ("cpu", "cuda"))
@@ -351,30 +205,3 @@ def _impl(*args: Any) -> Tensor:
 @torch.library.register_fake("vtok_fast::norm_act")
 def _fake(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x, memory_format=output_format(x))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    call = NormCall(*inputs[:-1])
-    ctx.save_for_backward(*call[:6])
-    ctx.options = {
-        "kind": call.kind,
-        "groups": call.groups,
-        "per_frame": call.per_frame,
-        "eps": call.eps,
-        "activation": call.activation,
-        "rounding": call.rounding,
-    }
-
-
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    saved = ctx.saved_tensors  # once: activation checkpointing computes them when they are asked for
-    options = ctx.options
-    call = NormCall(*saved, **options)
-    if native.is_plain(grad, *saved) and _why_not_triton(call) is None:
-        grads = _triton_backward(call, grad, ctx.needs_input_grad[:6])
-    else:
-        grads = reference.norm_act_backward(grad, *saved, **options)
-    return *[g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)], *[None] * 7
-
-
-torch.library.register_autograd("vtok_fast::norm_act", _backward, setup_context=_setup_context)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, tuning
+from vtok_fast.dispatch.backends import Reason
+from vtok_fast.ops.scope_attention.call import ScopeBackwardCall, ScopeCall
 from vtok_fast.ops.scope_attention.scope import CSR, Scope
 from vtok_fast.ops.token_packing.packed_tokens import SCOPE, note_error
 
@@ -23,8 +25,8 @@ def work_list(scope: Scope, block: int, exact: bool) -> Tensor:
     after its last, and the same of its ranges. The most work comes first, so that the last programs to end
     are short.
 
-    Unless it is to be ``exact``, n is an upper bound, and what is too much is empty blocks: nothing waits for
-    a value.
+    Unless it is to be ``exact``, n is an upper bound and surplus entries are empty blocks, so that nothing
+    synchronizes.
     """
     q, r, ranges = (t.long() for t in scope.safe()[0])
     ends = ((q.diff() + block - 1) // block).cumsum(0)
@@ -48,6 +50,11 @@ def clamped(scope: Scope) -> CSR:
     return safe
 
 
+def safe_mask(scope: Scope, device: torch.device) -> Tensor:
+    """The scope's mask, of values that are safe to use, on the device of the tensors."""
+    return Scope._make(*clamped(scope), scope.q_len, scope.k_len).mask().to(device)
+
+
 def prepared(scope: Scope, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The work list and the ranges of a scope on the device of the tensors, cached on the scope."""
 
@@ -62,7 +69,8 @@ def is_short(scope: Scope) -> bool:
     return scope.q_len <= SHORT * scope.segments
 
 
-def why_not(call: Any) -> str | None:
+def why_not(call: ScopeCall | ScopeBackwardCall) -> Reason:
+    """The reason why the kernels cannot run a checked call, or None."""
     if call.q.dtype not in DTYPES:
         return f"no kernel for {call.q.dtype}"
     if reason := backends.why_not_triton_on(call.q):
@@ -73,44 +81,55 @@ def why_not(call: Any) -> str | None:
 
 
 @tuning.guarded("scope_attention")
-def run(call: Any, capability: int | None = None) -> tuple[Tensor, ...]:
-    """(out, lse), or (dq, dk, dv) where the call has a gradient."""
+def run(call: ScopeCall, capability: int | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a checked call."""
     from vtok_fast.kernels import scope_attention as kernels
 
-    q, k, v, scope, scale = call[:5]
-    if capability is None:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        capability = 10 * major + minor
+    q, k, v, scope, scale = call
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    target = kernels.aligned(out)
+    c = _config("forward", q, scope, capability)
+    kernels.attend(
+        *map(kernels.aligned, (q, k, v)), target, lse, *prepared(scope, c.block_m, q.device), scale, c
+    )
+    return out if target is out else out.copy_(target), lse
 
-    def config(kernel: str, of: Scope) -> Any:
-        built_in = kernels.config(kernel, q.shape[3], q.element_size(), capability, is_short(of))
-        rows, segment = q.shape[0] * q.shape[1] * of.q_len, of.q_len // max(of.segments, 1)
-        return tuning.chosen(
-            "scope_attention",
-            q.device,
-            built_in,
-            partial(kernels.variants, kernel),
-            kernel,
-            q.dtype,
-            f"head {q.shape[3]}",
-            tuning.power_of_two(rows),
-            f"segments {tuning.power_of_two(segment)}",
-        )
 
-    qa, ka, va = map(kernels.aligned, (q, k, v))
-    if call.grad is None:
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        target = kernels.aligned(out)
-        c = config("forward", scope)
-        kernels.attend(qa, ka, va, target, lse, *prepared(scope, c.block_m, q.device), scale, c)
-        return out if target is out else out.copy_(target), lse
+@tuning.guarded("scope_attention")
+def run_backward(call: ScopeBackwardCall, capability: int | None = None) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) of a checked call."""
+    from vtok_fast.kernels import scope_attention as kernels
+
+    q, k, v, scope, scale = call.q, call.k, call.v, call.scope, call.scale
     back = scope.transposed()
     results = [torch.empty_like(t) for t in (q, k, v)]
     dq, dk, dv = map(kernels.aligned, results)
     grad, out = map(kernels.aligned, (call.grad, call.out))
-    shared = (qa, ka, va, grad, call.lse, kernels.delta(out, grad))
-    c = config("queries", scope)
+    shared = (*map(kernels.aligned, (q, k, v)), grad, call.lse, kernels.delta(out, grad))
+    c = _config("queries", q, scope, capability)
     kernels.queries_gradient(*shared, dq, *prepared(scope, c.block_m, q.device), scale, c)
-    c = config("keys", back)
+    c = _config("keys", q, back, capability)
     kernels.keys_gradient(*shared, dk, dv, *prepared(back, c.block_n, q.device), scale, c)
     return tuple(r if t is r else r.copy_(t) for r, t in zip(results, (dq, dk, dv)))
+
+
+def _config(kernel: str, q: Tensor, scope: Scope, capability: int | None) -> Any:
+    """The tile of a kernel: that of the tuning table, where there is one for this class of calls."""
+    from vtok_fast.kernels import scope_attention as kernels
+
+    if capability is None:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        capability = 10 * major + minor
+    built_in = kernels.config(kernel, q.shape[3], q.element_size(), capability, is_short(scope))
+    rows, segment = q.shape[0] * q.shape[1] * scope.q_len, scope.q_len // max(scope.segments, 1)
+    return tuning.chosen(
+        "scope_attention",
+        q.device,
+        built_in,
+        partial(kernels.variants, kernel),
+        kernel,
+        q.dtype,
+        f"head {q.shape[3]}",
+        tuning.power_of_two(rows),
+        f"segments {tuning.power_of_two(segment)}",
+    )
