@@ -10,6 +10,10 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 BUILT := $(VENV)/.built-$(shell printf '%s' '$(VTOK_FAST_CUDA_ARCHS)' | tr -c 'A-Za-z0-9' '_')
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
+# As many processes as there are cores, each of one thread; one that is done takes tests from the others.
+TESTS := $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))
+
 VIDEO ?=
 WHEELS ?=
 CONFIG ?=
@@ -31,10 +35,11 @@ demo: setup $(if $(VIDEO),,data/bikes.mp4) ## a real clip through VidTok, plain 
 	@$(RUN) -m vtok_fast.cli demo $(DEMO_OPTIONS)
 
 test: setup ## the tests, but for the slow ones
-	@$(RUN) -m pytest -m "not slow"
+	@$(TESTS) -m "not slow"
 
-test-all: setup ## every test
-	@$(RUN) -m pytest
+test-all: setup ## every test, on random examples; SEED=123 repeats those of a run
+	@echo "Random examples of seed $(SEED): make test-all SEED=$(SEED) repeats them"
+	@VTOK_FAST_TEST_SEED=$(SEED) $(TESTS)
 
 bench: setup ## each op beside its strongest peers; results go to benchmarks/results
 	@$(RUN) -m vtok_fast.cli bench --output benchmarks/results
@@ -57,7 +62,7 @@ docs: setup $(VENV)/.tools ## the documentation, as a site in site/
 	@echo "site/index.html"
 
 coverage: setup $(VENV)/.tools ## which lines the fast tests reach; details in htmlcov/
-	@$(RUN) -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-report=html
+	@$(TESTS) -m "not slow" --cov --cov-report=term:skip-covered --cov-report=html
 
 sanitize: setup ## the CPU kernels' tests on a build with ASan and UBSan
 	@scripts/sanitize.sh tests

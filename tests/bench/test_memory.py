@@ -15,9 +15,10 @@ import torch
 from vtok_fast.bench import case_memory, process_memory, report, run
 from vtok_fast.bench.harness import Candidate, Settings
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the system's high-water mark is read from /proc"
-)
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the system's high-water mark is read from /proc"),
+    pytest.mark.volatile,
+]
 QUICK = Settings(quick=True, min_rounds=3, min_seconds=0.0, max_seconds=1.0, compile=False)
 MIB = 1 << 20
 

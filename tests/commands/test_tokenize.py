@@ -174,6 +174,7 @@ def killed_and_run_again(*arguments, part):
     return int(second.stdout)
 
 
+@pytest.mark.volatile
 def test_a_killed_run_goes_on(clip, tmp_path):
     """Killed after its first window; the second run works on the others alone, and the file is that of an
     unbroken run."""

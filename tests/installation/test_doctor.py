@@ -289,6 +289,7 @@ def test_the_doctor_without_torch_knows_the_native_module_and_the_gpus(monkeypat
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no such signal")
+@pytest.mark.volatile
 def test_a_reader_that_has_enough_ends_info_quietly(tmp_path):
     command = f"{sys.executable} -m vtok_fast.commands.info | true"
     result = subprocess.run(

@@ -138,6 +138,7 @@ def test_write_into_no_folder(tmp_path):
         write_video(tmp_path / "none" / "x.mp4", torch.zeros(3, 2, 8, 8))
 
 
+@pytest.mark.volatile
 def test_no_space_left_keeps_the_old_file(tmp_path):
     """A limit on the size of files stands for a full disk: the write fails half-way."""
     path = tmp_path / "x.mp4"

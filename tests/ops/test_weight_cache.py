@@ -164,6 +164,7 @@ def test_entries_unused_for_long_give_way():
     assert stats()["hits"] == hits + 2 and stats()["entries"] == 2
 
 
+@pytest.mark.volatile
 def test_threads_share_it():
     x, w = make(kt=3)
     weights = [torch.randn_like(w) for _ in range(4)]

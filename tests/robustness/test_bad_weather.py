@@ -13,6 +13,7 @@ import torch
 import vtok_fast
 from vtok_fast import Scope
 
+pytestmark = pytest.mark.volatile
 HANGS = 1800  # seconds after which a process is held to hang: what takes one or two, on the busiest machine
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 

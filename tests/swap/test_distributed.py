@@ -93,6 +93,7 @@ def train(rank, kind, how, order, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.volatile
 @pytest.mark.parametrize("order", ("accelerate first", pytest.param("wrap first", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("how", ("DDP", "FSDP2"))
 @pytest.mark.parametrize("kind", (pytest.param("CogVideoX", marks=pytest.mark.slow), "Wan"))

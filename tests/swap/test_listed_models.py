@@ -70,6 +70,7 @@ def test_measured_results_get_a_table():
     assert "| Wan 2.1 9x64x64 | 2.50 (2.00 to 3.00) | 2.50 (2.00 to 3.00) | 0.60 | 0.50 | 1.0e-06 |" in table
 
 
+@pytest.mark.volatile
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_peak_memory_is_measured_in_a_process_of_its_own():
     available("CogVideoX")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from vtok_fast.swap.live_memory import peak_bytes
 
 MIB = 2**20
+pytestmark = pytest.mark.volatile
 X = torch.zeros(1024, 256)  # 1 MiB
 
 

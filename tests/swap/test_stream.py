@@ -209,6 +209,7 @@ def test_an_exception_leaves_the_stream_and_the_model_as_they_were(kind):
         torch.testing.assert_close(torch.cat(p, 2), e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.volatile
 @kinds
 def test_streams_in_threads(kind):
     model = make(kind)
