@@ -1,6 +1,6 @@
 """A gradient runs on the backend that the caller of the forward pass chose: at the call, by `with
-backend(...)` or in the environment, whatever thread runs the backward pass, and under activation checkpointing
-and compilation."""
+backend(...)` or in the environment, whatever thread runs the backward pass, under activation checkpointing
+and compilation too."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ CASES: dict[str, tuple[Callable, Callable, set[str]]] = {
 
 @pytest.fixture
 def ran(monkeypatch) -> list[tuple[str, str]]:
-    """(op, backend) of everything that runs. Every op also has a backend "triton" here, which is the reference
-    under that name: what a GPU would choose."""
+    """(op, backend) of everything that runs. Every op also has a backend "triton" here, the reference under
+    another name: what a GPU would choose."""
     found: list[tuple[str, str]] = []
 
     def recorded(op: str, backend: backends.Backend) -> backends.Backend:

@@ -112,14 +112,8 @@ def outcomes() -> Iterator[Outcome]:
                 continue
             if missing is not None:
                 yield Outcome(op, backend, "all", True, skipped=missing)
-            elif op == "causal_conv3d":
-                yield from _closely(op, backend, causal_conv3d, _conv_cases())
-            elif op == "norm_act":
-                yield from _closely(op, backend, norm_act, _norm_cases())
-            elif op == "scope_attention":
-                yield from _closely(op, backend, scope_attention, _scope_cases())
-            elif op in ("fsq", "fsq_quantize"):
-                yield from _fsq(op, backend)
+            elif op in CHECKS:
+                yield from CHECKS[op](op, backend)
     yield from _vidtok()
 
 
@@ -167,6 +161,15 @@ def _fsq(op: str, backend: str) -> Iterator[Outcome]:
                     0.0,
                     str(measured),
                 )
+
+
+# How each op's backends are compared with the reference.
+CHECKS: dict[str, Callable[[str, str], Iterator[Outcome]]] = {
+    "causal_conv3d": lambda op, backend: _closely(op, backend, causal_conv3d, _conv_cases()),
+    "norm_act": lambda op, backend: _closely(op, backend, norm_act, _norm_cases()),
+    "scope_attention": lambda op, backend: _closely(op, backend, scope_attention, _scope_cases()),
+    "fsq": _fsq,
+}
 
 
 def _vidtok() -> Iterator[Outcome]:

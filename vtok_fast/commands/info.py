@@ -7,9 +7,11 @@ It needs nothing but the standard library: torch and the native module are looke
 
 from __future__ import annotations
 
+import ast
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import vtok_fast
@@ -19,20 +21,20 @@ import vtok_fast.installation.doctor as doctor
 import vtok_fast.installation.gpus as gpus
 from vtok_fast.installation.processor import cpu_name
 
-# The backends of each op, for where torch cannot be asked.
-BACKENDS = {
-    "causal_conv3d": ("sm90", "sm80", "cpu", "reference"),
-    "causal_conv3d_backward": ("sm90", "sm80", "cpu", "reference"),
-    "norm_act": ("triton", "cpu", "reference"),
-    "fsq": ("sm80", "cpu", "reference"),
-    "fsq_backward": ("sm80", "reference"),
-    "fsq_decode": ("sm80", "reference"),
-    "scope_attention": ("triton", "cpu", "reference"),
-    "pack_tokens": ("triton", "cpu", "reference"),
-    "unpack_tokens": ("triton", "cpu", "reference"),
-    "router_scores": ("triton", "cpu", "reference"),
-    "select_tokens": ("triton", "cpu", "reference"),
-}
+
+def _registered() -> dict[str, tuple[str, ...]]:
+    """The backends of each op in order of preference, for where torch cannot be asked: read from the ops'
+    sources, ``backends.register("op", backends.Backend("name", ...), ...)``."""
+    found = {}
+    for path in sorted(Path(vtok_fast.__file__).with_name("ops").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "backends.register":
+                op, *candidates = (ast.literal_eval(getattr(a, "args", [a])[0]) for a in node.args)
+                found[op] = tuple(candidates)
+    return found
+
+
+BACKENDS = _registered()
 
 
 def facts() -> dict[str, Any]:

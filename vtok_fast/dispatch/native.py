@@ -153,7 +153,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace cannot record vtok_fast's ops; use torch.compile or torch.export")
     if torch.compiler.is_compiling():
-        backends.preferred()  # read for the guard: a graph holds its gradient's backend, another choice compiles anew
+        backends.preferred()  # read for the guard: a graph holds its gradient's backend
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False

@@ -42,9 +42,11 @@ class Geometry(NamedTuple):
 
     def native(self) -> tuple[Any, ...]:
         """The same fields as the native module takes them: the modes as numbers."""
-        return self._replace(
-            time_mode=MODES.index(self.time_mode), spatial_mode=MODES.index(self.spatial_mode)
-        )
+        modes: Any = {
+            "time_mode": MODES.index(self.time_mode),
+            "spatial_mode": MODES.index(self.spatial_mode),
+        }
+        return self._replace(**modes)
 
 
 class ConvCall(NamedTuple):
@@ -67,7 +69,7 @@ class ConvCall(NamedTuple):
     @classmethod
     def of_flat(cls, *args: Any) -> ConvCall:
         """The call that `flat` took apart; torch's dispatcher turns its tuples into lists."""
-        fields = [tuple(a) if isinstance(a, list) else a for a in args]
+        fields: Any = [tuple(a) if isinstance(a, list) else a for a in args]
         tensors, geometry, rest = fields[:5], Geometry(*fields[5:13]), fields[13:]
         return cls(*tensors, geometry, *rest)
 
@@ -86,8 +88,8 @@ class ConvCall(NamedTuple):
 torch.library.define(
     "vtok_fast::causal_conv3d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, int[] stride, int[] dilation, "
-    "int groups, int[] pad, str time_mode, str spatial_mode, int[] upsample, bool upsample_first_frame_once, float? alpha, "
-    "str? activation, int[] depth_to_space, str? backend, str? preferred) -> Tensor",
+    "int groups, int[] pad, str time_mode, str spatial_mode, int[] upsample, "
+    "bool upsample_first_frame_once, float? alpha, str? activation, int[] depth_to_space, str? backend, str? preferred) -> Tensor",
 )
 
 

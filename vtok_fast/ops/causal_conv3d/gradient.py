@@ -243,7 +243,8 @@ torch.library.define(
 
 @torch.library.impl("vtok_fast::causal_conv3d_backward", ("cpu", "cuda"))
 def _impl(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    *geometry, wanted, preferred = (tuple(a) if isinstance(a, list) else a for a in args)
+    fields: Any = [tuple(a) if isinstance(a, list) else a for a in args]
+    *geometry, wanted, preferred = fields
     call = ConvBackwardCall(grad, x, weight, cache, Geometry(*geometry), wanted)
     with backends.backend(preferred):
         found = backends.select("causal_conv3d_backward", call).run(call)
@@ -256,7 +257,7 @@ def _impl(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, *args: 
 
 @torch.library.register_fake("vtok_fast::causal_conv3d_backward")
 def _fake(grad: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    sources = (x, weight, grad.new_empty(weight.shape[0]), cache)
+    sources: Any = (x, weight, grad.new_empty(weight.shape[0]), cache)
     return tuple(torch.empty_like(s) if needed else grad.new_empty(0) for s, needed in zip(sources, args[-2]))
 
 

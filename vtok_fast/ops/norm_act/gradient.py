@@ -46,8 +46,8 @@ torch.library.define(
 
 @torch.library.impl("vtok_fast::norm_act_backward", ("cpu", "cuda"))
 def _impl(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *forward, wanted, preferred = args
-    call = NormBackwardCall(grad, *forward, tuple(wanted))
+    *fields, wanted, preferred = args
+    call = NormBackwardCall._make((grad, *fields, tuple(wanted)))
     with backends.backend(preferred):
         found = backends.select("norm_act_backward", call).run(call)
     # An op returns tensors: an empty one stands for a gradient that is not wanted.
@@ -84,7 +84,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor) -> Any:
     saved = backends.saved_tensors(ctx)
     wanted = tuple(needed and t is not None for needed, t in zip(ctx.needs_input_grad, saved))
-    call = NormBackwardCall(grad, *saved, *ctx.options, wanted)
+    call = NormBackwardCall._make((grad, *saved, *ctx.options, wanted))
     if backends.is_differentiated(grad, *saved) or backends.is_only_reference("norm_act_backward", call):
         found = run_reference(call)  # in the open, where autograd and compilers see it
     else:

@@ -209,7 +209,7 @@ def run_backward(call: ScopeBackwardCall) -> tuple[Tensor, ...]:
 
 
 def _copies_per_head(q: Tensor, k: Tensor) -> int:
-    """How many copies PyTorch's kernels need of each head of keys: one where heads of queries may share it."""
+    """How many copies of each head of keys PyTorch's kernels need: one where heads may share it."""
     return 1 if _shares_heads() else q.shape[1] // max(k.shape[1], 1)
 
 
