@@ -1,8 +1,8 @@
 """A decoded frame as RGB, by what its tags say.
 
-Where nothing is tagged, the customary guess holds: the matrix of BT.601 below 720 lines and of BT.709 from there
-on, limited range (full range of grey, RGB and JPEG formats). libswscale converts, with flags by which it is
-unbiased: without FULL_CHR_H_INT and ACCURATE_RND white comes out as 253.
+Where nothing is tagged, the customary guess holds: the matrix of BT.601 below 720 lines and of BT.709 from
+there on, limited range (full range of grey, RGB and JPEG formats). libswscale converts, with flags by which
+it is unbiased: without FULL_CHR_H_INT and ACCURATE_RND white comes out as 253.
 """
 
 from __future__ import annotations
@@ -28,16 +28,14 @@ def guess(frame: Any) -> tuple[int, int]:
     """(matrix, range) of a frame, as tagged or by the customary guess; numbers of ITU-T H.273, and 1 for
     limited, 2 for full range."""
     name = frame.format.name
-    rgb = frame.format.is_rgb or frame.format.has_palette
-    if rgb:
+    if frame.format.is_rgb or frame.format.has_palette:
         return 0, FULL
-    grey = name.startswith(("gray", "ya8", "ya16", "monow", "monob"))
     matrix = int(frame.colorspace)
     if matrix in (0, 2, 3):
         matrix = 1 if frame.height >= HD_LINES else 5
     spread = int(frame.color_range)
     if spread not in (LIMITED, FULL):
-        spread = FULL if grey or name.startswith("yuvj") else LIMITED
+        spread = FULL if is_grey(frame) or name.startswith("yuvj") else LIMITED
     return matrix, spread
 
 
@@ -64,11 +62,15 @@ def has_alpha(frame: Any) -> bool:
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
+def is_grey(frame: Any) -> bool:
+    return frame.format.name.startswith(("gray", "ya8", "ya16", "monow", "monob"))
+
+
 def rgb(frame: Any, height: int, width: int, background: tuple[int, int, int]) -> list[np.ndarray]:
     """A frame scaled to height and width as R, G and B, each (height, width) uint8.
 
-    Where it has transparency, it is laid over background before it is scaled, so that colours that nobody sees
-    do not show at edges.
+    Where it has transparency, it is laid over background before it is scaled, so that colours that nobody
+    sees do not show at edges.
     """
     if has_alpha(frame):
         frame = _opaque(frame, background)
@@ -82,14 +84,16 @@ def _convert(frame: Any, height: int, width: int) -> list[np.ndarray]:
         primaries = 9
     light = transfer in (hdr.PQ, hdr.HLG, *hdr.LIGHT) or primaries in hdr.WIDE
     bits = depth(frame)
-    if matrix == 8:
+    if is_grey(frame):
+        codes = _grey(frame, height, width, spread)
+    elif matrix == 8:
         codes = _ycgco(frame, height, width, spread)
     elif not light and (bits <= 8 or (spread == LIMITED and matrix)):
         return _planes(_reformat(frame, height, width, "gbrp", matrix, spread), np.uint8)
     else:
         deep = _reformat(frame, height, width, "gbrp16le", matrix, spread)
         codes = np.stack([plane.astype(np.int32) for plane in _planes(deep, np.uint16)])
-        white = _white(frame, matrix, spread, bits)
+        white = _white(matrix, spread, bits)
         if white != 65535 or not light:
             codes = torch.from_numpy(codes).mul(65535 / white).round_().clamp_(0, 65535).int().numpy()
     if light:
@@ -97,13 +101,9 @@ def _convert(frame: Any, height: int, width: int) -> list[np.ndarray]:
     return list(((codes * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def _white(frame: Any, matrix: int, spread: int, bits: int) -> int:
+def _white(matrix: int, spread: int, bits: int) -> int:
     """The code that libswscale gives white in 16 bits: it shifts instead of multiplying."""
-    if not matrix:  # RGB is
-        return 65535
-    if spread == LIMITED:
-        return 65283
-    return 65536 - (1 << (16 - bits))
+    return 65283 if matrix and spread == LIMITED else min(65535, 65536 - (1 << (16 - bits)))
 
 
 def _reformat(frame: Any, height: int, width: int, form: str, matrix: int, spread: int) -> Any:
@@ -120,23 +120,37 @@ def _reformat(frame: Any, height: int, width: int, form: str, matrix: int, sprea
 
 def _planes(frame: Any, kind: Any) -> list[np.ndarray]:
     """R, G and B of a planar frame, as views."""
-    size = np.dtype(kind).itemsize
-    planes = [
-        np.frombuffer(plane, kind).reshape(-1, plane.line_size // size)[: frame.height, : frame.width]
-        for plane in frame.planes[:3]
-    ]
-    return [planes[2], planes[0], planes[1]]  # they are stored as G, B, R
+    green, blue, red = (_lines(plane, kind, frame.height, frame.width) for plane in frame.planes[:3])
+    return [red, green, blue]
+
+
+def _grey(frame: Any, height: int, width: int, spread: int) -> np.ndarray:
+    """RGB codes in 16 bits of a grey frame."""
+    bits = depth(frame)
+    form = "gray16le" if bits == 16 else f"gray{bits}le" if bits > 8 else "gray"
+    kinds = pyav().video.reformatter.Interpolation
+    frame.color_range = spread
+    plane = frame.reformat(
+        width=width, height=height, format=form, dst_color_range=spread, interpolation=kinds.AREA
+    ).planes[0]
+    values = _lines(plane, np.uint16 if bits > 8 else np.uint8, height, width).astype(np.float32)
+    step = 1 << (max(bits, 8) - 8)
+    black, white = (16 * step, 235 * step) if spread == LIMITED else (0, 256 * step - 1)
+    codes = ((values - black) / (white - black)).clip(0, 1) * 65535 + 0.5
+    return np.broadcast_to(codes.astype(np.int32), (3, height, width))
+
+
+def _lines(plane: Any, kind: Any, height: int, width: int) -> np.ndarray:
+    """A plane's values, as a view."""
+    return np.frombuffer(plane, kind).reshape(-1, plane.line_size // np.dtype(kind).itemsize)[:height, :width]
 
 
 def _ycgco(frame: Any, height: int, width: int, spread: int) -> np.ndarray:
     """RGB codes in 16 bits of YCgCo (ITU-T H.273, matrix 8)."""
     bits = depth(frame)
-    deep = _reformat(frame, height, width, "yuv444p16le", 0, spread)
-    y, cg, co = (
-        np.frombuffer(plane, np.uint16).reshape(-1, plane.line_size // 2)[:height, :width]
-        / (1 << (16 - bits))
-        for plane in deep.planes
-    )
+    deep = _reformat(frame, height, width, "yuv444p16le", 5, spread)  # libswscale would refuse the true tag
+    frame.colorspace = 8
+    y, cg, co = (_lines(plane, np.uint16, height, width) / (1 << (16 - bits)) for plane in deep.planes)
     step = 1 << (bits - 8)
     if spread == LIMITED:
         y, cg, co = ((y - 16 * step) / (219 * step), *((c - 128 * step) / (224 * step) for c in (cg, co)))

@@ -1,4 +1,5 @@
-"""What a file says about itself: which stream to read, by which decoder, what is cropped, where it should end."""
+"""What a file says about itself: which stream to read, by which decoder, what is cropped, where it should
+end."""
 
 from __future__ import annotations
 
@@ -46,8 +47,9 @@ def is_picture(stream: Any) -> bool:
 
 
 def choose(container: Any, path: Path, index: int | None = None) -> Any:
-    """The stream that a player shows: of those that are not cover art, one with more than a single frame, then
-    one marked as default, then the one with the most pixels, then the first. A number: that video stream.
+    """The stream that a player shows: of those that are not cover art, one with more than a single frame,
+    then one marked as default, then the one with the most pixels, then the first. A number: that video
+    stream.
 
     Raises VideoError if there is none.
     """

@@ -1,13 +1,14 @@
 """Packets to frames, each with its time, and an account of what is damaged.
 
-Every packet that should give a picture is remembered by its time; frames come out in the order of their times,
-so a packet whose time has passed is lost. Whether a decoder also reports it depends on codec, threads and
-damage, so reports alone are not relied on.
+Every packet that should give a picture is remembered by its time; frames come out in the order of their
+times, so a packet whose time has passed is lost. Whether a decoder also reports it depends on codec, threads
+and damage, so reports alone are not relied on.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -30,6 +31,8 @@ ONE_TO_ONE = {
     "mpeg1video",
     "mpeg2video",
 }
+NEVER = -(1 << 63)
+MARKED_EARLY = 2  # packets by which a break between two recordings is marked before it, since parsers lag
 ON_ERROR = ("stop", "skip", "conceal")
 
 
@@ -64,8 +67,14 @@ class Timed:
     duration: int
 
 
+LEANS = "it may lean on what is damaged"
 Entry = tuple[Any, int | None, str | None, bool]
 """A frame, or None if it is lost; its time; what is wrong with it; whether no other frame leans on it."""
+
+
+def reason(error: Exception) -> str:
+    """What FFmpeg says, without its number and the function."""
+    return f"FFmpeg reports: {getattr(error, 'strerror', None) or error}"
 
 
 class Damaged(VideoError):
@@ -110,7 +119,7 @@ class Decoding:
                 f"path: {self.path}: frame {self.given}{when}: {what} "
                 "(on_error, --on-error: skip or conceal goes on)"
             )
-        done = "concealed" if keep or count == 0 else "left out"
+        done = "concealed" if keep else "left out"
         last = self.problems[-1] if self.problems else None
         if (
             last
@@ -125,36 +134,31 @@ class Decoding:
     def frames(self) -> Iterator[Timed]:
         """Raises VideoError."""
         last: Timed | None = None
-        shift, leaning, lost_before = 0, False, None
-        for frame, key, why, disposable in self._account():
-            if why and self.on_error != "conceal":
-                self.problem(key, 1, why)
-                leaning = leaning or not disposable
-                continue
-            if frame is not None and leaning:
-                if not frame.key_frame:
-                    self.problem(key, 1, "it may lean on what is damaged")
-                    continue
+        shift, leaning, failure = 0, False, None
+        for frame, time, why, disposable in self._account():
+            if frame is not None and frame.key_frame:
                 leaning = False
-            if frame is None:
-                if last is None or key is None:
-                    lost_before = why
+            if why is None and leaning:
+                why, disposable = LEANS, True
+            if why is not None:
+                leaning = leaning or not disposable
+                failure = failure or why
+                shows = frame is not None or (last is not None and time is not None)
+                kept = self.on_error == "conceal" and shows
+                self.problem(time, 1, why, kept)
+                if not kept:
                     continue
-                frame = last.frame
-            if why:
-                self.problem(key, 1, why, keep=True)
+            frame = last.frame if frame is None and last is not None else frame
             duration = frame.duration or self.step
-            pts = (last.pts + last.duration - shift if last else self.start) if key is None else key
+            pts = (last.pts + last.duration - shift if last else self.start) if time is None else time
             if last and pts + shift <= last.pts:  # a clock that jumps back goes on where it was
                 shift = last.pts + last.duration - pts
             last = Timed(frame, pts + shift, duration)
             yield last
             self.given += 1
         if last is None:
-            raise VideoError(
-                f"path: {self.path} has no frame that can be decoded"
-                + (f" ({lost_before})" if lost_before else "")
-            )
+            why = f" ({failure})" if failure else ""
+            raise VideoError(f"path: {self.path} has no frame that can be decoded{why}")
         self._check_end(last)
 
     def _check_end(self, last: Timed) -> None:
@@ -164,33 +168,35 @@ class Decoding:
 
     def _account(self) -> Iterator[Entry]:
         """What each packet has come to, in the order of the frames."""
-        waiting: list[tuple[int, bool]] = []  # the times of packets without a frame yet; whether disposable
+        # Packets without a frame yet: time, whether nothing leans on it, whether it leans on damage.
+        waiting: list[tuple[int, bool, bool]] = []
         bad: dict[int, str] = {}  # what is known to be wrong with the packet of a time
         report: str | None = None  # of the decoder, not yet explained by a frame
         reported: int | None = None  # the time of the packet with which it came
         explained = False
         key_time: int | None = None  # of the first key frame; what comes before it leans on what is not there
+        broken, shadow = False, NEVER  # since the last key frame; until the time of the key frame after it
 
         def place(frame: Any) -> Iterator[Entry]:
             nonlocal report, explained
-            time = frame.pts
+            time, leans = frame.pts, False
             if self.by_order and waiting:
-                time = heapq.heappop(waiting)[0]
+                time, _, leans = heapq.heappop(waiting)
             elif time is not None:
                 while waiting and waiting[0][0] < time:
                     yield from lost(frame.interlaced_frame)
                 if waiting and waiting[0][0] == time:
-                    heapq.heappop(waiting)
+                    leans = heapq.heappop(waiting)[2]
             why = None if time is None else bad.pop(time, None)
             if frame.is_corrupt:
                 why = why or report or "the decoder conceals damage"
             if why or explained:
                 report, explained = None, False
-            yield frame, time, why, False
+            yield frame, time, why or (LEANS if leans else None), why is None
 
         def lost(fields: bool = False) -> Iterator[Entry]:
             nonlocal explained
-            time, disposable = heapq.heappop(waiting)
+            time, disposable, _ = heapq.heappop(waiting)
             why = bad.pop(time, None) or report
             if why is None and self.context.name in ONE_TO_ONE and not fields:
                 why = "the decoder gives no picture"
@@ -209,9 +215,9 @@ class Decoding:
                 return []
             except self._av.error.FFmpegError as error:
                 if not leading(time):
-                    report, reported, why = str(error), time, str(error)
+                    report, reported = reason(error), time
                     if self.exact and time is not None:
-                        bad[time] = why
+                        bad[time] = report
                 return []
 
         for packet, joins, flagged in self._packets():
@@ -223,19 +229,29 @@ class Decoding:
                 self.context.flush_buffers()
                 key_time = None
             time = packet.dts if self.by_order else packet.pts
-            if packet.is_keyframe and key_time is None:
-                key_time = -(1 << 63) if packet.pts is None or self.by_order else packet.pts
-                waiting.clear()
-            if time is not None and packet.size and not packet.is_discard and not self._hidden(packet):
-                heapq.heappush(waiting, (time, packet.is_disposable))
-                if flagged and not leading(time):
-                    bad[time] = "a packet is incomplete"
+            if packet.is_keyframe:
+                if key_time is None:
+                    key_time = NEVER if time is None or self.by_order else time
+                    waiting.clear()
+                shadow = time if broken and time is not None else shadow
+                broken = False
+            leans = broken or (time is not None and time < shadow)
+            entry = (time or 0, packet.is_disposable, leans)
+            counts = time is not None and packet.size and not packet.is_discard
+            if counts and not self._hidden(packet):
+                heapq.heappush(waiting, entry)
+            if counts and flagged and not leading(time):
+                bad[time or 0] = "a packet is incomplete"
             frames = decoded(packet, time)
-            if self.by_order and time in bad and not frames and (time, packet.is_disposable) in waiting:
-                waiting.remove((time, packet.is_disposable))
-                heapq.heapify(waiting)
-                report = None
-                yield None, time, bad.pop(time), packet.is_disposable
+            if counts and time in bad and self.exact:
+                broken = broken or not packet.is_disposable
+                if entry not in waiting and not frames:
+                    heapq.heappush(waiting, entry)
+                elif self.by_order and not frames:
+                    waiting.remove(entry)
+                    heapq.heapify(waiting)
+                    report = None
+                    yield None, time, bad.pop(time or 0), packet.is_disposable
             for frame in frames:
                 yield from place(frame)
         for frame in decoded(None):
@@ -249,9 +265,8 @@ class Decoding:
 
     def _packets(self) -> Iterator[tuple[Any, bool, bool]]:
         """(packet, whether another recording begins with it, whether the container marks it as damaged)."""
-        held: Any = None
+        held: deque[tuple[Any, bool, bool]] = deque()
         clock: int | None = None
-        begins = False
         try:
             for packet in self.container.demux(self.stream):
                 if packet.size == 0 and packet.pts is None and packet.dts is None:
@@ -260,14 +275,14 @@ class Decoding:
                 if clock is not None and packet.dts is not None and packet.dts < clock:
                     joins = packet.is_keyframe or (clock - packet.dts) * self.base > 1
                 clock = packet.dts if packet.dts is not None else clock
-                if held is not None:
-                    # Where recordings are joined the counters of MPEG-TS break, but not the pictures.
-                    yield held, begins, held.is_corrupt and not begins and not joins
-                held, begins = packet, joins
+                if joins:  # the counters of MPEG-TS break, but not the pictures
+                    held = deque((one, begins, False) for one, begins, _ in held)
+                held.append((packet, joins, packet.is_corrupt and not joins))
+                if len(held) > MARKED_EARLY:
+                    yield held.popleft()
         except (self._av.error.FFmpegError, OSError) as error:
-            self._failure = str(error)
-        if held is not None:
-            yield held, begins, held.is_corrupt and not begins
+            self._failure = reason(error)
+        yield from held
 
     def _hidden(self, packet: Any) -> bool:
         """Whether a packet of VP8 or VP9 holds a frame that is only there to be referred to."""
@@ -277,5 +292,5 @@ class Decoding:
         if name in ("vp9", "libvpx-vp9"):
             data = bytes(packet)
             together = data[-1] & 0xE0 == 0xC0  # several frames, of which one is shown
-            return not together and data[0] & 0x30 != 0x30 and not data[0] & 0x0A
+            return not together and data[0] & 0xC0 == 0x80 and data[0] & 0x30 != 0x30 and not data[0] & 0x0A
         return False

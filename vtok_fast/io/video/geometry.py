@@ -79,8 +79,8 @@ def cut(pixels: np.ndarray, size: Size) -> np.ndarray:
 
 
 def turns(matrix: bytes | None) -> tuple[bool, tuple[bool, bool]]:
-    """(swap, flip) of a display matrix: nine 32-bit integers (a b u, c d v, x y w), by which (p, q) is shown at
-    (a p + c q, b p + d q), q downwards.
+    """(swap, flip) of a display matrix: nine 32-bit integers (a b u, c d v, x y w), by which (p, q) is shown
+    at (a p + c q, b p + d q), q downwards.
 
     Raises VideoError for an angle that is not a multiple of 90 degrees.
     """

@@ -1,8 +1,9 @@
 """High dynamic range and wide gamut to what a standard display shows: BT.709 primaries, BT.1886 (gamma 2.4).
 
 PQ and HLG (ITU-R BT.2100) become light in nits, HLG as on a display of 1000 nits. Tone mapping is method C of
-ITU-R BT.2446-1 on the luminance, by which 203 nits, the reference white of BT.2408, come to 96 % of the signal;
-colours keep their chromaticity. Then the primaries become those of BT.709, and what lies outside is clipped.
+ITU-R BT.2446-1 on the luminance, by which 203 nits, the reference white of BT.2408, come to 96 % of the
+signal; colours keep their chromaticity. Then the primaries become those of BT.709, and what lies outside is
+clipped.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Beginning in the middle of a file, exactly.
 
-Where a seek lands depends on the container: in MP4 with open groups of pictures it can be after its target, and
-after an intra refresh the first frames are missing. So all packets are counted first, without decoding: their
-times in order are those of the frames. A key frame at or before the target is sought, and every frame from there
-must have the time of its packet; else an earlier key frame is tried, and at last the file is read from its start.
+Where a seek lands depends on the container: in MP4 with open groups of pictures it can be after its target,
+and after an intra refresh the first frames are missing. So all packets are counted first, without decoding:
+their times in order are those of the frames. A key frame at or before the target is sought, and every frame
+from there must have the time of its packet; else an earlier key frame is tried, and at last the file is read
+from its start.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ def resample(
     """(item, time, duration) in multiples of base, at a constant rate: (item, number of the frame).
 
     As ffmpeg's filter "fps" does with round=near: times are rounded to the nearest number of a frame, halves
-    away from zero; a number shows the last item at or before it; the last item is shown until its end, rounded.
+    away from zero; a number shows the last item at or before it; the last item is shown until its end,
+    rounded.
     """
     held: Item | None = None
     number: int | None = None  # of the next frame to give

@@ -30,8 +30,8 @@ def write_video(
     """Write video (3, T, H, W) in [-1, 1] (or uint8) as an H.264 file in an MP4 container; H and W even.
 
     The matrix is that of BT.601 below 720 lines and of BT.709 from there on, the range limited, primaries and
-    transfer those of BT.709; all are tagged. A file that is there is replaced only once the new one is complete;
-    after an error nothing is left behind.
+    transfer those of BT.709; all are tagged. A file that is there is replaced only once the new one is
+    complete; after an error nothing is left behind.
 
     Args:
         fps: frames per second, of a constant rate.
@@ -84,8 +84,8 @@ def join_videos(
 ) -> None:
     """Write the files that `write_video` wrote, one after the other, as one, without coding them again.
 
-    They have one size and one time base. start: when the first frame is shown, in seconds, where the parts begin
-    at 0. Errors as for `write_video`; VideoError for a part that cannot be read.
+    They have one size and one time base. start: when the first frame is shown, in seconds, where the parts
+    begin at 0. Errors as for `write_video`; VideoError for a part that cannot be read.
     """
     av = pyav()
 
