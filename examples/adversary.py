@@ -1,10 +1,10 @@
 """The terms that the papers add to the reconstruction's error, for `train.py`: a perceptual network, and a
 discriminator.
 
-The discriminator is a small PatchGAN in three dimensions with the hinge loss, LeCam's regularisation (arXiv
-2104.03310), and the adaptive weight of VQGAN (arXiv 2012.09841), but for one thing: there both gradients are
-taken at the decoder's last layer, here at the video itself, which every model has, and which needs no second
-pass through the model.
+The discriminator is a small PatchGAN in three dimensions with the hinge loss, LeCam's regularization (arXiv
+2104.03310), and the adaptive weight of VQGAN (arXiv 2012.09841), with one difference: there both gradients
+are taken at the decoder's last layer, here at the video itself, which every model has, and which needs no
+second pass through the model.
 """
 
 from __future__ import annotations

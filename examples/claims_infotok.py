@@ -2,11 +2,11 @@
 
     python examples/claims_infotok.py
 
-One model learns to use all tokens; copies of it are then trained on, alike but for the way to drop tokens, at
-InfoTok-Flex's rates: "router" keeps those whose pixels a full decode gets most wrong, "latent difference"
-those whose latents change most from frame to frame, "fixed" the first ones of every frame in reading order,
-"uniform" evenly strided ones. All are decoded at the paper's rates, 0.8 and 0.56 of the tokens, beside
-others.
+One model learns to use all tokens; copies of it are then trained on, which differ only in how they drop
+tokens, at InfoTok-Flex's rates: "router" keeps those whose pixels a full decode gets most wrong, "latent
+difference" those whose latents change most from frame to frame, "fixed" the first ones of every frame in
+reading order, "uniform" evenly strided ones. All are decoded at the paper's rates, 0.8 and 0.56 of the
+tokens, beside others.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ DIRECT = {**BASE, "strides": ((2, 2, 2), (2, 2, 2), (2, 2, 2))}
 
 
 def every_second(model: ProMAG, video: Tensor) -> Tensor:
-    """The lower model on frames 0, 2, 4, ...; each one is shown twice, but for the first."""
+    """The lower model on frames 0, 2, 4, ...; each one except the first is shown twice."""
     return model(video[:, :, ::2]).repeat_interleave(2, dim=2)[:, :, 1:]
 
 

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{count} steps "
         f"on crops of {'x'.join(map(str, SHAPE[1:]))}. Held out: 4 clips of each length at 48x48; PSNR in "
         f"dB (the mean "
-        f"colour of a clip "
+        f"color of a clip "
         f"of 64 frames alone: {mean:.2f}).\n\n"
         + table(head, rows)
         + f"\n\nFor 64 frames one shared set saves {saved:.0%} of the tokens and costs {cost['sif']:.2f} dB "

@@ -8,7 +8,7 @@ during training until their latent carries so many bits per position of the trai
 costs is its KL divergence in bits; a decoder that pays that much gets a sample of the latent, not its mean.
 Held-out clips cost other rates than the training's crops, so the two curves are compared at 18 bits by
 interpolation. *Codebook*: how many of the 262,144 entries occur on the held-out clips, against a model that
-is trained without the quantiser's own loss. *Two stages*: the same number of pixels spent on small crops
+is trained without the quantizer's own loss. *Two stages*: the same number of pixels spent on small crops
 alone, or on small crops and then on the decoder alone, at twice the height and width.
 """
 
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from initialise import initialise
+from initialize import initialize
 from miniature import (
     arguments,
     bars,
@@ -91,7 +91,7 @@ def sampled(model: VidTok, video: Tensor) -> Tensor:
 def started(fields: dict, clips) -> VidTok:
     torch.manual_seed(0)
     model = VidTok(fields)
-    initialise(model, clips.sample(random.Random(0), (8, *SHAPE[1:])))
+    initialize(model, clips.sample(random.Random(0), (8, *SHAPE[1:])))
     return model
 
 
@@ -177,7 +177,7 @@ def equal_rate(models: dict[str, VidTok], videos: Tensor) -> tuple[str, Draw]:
 
 
 def interpolated(points: list[tuple[float, float]], at: float) -> float | None:
-    """The value at `at` of the line through the two neighbouring points (x, y); None outside of them."""
+    """The value at `at` of the line through the two neighboring points (x, y); None outside of them."""
     points = sorted(points)
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if x0 <= at <= x1 and x0 < x1:

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     axes[0].legend()
     shares = [float(share.rstrip("%")) for *_, share in answers]
     bars(axes[1], [name.replace(" ", "\n", 1) for name, *_ in answers], shares, "right directions, %")
-    axes[1].axhline(100 / len(DIRECTIONS), color="grey", linestyle=":")
+    axes[1].axhline(100 / len(DIRECTIONS), color="gray", linestyle=":")
     publish(options, "vtok", "VTok: T + S tokens against T * S", body, figure)
     return 0
 

@@ -59,7 +59,7 @@ def training_clips(options: argparse.Namespace, short_sides: tuple[int, ...] = (
 
 
 def held_out(options: argparse.Namespace, frames: int, size: int, clips: int = 6) -> Tensor:
-    """(clips, 3, frames, size, size), evenly from the frames that no training sees: the centre, at the clips'
+    """(clips, 3, frames, size, size), evenly from the frames that no training sees: the center, at the clips'
     scale."""
     name, first, last = HOLD_OUT
     video = read_video(options.data / name, size=112, start=first, frames=last - first).video

@@ -30,7 +30,7 @@ OURS = {"mse": 2.0, "edges": 0.2, "aux": 0.0, "lpips": 0.0, "gan": 0.0, "gan_sta
 BARE = OURS | {"mse": 0.0, "edges": 0.0}  # the mean absolute error alone
 RECIPES = {
     # arXiv 2412.13061 and its configurations. The released weights of this package were trained without the
-    # quantiser's own loss.
+    # quantizer's own loss.
     "vidtok": Recipe(
         ((1, 9, 40, 40), (1, 9, 48, 48), (1, 9, 64, 64), (1, 5, 56, 56)),
         (17, 128, 128),

@@ -9,8 +9,8 @@ was trained on; `make demo` shows some of them.
 
 AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average of the weights,
 which is what is saved. The loss is the mean absolute error, plus the mean squared error, plus the error of
-neighbouring pixels' differences (sharp edges cost more than flat ones), plus --aux times the model's own loss
-(of its quantiser, or of its Gaussian). The papers add a perceptual
+neighboring pixels' differences (sharp edges cost more than flat ones), plus --aux times the model's own loss
+(of its quantizer, or of its Gaussian). The papers add a perceptual
 network and a discriminator: `--losses paper` (with torchvision and its weights of VGG-16), whose weights are
     in `recipes.py`.
 
@@ -39,12 +39,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-# This, initialise, recipes and training_data lie beside this file
+# This, initialize, recipes and training_data lie beside this file
 from adversary import (
     Adversary,
     perceptual_distance,
 )
-from initialise import initialise
+from initialize import initialize
 from recipes import RECIPES, weights_of
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -61,7 +61,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 LOSSES = {
     "mse": "weight of the squared error",
-    "edges": "weight of the error of neighbouring pixels' differences",
+    "edges": "weight of the error of neighboring pixels' differences",
     "aux": "weight of the model's own loss",
     "lpips": "weight of the perceptual distance; needs torchvision and its weights of VGG-16",
     "gan": "weight of the adversarial term, a share of the reconstruction's gradient",
@@ -240,7 +240,7 @@ def loss_of(
             y, aux = model(x).float(), 0.0
     if latents:
         handle.remove()
-        # Beyond 1.5 the bound of the quantiser is flat: no gradient leads back, and 8 levels become 2.
+        # Beyond 1.5 the bound of the quantizer is flat: no gradient leads back, and 8 levels become 2.
         aux = aux + options.saturation * F.relu(latents[-1].abs() - 1.5).square().mean()
     loss = reconstruction_error(y, x, options.mse, options.edges)
     if perceptual is not None:
@@ -251,7 +251,7 @@ def loss_of(
 
 
 def reconstruction_error(y: Tensor, x: Tensor, mse: float = 2.0, edges: float = 0.2) -> Tensor:
-    """Mean absolute error, plus the squared one, plus that of neighbouring pixels' differences."""
+    """Mean absolute error, plus the squared one, plus that of neighboring pixels' differences."""
     error = y - x
     differences = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3, 4))
     return error.abs().mean() + mse * error.square().mean() + edges * differences
@@ -337,7 +337,7 @@ def train(options: argparse.Namespace, console: Console) -> State:
         torch.device(options.device),
     )
     if options.model == "vidtok" and options.start is None:
-        initialise(model, clips.sample(random.Random(options.seed), (8, *options.crop[0][1:])))
+        initialize(model, clips.sample(random.Random(options.seed), (8, *options.crop[0][1:])))
     model.to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and (options.train == "all" or "decoder" in name))

@@ -90,16 +90,16 @@ class Clips:
             x = x.flip(3)
         if dice.random() < 0.5:
             x = x.flip(1)  # backwards in time
-        return self._recolour(dice, x)
+        return self._recolor(dice, x)
 
     @staticmethod
-    def _recolour(dice: random.Random, x: Tensor) -> Tensor:
-        """Hue, saturation, contrast and brightness: few clips stand for the colours of many."""
+    def _recolor(dice: random.Random, x: Tensor) -> Tensor:
+        """Hue, saturation, contrast and brightness: few clips stand for the colors of many."""
         turn = dice.uniform(0, 2 * math.pi) if dice.random() < 0.7 else 0.0
         saturation = dice.uniform(0.6, 2.0)
-        grey = torch.full((3, 3), 1 / 3)
-        # A quarter turn about the grey axis.
+        gray = torch.full((3, 3), 1 / 3)
+        # A quarter turn about the gray axis.
         across = 3**-0.5 * torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
-        matrix = grey + saturation * (math.cos(turn) * (torch.eye(3) - grey) + math.sin(turn) * across)
+        matrix = gray + saturation * (math.cos(turn) * (torch.eye(3) - gray) + math.sin(turn) * across)
         x = torch.einsum("ij,jthw->ithw", matrix, x)
         return (dice.uniform(0.6, 1.15) * x + dice.uniform(-0.25, 0.25)).clamp(-1.0, 1.0)

@@ -139,7 +139,7 @@ def tokenize(
     window: Annotated[
         int | None,
         typer.Option(
-            help="Frames that are tokenised together, and bound the memory. Default: 17, or 16 "
+            help="Frames that are tokenized together, and bound the memory. Default: 17, or 16 "
             "of a model that is not causal; of infotok 81; of promag a chunk; of tivtok eight chunks (128), "
             "which share "
             "their invariant tokens; of vtok 16, with a key frame for each window."
@@ -267,14 +267,14 @@ def detokenize(
 
 @app.command()
 def score(
-    original: Annotated[Path, typer.Argument(help="The video that was tokenised.")],
+    original: Annotated[Path, typer.Argument(help="The video that was tokenized.")],
     reconstruction: Annotated[Path, typer.Argument(help="What detokenize made of it.")],
     tokens: Annotated[
         Path | None, typer.Option(help="The tokens between: bits per pixel and use of the codebook too.")
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="The --size that it was tokenised with. Default: by the reconstruction."),
+        typer.Option(help="The --size that it was tokenized with. Default: by the reconstruction."),
     ] = None,
     fvd_network: Annotated[
         Path | None,

@@ -111,7 +111,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
         )
     a, b = real.double(), generated.double()
     one, other = (x.T.cov().reshape(size, size) for x in (a, b))
-    # C1 C2 has the eigenvalues of the symmetric C1^1/2 C2 C1^1/2, none of which is negative but for rounding.
+    # C1 C2 has the eigenvalues of the symmetric C1^1/2 C2 C1^1/2, which only rounding can make negative.
     values, vectors = torch.linalg.eigh(one)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     mixed = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
@@ -158,7 +158,7 @@ def load_fvd_network(
     code made common, gets False, True and True. A TorchScript file is a program: load only one that you
     trust.
 
-    Raises FileNotFoundError, and ValueError for a file that is none.
+    Raises FileNotFoundError, and ValueError for a file that is not such a network.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"fvd_network: no file at {path}")
@@ -167,7 +167,7 @@ def load_fvd_network(
         takes = {argument.name for argument in network.forward.schema.arguments}
     except RuntimeError as error:
         raise ValueError(
-            f"fvd_network: {path} is no TorchScript network ({str(error).splitlines()[0]})"
+            f"fvd_network: {path} is not a TorchScript network ({str(error).splitlines()[0]})"
         ) from error
     options = {"rescale": False, "resize": True, "return_features": True}
     chosen = {name: value for name, value in options.items() if name in takes}

@@ -155,7 +155,7 @@ def test_hopper_wgrad_multiplies_by_wgmma_what_tma_brings():
     """The loop over slices has its products in a row: no fence of all memory among them, and at most 16
     instructions for each."""
     cubin, said = compiled(FOLDER / "causal_conv3d" / "sm90_wgrad.cu", "sm_90a")
-    assert "C75" not in said, said  # wgmma serialised, or more waits put in by the compiler
+    assert "C75" not in said, said  # wgmma serialized, or more waits put in by the compiler
     sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     functions = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL))
     kernels = [body for name, body in functions.items() if "wgrad_sm90_kernel" in name]
@@ -176,11 +176,11 @@ def test_hopper_wgrad_multiplies_by_wgmma_what_tma_brings():
 @needs_sass
 @pytest.mark.parametrize("dtype", ("bf16", pytest.param("f16", marks=pytest.mark.slow)))
 def test_hopper_convolution_multiplies_by_wgmma_what_tma_brings(dtype):
-    """The loop over taps: its products are not serialised, no fence of all memory stands in it, and of every
+    """The loop over taps: its products are not serialized, no fence of all memory stands in it, and of every
     21 instructions at least one is a product of 64 x N x 16, so that they need fewer issue slots than the
     products need time."""
     cubin, said = compiled(FOLDER / "causal_conv3d" / f"sm90_{dtype}.cu", "sm_90a")
-    assert "C75" not in said, said  # wgmma serialised, setmaxnreg ignored
+    assert "C75" not in said, said  # wgmma serialized, setmaxnreg ignored
     sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     functions = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL))
     kernels = {tuple(map(int, re.findall(r"Li(\d+)E", name))): body for name, body in functions.items()

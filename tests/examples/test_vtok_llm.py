@@ -145,7 +145,7 @@ def test_the_command_with_a_backbone_of_clip(tmp_path, capsys):
     assert len(said) == 3 and set(said) <= set(vocabulary)
 
 
-def test_windows_slide_as_they_are_labelled():
+def test_windows_slide_as_they_are_labeled():
     """What is at p in one frame is at p + step in the next one."""
     picture = torch.arange(3 * 64 * 64, dtype=torch.float32).reshape(3, 64, 64)
     videos, labels = moving([picture], random.Random(0), 40, 4, 16)

@@ -35,8 +35,8 @@ KINDS = {"FSQ": FSQ, "AE": AE, "VAE": VAE, "FSQ predict1": {**FSQ, "layout": "pr
 
 
 def make(kind: str = "FSQ", **fields) -> Cosmos:
-    # So that frames differ behind the quantiser
-    return contract.randomise(Cosmos(**{**KINDS[kind], **fields}), std=0.3)
+    # So that frames differ behind the quantizer
+    return contract.randomize(Cosmos(**{**KINDS[kind], **fields}), std=0.3)
 
 
 # Structure
@@ -82,7 +82,7 @@ def test_presets(name):
             "temporal_compression=4: the decoder gives 2|spatial_compression=8: the encoder gives 4",
         ),
         ({"decoder_channels_mult": (1, 2)}, "the decoder gives"),
-        ({"colour": "blue"}, "colour"),
+        ({"color": "blue"}, "color"),
     ],
 )
 def test_impossible_structures(fields, message):
@@ -296,7 +296,7 @@ def outputs(module: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_each_accelerated_block_is_close(name, frames):
-    module, x = contract.randomise(BLOCKS[name](), std=0.3), contract.clip(2, 16, frames, 12, 10)
+    module, x = contract.randomize(BLOCKS[name](), std=0.3), contract.clip(2, 16, frames, 12, 10)
     with vtok_fast.backend("reference"):
         eager, ref64 = outputs(module, x), outputs(copy.deepcopy(module).double(), x.double())
     with vtok_fast.accelerated(module, check=False) as report:

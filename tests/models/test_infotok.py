@@ -35,8 +35,8 @@ SMALL = {
 
 
 def make(**fields) -> InfoTok:
-    # So that frames differ behind the quantiser
-    return contract.randomise(InfoTok(**{**SMALL, **fields}), std=0.3)
+    # So that frames differ behind the quantizer
+    return contract.randomize(InfoTok(**{**SMALL, **fields}), std=0.3)
 
 
 def kept(tokens) -> list[int]:
@@ -101,7 +101,7 @@ def test_choices_are_no_part_of_the_model():
 def test_attention_is_block_causal_and_projects_twice():
     """Against torch's own module: q and k projected and turned, v projected, all three handed to the module
     that holds the weights."""
-    layer, angles = contract.randomise(Attention(16, 2)), rotary_angles(2, 3, 8, 10000.0)
+    layer, angles = contract.randomize(Attention(16, 2)), rotary_angles(2, 3, 8, 10000.0)
     x = contract.clip(2, 18, 16)
     mha, blocked = layer.mha, ~block_causal_mask(3, 6)
     q, k, v = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=-1)
@@ -412,7 +412,7 @@ def test_autocast():
 @pytest.mark.needs_native
 @pytest.mark.parametrize("twice", [True, False])
 def test_the_accelerated_block_is_close(twice):
-    module = contract.randomise(Block(32, 4, 48, eps=1e-5, twice=twice), std=0.3)
+    module = contract.randomize(Block(32, 4, 48, eps=1e-5, twice=twice), std=0.3)
     x, angles = contract.clip(2, 3 * 15, 32), rotary_angles(3, 5, 8, 10000.0)
     with vtok_fast.backend("reference"):
         eager, ref64 = (

@@ -18,7 +18,7 @@ from support.tokenizer_contract import (
     check_refusals,
     check_tokens,
     clip,
-    randomise,
+    randomize,
 )
 
 import vtok_fast
@@ -48,7 +48,7 @@ KINDS = [
 
 
 def make(**fields) -> ProMAG:
-    return randomise(ProMAG(**{**SMALL, **fields}), std=0.2)
+    return randomize(ProMAG(**{**SMALL, **fields}), std=0.2)
 
 
 # The paper
@@ -115,7 +115,7 @@ def test_norm_by_its_formula(kind, per_frame):
 
 
 def test_norm_without_mean_keeps_a_flat_video():
-    """Group norm maps a flat video to zero whatever its colour, group norm without mean does not."""
+    """Group norm maps a flat video to zero whatever its color, group norm without mean does not."""
     x = torch.full((1, 4, 3, 4, 4), 0.7)
     for kind, value in (("group", 0.0), ("group_rms", 1.0)):
         layer = blocks.GroupNorm(ProMAGConfig(**{**SMALL, "norm": kind}), 4)
@@ -170,7 +170,7 @@ def test_a_grown_model_starts_as_the_lower_one_on_every_second_frame():
         torch.testing.assert_close(
             grown.decode_latent(latents), lower.decode_latent(twice), rtol=1e-11, atol=1e-12
         )
-        lower = randomise(grown, std=0.2)
+        lower = randomize(grown, std=0.2)
 
 
 def test_growth_names_the_model_that_it_makes():

@@ -17,7 +17,7 @@ from support.tokenizer_contract import (
     check_stream,
     check_tokens,
     clip,
-    randomise,
+    randomize,
 )
 
 import vtok_fast
@@ -52,7 +52,7 @@ KINDS = [
 
 
 def make(**fields) -> TivTok:
-    return randomise(TivTok(**{**SMALL, **fields}))
+    return randomize(TivTok(**{**SMALL, **fields}))
 
 
 # The paper
@@ -287,7 +287,7 @@ def test_gradients(fields):
 
 
 def test_acceleration():
-    """The attention's backends, and the quantiser's swap."""
+    """The attention's backends, and the quantizer's swap."""
     check_acceleration(make(), clip(1, 3, 10, 8, 12))
     report = vtok_fast.accelerate(make(**FSQ), example=clip(1, 3, 10, 8, 12))
     assert (
@@ -332,7 +332,7 @@ def test_learning():
     ("fields", "message"),
     [
         ({"config": "t256"}, "t256.*t128"),
-        ({"colour": "blue"}, "colour"),
+        ({"color": "blue"}, "color"),
         ({"frames": 7}, "frames=7.*2 frames"),
         ({"patch": (2, 4, 8)}, r"patch=\(2, 4, 8\)"),
         ({"scope": "wide"}, "scope='wide'"),

@@ -81,7 +81,7 @@ def test_tiny_is_small_and_suits_the_kernels():
         ({"version": "1.1", "causal": False}, "causal=False"),
         ({"time_downsample_factor": 8}, "time_downsample_factor=8"),
         ({"norm_type": "groupnorm"}, "divisible by 32"),
-        ({"colour": "blue"}, "colour"),
+        ({"color": "blue"}, "color"),
     ],
 )
 def test_impossible_structures(fields, message):
@@ -351,7 +351,7 @@ def test_large_latents_give_finite_losses():
         assert loss.isfinite() and z.grad.isfinite().all()
 
 
-def test_factorised_entropy_is_the_dense_one():
+def test_factorized_entropy_is_the_dense_one():
     torch.manual_seed(0)
     layer = FSQRegularizer((4, 3, 5), entropy_loss_weight=1.0, inv_temperature=2.0)
     z = torch.randn(2, 3, 2, 3, 4, dtype=torch.float64)

@@ -48,11 +48,11 @@ def decode(stream, tokens, *, overlap=False) -> torch.Tensor:
 )
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_encoding_equals_the_whole(fields, size):
-    for regulariser in ({}, KL):
-        model, video = make(**fields, **regulariser), clip(25, batch=2)
+    for regularizer in ({}, KL):
+        model, video = make(**fields, **regularizer), clip(25, batch=2)
         whole, parts = model.encode(video), Tokens.cat(encode(model.stream(), video, size))
         assert parts.video_shape == whole.video_shape and parts.grid == whole.grid
-        if regulariser:
+        if regularizer:
             assert error(parts.latents, whole.latents) < 1e-5
         else:
             assert torch.equal(parts.indices, whole.indices)

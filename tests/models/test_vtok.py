@@ -19,7 +19,7 @@ from support.tokenizer_contract import (
     check_stream,
     check_tokens,
     clip,
-    randomise,
+    randomize,
 )
 from torch import nn
 
@@ -44,7 +44,7 @@ SMALL = {
 
 
 def make(**fields) -> VTok:
-    return randomise(VTok(**{**SMALL, **fields}))
+    return randomize(VTok(**{**SMALL, **fields}))
 
 
 class Patches(nn.Module):
@@ -171,7 +171,7 @@ def test_external_backbone(tmp_path):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (lambda x: x.new_zeros(len(x), 7, 16), "7 patches are no square"),
+        (lambda x: x.new_zeros(len(x), 7, 16), "7 patches do not form a square"),
         (lambda x: x.new_zeros(len(x), 4, 15), "15 channels.*16"),
         (lambda x: x.new_zeros(len(x), 16), r"\(N, P, D\).*got"),
         (lambda x: (x, x), "got tuple"),
@@ -187,7 +187,7 @@ def test_features_that_are_refused(features, message):
         model.encode(clip(1, 3, 2, 8, 8))
 
 
-def test_clip_gets_normalised_frames_and_loses_its_class_token():
+def test_clip_gets_normalized_frames_and_loses_its_class_token():
     tower = StandInCLIP()
     frames = clip(2, 3, 8, 8)
     features = CLIPBackbone(tower)(frames)
@@ -241,7 +241,7 @@ def test_contract(fields, tmp_path):
 
 def test_acceleration():
     check_acceleration(make(), clip(1, 3, 5, 8, 12))
-    model = randomise(VTok(backbone=Patches(), **{**SMALL, "feature_dim": 16}))
+    model = randomize(VTok(backbone=Patches(), **{**SMALL, "feature_dim": 16}))
     assert "backbone.conv" in [entry.path for entry in check_acceleration(model, clip(1, 3, 5, 8, 8)).swapped]
 
 

@@ -13,7 +13,7 @@ import vtok_fast
 from vtok_fast import parity
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Vectors moved away from zero and one, so that no bias and no scale is hidden."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -73,7 +73,7 @@ class SwapContract:
     @pytest.fixture
     def model(self):
         torch.manual_seed(0)
-        return randomise(self.make())
+        return randomize(self.make())
 
     @pytest.fixture
     def x(self):

@@ -20,7 +20,7 @@ def clip(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> torc
     ).to(dtype)
 
 
-def randomise(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+def randomize(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
     """Random values for every parameter, so that nothing is hidden behind a zero or a one; a weight of a norm
     stays near one."""
     generator = torch.Generator().manual_seed(0)

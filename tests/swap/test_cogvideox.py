@@ -181,7 +181,7 @@ def test_resampling(compress_time, frames):
 @pytest.mark.parametrize("frames,latent", [(1, 1), (3, 3), (4, 2), (5, 3), (8, 2), (9, 3)])
 def test_the_spatial_norm_is_made_from_the_small_latent(frames, latent):
     torch.manual_seed(0)
-    norm = contract.randomise(library.CogVideoXSpatialNorm3D(16, 4, groups=4))
+    norm = contract.randomize(library.CogVideoXSpatialNorm3D(16, 4, groups=4))
     f, zq = contract.noise(2, 16, frames, 12, 10), contract.noise(2, 4, latent, 3, 5)
     fast = copy.deepcopy(norm)
     vtok_fast.accelerate(fast)
@@ -204,7 +204,7 @@ def test_other_activations_are_left_to_the_block():
 
 def test_a_time_embedding():
     torch.manual_seed(0)
-    block = contract.randomise(
+    block = contract.randomize(
         library.CogVideoXResnetBlock3D(8, 12, groups=4, temb_channels=6, conv_shortcut=True)
     )
     assert isinstance(block.temb_proj, nn.Linear)

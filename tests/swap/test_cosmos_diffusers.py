@@ -139,16 +139,16 @@ def test_resampling(space, time, frames):
 def test_attention(kind, heads):
     torch.manual_seed(0)
     processor = getattr(library, f"Cosmos{kind}AttentionProcessor2_0")()
-    block = contract.randomise(library.CosmosCausalAttention(heads, 16, processor=processor))
+    block = contract.randomize(library.CosmosCausalAttention(heads, 16, processor=processor))
     if heads > 1:
-        block.norm = contract.randomise(library.CosmosCausalGroupNorm(16))
+        block.norm = contract.randomize(library.CosmosCausalGroupNorm(16))
     mask = torch.tril(torch.ones(3, 3)).bool() if kind == "Temporal" else None
     check(block, contract.noise(2, 16, 3, 5, 6), mask)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_the_norm_is_per_frame_with_one_group_only(groups):
-    check(contract.randomise(library.CosmosCausalGroupNorm(8, groups)), contract.noise(2, 8, 3, 6, 7))
+    check(contract.randomize(library.CosmosCausalGroupNorm(8, groups)), contract.noise(2, 8, 3, 6, 7))
 
 
 def test_another_processor_is_left_alone():

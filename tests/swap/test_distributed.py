@@ -49,7 +49,7 @@ class RoundTrip(nn.Module):
 def make(kind):
     name, options = KINDS[kind]
     torch.manual_seed(0)
-    return RoundTrip(contract.randomise(getattr(diffusers, name)(**options)))
+    return RoundTrip(contract.randomize(getattr(diffusers, name)(**options)))
 
 
 def wrap(model, how):

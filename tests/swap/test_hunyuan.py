@@ -92,7 +92,7 @@ class TestHunyuanVideo(contract.SwapContract):
             torch.testing.assert_close(self.decode(fast, z), self.decode(model, z), rtol=1e-3, atol=1e-4)
 
     def test_without_attention(self):
-        model = contract.randomise(
+        model = contract.randomize(
             AutoencoderKLHunyuanVideo(
                 block_out_channels=(16, 32, 32, 32),
                 latent_channels=4,
@@ -107,7 +107,7 @@ class TestHunyuanVideo(contract.SwapContract):
 @pytest.mark.parametrize("head_dim,frames,batch", [(16, 1, 1), (16, 4, 2), (8, 3, 2)])
 def test_attention_is_that_of_the_mask(head_dim, frames, batch):
     torch.manual_seed(0)
-    block = contract.randomise(
+    block = contract.randomize(
         library.HunyuanVideoMidBlock3D(16, resnet_groups=4, attention_head_dim=head_dim)
     )
     fast, x = copy.deepcopy(block), contract.noise(batch, 16, frames, 6, 5)

@@ -87,7 +87,7 @@ def make(name):
     if not hasattr(diffusers, kind):
         pytest.skip(f"this diffusers has no {kind}")
     torch.manual_seed(0)
-    return contract.randomise(getattr(diffusers, kind)(**options)), contract.noise(*size), swapped
+    return contract.randomize(getattr(diffusers, kind)(**options)), contract.noise(*size), swapped
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def test_noise_that_a_decoder_adds_is_the_same():
         pytest.skip("this diffusers has no AutoencoderKLLTXVideo")
     torch.manual_seed(0)
     options = LTX | {"decoder_inject_noise": (True,) * 5, "timestep_conditioning": True}
-    model = contract.randomise(diffusers.AutoencoderKLLTXVideo(**options))
+    model = contract.randomize(diffusers.AutoencoderKLLTXVideo(**options))
     z, temb = contract.noise(1, 8, 3, 8, 8), torch.tensor([0.05])
 
     def decode():

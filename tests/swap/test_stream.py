@@ -53,7 +53,7 @@ def vidtok(**options):
 
 def make(kind, fast=True):
     torch.manual_seed(0)
-    model = contract.randomise(kind())
+    model = contract.randomize(kind())
     if fast:
         vtok_fast.accelerate(model, check=False)
     return model

@@ -10,7 +10,7 @@ from typing import Any
 from vtok_fast.bench.report import ratio
 
 NO_OPERATIONS = 1 / 16  # operations per byte at which kernels stand whose operations are not counted
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 
 
 def draw(results: dict[str, Any], path: str | os.PathLike) -> None:
@@ -73,15 +73,15 @@ def _roofline(axes: Any, sections: dict[str, Any], limits: dict[str, Any]) -> No
             color="black",
             linestyle="-" if dtype == next(iter(limits["matmul_tflop_s"])) else ":",
         )
-    for colour, (name, found) in zip(COLOURS, shown.items()):
-        for role, marker, face in (("best", "o", "none"), ("ours", "o", colour)):
+    for color, (name, found) in zip(COLORS, shown.items()):
+        for role, marker, face in (("best", "o", "none"), ("ours", "o", color)):
             chosen = [(x, y) for x, y, r in found if r == role]
             if chosen:
                 axes.scatter(
                     *zip(*chosen),
                     marker=marker,
                     facecolors=face,
-                    edgecolors=colour,
+                    edgecolors=color,
                     s=28,
                     label=name if role == "ours" else None,
                 )
@@ -97,16 +97,16 @@ def _roofline(axes: Any, sections: dict[str, Any], limits: dict[str, Any]) -> No
 
 
 def _bars(axes: Any, sections: dict[str, Any]) -> None:
-    labels, best, eager, colours = [], [], [], []
-    for colour, (name, section) in zip(COLOURS, sections.items()):
+    labels, best, eager, colors = [], [], [], []
+    for color, (name, section) in zip(COLORS, sections.items()):
         for case in section["cases"]:
             labels.append(f"{name}: {case['case']}")
             best.append((ratio(case, "best") or {}).get("median", 0.0))
             eager.append((ratio(case, "eager") or {}).get("median", 0.0))
-            colours.append(colour)
+            colors.append(color)
     places = range(len(labels))
-    axes.barh(places, eager, color=colours, alpha=0.35)
-    axes.barh(places, best, color=colours, height=0.45)
+    axes.barh(places, eager, color=colors, alpha=0.35)
+    axes.barh(places, best, color=colors, height=0.45)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set(
         yticks=places,

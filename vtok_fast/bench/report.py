@@ -93,7 +93,7 @@ def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads results. Raises ValueError for a file that is none."""
+    """Reads results. Raises ValueError if the file is not a results file."""
     try:
         results = json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:

@@ -153,7 +153,7 @@ def _close_gradients(
 
 @torch.no_grad()
 def _tokens(model: nn.Module, video: Tensor) -> tuple[Tensor | None, Tokens]:
-    """What the last quantiser to run was given (None without one), and the tokens."""
+    """What the last quantizer to run was given (None without one), and the tokens."""
     seen: list[Tensor] = []
     handles = [
         m.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -47,7 +47,7 @@ class Options:
         video: a file. config: a VidTok configuration by name. checkpoint: its weights; None: those of the
             package for "tiny", else random ones (time and parity mean something then, the picture does not).
         output: the folder to write.
-        size: height and width, pixels; the frame is scaled and its centre taken.
+        size: height and width, pixels; the frame is scaled and its center taken.
         start: the first frame. chunks: how many chunks of 17 frames (16 where the model is not causal), each
             on its own.
         rounds: timed repetitions of each variant, in turns.

@@ -111,15 +111,15 @@ def _costs(figure: Any, result: dict[str, Any]) -> None:
     axes = figure.add_axes((0.135, 0.085, 0.375, 0.145))
     names = (("PyTorch", "eager", PLAIN), ("vtok-fast", "fast", FAST))
     longest = max(seconds[key]["total"] for _, key, _ in names)
-    for row, (_, key, colour) in enumerate(names):
+    for row, (_, key, color) in enumerate(names):
         part = seconds[key]
-        axes.barh(row, part["encode"], 0.62, color=colour)
+        axes.barh(row, part["encode"], 0.62, color=color)
         axes.barh(
             row,
             part["decode"],
             0.62,
             left=part["encode"],
-            color=colour,
+            color=color,
             alpha=0.72,
             edgecolor="white",
             linewidth=1.2,
@@ -170,8 +170,8 @@ def _memory(figure: Any, memory: dict[str, int], ratio: float) -> None:
         ("without cache", "fast without weight cache", FAST),
     )
     longest = max(memory.values())
-    for row, (_, key, colour) in enumerate(bars):
-        axes.barh(row, memory[key], 0.62, color=colour, alpha=1.0 if row < 2 else 0.72)
+    for row, (_, key, color) in enumerate(bars):
+        axes.barh(row, memory[key], 0.62, color=color, alpha=1.0 if row < 2 else 0.72)
         axes.text(memory[key] + longest * 0.02, row, _bytes(memory[key]), va="center", size=11)
     _finish(axes, [n for n, _, _ in bars], longest, "peak memory, one chunk", f"{ratio:.2f} of PyTorch's")
 

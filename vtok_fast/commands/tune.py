@@ -4,7 +4,7 @@ writes those that win into its table.
 The model runs once, and every class of its calls is then measured, the candidates taking turns. Convolutions,
 on random data: on a CPU each algorithm and PyTorch; on a GPU the tiles of the sm80 kernel, those of the
 Hopper kernel that its model predicts to be within twice its best, and PyTorch. Triton kernels (attention,
-norms, packing), on a GPU alone: their tiles, by tune_triton.py. A candidate must compute what the reference
+norms, packing), only on a GPU: their tiles, by tune_triton.py. A candidate must compute what the reference
 does, or the built-in tile, and beat what the dispatcher would do untuned by 3 % in the quartiles of the
 rounds; else the class is left out of the table.
 """

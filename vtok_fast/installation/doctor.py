@@ -1,6 +1,6 @@
 """`vtok-fast doctor`: what is wrong with this installation, and what cures it.
 
-It must work where little else does, so it uses the standard library alone, and imports torch and the native
+It must work where little else does, so it uses only the standard library, and imports torch and the native
 module in a process of their own: one that dies takes nothing along.
 """
 

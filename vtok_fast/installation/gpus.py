@@ -1,4 +1,5 @@
-"""Which of the native module's kernels a GPU runs. Standard library alone: the doctor asks without torch."""
+"""Which of the native module's kernels a GPU runs. Only the standard library, because the doctor asks
+without torch."""
 
 from __future__ import annotations
 

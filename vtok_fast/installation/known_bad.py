@@ -1,5 +1,5 @@
 """Versions of torch, cuDNN and others that are known to be bad for video models, and what cures them.
-Standard library alone.
+Only the standard library.
 
 Sources are issues of projects on GitHub: ``pytorch`` is pytorch/pytorch, ``vector-quantize-pytorch`` is
     lucidrains' one.
@@ -20,7 +20,7 @@ ANY: Span = ((0,), NEVER)
 class Pair:
     """Versions that are bad together: of torch, and of cuDNN on a GPU (None: it does not matter, nor does a
     GPU) or of another ``package``, which counts where it is installed. ``level`` as the doctor's findings:
-    ``bad`` gives wrong results, ``hint`` costs time or memory, or is wrong in some uses alone. ``holds`` may
+    ``bad`` gives wrong results, ``hint`` costs time or memory, or is wrong only in some uses. ``holds`` may
     ask for more, of the doctor's probe."""
 
     level: str
@@ -97,7 +97,7 @@ PAIRS = (
         ANY,
         None,
         "its FSQ in bfloat16 counts indices in bfloat16 and reaches about half of the codes",
-        "pip install 'vector-quantize-pytorch>=1.14.4', or quantise in float32, or use vtok_fast.nn.FSQ",
+        "pip install 'vector-quantize-pytorch>=1.14.4', or quantize in float32, or use vtok_fast.nn.FSQ",
         "vector-quantize-pytorch#114",
         package=("vector-quantize-pytorch", ((0,), (1, 14, 4))),
     ),

@@ -1,4 +1,4 @@
-"""The processor's name. Standard library alone."""
+"""The processor's name. Only the standard library."""
 
 from __future__ import annotations
 

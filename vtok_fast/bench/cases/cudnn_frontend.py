@@ -41,7 +41,7 @@ def peer(
     except ImportError as error:
         return None, str(error)
     try:
-        # Frames that are no zeros must lie before the video
+        # Nonzero frames must precede the video
         join = front > 0 and (cache is not None or replicate)
         run = partial(
             _run,

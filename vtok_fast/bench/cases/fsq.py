@@ -1,6 +1,6 @@
 """``fsq`` against the chains that people run, and against a plain copy of the same bytes.
 
-Peers: *eager*, the quantiser of VidTok as published: to channels-last, tanh bound, round, index as a sum of
+Peers: *eager*, the quantizer of VidTok as published: to channels-last, tanh bound, round, index as a sum of
 products, back; *vector-quantize style*, the same with the constants made anew in each call, and the library
 itself where it is installed; ``torch.compile`` of the first. The copy is a floor, no peer: it reads the
 latent and writes codes and indices.
@@ -76,7 +76,7 @@ def own(wish: Own) -> Case:
 
 
 class Official:
-    """The steps of VidTok's quantiser (github.com/microsoft/VidTok) at inference. ``levels`` and ``basis``
+    """The steps of VidTok's quantizer (github.com/microsoft/VidTok) at inference. ``levels`` and ``basis``
     are its buffers; the other constants it makes in each call. They are of the type of z, so that a float64 z
     gives the definition of the index."""
 

@@ -125,7 +125,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def sample(model: nn.Module, size: tuple[int, int, int]) -> Tensor:
-    """A video for an autoencoder, tokens by the frame for a quantiser."""
+    """A video for an autoencoder, tokens by the frame for a quantizer."""
     torch.manual_seed(1)
     channels = getattr(model, "dim", None) or len(getattr(model, "levels", ()))
     return (

@@ -1,4 +1,4 @@
-"""The two bottlenecks of VidTok: finite scalar quantisation (arXiv 2309.15505), and a Gaussian latent with
+"""The two bottlenecks of VidTok: finite scalar quantization (arXiv 2309.15505), and a Gaussian latent with
 its KL loss."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ELEMENTS_AT_ONCE = 1 << 24  # of the dense probability table, when it is asked f
 
 
 class Regularized(NamedTuple):
-    """What a regulariser returns: the latent for the decoder, the integer indices (fsq only), and the loss
+    """What a regularizer returns: the latent for the decoder, the integer indices (fsq only), and the loss
     (where asked for)."""
 
     codes: Tensor
@@ -29,7 +29,7 @@ class Regularized(NamedTuple):
 
 
 class FSQRegularizer(nn.Module):
-    """Finite scalar quantisation: each latent channel is bounded by tanh and rounded to one of its levels.
+    """Finite scalar quantization: each latent channel is bounded by tanh and rounded to one of its levels.
 
     For L levels: half = (L - 1)(1 + eps)/2, offset = 1/2 if L is even else 0, shift = atanh(offset/half);
     q = round(tanh(z + shift) half - offset), code = q/(L//2), index = sum_d (q_d + L_d//2) prod_{e<d} L_e
@@ -41,13 +41,13 @@ class FSQRegularizer(nn.Module):
     linearly from entropy_loss_annealing_factor * entropy_loss_weight to entropy_loss_weight in
     entropy_loss_annealing_steps steps. The logits are sums over channels, so p is a
     product over channels: the mean token entropy is a sum of small entropies, and the mean distribution one
-    matrix product. The official code clamps p at 1e-5 inside the logarithm, which does not factorise (3.2358
+    matrix product. The official code clamps p at 1e-5 inside the logarithm, which does not factorize (3.2358
     against 3.2368 for 8^4 codes): `clamp_entropy=True` computes that value from the dense table, in pieces.
 
     Args:
         levels: number of levels of each channel; all at least 2, product at most 2**31.
         dim: input channels; if not len(levels) * num_codebooks, a linear layer before and after changes them.
-        num_codebooks: channels are split into that many groups, quantised alike; the indices get one more
+        num_codebooks: channels are split into that many groups, quantized alike; the indices get one more
             axis, the last.
     """
 
@@ -103,7 +103,7 @@ class FSQRegularizer(nn.Module):
         return self
 
     def forward(self, z: Tensor, *, step: int | None = None) -> Regularized:
-        """Quantise z (B, C, ...) with C = dim. With `step`, the number of training steps so far, also the
+        """Quantize z (B, C, ...) with C = dim. With `step`, the number of training steps so far, also the
         loss.
 
         Returns codes like z, indices (B, ...) int32 (with num_codebooks > 1: (B, ..., num_codebooks)), and

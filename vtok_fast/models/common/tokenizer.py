@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class Reconstruction(NamedTuple):
-    """`video` like the input, `codes` (B, z, t, h, w) the latent behind the regulariser, `indices` (B, t, h,
-    w) int32 (fsq only), `loss` the regulariser's training loss, a scalar."""
+    """`video` like the input, `codes` (B, z, t, h, w) the latent behind the regularizer, `indices` (B, t, h,
+    w) int32 (fsq only), `loss` the regularizer's training loss, a scalar."""
 
     video: Tensor
     codes: Tensor
@@ -120,7 +120,7 @@ class Tokenizer(nn.Module):
 
     @property
     def window(self) -> tuple[int, int]:
-        """(frames, shared frames) of the windows in which a video file of any length is tokenised."""
+        """(frames, shared frames) of the windows in which a video file of any length is tokenized."""
         return 16 + self.config.causal, 0
 
     # Files
@@ -248,8 +248,8 @@ class Tokenizer(nn.Module):
     def check_tokens(self, tokens: Tokens) -> Tensor:
         """The indices or latents of tokens, on the model's device, latents in its dtype.
 
-        Raises TypeError if tokens are none, ValueError if they come from another model or do not fit their
-        own description.
+        Raises TypeError if `tokens` is not a `Tokens`, ValueError if they come from another model or do not
+        fit their own description.
         """
         if not isinstance(tokens, Tokens):
             raise TypeError(f"tokens must be Tokens, not {type(tokens).__name__}")

@@ -127,14 +127,14 @@ def unpatchify(patches: Tensor, patch: Sequence[int], size: Sequence[int]) -> Te
 
 
 def cells(count: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """The centres (count, 2) of `count` equal cells, as square as can be, of rows x columns patches; in
+    """The centers (count, 2) of `count` equal cells, as square as can be, of rows x columns patches; in
     patches."""
     high = max(n for n in range(1, math.isqrt(count) + 1) if count % n == 0)
-    return grid_centres((high, count // high), rows, columns, device)
+    return grid_centers((high, count // high), rows, columns, device)
 
 
-def grid_centres(shape: tuple[int, int], rows: int, columns: int, device: torch.device) -> Tensor:
-    """The centres (n, 2) of the cells of a grid over rows x columns patches, in patches: float64."""
+def grid_centers(shape: tuple[int, int], rows: int, columns: int, device: torch.device) -> Tensor:
+    """The centers (n, 2) of the cells of a grid over rows x columns patches, in patches: float64."""
     axes = [
         (torch.arange(n, dtype=torch.float64, device=device) + 0.5) * size / n - 0.5
         for n, size in zip(shape, (rows, columns))

@@ -73,7 +73,7 @@ class Norm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, factorised convolution, twice, and the residual. The first norm always has one group, as
+    """norm, SiLU, factorized convolution, twice, and the residual. The first norm always has one group, as
     the official one."""
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int = 1, dropout: float = 0.0):
@@ -155,8 +155,8 @@ class HybridDown(_Resample):
     """Halve H and W, and T (n -> n/2 rounded up), each as average pool plus strided convolution; then a 1x1x1
     convolution.
 
-    The convolution over H and W sees a row and a column of zeros behind; that over T one copy of the first
-    frame more in front.
+    The convolution over H and W sees a row and a column of zeros at the end; that over T one copy of the
+    first frame more in front.
     """
 
     KERNELS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtok_fast.models.common.checkpoint import read_weights
 
-# Of patcher and quantiser: in the state dict or not, depending on the release and the file format.
+# Of patcher and quantizer: in the state dict or not, depending on the release and the file format.
 CONSTANTS = ("wavelets", "_arange", "patch_size_buffer", "_levels", "_basis", "implicit_codebook")
 NETWORK = "network."
 

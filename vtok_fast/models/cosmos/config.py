@@ -19,7 +19,7 @@ class CosmosConfig(Config):
 
     Attributes:
         formulation: "FSQ" (tokens are integers), "AE" (latents) or "VAE" (latents: the mean of a Gaussian).
-        levels: quantisation levels of each latent channel (FSQ only).
+        levels: quantization levels of each latent channel (FSQ only).
         latent_channels: of AE and VAE; with FSQ there is one per level.
         spatial_compression, temporal_compression: pixels and frames per token. The patcher takes `patch_size`
             of them, the levels the rest.
@@ -38,7 +38,7 @@ class CosmosConfig(Config):
         legacy_mode: the decoder doubles T at other levels (weights from before September 2024). That no
             preset uses it is inferred.
         layout: of the state dict. "0.1" has every convolution of a resampling level, used or not; "predict1"
-            only those in use, and the constants of patcher and quantiser.
+            only those in use, and the constants of patcher and quantizer.
     """
 
     formulation: str = "FSQ"
@@ -198,7 +198,7 @@ CosmosConfig.presets = {
     "0.1-DV4x8x8": _discrete(4, 8),
     "0.1-DV8x8x8": _discrete(8, 8),
     "0.1-DV8x16x16": _discrete(8, 16),
-    "0.1-CV4x8x8": _continuous(4, 8, decoder_channels_mult=(2, 4)),  # of this release alone
+    "0.1-CV4x8x8": _continuous(4, 8, decoder_channels_mult=(2, 4)),  # only in this release
     "0.1-CV8x8x8": _continuous(8, 8),
     "0.1-CV8x16x16": _continuous(8, 16),
     "predict1-DV4x8x8-360p": _discrete(4, 8, patch_size=2, z_channels=256, **_PREDICT1),

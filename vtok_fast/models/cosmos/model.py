@@ -62,7 +62,7 @@ class CosmosBase(Tokenizer):
         return fit_constants(weights, self.state_dict())
 
     def fill_up(self, video: Tensor) -> Tensor:
-        """The video with copies of its last frame behind it, up to 1 + k * temporal_compression frames."""
+        """The video with copies of its last frame appended, up to 1 + k * temporal_compression frames."""
         missing = (1 - video.shape[2]) % self.config.time_downsample_factor
         return (
             torch.cat((video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)), dim=2) if missing else video
@@ -124,8 +124,8 @@ class Cosmos(CosmosBase):
     def decode(self, tokens: Tokens) -> Tensor:
         """The video (B, C, T, H, W), of tokens.dtype. Values are not clamped.
 
-        Raises TypeError if tokens are none, ValueError if they come from another model or do not fit their
-        own description.
+        Raises TypeError if `tokens` is not a `Tokens`, ValueError if they come from another model or do not
+        fit their own description.
         """
         return self._decode(self.codes_of(self.check_tokens(tokens)), tokens.video_shape[0]).to(tokens.dtype)
 

@@ -1,4 +1,4 @@
-"""The bottlenecks of the Cosmos tokenizer: finite scalar quantisation, the same in residual steps, and
+"""The bottlenecks of the Cosmos tokenizer: finite scalar quantization, the same in residual steps, and
 none."""
 
 from __future__ import annotations

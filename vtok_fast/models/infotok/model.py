@@ -2,18 +2,18 @@
 as it needs, and back.
 
     model = InfoTok.from_checkpoint("infotok_mse.pt", "flex-4x8x8")
-    tokens = model.encode(video, rate=0.5)       # video (B, 3, T, H, W) in [-1, 1]; half of the tokens, those
-    that matter most packed = model.pack(tokens).to_bytes(model.codebook_size)
+    tokens = model.encode(video, rate=0.5)    # video (B, 3, T, H, W) in [-1, 1]; keeps half of the tokens
+    packed = model.pack(tokens).to_bytes(model.codebook_size)
     video = model.decode(tokens)
 
-A discrete Cosmos tokenizer with a transformer on either side of the quantiser. A router scores every token:
-by decoding all of them and measuring the error of each token's pixels, or, cheaper and not of the paper, by
-how much its latent differs from the one a frame before. The tokens with the highest scores are kept; a
-dropped one is zero to the decoder, and -1 in `Tokens.indices`. The grid stays dense, "variable length" is the
-length of the packed stream.
+A discrete Cosmos tokenizer with a transformer before and after the quantizer. A router scores every token by
+decoding all of them and measuring the error of each token's pixels, or (cheaper, not from the paper) by how
+much its latent differs from that of the previous frame. The tokens with the highest scores are kept; a
+dropped one is zero to the decoder, and -1 in `Tokens.indices`. The grid stays dense; the length that varies
+is that of the packed stream.
 
-Left out: the released code's unused options (1D latents beside the 2D tokens). Neither transformer is told
-the rate or the mask, as in the released code (the paper has the rate as an input).
+Unused options of the released code are left out (1D latents beside the 2D tokens). As in the released code,
+neither transformer gets the rate or the mask (in the paper the rate is an input).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class InfoTok(CosmosBase):
         self.register_buffer("ema_loss", torch.zeros(1))
         # Of the released state dict; nothing here uses it
         self.register_buffer("save_loss", torch.zeros(128))
-        self.apply(self._initialise)
+        self.apply(self._initialize)
 
     def _make_block(self) -> Block:
         c = self.config
@@ -85,7 +85,7 @@ class InfoTok(CosmosBase):
             twice=c.double_projection,
         )
 
-    def _initialise(self, module: nn.Module) -> None:
+    def _initialize(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
@@ -136,8 +136,8 @@ class InfoTok(CosmosBase):
     def decode(self, tokens: Tokens | PackedTokens) -> Tensor:
         """The video (B, C, T, H, W), of tokens.dtype. Values are not clamped. Packed tokens: see `unpack`.
 
-        Raises TypeError if tokens are none, ValueError if they come from another model or do not fit their
-        own description.
+        Raises TypeError if `tokens` is not a `Tokens`, ValueError if they come from another model or do not
+        fit their own description.
         """
         tokens = self.unpack(tokens) if isinstance(tokens, PackedTokens) else tokens
         indices = self.check_tokens(tokens)
@@ -157,7 +157,7 @@ class InfoTok(CosmosBase):
     # The packed stream
 
     def pack(self, tokens: Tokens) -> PackedTokens:
-        """The kept tokens alone, one clip behind the other. `.to_bytes(model.codebook_size)` is what to
+        """Only the kept tokens, clip by clip. `.to_bytes(model.codebook_size)` is what to
         store: a bit per position and ceil(log2(codebook_size)) bits per kept token. Errors as for
         `decode`."""
         indices = self.check_tokens(tokens)
@@ -205,7 +205,7 @@ class InfoTok(CosmosBase):
         `encode`.
 
         "decode": the mean absolute error of its pixels after a decode of all tokens. "latent": the mean
-        absolute difference of its latent before the quantiser from the one a frame before; in the first frame
+        absolute difference of its latent before the quantizer from the one a frame before; in the first frame
         the clip's largest (inferred: that frame comes first). "even": one, for every token.
         """
         self.check_video(video)

@@ -6,7 +6,7 @@ stride: 17 frames become 9, 5, 3.
 
 *Tiles.* A layer whose `tile` is a number makes its output in squares of that many positions, each from the
 piece of its input that it needs (its halo included). The result is that of the whole layer, the statistics of
-norms are those of the whole video, and what a layer needs beside its input and output (normalised, activated
+norms are those of the whole video, and what a layer needs beside its input and output (normalized, activated
 and padded copies) exists for one square at a time.
 """
 
@@ -56,10 +56,10 @@ class GroupNorm(nn.Module):
     def _per_channel(self, value: Tensor, x: Tensor) -> Tensor:
         return value.expand(-1, -1, x.shape[1] // self.groups, -1, -1, -1).flatten(1, 2)
 
-    def normalise(
+    def normalize(
         self, x: Tensor, statistics: tuple[Tensor | None, Tensor], scale: Tensor | None = None
     ) -> Tensor:
-        """(x normalised * weight + bias) * scale of x, a piece of the video that has these statistics; wide,
+        """(x normalized * weight + bias) * scale of x, a piece of the video that has these statistics; wide,
         not rounded."""
         mean, rstd = statistics
         y = (x.to(rstd.dtype) if mean is None else x.to(rstd.dtype) - mean) * rstd
@@ -68,7 +68,7 @@ class GroupNorm(nn.Module):
         return y if scale is None else y * scale.to(y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalise(x, self.statistics(x)).to(x.dtype)
+        return self.normalize(x, self.statistics(x)).to(x.dtype)
 
 
 class CausalConv3d(nn.Module):
@@ -164,7 +164,7 @@ class NormConv(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         statistics = self.norm.statistics(x)
         return self.conv(
-            x, lambda part, area: F.silu(self.norm.normalise(part, statistics)).to(part.dtype), residual
+            x, lambda part, area: F.silu(self.norm.normalize(part, statistics)).to(part.dtype), residual
         )
 
 
@@ -215,7 +215,7 @@ class AdaNorm(nn.Module):
         return s[:, :, (torch.arange(frames, device=k.device) + 1) // 2]
 
     def forward(self, f: Tensor, k: Tensor) -> Tensor:
-        return self.norm.normalise(f, self.norm.statistics(f), self.scale(k, f.shape[2])).to(f.dtype)
+        return self.norm.normalize(f, self.norm.statistics(f), self.scale(k, f.shape[2])).to(f.dtype)
 
 
 class Encoder(nn.Module):

@@ -130,8 +130,8 @@ class ProMAG(Tokenizer):
     def decode(self, tokens: Tokens) -> Tensor:
         """The video (B, C, T, H, W), of tokens.dtype. Values are not clamped.
 
-        Raises TypeError if tokens are none, ValueError if they come from another model or do not fit their
-        own description.
+        Raises TypeError if `tokens` is not a `Tokens`, ValueError if they come from another model or do not
+        fit their own description.
         """
         codes, frames = self.check_tokens(tokens), tokens.video_shape[0]
         parts = codes.split([latents for _, _, latents in self.plan(frames)], dim=2)

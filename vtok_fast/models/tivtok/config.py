@@ -18,7 +18,7 @@ class TivTokConfig(Config):
     The paper states: patch, dim, depth, frames, the total tokens and their dimension, a rotary embedding over
     three axes. The split into 3/4 invariant and 1/4 variant tokens follows from its token counts, SoftVQ from
     the name of its backbone. Inferred, because the paper does not say: heads, rotary_split, tiv_position,
-    tv_position, nearby, decoder_time, query_grid, patch_scope, the quantiser's options, merge, that a short
+    tv_position, nearby, decoder_time, query_grid, patch_scope, the quantizer's options, merge, that a short
     last chunk counts in the mean like a whole one, that in the decoder every token sees every other one of
     its slice, and that its "t" is a slice of tv tokens (tv/4 for each raw frame would give the same tokens).
 
@@ -28,20 +28,20 @@ class TivTokConfig(Config):
         dim, depth, heads, mlp_ratio: of the encoder and of the decoder.
         tiv, tv: time-invariant tokens of a chunk, time-variant tokens of a slice.
         latent_dim: channels of a token.
-        rotary_split: channels of a head that turn by (t, h, w); None: evenly.
-        tiv_position: where the invariant tokens stand: nowhere ("none"), or each at the centre of a "cell",
-            of as many equal cells of the frame as there are tokens, at the middle of the chunk; in the
-            decoder too.
-        tv_position: where the variant tokens of a slice stand in the encoder: at its "time", as (t, 0, 0),
-            nowhere ("none"), or at its time each in a "cell", then in the decoder too.
-        nearby: of queries and keys, a bias to start with, by which attention falls off with the distance in
-            the frame (see `look_nearby`).
-        decoder_time: whether the decoder turns a slice's patches by t too. Without, it is the same function
-            for every slice, as the paper's equation has it.
-        query_grid: (rows, columns) of patches for which the decoder learns a query each, of a model for
-            frames of one size. None: one learned query for all patches, as in SoftVQ, told apart by the
-                rotary embedding.
-        scope: "sif" (scope-induced factorisation) or "dense" (every token sees the chunk; the ablation).
+        rotary_split: channels of a head that are rotated by t, h and w; None: split evenly.
+        tiv_position: positions of the invariant tokens, in the decoder too: "none", or "cell": the frame is
+            divided into as many equal cells as there are tokens, and each token has the center of its cell
+            and the middle of the chunk.
+        tv_position: positions of the variant tokens of a slice in the encoder: "time" is (t, 0, 0), "none",
+            or "cell": the time of the slice and a cell each, in the decoder too.
+        nearby: initial bias of queries and keys that makes attention fall off with the distance in the frame
+            (see `look_nearby`).
+        decoder_time: whether the decoder also rotates a slice's patches by t. Otherwise it is the same
+            function for every slice, as in the paper's equation.
+        query_grid: (rows, columns) of patches for which the decoder learns one query each, for a model of
+            frames of one size. None: one learned query for all patches, as in SoftVQ, which the rotary
+            embedding tells apart.
+        scope: "sif" (scope-induced factorization) or "dense" (every token sees the chunk; the ablation).
         patch_scope: what a patch sees under "sif": its "slice" with the invariant tokens, the "patches" of
             its slice, or "all".
         quantizer: "softvq" (tokens are convex combinations of codewords), "fsq" (tokens are integers), or
@@ -50,12 +50,13 @@ class TivTokConfig(Config):
         codebook, tiv_codebooks, tv_codebooks: of softvq, the codewords in each codebook and how many
             codebooks the tokens of either kind are dealt to in order. Four in all over the tokens of a
             16-frame chunk, as in SoftVQ, are three and one.
-        temperature: of the softmax over codewords. normalize: whether tokens and codewords have length 1.
-        entropy_weight, entropy_temperature: of the quantiser's training loss.
-        chunks_per_set: neighbouring chunks that share one set of invariant tokens, the mean of theirs; None:
+        temperature: of the softmax over codewords.
+        normalize: whether tokens and codewords have length 1.
+        entropy_weight, entropy_temperature: of the quantizer's training loss.
+        chunks_per_set: neighboring chunks that share one set of invariant tokens, the mean of theirs; None:
             all.
-        merge: whether that mean is taken "before" the quantiser or "after" (not for fsq: a mean of codes is
-            no code).
+        merge: whether that mean is taken "before" the quantizer or "after" (not for fsq: a mean of codes is
+            not a code).
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -172,7 +173,7 @@ class TivTokConfig(Config):
                     f"levels={self.levels}: each must be at least 2, and their product at most 2**31"
                 )
             if self.merge == "after":
-                raise ValueError("merge='after': a mean of fsq codes is no code")
+                raise ValueError("merge='after': a mean of fsq codes is not a code")
         if self.quantizer == "softvq":
             for tokens, codebooks in (("tiv", "tiv_codebooks"), ("tv", "tv_codebooks")):
                 if getattr(self, tokens) % getattr(self, codebooks):

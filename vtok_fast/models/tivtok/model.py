@@ -1,18 +1,17 @@
 """TivTok (arXiv 2606.17590): tokens that hold for a whole clip, and a few more for each slice of it.
 
     model = TivTok("t128")
-    tokens = model.encode(video)         # video (B, 3, T, H, W) in [-1, 1]; 128 frames of 256x256 are 96 + 32
-    * 8 = 352 tokens video = model.decode(tokens)
+    tokens = model.encode(video)   # video (B, 3, T, H, W) in [-1, 1]
+    video = model.decode(tokens)   # 128 frames of 256x256 are 96 + 32 * 8 = 352 tokens
 
 The encoder is one ViT over [TIV | TV(1) X(1) | TV(2) X(2) | ...]: learned queries TIV and TV(t), and the
-patches X(t) of slice t.
-Their *scopes* differ: TIV sees everything, TV(t) only TIV, itself and X(t) (scope-induced factorisation, by
-`scope_attention`). The decoder makes each slice on its own from TIV and TV(t) (invariant broadcasting), so
-slices are a batch. A long video is cut into chunks of 16 frames, encoded apart; the chunks then share the
-mean of their TIV. The last chunk may have fewer slices, its last slice is filled up with copies of the last
-frame.
+patches X(t) of slice t. Their *scopes* differ: TIV sees everything, TV(t) only TIV, itself and X(t)
+(scope-induced factorization, by `scope_attention`). The decoder makes each slice separately from TIV and
+TV(t) (invariant broadcasting), so slices form a batch. A long video is cut into chunks of 16 frames, which
+are encoded separately and then share the mean of their TIV. The last chunk may have fewer slices; its last
+slice is padded with copies of the last frame.
 
-What is inferred, because the paper does not say, is an option of `TivTokConfig` and named there.
+Details that are inferred, because the paper does not state them, are options of `TivTokConfig`.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ class TivTok(Tokenizer):
         return self._decode(self._encode(video)[0], tuple(video.shape[2:]))
 
     def reconstruct(self, video: Tensor, *, step: int = 0) -> Reconstruction:
-        """`forward` for training: also the codes (B, latent_dim, 1, 1, N), the indices and the quantiser's
+        """`forward` for training: also the codes (B, latent_dim, 1, 1, N), the indices and the quantizer's
         loss."""
         self.check_video(video)
         codes, indices, loss = self._encode(video, step=step)
@@ -115,8 +114,8 @@ class TivTok(Tokenizer):
     def decode(self, tokens: Tokens) -> Tensor:
         """The video (B, C, T, H, W), of tokens.dtype. Values are not clamped.
 
-        Raises TypeError if tokens are none, ValueError if they come from another model or do not fit their
-        own description.
+        Raises TypeError if `tokens` is not a `Tokens`, ValueError if they come from another model or do not
+        fit their own description.
         """
         data = self.check_tokens(tokens)
         codes = data if tokens.indices is None else self.quantizer.fsq.decode(data, self.parameter.dtype)
@@ -146,7 +145,7 @@ class TivTok(Tokenizer):
         return -(-chunks // (self.config.chunks_per_set or chunks))
 
     def _encode(self, video: Tensor, step: int | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The codes in a row, their indices, and with step the quantiser's loss."""
+        """The codes in a row, their indices, and with step the quantizer's loss."""
         c = self.config
         tiv, tv = self._latents(video)
         if c.merge == "before":
@@ -164,7 +163,7 @@ class TivTok(Tokenizer):
 
     def _latents(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """TIV (B, chunks, tiv, latent_dim) and TV (B, slices, tv, latent_dim) of all chunks of a video,
-        before the quantiser."""
+        before the quantizer."""
         c = self.config
         video = fill_up(video, c.patch[0])
         whole = video.shape[2] // c.frames * c.frames
@@ -279,7 +278,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Quantises TIV and TV, (B, n, tokens, latent_dim) each, to (codes, indices (B, n, tokens) or None, loss
+    """Quantizes TIV and TV, (B, n, tokens, latent_dim) each, to (codes, indices (B, n, tokens) or None, loss
     or None) each."""
 
     def __init__(self, config: TivTokConfig):

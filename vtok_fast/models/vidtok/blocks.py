@@ -173,7 +173,7 @@ class ResBlock1d(nn.Module):
     """norm, SiLU, convolution over time, twice, and the residual, on (B*H*W, C, T). Starts as the identity
     (conv2 is zero).
 
-    With GroupNorm the causal block normalises one frame of one pixel at a time, the non-causal one all frames
+    With GroupNorm the causal block normalizes one frame of one pixel at a time, the non-causal one all frames
     of a pixel together.
     """
 
@@ -205,11 +205,11 @@ class ResBlock1d(nn.Module):
         return nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Tensor, caches: Caches | None = None) -> Tensor:
-        h = run(self.conv1, self.normalise(self.norm1, x), caches)
-        h = run(self.conv2, self.dropout(self.normalise(self.norm2, h)), caches)
+        h = run(self.conv1, self.normalize(self.norm1, x), caches)
+        h = run(self.conv2, self.dropout(self.normalize(self.norm2, h)), caches)
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
-    def normalise(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def normalize(self, norm: nn.Module, x: Tensor) -> Tensor:
         if not self.causal:
             return silu(norm(x))
         n, c, t = x.shape
@@ -310,7 +310,7 @@ class SpatialDown(nn.Module):
 
 
 class SpatialUp(nn.Module):
-    """Double H and W of (B*T, C, H, W): nearest neighbour, then a 3x3 convolution."""
+    """Double H and W of (B*T, C, H, W): nearest neighbor, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -358,7 +358,7 @@ class TimeUp(nn.Module):
     of u.
 
     `mode` is "nearest" or "trilinear" (version 1.1: each new frame is 3/4 of one old frame and 1/4 of its
-    neighbour). Trilinear looks one frame ahead, and keeps the first `first_frames` frames of the video (what
+    neighbor). Trilinear looks one frame ahead, and keeps the first `first_frames` frames of the video (what
     the first latent frame has become here) apart from the rest. For a later chunk it puts frames [-2n:-n] of
     its previous input in front, n = first_frames: that is the frame before this chunk when the previous chunk
     carried n frames of look-ahead, and an older one when it carried none.

@@ -165,7 +165,7 @@ def _merge(*parts: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-# <regulariser>_<causality>_<factors of T, H, W>_<codebook size or latent channels>. A 4x8x8 model turns 4
+# <regularizer>_<causality>_<factors of T, H, W>_<codebook size or latent channels>. A 4x8x8 model turns 4
 # frames of 8x8 pixels into one token.
 CONFIGS: dict[str, dict[str, Any]] = {
     "fsq_causal_488_4096": _fsq(4),

@@ -35,8 +35,9 @@ class VidTok(Tokenizer):
     """A VidTok. State-dict keys are those of the official checkpoints.
 
     Args:
-        config: a name in `vidtok_configs.CONFIGS`, a `VidTokConfig`, a dict of its fields, or None:
-        fields: the fields of a `VidTokConfig` (with config=None).
+        config: a name in `CONFIGS` (vtok_fast/models/vidtok/config.py), a `VidTokConfig` or a dict of its
+            fields. None: the fields are given as keywords.
+        fields: the fields of a `VidTokConfig`, if config is None.
 
     Raises ValueError for an unknown name or an impossible structure.
     """
@@ -63,7 +64,7 @@ class VidTok(Tokenizer):
         return self._decode_codes(codes, video.shape[2])
 
     def reconstruct(self, video: Tensor, *, step: int = 0) -> Reconstruction:
-        """`forward` for training: also the codes, the indices and the regulariser's loss after `step`
+        """`forward` for training: also the codes, the indices and the regularizer's loss after `step`
         training steps.
 
         In training mode a Gaussian latent is sampled, otherwise the mean is used.
@@ -90,8 +91,8 @@ class VidTok(Tokenizer):
         """The video (B, C, T, H, W), of tokens.dtype (how many frames: see the head of this file). Values are
         not clamped.
 
-        Raises TypeError if tokens are none, ValueError if they come from another kind of model or do not fit
-        their own description.
+        Raises TypeError if `tokens` is not a `Tokens`, ValueError if they come from another kind of model or
+        do not fit their own description.
         """
         return self._decode_codes(self.codes_of(tokens), tokens.video_shape[0]).to(tokens.dtype)
 

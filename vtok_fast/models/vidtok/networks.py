@@ -1,4 +1,4 @@
-"""The encoder and the decoder of VidTok: the layers of `vidtok_blocks` in order, under the released models'
+"""The encoder and the decoder of VidTok: the layers of blocks.py in order, under the released models'
 state-dict keys."""
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def over_time(layer: nn.Module, x: Tensor, caches: Caches | None) -> Tensor:
 
 
 class Encoder(_Network):
-    """(B, in_channels, T, H, W) -> latent before the regulariser, (B, z_channels or twice that, t, h, w)."""
+    """(B, in_channels, T, H, W) -> latent before the regularizer, (B, z_channels or twice that, t, h, w)."""
 
     def __init__(self, config: VidTokConfig):
         super().__init__(config)

@@ -25,7 +25,7 @@ class VidTokStream:
             part = stream.decode_chunk(tokens)
 
     Encoding equals that of the whole video if the first chunk has 1 + k * factor frames and each later one
-    (version 1.1: but the last) a multiple of the temporal factor. A later chunk of version 1.1 that is no
+    (version 1.1: but the last) a multiple of the temporal factor. A later chunk of version 1.1 that is not a
     multiple is filled up at its own front.
 
     Decoding equals that of the whole video with nearest upsampling. Trilinear upsampling (version 1.1) looks

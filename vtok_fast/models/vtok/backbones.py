@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vtok_fast.models.common.transformer import (
     Transformer,
-    grid_centres,
+    grid_centers,
     patchify,
     rotary_frequencies,
     rotary_table,
@@ -38,7 +38,8 @@ def feature_map(features: Tensor) -> Tensor:
     side = math.isqrt(features.shape[1])
     if side * side != features.shape[1]:
         raise ValueError(
-            f"backbone: {features.shape[1]} patches are no square; return (N, D, h, w), and no class token"
+            f"backbone: {features.shape[1]} patches do not form a square; return (N, D, h, w), "
+            "and no class token"
         )
     return features.mT.unflatten(2, (side, side))
 
@@ -64,7 +65,7 @@ class ViT(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         rows, columns = (n // self.patch for n in frames.shape[2:])
         x = self.embed(patchify(frames.unsqueeze(2), (1, self.patch, self.patch)))
-        places = grid_centres((rows, columns), rows, columns, x.device)
+        places = grid_centers((rows, columns), rows, columns, x.device)
         angles = plane_angles(places, x.shape[2])
         x = x + torch.cat((angles.cos(), angles.sin()), dim=1).to(x.dtype)
         x = self.transformer(x, plane_angles(places, self.head_dim))
@@ -74,7 +75,7 @@ class ViT(nn.Module):
 class CLIPBackbone(nn.Module):
     """``CLIPBackbone(CLIPVisionModel.from_pretrained("openai/clip-vit-large-patch14-336"))``.
 
-    Frames are resized to the model's square (bicubic, antialiased) and normalised as CLIP's training images
+    Frames are resized to the model's square (bicubic, antialiased) and normalized as CLIP's training images
     were. The features are the hidden states after ``layer`` without the class token; the layer before the
     last one is that of LLaVA, and inferred here.
 

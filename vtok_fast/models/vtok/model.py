@@ -1,19 +1,19 @@
 """VTok (arXiv 2602.04202): the key frame's tokens, and one residual token for each later frame: T + S tokens
 instead of T * S.
 
-    model = VTok("clip_l_336",
-    backbone=CLIPBackbone(CLIPVisionModel.from_pretrained("openai/clip-vit-large-patch14-336"))) tokens =
-    model.encode(video)          # video (B, 3, T, H, W) in [-1, 1] embeds = model.sequence(tokens)       #
-    (B, 16 + (T - 1) // stride, token_dim), for a language model's inputs_embeds
+    clip = CLIPVisionModel.from_pretrained("openai/clip-vit-large-patch14-336")
+    model = VTok("clip_l_336", backbone=CLIPBackbone(clip))
+    tokens = model.encode(video)      # video (B, 3, T, H, W) in [-1, 1]
+    embeds = model.sequence(tokens)   # (B, 16 + (T - 1) // stride, token_dim), for a language model
 
 With features F(x) of a frame's patches, the key frame's tokens are F(x_1) averaged to a small grid, and the
 token of frame t is g(mean(F(x_t) - F(x_1))) with g an MLP. The mean is linear, so it is computed as mean
-F(x_t) - mean F(x_1): one vector of each frame is kept, never its features.
+F(x_t) - mean F(x_1): of each frame one vector is kept, not its features.
 
-The paper's decoder is a frozen video diffusion model behind a language model. Here a small ViT makes each
-frame from the key frame's tokens and its residual token, so that the tokens can be looked at, and trained by
-reconstruction. With a stride above 1 the residual tokens of the frames between are interpolated, and those
-after the last one equal it. The key frame's own is g(0).
+The paper decodes with a language model and a frozen video diffusion model. Here a small ViT makes each frame
+from the key frame's tokens and its residual token, so that the tokens can be inspected, and trained by
+reconstruction. With a stride above 1 the residual tokens of the frames between are interpolated, and frames
+after the last residual token use that one. The key frame's own residual token is g(0).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vtok_fast.models.common.checks import check_finite
 from vtok_fast.models.common.tokenizer import Reconstruction, Tokenizer
 from vtok_fast.models.common.transformer import (
     Transformer,
-    grid_centres,
+    grid_centers,
     init_vit,
     look_nearby,
     split_head,
@@ -122,7 +122,7 @@ class VTok(Tokenizer):
         return self.decoder(*self._tokens(video), self.still(), *video.shape[2:])
 
     def reconstruct(self, video: Tensor, *, step: int = 0) -> Reconstruction:
-        """`forward` for training: also the codes (B, token_dim, 1, 1, N); there is no quantiser, so the loss
+        """`forward` for training: also the codes (B, token_dim, 1, 1, N); there is no quantizer, so the loss
         is 0."""
         self.check_video(video)
         key, motion = self._tokens(video)
@@ -149,8 +149,8 @@ class VTok(Tokenizer):
     def decode(self, tokens: Tokens) -> Tensor:
         """The video (B, C, T, H, W), of tokens.dtype. Values are not clamped.
 
-        Raises TypeError if tokens are none, ValueError if they come from another model or do not fit their
-        own description.
+        Raises TypeError if `tokens` is not a `Tokens`, ValueError if they come from another model or do not
+        fit their own description.
         """
         row, n = self.check_tokens(tokens)[:, :, 0, 0].mT, self.config.key_tokens
         return self.decoder(row[:, :n], row[:, n:], self.still(), *tokens.video_shape).to(tokens.dtype)
@@ -203,7 +203,7 @@ class Decoder(nn.Module):
     residual token].
 
     This package's own, not the paper's. The patch queries are one learned token, told apart by rotary
-    positions; the key frame's tokens stand at the centres of the cells that they were pooled from, the
+    positions; the key frame's tokens stand at the centers of the cells that they were pooled from, the
     residual token has no place.
     """
 
@@ -233,7 +233,7 @@ class Decoder(nn.Module):
         tokens = self.from_token(tokens) + self.token_embedding.to(tokens.dtype)
         queries = self.patch_query.to(tokens.dtype).expand(b * n, rows * columns, -1)
         places = torch.cat(
-            [grid_centres(shape, rows, columns, tokens.device) for shape in ((rows, columns), c.key_grid)]
+            [grid_centers(shape, rows, columns, tokens.device) for shape in ((rows, columns), c.key_grid)]
         )
         angles = F.pad(plane_angles(places, c.decoder_dim // c.decoder_heads), (0, 0, 0, 1))
         x = self.transformer(torch.cat((queries, tokens), dim=1), angles)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def initialise(model: torch.nn.Module, x: Tensor) -> None:
+def initialize(model: torch.nn.Module, x: Tensor) -> None:
     """Start as a blurred copy of the video x (B, C, T, H, W), instead of learning to be one for a thousand
     steps.
 
@@ -16,8 +16,8 @@ def initialise(model: torch.nn.Module, x: Tensor) -> None:
     passes on the mean of its window), and residual branches start at zero. The first layers get small random
     biases, because a norm over channels keeps the brightness of a pixel only relative to a constant (large
     ones hide the signal, and every learning rate is then too high). The encoder's last layer gives the mean
-    colours, as well as its input can tell them, and the largest principal components of
-    what else is in it, all with variance 1: several quantisation steps. The decoder's last layer is the
+    colors, as well as its input can tell them, and the largest principal components of
+    what else is in it, all with variance 1: several quantization steps. The decoder's last layer is the
     least-squares fit of x to its input.
     """
     for name, layer in model.named_modules():
@@ -39,8 +39,8 @@ def initialise(model: torch.nn.Module, x: Tensor) -> None:
         network.conv_out.register_forward_pre_hook(lambda module, args: features.append(args[0]))
     model(x)
     inner = features.pop(0)
-    colours = F.adaptive_avg_pool3d(x, inner.shape[2:])
-    components, offset = projections(pixels(inner), pixels(colours), model.config.z_channels)
+    colors = F.adaptive_avg_pool3d(x, inner.shape[2:])
+    components, offset = projections(pixels(inner), pixels(colors), model.config.z_channels)
     # The log-variances of a Gaussian: the same everywhere, a seventh of the deviation of the means
     if model.config.double_z:
         components = torch.cat((components, torch.zeros_like(components)))
@@ -69,18 +69,18 @@ def regress(inputs: Tensor, targets: Tensor) -> Tensor:
     return torch.linalg.solve(inputs.T @ inputs + damping, inputs.T @ targets).float()
 
 
-def projections(inputs: Tensor, colours: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def projections(inputs: Tensor, colors: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Matrix (count, C) and offset (count): uncorrelated values of variance 1, first those that predict the
-    colours (N, 3)."""
+    colors (N, 3)."""
 
     def whitened(directions: Tensor, k: int) -> Tensor:  # (C, n) -> (C, k)
         values, vectors = torch.linalg.eigh(torch.cov((inputs @ directions).T))
         return directions @ (vectors / values.clamp(min=1e-8).sqrt()).flip(1)[:, :k]
 
-    centred = inputs - inputs.mean(0)
-    first = whitened(regress(inputs, colours), min(count, colours.shape[1]))
+    centered = inputs - inputs.mean(0)
+    first = whitened(regress(inputs, colors), min(count, colors.shape[1]))
     # (C, C): what those values tell about the inputs
-    explained = first @ (first.T @ (centred.T @ centred) / len(centred))
+    explained = first @ (first.T @ (centered.T @ centered) / len(centered))
     rest = whitened(torch.eye(inputs.shape[1]) - explained, count - first.shape[1])
     matrix = torch.cat((first, rest), 1).T
     return matrix, -matrix @ inputs.mean(0)
