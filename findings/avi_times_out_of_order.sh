@@ -3,13 +3,14 @@
 #
 # One would guess: frame.pts rises from frame to frame, as in any other container, so it can be used to pick
 # frames or to estimate the frame rate.
-# What happens: AVI has no presentation times. libavformat counts packets in storage order, starting at 1, and the
-# H.264 decoder hands each packet's number on to its picture: 1, 3, 4, 2, 6, ... The pictures come in the right order.
-# The same encode in MP4 has rising times, and so has AVI without B frames, or with MPEG-4 Part 2 instead of H.264.
-# Sorting by pts, the usual repair for a reader that returns frames out of order, scrambles such a clip.
+# What happens: AVI has no presentation times. libavformat counts packets in storage order, starting at 1, and
+# the H.264 decoder hands each packet's number on to its picture: 1, 3, 4, 2, 6, ... The pictures come in the
+# right order. The same encode in MP4 has rising times, and so has AVI without B frames, or with MPEG-4 Part 2
+# instead of H.264. Sorting by pts, the usual repair for a reader that returns frames out of order, scrambles
+# such a clip.
 #
-# Seen with: PyAV 18.1.0 (libavformat 62.12.102, libx264). Source: superuser404notfound/AetherEngine issue 516 and
-# xbmc/xbmc pull request 2057; FFmpeg, libavformat/avidec.c, which sets decoding times only.
+# Seen with: PyAV 18.1.0 (libavformat 62.12.102, libx264). Source: superuser404notfound/AetherEngine issue 516
+# and xbmc/xbmc pull request 2057; FFmpeg, libavformat/avidec.c, which sets decoding times only.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Decoder options given to PyAV's open() are dropped without a word, so AV1 film grain stays in.
 #
-# One would guess: av.open(path, options={"filmgrain": "0"}) turns AV1's synthetic grain off, since the docstring says
-# "Options to pass to the container and all streams".
-# What happens: for input the options reach the demuxer and not the decoders. Nothing is raised, whether the option is
-# real or invented, and the frames are bit for bit those with grain. Set on stream.codec_context.options before the
-# first frame is decoded, the same option works. The decoder makes this grain up: whoever trains on it, or compares an
-# AV1 copy with its source, measures a noise generator too.
+# One would guess: av.open(path, options={"filmgrain": "0"}) turns AV1's synthetic grain off, since the
+# docstring says "Options to pass to the container and all streams".
+# What happens: for input the options reach the demuxer and not the decoders. Nothing is raised, whether the
+# option is real or invented, and the frames are bit for bit those with grain. Set on
+# stream.codec_context.options before the first frame is decoded, the same option works. The decoder makes
+# this grain up: whoever trains on it, or compares an AV1 copy with its source, measures a noise generator
+# too.
 #
-# Seen with: PyAV 18.1.0 (libdav1d, SVT-AV1). Source: PyAV-Org/PyAV issues 102 and 312; fifonik/FFMetrics issue 104.
+# Seen with: PyAV 18.1.0 (libdav1d, SVT-AV1). Source: PyAV-Org/PyAV issues 102 and 312; fifonik/FFMetrics
+# issue 104.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -2,10 +2,11 @@
 # A mirrored clip comes out upside down.
 #
 # One would guess: a reader that applies an MP4's display matrix shows what the ffmpeg command shows.
-# What happens: OpenCV, and whoever turns PyAV's frames by frame.rotation, read a rotation out of the matrix and
-# nothing else. A horizontal flip (a front camera's mirror) has no rotation, yet the formula gives 180 degrees, so
-# they turn the picture upside down; a vertical flip gives 0 and is ignored; a rotation with a flip loses the flip.
-# Pure rotations are right. Only the sign of the matrix's determinant tells a flip from a turn.
+# What happens: OpenCV, and whoever turns PyAV's frames by frame.rotation, read a rotation out of the matrix
+# and nothing else. A horizontal flip (a front camera's mirror) has no rotation, yet the formula gives 180
+# degrees, so they turn the picture upside down; a vertical flip gives 0 and is ignored; a rotation with a
+# flip loses the flip. Pure rotations are right. Only the sign of the matrix's determinant tells a flip from a
+# turn.
 #
 # Seen with: PyAV 18.1.0, opencv-python-headless 5.0.0.93, the ffmpeg 9.0.2 of imageio-ffmpeg 0.8.1.
 # Source: FFMS/ffms2 issue 317 and mpv-player/mpv pull request 16090 (the determinant must be looked at);
@@ -50,6 +51,7 @@ with av.open("plain.mp4", "w") as out:
     out.mux(stream.encode(None))
 
 print("stored", corners(picture), "(quarters: upper left, upper right, lower left, lower right)")
+print("shown by each; one would guess the same three times in a row")
 for matrix, shown, angle, read in [
     ("-display_rotation 90", "GWRB", 90, "GWRB"),
     ("-display_hflip", "GRWB", -180, "WBGR"),
@@ -63,7 +65,7 @@ for matrix, shown, angle, read in [
         frame = next(src.decode(video=0))
     by_pyav = corners(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
     by_opencv = corners(cv2.VideoCapture("m.mp4").read()[1][..., ::-1])
-    print(f"{matrix:36} ffmpeg {by_ffmpeg}  rotation {frame.rotation:4}, turned by it {by_pyav}  OpenCV {by_opencv}")
-    seen = (by_ffmpeg, frame.rotation, by_pyav, by_opencv)
+    seen = by_ffmpeg, frame.rotation, by_pyav, by_opencv
+    print("{:36} ffmpeg {}  rotation {:4}, turned by it {}  OpenCV {}".format(matrix, *seen))
     assert seen == (shown, angle, read, read), "the behavior has changed"
 PY

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # In an open-GOP HEVC file a backward seek can land after its target, in MP4 but not in Matroska.
 #
-# One would guess: seek(t, backward=True) lands on a key frame at or before t, so decoding from there reaches the
-# frame at t; and the same packets in another container behave the same.
-# What happens: in MP4 every target among the leading pictures of a CRA (shown before it, stored after it) lands on
-# that CRA, so the first frame that comes out is later than the one asked for. The MP4 demuxer's index holds decoding
-# times, and the CRA's decoding time lies before the leading pictures' presentation times. Matroska indexes
-# presentation times, and all targets are exact there. A closed GOP is exact in both. So a clip sampler that seeks
-# and drops frames earlier than t silently starts late: check the first time, and seek further back if it is late.
+# One would guess: seek(t, backward=True) lands on a key frame at or before t, so decoding from there reaches
+# the frame at t; and the same packets in another container behave the same.
+# What happens: in MP4 every target among the leading pictures of a CRA (shown before it, stored after it)
+# lands on that CRA, so the first frame that comes out is later than the one asked for. The MP4 demuxer's
+# index holds decoding times, and the CRA's decoding time lies before the leading pictures' presentation
+# times. Matroska indexes presentation times, and all targets are exact there. A closed GOP is exact in both.
+# So a clip sampler that seeks and drops frames earlier than t silently starts late: check the first time, and
+# seek further back if it is late.
 #
-# Seen with: PyAV 18.1.0 (libavformat 62.12.102, x265). Source: FFmpeg, libavformat/avformat.h, AVIndexEntry.timestamp
-# (a demuxer may store another time than the presentation time); mbunkus/mkvtoolnix issue 1543 (CRA in MP4).
+# Seen with: PyAV 18.1.0 (libavformat 62.12.102, x265). Source: FFmpeg, libavformat/avformat.h,
+# AVIndexEntry.timestamp (a demuxer may store another time than the presentation time); mbunkus/mkvtoolnix
+# issue 1543 (CRA in MP4).
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -64,8 +66,9 @@ def late(path):
 for open_gop in (1, 0):
     encode("clip.mp4", open_gop)
     remux("clip.mp4", "clip.mkv")
-    for path, expected in (("clip.mp4", dict.fromkeys(range(46, 50), 50) if open_gop else {}), ("clip.mkv", {})):
+    for path in ("clip.mp4", "clip.mkv"):
         seen = late(path)
+        expected = dict.fromkeys(range(46, 50), 50) if open_gop and path == "clip.mp4" else {}
         print(f"open-gop={open_gop} {path}: of targets 40..55, one would guess none late; late: {seen}")
         assert seen == expected, "the behavior has changed"
 PY

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # The encoding asked for a Parquet column of token lists is ignored, unless the column's hidden name is used.
 #
-# One would guess: column_encoding={"tokens": "BYTE_STREAM_SPLIT"} on a column "tokens" of lists applies to it, and a
-# name that no column has is an error.
-# What happens: the encoding belongs to the leaf, whose path is "tokens.list.element", and a name that matches no leaf
-# is accepted and does nothing: the tokens are written PLAIN and the file is 24 % bigger. "tokens", "tokens.list.item"
-# and "nonsense" all do the same, and so does use_byte_stream_split=[...]. So look at the encodings in the footer
-# after writing.
+# One would guess: column_encoding={"tokens": "BYTE_STREAM_SPLIT"} on a column "tokens" of lists applies to
+# it, and a name that no column has is an error.
+# What happens: the encoding belongs to the leaf, whose path is "tokens.list.element", and a name that matches
+# no leaf is accepted and does nothing: the tokens are written PLAIN and the file is 24 % bigger. "tokens",
+# "tokens.list.item" and "nonsense" all do the same, and so does use_byte_stream_split=[...]. So look at the
+# encodings in the footer after writing.
 #
-# Seen with: pyarrow 26.0.1, tokens of a codebook of 64000 as uint16, zstd. Source: apache/arrow pull requests 11724
-# and 6499; pyarrow's documentation of write_table ("specify the encoding scheme on a per column basis").
+# Seen with: pyarrow 26.0.1, tokens of a codebook of 64000 as uint16, zstd. Source: apache/arrow pull requests
+# 11724 and 6499; pyarrow's documentation of write_table ("specify the encoding scheme on a per column
+# basis").
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -35,7 +36,8 @@ def write(**options):
     return "BYTE_STREAM_SPLIT" in column.encodings, os.path.getsize("tokens.parquet") / tokens.size
 
 
-print(f"pyarrow {pa.__version__}: one would guess BYTE_STREAM_SPLIT for the first name and an error for the last")
+print("pyarrow", pa.__version__)
+print("one would guess that it applies to the first name, and an error for the last")
 sizes = {}
 for name in ("tokens", "tokens.list.item", "tokens.list.element", "nonsense"):
     for options in ({"column_encoding": {name: "BYTE_STREAM_SPLIT"}}, {"use_byte_stream_split": [name]}):

@@ -3,9 +3,9 @@
 #
 # One would guess: to_ndarray("rgb24") honors the matrix that a file states; and if an old version does not,
 # src_colorspace=ITU709 says it.
-# What happens: PyAV 16.1.0 converts a frame that is tagged BT.709 with BT.601's matrix, and asking for the matrix by
-# name changes nothing: pure red reads (232, 0, 1). PyAV 18.1.0 reads (254, 0, 0) from the same file. So pixels, and
-# tokens made of them, depend on the version of the reader: pin it with the tokens.
+# What happens: PyAV 16.1.0 converts a frame that is tagged BT.709 with BT.601's matrix, and asking for the
+# matrix by name changes nothing: pure red reads (232, 0, 1). PyAV 18.1.0 reads (254, 0, 0) from the same
+# file. So pixels, and tokens made of them, depend on the version of the reader: pin it with the tokens.
 #
 # Seen with: PyAV 16.1.0 and 18.1.0, on the same H.264 file. Source: PyAV-Org/PyAV issues 2230, 2149 and 1431.
 set -euo pipefail
@@ -43,7 +43,7 @@ assert int(frame.colorspace) == BT709
 assert [np.frombuffer(plane, np.uint8)[0] for plane in frame.planes] == [63, 102, 240]
 plain = frame.to_ndarray(format="rgb24")[32, 32].tolist()
 asked = frame.to_ndarray(format="rgb24", src_colorspace=Colorspace.ITU709)[32, 32].tolist()
-print(f"PyAV {av.__version__}, red tagged BT.709: plain {plain}, ITU709 by name {asked}; one would guess [254, 0, 0]")
+print(f"PyAV {av.__version__}, red in BT.709, one would guess [254, 0, 0]: {plain}, ITU709 by name {asked}")
 assert plain == asked == EXPECTED, "the behavior has changed"
 PY
 for version in 16.1.0 18.1.0; do

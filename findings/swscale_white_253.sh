@@ -3,13 +3,14 @@
 #
 # One would guess: a flat white picture (Y = 235, or 940 in ten bits; neutral chroma) becomes 255, 255, 255 in
 # RGB, at its own size and at any other, since no scaling filter can change a constant.
-# What happens: libswscale gives 255 only for 8-bit planar video at its own size. Any change of size, ten bits, or
-# NV12 takes another path, which is up to two codes too dark: 255 becomes 253, 128 becomes 126. A model that is
-# trained on scaled clips and tried on unscaled ones sees two brightnesses, and 42 dB is the best PSNR that white can
-# reach. 4:4:4 is right everywhere. The flag FULL_CHR_H_INT, which by its name is about chroma only, cures it.
+# What happens: libswscale gives 255 only for 8-bit planar video at its own size. Any change of size, ten
+# bits, or NV12 takes another path, which is up to two codes too dark: 255 becomes 253, 128 becomes 126. A
+# model that is trained on scaled clips and tried on unscaled ones sees two brightnesses, and 42 dB is the
+# best PSNR that white can reach. 4:4:4 is right everywhere. The flag FULL_CHR_H_INT, which by its name is
+# about chroma only, cures it.
 #
-# Seen with: PyAV 18.1.0 (libswscale 9.5.102). Source: FFMS/ffms2 issue 97 (conversions need undocumented flags);
-# FFmpeg's scaler documentation, sws_flags, full_chroma_int ("enable full chroma interpolation").
+# Seen with: PyAV 18.1.0 (libswscale 9.5.102). Source: FFMS/ffms2 issue 97 (conversions need undocumented
+# flags); FFmpeg's scaler documentation, sws_flags, full_chroma_int ("enable full chroma interpolation").
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -38,7 +39,8 @@ def rgb(frame, size, flags):
     return int(out[0, 0, 0])
 
 
-print("libswscale", av.library_versions["libswscale"], "- a flat 128x128 picture as RGB; one would guess 255 or 128")
+print("libswscale", av.library_versions["libswscale"])
+print("a flat 128x128 picture as RGB; one would guess 255 throughout, or 128 for Y 126")
 for pix_fmt, luma, expected in [
     ("yuv420p", 235, [255, 253, 253]),
     ("yuv420p", 126, [128, 126, 126]),

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # A stream's average rate is not its frames over its time, and B frames decide what it is.
 #
-# One would guess: for five frames at 0, 40, 80, 120 and 1000 ms, average_rate is near 5 a second and the duration
-# about 1.04 s, whatever the container and the encoder's settings.
-# What happens: MP4 without B frames says 125/26 and 1.04 s. With them, the same five frames at the same five times
-# have an average of 25 and last 0.2 s by the header, though the last frame comes out at 1.0 s: MP4 and MOV store the
-# gaps between decoding times, which run behind, and the long gap falls off the end. Matroska and WebM always say 25,
-# the nominal rate. So index / average_rate, the usual way to place frames in time, puts the last one at 0.16 s.
+# One would guess: for five frames at 0, 40, 80, 120 and 1000 ms, average_rate is near 5 a second and the
+# duration about 1.04 s, whatever the container and the encoder's settings.
+# What happens: MP4 without B frames says 125/26 and 1.04 s. With them, the same five frames at the same five
+# times have an average of 25 and last 0.2 s by the header, though the last frame comes out at 1.0 s: MP4 and
+# MOV store the gaps between decoding times, which run behind, and the long gap falls off the end. Matroska
+# and WebM always say 25, the nominal rate. So index / average_rate, the usual way to place frames in time,
+# puts the last one at 0.16 s.
 #
-# Seen with: PyAV 18.1.0 (libavformat 62.12.102). Source: PyAV-Org/PyAV issue 2335 (variable frame rate in MP4);
-# FFmpeg, libavformat/avformat.h, AVStream.avg_frame_rate ("average framerate").
+# Seen with: PyAV 18.1.0 (libavformat 62.12.102). Source: PyAV-Org/PyAV issue 2335 (variable frame rate in
+# MP4); FFmpeg, libavformat/avformat.h, AVStream.avg_frame_rate ("average framerate").
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
