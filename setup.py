@@ -2,8 +2,7 @@
 
 VTOK_FAST_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST, else the GPUs of this machine choose what to build for
 (csrc/cuda/archs.cmake), and name the wheel: 0.1.0+cu130.sm80.sm90a. MAX_JOBS bounds how many compilers run at
-once; ccache is used where
-    it is installed.
+once; ccache is used where it is installed.
 """
 
 import functools
@@ -15,19 +14,70 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+FETCHED = "An ordinary `pip install .` fetches it by itself; with --no-build-isolation it must be there:"
 WISH = f"-DVTOK_FAST_CUDA_ARCHS={os.environ.get('VTOK_FAST_CUDA_ARCHS', '')}"
+
+
+# What Python would do with the module, apart from its own package: that imports torch.
+LOADS = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("vtok_fast._C", sys.argv[1])
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+def tool(name: str) -> str | None:
+    """A program on PATH, or beside this Python, where pip puts it in an environment that is not activated."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+def cmake() -> str:
+    found = tool("cmake")
+    if found is None:
+        sys.exit(f"vtok-fast: the build needs cmake, which is not on PATH. {FETCHED} pip install cmake")
+    return found
+
+
+def generator() -> list[str]:
+    """Ninja, else make, of which one must be there."""
+    if found := tool("ninja"):
+        return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={found}"]
+    if shutil.which("make") is None:
+        sys.exit(
+            f"vtok-fast: the build needs ninja or make, and neither is on PATH. {FETCHED} pip install ninja"
+        )
+    return []
+
+
+def pybind11() -> ModuleType:
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit(f"vtok-fast: the build needs pybind11. {FETCHED} pip install pybind11")
+    return pybind11
+
+
+def check_loads(module: Path) -> None:
+    """A shared library may be linked with names that nothing defines, such as a kernel that nvcc left out
+    with a mere warning: what Python would say at import is an error of the build."""
+    done = subprocess.run([sys.executable, "-c", LOADS, str(module)], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or f"Python ended with status {done.returncode}").splitlines()[-1]
+        missing = " (something is declared that no source file defines)" if "undefined symbol" in said else ""
+        sys.exit(f"vtok-fast: {module.name} was built and cannot be loaded: {said}{missing}")
 
 
 @functools.cache
 def local_tag() -> str:
     """``cu130.sm80.sm90a``: the CUDA toolkit and the GPUs of the list; empty for a CPU-only build."""
     result = subprocess.run(
-        ["cmake", WISH, "-P", str(ROOT / "csrc" / "cuda" / "archs.cmake")], capture_output=True, text=True
+        [cmake(), WISH, "-P", str(ROOT / "csrc" / "cuda" / "archs.cmake")], capture_output=True, text=True
     )
     found = re.search(r"cuda=(\d*) archs=([\w;]*)", result.stdout)
     if found is None:
@@ -47,45 +97,45 @@ class CMakeBuild(build_ext):
     wants it."""
 
     def build_extension(self, extension: Extension) -> None:
-        import pybind11
-
         start = time.perf_counter()
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         # Kept between builds, outside setuptools' temporary folder, so that a rebuild compiles only what
         # changed.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{local_tag() or 'cpu'}"
         build.mkdir(parents=True, exist_ok=True)
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         ccache = [
             f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache"
             for language in ("CXX", "CUDA")
             if shutil.which("ccache")
         ]
         configure = [
-            "cmake",
+            cmake(),
             "-S",
             str(ROOT),
             "-B",
             str(build),
-            *generator,
+            *generator(),
             *ccache,
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11().get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
             WISH,
         ]
         cache = build / "CMakeCache.txt"
-        try:
-            subprocess.run(configure, check=True)
-        except subprocess.CalledProcessError:
-            if not cache.exists():
-                raise
+        failed = subprocess.run(configure).returncode
+        if failed and cache.exists():
             cache.unlink()  # configured earlier by an isolated build environment that is gone by now
             shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
-            subprocess.run(configure, check=True)
+            failed = subprocess.run(configure).returncode
+        if failed:
+            sys.exit(
+                "vtok-fast: cmake could not configure the build (needs g++ and Python.h): its reason is above"
+            )
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        built = next(build.glob("_C*.so"))
+        if subprocess.run([cmake(), "--build", str(build), "--parallel", jobs]).returncode:
+            sys.exit("vtok-fast: the native module could not be built: what the compiler said is above")
+        built = build / target.name  # the folder may hold that of a Python with another suffix
+        check_loads(built)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as temporary:
             temporary.write(built.read_bytes())
@@ -93,7 +143,7 @@ class CMakeBuild(build_ext):
         os.replace(temporary.name, target)
         print(
             f"vtok-fast: {target.name} for {local_tag() or 'CPUs'}: {target.stat().st_size / 1e6:.1f} MB in "
-            f"{time.perf_counter() - start:.0f} s",
+            f"{time.perf_counter() - start:.0f} s\nvtok-fast: with pybind11 {pybind11().__version__}",
             flush=True,
         )
 
