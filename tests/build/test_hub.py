@@ -215,7 +215,7 @@ def test_one_variant_holds_the_modules_of_every_python(tmp_path, monkeypatch, ca
         "--variant",
         "torch-stable-abi26-cu130-x86_64-linux",
     ]
-    monkeypatch.setattr(sys, "argv", command + [word for path in wheels for word in ("--native", str(path))])
+    monkeypatch.setattr(sys, "argv", [*command, "--native", *map(str, wheels)])
     hub.main()
     folder = tmp_path / "out" / "build" / "torch-stable-abi26-cu130-x86_64-linux"
     assert {p.name: p.read_text() for p in folder.glob("*.so")} == {

@@ -23,7 +23,9 @@ from vtok_fast.installation import doctor, gpus, known_bad
 
 ROOT = Path(__file__).resolve().parents[2]
 H200 = {"name": "NVIDIA H200", "capability": [9, 0]}
+A10 = {"name": "NVIDIA A10G", "capability": [8, 6]}
 ADA = {"name": "NVIDIA L4", "capability": [8, 9]}
+THOR = {"name": "NVIDIA Thor", "capability": [11, 0]}
 TURING = {"name": "Tesla T4", "capability": [7, 5]}
 
 
@@ -75,14 +77,20 @@ def test_the_fit_in_words():
     ("gpu", "archs", "level", "cure"),
     [
         (H200, ["80", "90a"], "ok", ""),
-        (H200, ["90"], "hint", "VTOK_FAST_CUDA_ARCHS=90a pip install"),
+        (H200, ["90"], "hint", "cu130-sm90a vtok-fast==0.1.0+cu130.sm90a "),
+        (H200, ["80", "89"], "hint", "VTOK_FAST_CUDA_ARCHS=90a pip install"),
+        (ADA, ["90a"], "hint", "cu130-sm80-89 vtok-fast==0.1.0+cu130.sm80.sm89 "),
         (ADA, ["90a"], "hint", "VTOK_FAST_CUDA_ARCHS=89 pip install"),
         (ADA, ["80"], "ok", ""),
-        (ADA, [], "hint", "VTOK_FAST_CUDA_ARCHS=89"),
+        (ADA, [], "hint", "cu130-sm80-89"),
+        (THOR, ["100a", "120"], "hint", "VTOK_FAST_CUDA_ARCHS=110"),
+        (THOR, ["90a"], "hint", "cu130-sm100a-120"),
         (TURING, ["80"], "hint", ""),
+        (TURING, [], "hint", ""),
     ],
 )
-def test_the_doctor_on_gpus(gpu, archs, level, cure):
+def test_the_doctor_on_gpus(monkeypatch, gpu, archs, level, cure):
+    monkeypatch.setattr(doctor, "_version", lambda name: f"0.1.0+{gpus.label(archs)}".rstrip("+"))
     (finding,) = doctor._gpus(probed(gpus=[gpu], archs=archs))
     assert finding.level == level and gpu["name"] in finding.name
     assert cure in finding.cure and bool(cure) == bool(finding.cure)
@@ -95,40 +103,98 @@ def test_the_doctor_without_a_gpu_or_with_an_old_driver():
     assert not [f for f in doctor._gpus(probed(gpus=[H200], native="not built")) if "H200" in f.name]
 
 
-def test_no_kernel_for_this_gpu_is_one_warning_and_a_fallback(monkeypatch):
-    """Never "no kernel image is available": the call goes to the next backend."""
-    module = types.SimpleNamespace(cuda_archs=["90a"], cuda_problem=lambda: "")
-    monkeypatch.setattr(native, "_C", module)
-    monkeypatch.setattr(native, "_missing", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+def test_an_amd_gpu_is_not_judged_by_its_number():
+    """Its compute capability is (9, 4), which says nothing of NVIDIA's architectures."""
+    (finding,) = doctor._gpus(probed(gpus=[{"name": "MI300X", "capability": [9, 4]}], hip="7.1", archs=[]))
+    assert finding.level == "ok" and not finding.cure and "GPUs of NVIDIA" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("gpu", "family"),
+    [
+        ((8, 0), "sm80-89"),
+        ((8, 6), "sm80-89"),
+        ((8, 9), "sm80-89"),
+        ((9, 0), "sm90a"),
+        ((10, 0), "sm100a-120"),
+        ((10, 3), "sm100a-120"),
+        ((11, 0), "sm100a-120"),
+        ((12, 1), "sm100a-120"),
+        ((13, 0), "sm100a-120"),
+        ((7, 5), None),
+    ],
+)
+def test_each_gpu_has_a_family_with_its_own_code(gpu, family):
+    assert gpus.family_for(gpu) == family
+    line = gpus.install(gpu, [], "0.2.0")
+    assert (f"--find-links cu130-{family} vtok-fast==0.2.0+cu130.sm" in line) if family else line == ""
+    if family is not None:
+        assert gpus.install(gpu, gpus.FAMILIES[family], "0.2.0").startswith("in the source folder, with nvcc")
+        assert gpus.install(gpu, [], None).startswith("in the source folder, with nvcc")
+        assert "cu128-sm" in gpus.install(gpu, ["75"], "0.2.0+cu128.sm75")
+
+
+class Gpu:
+    """A GPU and a native module that are not there."""
+
+    def __init__(self, monkeypatch, capability, archs):
+        self.module = types.SimpleNamespace(cuda_archs=archs, cuda_problem=lambda: "")
+        monkeypatch.setattr(native, "_C", self.module)
+        monkeypatch.setattr(native, "_missing", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(gpus, "installed_version", lambda: f"0.1.0+{gpus.label(archs)}".rstrip("+"))
+
+
+@pytest.fixture
+def forgetful():
     native._why_no_gpu.cache_clear()
-    try:
-        with pytest.warns(
-            UserWarning,
-            match="built for 9.0a; this GPU is 8.9: no kernel for it.*VTOK_FAST_CUDA_ARCHS=89 pip install",
-        ) as seen:
-            reasons = [native.why_no_cuda() for _ in range(3)]
-        assert len(seen) == 1 and len(set(reasons)) == 1 and "no kernel for it" in reasons[0]
-        ran = []
-        monkeypatch.setitem(
-            backends._ops,
-            "some_op",
-            (
-                backends.Backend("sm80", lambda call: native.why_no_cuda(), lambda call: ran.append("sm80")),
-                backends.Backend("reference", lambda call: None, lambda call: ran.append("reference")),
-            ),
-        )
-        backends.select("some_op", None).run(None)
-        assert ran == ["reference"] and "no kernel" in backends.fallbacks()["some_op"]["sm80"]
-        native._why_no_gpu.cache_clear()
-        module.cuda_archs = ["80", "90a"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert native.why_no_cuda() is None
-    finally:
-        native._why_no_gpu.cache_clear()
-        backends._fallbacks.pop(("some_op", "sm80"), None)
+    yield
+    native._why_no_gpu.cache_clear()
+    backends._fallbacks.pop(("some_op", "sm80"), None)
+
+
+@pytest.mark.parametrize(
+    ("archs", "said"),
+    [
+        (["90a"], "built for 9.0a; this GPU is 8.9: no kernel for it, using Triton and PyTorch"),
+        ([], "built without CUDA kernels; this GPU is 8.9: using Triton and PyTorch"),
+    ],
+)
+def test_no_kernel_for_this_gpu_is_one_warning_and_a_fallback(monkeypatch, forgetful, archs, said):
+    """Never "no kernel image is available": the call goes to the next backend."""
+    fake = Gpu(monkeypatch, (8, 9), archs)
+    with pytest.warns(UserWarning) as seen:
+        reasons = [native.why_no_cuda() for _ in range(3)]
+    assert len(seen) == 1 and len(set(reasons)) == 1 and reasons[0] == f"the native module is {said}"
+    line = "pip install --find-links cu130-sm80-89 vtok-fast==0.1.0+cu130.sm80.sm89"
+    build = "in the source folder, with nvcc: VTOK_FAST_CUDA_ARCHS=89 pip install ."
+    assert str(seen[0].message) == f"vtok_fast: {reasons[0]}. To have them: {line}   or, {build}"
+    ran = []
+    monkeypatch.setitem(
+        backends._ops,
+        "some_op",
+        (
+            backends.Backend("sm80", lambda call: native.why_no_cuda(), lambda call: ran.append("sm80")),
+            backends.Backend("reference", lambda call: None, lambda call: ran.append("reference")),
+        ),
+    )
+    backends.select("some_op", None).run(None)
+    assert ran == ["reference"] and backends.fallbacks()["some_op"]["sm80"] == reasons[0]
+    native._why_no_gpu.cache_clear()
+    fake.module.cuda_archs = ["80", "90a"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.why_no_cuda() is None
+
+
+@pytest.mark.parametrize(("capability", "hip"), [((7, 5), None), ((9, 4), "7.1")])
+def test_a_gpu_that_no_build_serves_is_not_warned_about(monkeypatch, forgetful, capability, hip):
+    Gpu(monkeypatch, capability, [])
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.why_no_cuda() is not None
 
 
 # ---- versions ----------------------------------------------------------------------------------------------
@@ -147,11 +213,15 @@ def test_no_kernel_for_this_gpu_is_one_warning_and_a_fallback(monkeypatch):
         ("2.9.1", 91501, set()),
         ("2.10.0+cu130", 91501, set()),
         ("2.13.0+cu130", 92000, set()),
+        ("2.13.0+cu130", 92301, {188288}),
+        ("2.14.1+cu130", 92301, {188288}),
+        ("2.14.1+cu130", 92400, set()),
+        ("2.14.1+cu130", 92801, set()),
         ("2.10.0a0+gitabc", 91400, {166643}),
     ],
 )
 def test_known_bad_pairs(torch_version, cudnn, sources):
-    found = doctor._pairs(probed(torch=torch_version, cudnn=cudnn, allow_tf32=True))
+    found = doctor._pairs(probed(torch=torch_version, cudnn=cudnn, allow_tf32=True, gpus=[H200, A10]))
     assert {int(f.text.rpartition("#")[2].rstrip(")")) for f in found} == sources
     assert all(f.cure and f.level in ("bad", "hint") for f in found)
 
@@ -163,6 +233,7 @@ def test_what_gives_wrong_results_is_bad_and_what_is_not_used_does_not_matter():
     }
     assert levels == {"163539": "bad", "167024": "bad"}
     assert len(doctor._pairs(probed(torch="2.8.0", cudnn=91002, allow_tf32=False))) == 1
+    assert not doctor._pairs(probed(torch="2.14.1", cudnn=92301, gpus=[H200]))  # only GPUs of 8.6
     assert not doctor._pairs(probed(torch="2.9.0", cudnn=None, cuda=False))
 
 
@@ -178,6 +249,14 @@ def test_what_gives_wrong_results_is_bad_and_what_is_not_used_does_not_matter():
         ("2.13.0", False, "vector-quantize-pytorch", "1.14.3", {114}),
         ("2.13.0", True, "vector-quantize-pytorch", "1.14.4", set()),
         ("2.13.0", False, "vector-quantize-pytorch", "1.32.0", set()),
+        ("2.13.0", True, "triton", "3.7.1", {193183}),
+        ("2.13.0", False, "triton", "3.7.1", set()),
+        ("2.14.1", True, "triton", "3.8.0", set()),
+        ("2.14.1", True, "triton", "3.9.0", set()),
+        ("2.13.0", True, "triton", "3.6.0", set()),
+        ("2.13.0", False, "diffusers", "0.35.2", {12753}),
+        ("2.13.0", True, "diffusers", "0.36.0", set()),
+        ("2.14.1", True, "diffusers", "0.42.1", set()),
     ],
 )
 def test_packages_that_are_known_to_be_bad(monkeypatch, torch_version, cuda, package, installed, sources):
@@ -206,14 +285,27 @@ def test_versions(text, version):
 
 @pytest.mark.parametrize(
     ("wanted", "here", "level"),
-    [("3.6.0", "3.6.0", "ok"), ("3.6.0", "3.5.1", "hint"), (None, "3.6.0", "ok"), ("3.6.0", None, "hint")],
+    [
+        ("==3.6.0", "3.6.0", "ok"),
+        ("==3.6.0", "3.5.1", "hint"),
+        ("~=3.8.0", "3.8.0", "ok"),
+        ("~=3.8.0", "3.8.2", "ok"),
+        ("~=3.8.0", "3.9.0", "hint"),
+        ("~=3.8.1", "3.8.0", "hint"),
+        ("~=3.8", "3.9.0", "ok"),
+        (None, "3.6.0", "ok"),
+        ("==3.6.0", None, "hint"),
+    ],
 )
-def test_triton_is_the_one_of_torch(monkeypatch, wanted, here, level):
-    requires = ["numpy"] + ([f'triton=={wanted}; platform_system == "Linux"'] if wanted else [])
+@pytest.mark.parametrize("line", ['triton{}; platform_system == "Linux"', "triton ({}) ; extra == 'x'"])
+def test_triton_is_the_one_of_torch(monkeypatch, wanted, here, level, line):
+    """torch up to 2.13 asks for one Triton, from 2.14 on for any of a minor version."""
+    requires = ["numpy", "triton-windows==1.0"] + ([line.format(wanted)] if wanted else [])
     monkeypatch.setattr(doctor, "_version", lambda name: here)
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: requires)
     (finding,) = doctor._triton(probed())
-    assert finding.level == level and (level == "ok" or "pip install triton" in finding.cure)
+    assert finding.level == level and (level == "ok" or "pip install" in finding.cure)
+    assert level == "ok" or here is None or finding.cure == f"pip install 'triton{wanted}'"
     assert doctor._triton(probed(cuda=False)) == []
 
 

@@ -52,9 +52,9 @@ def why_missing() -> Reason:
 
 def why_no_cuda(tensor: torch.Tensor | None = None) -> Reason:
     """Why the CUDA kernels cannot run here at all, or on this tensor, or None where they can."""
-    if tensor is None:
-        return _why_no_gpu(None)
-    return _why_no_gpu(tensor.device.index) if tensor.is_cuda else f"the tensors are on {tensor.device}"
+    if tensor is not None and not tensor.is_cuda:
+        return f"the tensors are on {tensor.device}"
+    return _why_no_gpu(None if tensor is None else tensor.device.index)
 
 
 def why_not_on_cpu(tensor: torch.Tensor, dtypes: Collection[torch.dtype]) -> Reason:
@@ -69,21 +69,18 @@ def why_not_on_cpu(tensor: torch.Tensor, dtypes: Collection[torch.dtype]) -> Rea
 def _why_no_gpu(index: int | None) -> Reason:
     if _missing is not None:
         return _missing
-    if not _C.cuda_archs:
-        built = "the native module was built without CUDA kernels"
-        return f"{built}; VTOK_FAST_CUDA_ARCHS chooses them at build time"
     if not torch.cuda.is_available():
-        return "there is no GPU"
-    if problem := _C.cuda_problem():
+        return "there is no GPU" if _C.cuda_archs else gpus.NO_CUDA
+    if torch.version.hip is not None:
+        return gpus.NOT_NVIDIA
+    if _C.cuda_archs and (problem := _C.cuda_problem()):
         return problem
     gpu = torch.cuda.get_device_capability(index)
     if gpus.code_for(gpu, _C.cuda_archs) is not None:
         return None
     reason = f"the native module is {gpus.fit(gpu, _C.cuda_archs)}"
-    warnings.warn(
-        f"vtok_fast: {reason}; VTOK_FAST_CUDA_ARCHS={gpu[0]}{gpu[1]} pip install . builds for it",
-        stacklevel=2,
-    )
+    if cure := gpus.install(gpu, _C.cuda_archs, gpus.installed_version()):
+        warnings.warn(f"vtok_fast: {reason}. To have them: {cure}", stacklevel=2)
     return reason  # remembered: the warning comes once per GPU
 
 

@@ -41,7 +41,7 @@ import torch
 torch.ones(64, 64) @ torch.ones(64, 64)
 cuda = torch.cuda.is_available()
 say(torch=torch.__version__, cuda=cuda, threads=torch.get_num_threads(), toolkit=torch.version.cuda,
-    cudnn=torch.backends.cudnn.version() if cuda else None,
+    hip=torch.version.hip, cudnn=torch.backends.cudnn.version() if cuda else None,
     allow_tf32=torch.backends.cudnn.allow_tf32 if cuda else False)
 count = torch.cuda.device_count() if cuda else 0
 say(gpus=[{"name": torch.cuda.get_device_name(i), "capability": torch.cuda.get_device_capability(i)}
@@ -81,6 +81,7 @@ NOTHING = {
     "cuda": False,
     "threads": None,
     "toolkit": None,
+    "hip": None,
     "cudnn": None,
     "allow_tf32": False,
     "gpus": [],
@@ -245,13 +246,13 @@ def _triton(probe: dict) -> list[Finding]:
             )
         ]
     wanted = known_bad.triton_of(importlib.metadata.requires("torch") or [])
-    if wanted is not None and wanted != here:
+    if wanted is not None and not known_bad.is_triton(here, wanted):
         return [
             Finding(
                 "Triton",
                 "hint",
-                f"{here}, and this torch was built with {wanted}",
-                f"pip install triton=={wanted}",
+                f"{here}, and this torch was built with {wanted.lstrip('=')}",
+                f"pip install 'triton{wanted}'",
             )
         ]
     return [Finding("Triton", "ok", here)]
@@ -287,40 +288,23 @@ def _gpus(probe: dict) -> list[Finding]:
     findings = []
     for i, gpu in enumerate(probe["gpus"]):
         name, capability = f"GPU {i}, {gpu['name']}", tuple(gpu["capability"])
-        code = gpus.code_for(capability, probe["archs"])
-        arch = f"{capability[0]}{capability[1]}{'a' if capability == (9, 0) else ''}"
-        build = f"VTOK_FAST_CUDA_ARCHS={arch} pip install ."
         if probe["native"] is not None:
             continue  # there is a finding of its own
-        if code is None and capability < (8, 0):
-            findings.append(
-                Finding(
-                    name,
-                    "hint",
-                    f"compute capability {capability[0]}.{capability[1]}: the CUDA kernels need 8.0",
-                    "",
-                )
-            )
-        elif code is None or code.startswith("compute"):
-            findings.append(
-                Finding(
-                    name,
-                    "hint",
-                    gpus.fit(capability, probe["archs"]),
-                    f"in the source folder: {build}   (needs nvcc)",
-                )
-            )
-        elif capability == (9, 0) and code != "sm_90a":
-            findings.append(
-                Finding(
-                    name,
-                    "hint",
-                    f"{gpus.fit(capability, probe['archs'])}, without the Hopper kernels",
-                    f"in the source folder: {build}   (needs nvcc)",
-                )
-            )
+        if probe["hip"]:
+            findings.append(Finding(name, "ok", f"{gpus.NOT_NVIDIA}; this one runs Triton's and PyTorch's"))
+            continue
+        if capability < (8, 0):
+            old = f"compute capability {capability[0]}.{capability[1]}: the CUDA kernels need 8.0"
+            findings.append(Finding(name, "hint", old))
+            continue
+        code, text = gpus.code_for(capability, probe["archs"]), gpus.fit(capability, probe["archs"])
+        if capability == (9, 0) and code != "sm_90a" and code is not None:
+            text += ", without the Hopper kernels"
+        if code == "sm_90a" or (code is not None and code.startswith("sm_") and capability != (9, 0)):
+            findings.append(Finding(name, "ok", text))
         else:
-            findings.append(Finding(name, "ok", gpus.fit(capability, probe["archs"])))
+            cure = gpus.install(capability, probe["archs"], _version("vtok-fast"))
+            findings.append(Finding(name, "hint", text, cure))
     return findings or [
         Finding("GPU", "ok", "none that torch sees" if probe["torch"] else "none that nvidia-smi names")
     ]

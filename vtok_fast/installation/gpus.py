@@ -3,9 +3,24 @@ without torch."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 
 Capability = tuple[int, int]
+
+NO_CUDA = "the native module was built without CUDA kernels; VTOK_FAST_CUDA_ARCHS chooses them at build time"
+NOT_NVIDIA = "the CUDA kernels are for GPUs of NVIDIA"
+
+# What scripts/wheels.py builds, one folder each. Code for 8.0 runs on 8.6 too. Every list also has the PTX of
+# its lowest architecture, which newer GPUs compile at first use.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "cpu": (),
+    "sm80-89": ("80", "89"),
+    "sm90a": ("90a",),
+    "sm80-90a": ("80", "90a"),
+    "sm100a-120": ("100a", "120"),
+}
+CUDA = "cu130"  # the toolkit that they are built with, unless an installed wheel names another
 
 
 def capability_of(arch: str) -> Capability:
@@ -45,3 +60,43 @@ def fit(gpu: Capability, archs: Sequence[str]) -> str:
     if code.startswith("compute"):
         return f"built for {built}; {here}: using {code}, compiled by the driver at first use"
     return f"built for {built}; {here}: using {code.replace('_', '')}"
+
+
+def family_for(gpu: Capability) -> str | None:
+    """The family to install for a GPU: the first one with machine code for it, else the last one whose
+    intermediate code its driver can compile; None for a GPU older than 8.0."""
+    codes = {family: code for family, archs in FAMILIES.items() if (code := code_for(gpu, archs))}
+    return next(
+        (family for family, code in codes.items() if code.startswith("sm_")), next(reversed(codes), None)
+    )
+
+
+def label(archs: Sequence[str], cuda: str = CUDA) -> str:
+    """The local version label of a wheel: ``cu130.sm80.sm90a``; empty for CPUs only."""
+    return ".".join([cuda, *(f"sm{arch}" for arch in archs)]) if archs else ""
+
+
+def installed_version() -> str | None:
+    """``0.1.0+cu130.sm90a``, where the package is installed."""
+    try:
+        return importlib.metadata.version("vtok-fast")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def install(gpu: Capability, archs: Sequence[str], version: str | None) -> str:
+    """What gives a GPU its own kernels, where ``version``, such as ``0.1.0+cu130.sm90a``, is installed with
+    kernels for ``archs``: the wheel of its family, from the folder of that name, and a build of its own. With
+    the exact version, because installers sort labels as words, and keep what is there if only the label
+    differs. Empty for a GPU older than 8.0."""
+    family = family_for(gpu)
+    if family is None:
+        return ""
+    arch = f"{gpu[0]}{gpu[1]}{'a' if gpu == (9, 0) else ''}"
+    build = f"in the source folder, with nvcc: VTOK_FAST_CUDA_ARCHS={arch} pip install ."
+    if version is None or code_for(gpu, FAMILIES[family]) == code_for(gpu, archs):
+        return build
+    plain, _, built = version.partition("+")
+    cuda = built.split(".")[0] if built.startswith("cu") else CUDA
+    wheel = f"vtok-fast=={plain}+{label(FAMILIES[family], cuda)}"
+    return f"pip install --find-links {cuda}-{family} {wheel}   or, {build}"

@@ -1,12 +1,14 @@
 """Versions of torch, cuDNN and others that are known to be bad for video models, and what cures them.
 Only the standard library.
 
-Sources are issues of projects on GitHub: ``pytorch`` is pytorch/pytorch, ``vector-quantize-pytorch`` is
-    lucidrains' one.
+Sources are issues and pull requests on GitHub: ``pytorch`` is pytorch/pytorch, ``diffusers``
+huggingface/diffusers, ``vector-quantize-pytorch`` lucidrains/vector-quantize-pytorch. Looked through up to
+torch 2.14.1, cuDNN 9.28, Triton 3.9 and diffusers 0.42.1; more were not found.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +39,13 @@ NEW_CUDNN = (
     "install torch 2.10 or newer, which brings cuDNN 9.15, "
     "or pip install 'nvidia-cudnn-cu12>=9.15' (cu13 for CUDA 13)"
 )
+
+
+def has_gpu(capability: Version) -> Callable[[dict], bool]:
+    """Whether there is a GPU of this compute capability."""
+    return lambda probe: any(tuple(gpu["capability"]) == capability for gpu in probe.get("gpus") or ())
+
+
 PAIRS = (
     Pair(
         "bad",
@@ -93,6 +102,34 @@ PAIRS = (
         ("flash-attn-4", ANY),
     ),
     Pair(
+        "hint",
+        ANY,
+        ((9, 23, 1), (9, 24)),
+        "convolutions on GPUs of compute capability 8.6 give other results from run to run",
+        "pip install 'nvidia-cudnn-cu13>=9.24' (cu12 for CUDA 12)",
+        "pytorch#188288",
+        has_gpu((8, 6)),
+    ),
+    Pair(
+        "hint",
+        ANY,
+        None,
+        "torch.compile may miscompile copies of slices, and gives wrong results",
+        "use torch 2.14 or newer, which brings Triton 3.8, or leave such code out of torch.compile",
+        "pytorch#193183",
+        lambda probe: bool(probe.get("cuda")),
+        ("triton", ((3, 7), (3, 8))),
+    ),
+    Pair(
+        "hint",
+        ANY,
+        None,
+        "AutoencoderKLWan with a patch size (Wan 2.2's) fails, or gives wrong results, with enable_tiling()",
+        "pip install 'diffusers>=0.36'",
+        "diffusers#12753",
+        package=("diffusers", ((0, 33), (0, 36))),
+    ),
+    Pair(
         "bad",
         ANY,
         None,
@@ -146,10 +183,18 @@ def _within(here: Version | None, span: Span) -> bool:
 
 
 def triton_of(requirements: list[str]) -> str | None:
-    """The Triton that a torch was built with, of its metadata's requirements: ``triton==3.6.0;
-    platform_system == "Linux"``."""
+    """The Triton that a torch was built with, as its metadata asks for it: ``==3.7.1``, or from torch 2.14 on
+    ``~=3.8.0``, for any 3.8; None where it asks for none."""
     for line in requirements:
-        name, _, rest = line.partition("==")
-        if name.strip() == "triton":
-            return rest.split(";")[0].strip()
+        found = re.match(r"\s*triton\s*\(?\s*(==|~=)\s*([\w.+]+)", line)
+        if found:
+            return "".join(found.groups())
     return None
+
+
+def is_triton(here: str, wanted: str) -> bool:
+    """Whether an installed Triton is what :func:`triton_of` found."""
+    if wanted.startswith("=="):
+        return here == wanted[2:]
+    lowest, found = version(wanted[2:]), version(here)
+    return found is not None and found >= lowest and found[: len(lowest) - 1] == lowest[:-1]
