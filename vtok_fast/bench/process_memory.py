@@ -41,7 +41,7 @@ def measure(
     message) or the system keeps no high-water mark (it is Linux's /proc/self/status).
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is none of {', '.join(VARIANTS)}")
+        raise ValueError(f"variant={variant!r}: expected one of {', '.join(VARIANTS)}")
     task = {
         "variant": variant,
         "shape": list(shape),

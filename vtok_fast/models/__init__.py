@@ -1,17 +1,15 @@
-"""The tokenizers, as readable PyTorch modules."""
+"""The tokenizers, as readable PyTorch modules: a folder for each system, and common/ for what they share.
 
-from vtok_fast.models.cosmos import Cosmos
-from vtok_fast.models.cosmos.config import CosmosConfig
-from vtok_fast.models.infotok import InfoTok
-from vtok_fast.models.infotok.config import InfoTokConfig
-from vtok_fast.models.promag import ProMAG
-from vtok_fast.models.promag.config import ProMAGConfig
-from vtok_fast.models.tivtok import TivTok
-from vtok_fast.models.tivtok.config import TivTokConfig
-from vtok_fast.models.vidtok import VidTok
-from vtok_fast.models.vidtok.config import VidTokConfig
-from vtok_fast.models.vtok import VTok
-from vtok_fast.models.vtok.config import VTokConfig
+In each folder config.py has the configuration and its presets, model.py the tokenizer itself, and the other
+files its parts.
+"""
+
+from vtok_fast.models.cosmos import Cosmos, CosmosConfig
+from vtok_fast.models.infotok import InfoTok, InfoTokConfig
+from vtok_fast.models.promag import ProMAG, ProMAGConfig
+from vtok_fast.models.tivtok import TivTok, TivTokConfig
+from vtok_fast.models.vidtok import VidTok, VidTokConfig
+from vtok_fast.models.vtok import VTok, VTokConfig
 
 __all__ = [
     "Cosmos",

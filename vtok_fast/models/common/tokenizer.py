@@ -55,7 +55,7 @@ class Config:
             return config
         if isinstance(config, str):
             if config not in cls.presets:
-                raise ValueError(f"config={config!r} is none of the configurations: {', '.join(cls.presets)}")
+                raise ValueError(f"config={config!r}: expected one of {', '.join(cls.presets)}")
             return cls(name=config, **cls.presets[config])
         unknown = sorted(set(config) - {f.name for f in fields(cls)})
         if unknown:
@@ -69,7 +69,9 @@ class Config:
 
     def need_one_of(self, name: str, *allowed: Any) -> None:
         if getattr(self, name) not in allowed:
-            raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
+            raise ValueError(
+                f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, allowed))}"
+            )
 
     def need_at_least(self, least: int, *names: str) -> None:
         for name in names:

@@ -226,7 +226,7 @@ class InfoTok(CosmosBase):
     def _scores(self, x: Tensor, z: Tensor, codes: Tensor, router: str | None) -> Tensor:
         router = self.config.router if router is None else router
         if router not in ROUTERS:
-            raise ValueError(f"router={router!r} is none of {', '.join(ROUTERS)}")
+            raise ValueError(f"router={router!r}: expected one of {', '.join(ROUTERS)}")
         with torch.no_grad():
             if router == "decode":
                 s = self.config.spatial_factor

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
+
+from vtok_fast.models.common.tokenizer import Config
 
 
 @dataclass(frozen=True)
-class VidTokConfig:
+class VidTokConfig(Config):
     """The structure of one VidTok, with the field names of the official configuration files where they exist.
 
     Attributes:
@@ -57,7 +59,6 @@ class VidTokConfig:
     entropy_loss_annealing_factor: float = 3.0
     commitment_loss_weight: float = 0.25
     diversity_gamma: float = 1.0
-    name: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
         n = len(self.ch_mult)
@@ -71,11 +72,11 @@ class VidTokConfig:
             value = getattr(self, key)
             value = defaults.get(key) if value is None else value
             object.__setattr__(self, key, value if value is None else tuple(int(v) for v in value))
-        _one_of("version", self.version, ("1.0", "1.1"))
-        _one_of("regularizer", self.regularizer, ("fsq", "kl"))
-        _one_of("norm_type", self.norm_type, ("layernorm", "groupnorm"))
-        _one_of("interpolation_mode", self.interpolation_mode, ("nearest", "trilinear"))
-        _one_of("init_pad_mode", self.init_pad_mode, ("replicate", "constant", "reflect"))
+        self.need_one_of("version", "1.0", "1.1")
+        self.need_one_of("regularizer", "fsq", "kl")
+        self.need_one_of("norm_type", "layernorm", "groupnorm")
+        self.need_one_of("interpolation_mode", "nearest", "trilinear")
+        self.need_one_of("init_pad_mode", "replicate", "constant", "reflect")
         if self.version == "1.1" and not self.causal:
             raise ValueError("causal=False: VidTok 1.1 has causal models only")
         if self.interpolation_mode == "trilinear" and self.version != "1.1":
@@ -113,36 +114,6 @@ class VidTokConfig:
     def spatial_factor(self) -> int:
         """Input rows per latent row."""
         return 2 ** len(self.spatial_ds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it: tuples become lists."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def get(cls, config: str | VidTokConfig | dict[str, Any]) -> VidTokConfig:
-        """A configuration from its name in `CONFIGS`, from a dict of its fields, or as it is.
-
-        Raises ValueError for an unknown name or an impossible structure.
-        """
-        if isinstance(config, cls):
-            return config
-        if isinstance(config, dict):
-            return cls.from_dict(config)
-        if config not in CONFIGS:
-            raise ValueError(f"config={config!r} is none of the VidTok configurations: {', '.join(CONFIGS)}")
-        return cls(name=config, **CONFIGS[config])
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> VidTokConfig:
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"config: unknown entries {', '.join(unknown)}")
-        return cls(**values)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")
 
 
 _16X16 = {"ch_mult": (1, 2, 4, 4, 4)}
@@ -195,3 +166,4 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # a face has few pixels.
     "tiny": _fsq(6, {"ch": 16, "ch_mult": (1, 2, 3), "num_res_blocks": 1}),
 }
+VidTokConfig.presets = CONFIGS
