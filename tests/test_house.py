@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP = {"__init__.py", "cli.py", "metrics.py", "parity.py", "py.typed"}
+TOP = {"__init__.py", "api.py", "cli.py", "metrics.py", "parity.py", "py.typed"}
 LAZY_CIRCLES = [  # of imports within a function
     {"vtok_fast.io.token_windows", "vtok_fast.io.tokens"},  # Tokens.load
     {"vtok_fast.models.vidtok.model", "vtok_fast.models.vidtok.stream"},  # VidTok.stream

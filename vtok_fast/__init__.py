@@ -1,4 +1,4 @@
-"""Fast kernels for video tokenizers, behind a thin PyTorch API.
+"""Fast kernels for video tokenizers, with a thin PyTorch API.
 
 Ops: ``causal_conv3d``, ``norm_act``, ``fsq_quantize``, ``fsq_decode``, ``fsq_entropy_loss``,
 ``scope_attention`` with ``Scope``, ``router_scores``, ``token_budget``, ``select_tokens``, ``pack_tokens``,
@@ -8,60 +8,34 @@ chunk by chunk. ``backend``, ``algorithm``, ``available_backends`` and ``fallbac
 ``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is measured.
 """
 
-try:
-    import torch as _torch  # noqa: F401
-except ImportError as error:  # the command line's doctor still has something to say then
-    _why = str(error)
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# The names are imported from vtok_fast.api: at once if torch is loaded already, so that its registry has the
+# ops after `import vtok_fast`; otherwise when the first one is used, so that the command line can answer
+# --help or report a mistake without waiting for torch, and the doctor works if torch cannot be imported.
+if TYPE_CHECKING or "torch" in sys.modules:
+    from vtok_fast.api import *  # noqa: F403
+    from vtok_fast.api import __all__ as __all__
+else:
 
     def __getattr__(name: str) -> object:
-        raise ImportError(f"vtok_fast.{name} needs torch, which cannot be imported: {_why}")
-else:
-    from vtok_fast import models, nn
-    from vtok_fast.dispatch.backends import BackendError, algorithm, available_backends, backend, fallbacks
-    from vtok_fast.io.token_windows import TokenWindows
-    from vtok_fast.io.tokens import Tokens
-    from vtok_fast.ops.causal_conv3d import causal_conv3d
-    from vtok_fast.ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
-    from vtok_fast.ops.norm_act import norm_act
-    from vtok_fast.ops.scope_attention import scope_attention
-    from vtok_fast.ops.scope_attention.scope import Scope
-    from vtok_fast.ops.token_packing import (
-        PackedTokens,
-        pack_tokens,
-        router_scores,
-        select_tokens,
-        token_budget,
-        unpack_tokens,
-    )
-    from vtok_fast.swap import Report, accelerate, accelerated, stream
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module 'vtok_fast' has no attribute {name!r}")
+        try:
+            import torch  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"vtok_fast.{name} needs torch, which cannot be imported: {error}") from error
+        api = importlib.import_module("vtok_fast.api")
+        # While vtok_fast.api is being imported, it asks here for submodules, which Python then finds itself.
+        if hasattr(api, "__all__"):
+            globals().update({exported: getattr(api, exported) for exported in (*api.__all__, "__all__")})
+        if name not in globals():
+            raise AttributeError(f"module 'vtok_fast' has no attribute {name!r}")
+        return globals()[name]
 
-__all__ = [
-    "BackendError",
-    "FSQOutput",
-    "PackedTokens",
-    "Report",
-    "Scope",
-    "TokenWindows",
-    "Tokens",
-    "accelerate",
-    "accelerated",
-    "algorithm",
-    "available_backends",
-    "backend",
-    "causal_conv3d",
-    "fallbacks",
-    "fsq_decode",
-    "fsq_entropy_loss",
-    "fsq_quantize",
-    "models",
-    "nn",
-    "norm_act",
-    "pack_tokens",
-    "router_scores",
-    "scope_attention",
-    "select_tokens",
-    "stream",
-    "token_budget",
-    "unpack_tokens",
-]
-__version__ = "0.1.0"
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})  # type: ignore[misc]

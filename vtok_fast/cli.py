@@ -15,10 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
+from vtok_fast import __version__
 from vtok_fast.commands.bench import app as bench
 from vtok_fast.commands.options import (
     Json,
-    default_device,
     device_of,
     dtype_of,
     numbers,
@@ -43,6 +43,21 @@ def main() -> None:
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         print(f"vtok-fast: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
         sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"vtok-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -85,7 +100,7 @@ def demo(
     start: Annotated[int | None, typer.Option(help="First frame.")] = None,
     chunks: Annotated[int | None, typer.Option(help="Chunks of 17 frames.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed repetitions of each variant.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads. Default: torch's own choice.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: torch's own choice.")] = None,
     as_json: Json = False,
 ) -> None:
     """Put a real clip through VidTok, in plain PyTorch and accelerated, and show what differs."""
@@ -431,7 +446,7 @@ def tune(
     if shape is not None and len(shape) != 3:
         raise ValueError(f"size={size!r}: expected TxHxW, such as 17x256x256")
     settings = Settings.of(
-        quick=quick, seconds=None if quick else 0.3, device=device or default_device(), dtype=dtype_of(dtype)
+        quick=quick, seconds=None if quick else 0.3, device=str(device_of(device)), dtype=dtype_of(dtype)
     )
     with stdout_for_json(as_json):
         result = tuner.run(model, settings, size=shape, output=output, dry_run=dry_run)

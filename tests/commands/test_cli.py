@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
+import vtok_fast
 from vtok_fast import cli
 from vtok_fast.bench import process_memory
 from vtok_fast.commands import demo as demo_module
@@ -163,14 +165,16 @@ def test_demo_takes_several_chunks(clip):
     [
         (("--video", "nowhere.mp4"), "no video at nowhere.mp4"),
         ((), "data/bikes.mp4 is not there"),
-        (("--config", "huge"), "config='huge'"),
+        (("--config", "huge"), "config='huge': expected one of fsq_causal_488_4096, "),
         (("--checkpoint", "none.ckpt"), "no checkpoint at none.ckpt"),
+        (("--checkpoint", "noise.ckpt"), "noise.ckpt is damaged, or holds Python objects besides tensors"),
         (("--chunks", "0"), "chunks=0"),
         (("--size", "22"), "multiples of 4"),
     ],
 )
 def test_demo_with_bad_input(clip, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "noise.ckpt").write_bytes(random.Random(0).randbytes(3000))
     given = () if options == () or "--video" in options else ("--video", clip)
     assert message in one_line(run_here("demo", *given, *options), capsys.readouterr().err)
     assert not (tmp_path / "demo").exists() or not list((tmp_path / "demo").iterdir())
@@ -242,6 +246,47 @@ def test_the_package_without_torch_says_so(tmp_path):
         env=blocked(tmp_path, "torch"),
     )
     assert "vtok_fast.accelerate needs torch, which cannot be imported" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "options", [["--version"], ["--help"], ["tokenize", "--help"], ["bench", "--help"], ["encode"]]
+)
+def test_what_needs_no_torch_does_not_wait_for_it(options):
+    asked = ["from vtok_fast import cli", "import sys", f"sys.argv[1:] = {options}"]
+    ended = ["try: cli.main()", "except SystemExit: pass", "assert 'torch' not in sys.modules"]
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join([*asked, *ended])], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert (vtok_fast.__version__ if options == ["--version"] else "Usage:") in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("first", ["", "import torch; "])
+@pytest.mark.parametrize(
+    "use",
+    [
+        "assert set(vtok_fast.__all__) <= set(dir(vtok_fast))",
+        "assert vtok_fast.Scope and vtok_fast.parity and vtok_fast.nn.FSQ",
+        "from vtok_fast import causal_conv3d, models",
+        "from vtok_fast.io.tokens import Tokens; assert Tokens is vtok_fast.Tokens",
+        "assert len(vtok_fast.available_backends()) > 8",
+    ],
+)
+def test_names_are_there_whether_torch_was_imported_before_or_not(first, use):
+    code = f"{first}import vtok_fast; {use}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_after_torch_the_ops_are_registered_at_once():
+    code = "import torch, vtok_fast; torch.ops.vtok_fast.causal_conv3d, torch.ops.vtok_fast.norm_act_backward"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="accelerated_model"):
+        vtok_fast.accelerated_model  # noqa: B018
 
 
 def test_doctor_without_the_native_module(tmp_path):

@@ -104,7 +104,7 @@ def run(
         ),
     ] = False,
     seconds: Annotated[float | None, typer.Option(help="Measure each case for at least so long.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
     output: Annotated[
         Path | None,

@@ -37,8 +37,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             for nest in ("state_dict", "model"):
                 weights = weights.get(nest, weights) if isinstance(weights, dict) else weights
     except pickle.UnpicklingError as error:
+        # torch's own message advises to unpickle whatever is there.
         raise ValueError(
-            f"path: {path} is damaged, or holds Python objects besides tensors: {error}"
+            f"path: {path} is damaged, or holds Python objects besides tensors, which are not loaded"
         ) from error
     except (
         SafetensorError,
@@ -48,7 +49,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         zipfile.BadZipFile,
         json.JSONDecodeError,
     ) as error:
-        raise ValueError(f"path: {path} is truncated or no checkpoint ({error})") from error
+        raise ValueError(f"path: {path} is truncated or not a checkpoint ({error})") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"path: {path} holds no state dict of tensors")
     return {key: value for key, value in weights.items() if not key.startswith("loss.")}, stored
