@@ -537,8 +537,8 @@ def statistics(
     steps = triton.cdiv(blocks, min(blocks, wanted))
     parts = triton.cdiv(blocks, steps)
     device = vx.tensor.device
-    sums = torch.empty(3, instances, parts, channels, device=device)
-    result = torch.empty(3, instances, groups, device=device)
+    sums = torch.empty(3, instances, parts, channels, dtype=torch.float32, device=device)
+    result = torch.empty(3, instances, groups, dtype=torch.float32, device=device)
     sums_kernel[(instances * parts, triton.cdiv(channels, block_c))](
         vx.tensor,
         vr.tensor,

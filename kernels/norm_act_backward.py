@@ -560,7 +560,7 @@ def norm_act_backward(
             block_c = triton.next_power_of_2(channels // groups)
             block, warps = tile(block_c, frames * plane, planar, VALUES["positions"])
             programs = min(PROGRAMS, b * triton.cdiv(frames * plane, block))
-            sums = torch.empty(2, programs, channels, device=x.device)
+            sums = torch.empty(2, programs, channels, dtype=torch.float32, device=x.device)
             position_backward_kernel[(programs, groups)](
                 *inputs,
                 vo.tensor,
@@ -628,7 +628,7 @@ def _group_backward(
     blocks, columns = triton.cdiv(positions, block), triton.cdiv(channels, block_c)
     steps = triton.cdiv(blocks, min(blocks, max(1, 1024 // (instances * columns))))
     parts = triton.cdiv(blocks, steps)
-    sums = torch.empty(2, instances, parts, channels, device=vx.tensor.device)
+    sums = torch.empty(2, instances, parts, channels, dtype=torch.float32, device=vx.tensor.device)
     group_sums_kernel[(instances * parts, columns)](
         *inputs,
         *found,

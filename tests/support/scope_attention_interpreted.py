@@ -179,3 +179,24 @@ def test_what_a_device_would_do(small_blocks, monkeypatch):
         check(scope, 16, 2, 2, mask=Scope(*safe, 33, 41).mask())
         with pytest.raises(ValueError, match="scope: a range") if wrong else contextlib.nullcontext():
             raise_device_errors(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_garbage_in_unseen_rows(value):
+    """Dao-AILab/flash-attention #2421, tile-ai/tilelang #2461: what nobody sees reaches nothing."""
+    for scope in (Scope.packed([0, 3, 3, 8], q_len=12, k_len=12), Scope.per_frame(3, 5)):
+        mask = by_hand(scope)
+        blind, unseen = ~mask.any(1), ~mask.any(0)
+        if not blind.any():  # a frame of its own, which others do not see
+            blind = unseen = torch.arange(15) // 5 == 1
+        q, k, v, grad = torch.randn(4, 1, 2, scope.q_len, 16).unbind(0)
+        found = []
+        for spoil in (False, True):
+            bad = [t.masked_fill(rows[:, None], value) if spoil else t for t, rows in
+                   ((q, blind), (k, unseen), (v, unseen), (grad, blind))]  # fmt: skip
+            call = ScopeCall(*bad[:3], scope, 0.25)
+            out, lse = launcher.run(call, 80)
+            backward = ScopeBackwardCall(bad[3], *bad[:3], out, lse, scope, 0.25)
+            found.append((out, *launcher.run_backward(backward, 80)))
+        for clean, dirty, rows in zip(*found, (blind, blind, unseen, unseen)):
+            assert torch.equal(clean[:, :, ~rows], dirty[:, :, ~rows])

@@ -88,10 +88,10 @@ class ScopeAttention(nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, bias=bias, batch_first=True, device=device, dtype=dtype)
         self.twice, self.backend = twice, backend
 
-    def forward(
+    def forward(  # type: ignore[override]  # nn.MultiheadAttention's has masks
         self,
         query: Tensor,
-        key: Tensor | None = None,  # type: ignore[override]  # nn.MultiheadAttention's has masks
+        key: Tensor | None = None,
         value: Tensor | None = None,
         scope: Scope | None = None,
         angles: Tensor | None = None,

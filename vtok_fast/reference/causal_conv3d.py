@@ -9,7 +9,7 @@ from torch import Tensor
 
 def source_index(size: int, front: int, back: int, mode: str) -> Tensor:
     """Where each element of a padded axis of ``size`` elements is read; -1 stands for a zero."""
-    i = torch.arange(-front, size + back)
+    i = torch.arange(-front, size + back, device="cpu")
     if mode == "replicate":
         return i.clamp(0, size - 1)
     if mode == "reflect":

@@ -71,7 +71,7 @@ class ConvCall(NamedTuple):
         """The call that `flat` took apart; torch's dispatcher turns its tuples into lists."""
         fields: Any = [tuple(a) if isinstance(a, list) else a for a in args]
         tensors, geometry, rest = fields[:5], Geometry(*fields[5:13]), fields[13:]
-        return cls(*tensors, geometry, *rest)
+        return cls._make((*tensors, geometry, *rest))
 
     def empty_output(self, depth_to_space: Triple | None = None, device: Any = None) -> Tensor:
         """A tensor of the output's shape in ``channels_last_3d``, on the device of ``x`` or another."""
@@ -89,7 +89,8 @@ torch.library.define(
     "vtok_fast::causal_conv3d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, int[] stride, int[] dilation, "
     "int groups, int[] pad, str time_mode, str spatial_mode, int[] upsample, "
-    "bool upsample_first_frame_once, float? alpha, str? activation, int[] depth_to_space, str? backend, str? preferred) -> Tensor",
+    "bool upsample_first_frame_once, float? alpha, str? activation, int[] depth_to_space, "
+    "str? backend, str? preferred) -> Tensor",
 )
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vtok_fast.dispatch.lasting import lasting
 from vtok_fast.reference import fsq as reference
 
 
@@ -44,8 +45,8 @@ class FSQBackwardCall(NamedTuple):
 def threshold_table(levels: tuple[int, ...], variant: str) -> Tensor:
     """float32 (channels, most levels - 1) on the CPU, contiguous: each channel's thresholds, followed by NaN,
     which nothing reaches. Do not write to it."""
-    with torch.inference_mode(False):  # the table outlives the call
-        table = torch.full((len(levels), max(levels) - 1), math.nan, dtype=torch.float32, device="cpu")
+    with lasting():
+        table = torch.full((len(levels), max(levels) - 1), math.nan, dtype=torch.float32)
         for row, level in zip(table, levels):
             row[: level - 1] = reference.thresholds(level, variant)
     return table

@@ -9,6 +9,7 @@ log-sum-exp and output, the gradients of the rectangles add up (FlashAttention, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -229,17 +230,26 @@ def _dense_mask(q: Tensor, scope: Scope, steps: Plan) -> Tensor | None:
     return scope.cached(("cpu mask", q.dtype), make)
 
 
+def _is_finite(*results: Tensor) -> bool:
+    """Whether results under a mask stand. A mask multiplies what a query does not see by zero, which is NaN
+    where keys or values are not finite; the plan's calls never touch them."""
+    wide = torch.float64 if results[0].dtype == torch.float64 else torch.float32
+    return all(math.isfinite(t.sum(dtype=wide)) for t in results)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> tuple[Tensor, Tensor]:
     steps = plan(scope)
     if (mask := _dense_mask(q, scope, steps)) is not None:
         out, lse = _flash(q, k, v, attn_mask=mask, scale=scale)
-    elif steps.all_rows:
+        if _is_finite(out):
+            return _without_unseeing(out, lse, steps)
+    if steps.all_rows:
         base = steps.layers[0][0]
         out, lse = _flash(q, *(t[:, :, base.k_start : base.k_start + base.keys] for t in (k, v)), scale=scale)
     else:
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    for depth, layer in enumerate([] if mask is not None else steps.layers):
+    for depth, layer in enumerate(steps.layers):
         for c in layer[depth == 0 and steps.all_rows :]:
             c = _shared(c, q.shape[0] * q.shape[1])
             for (q_, out_, lse_), (k_, v_) in _views(c, (q, out, lse), _gathered(c, k, v)):
@@ -249,6 +259,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> tup
                     lse_.copy_(l)
                 else:
                     _merge(out_, lse_, o, l)
+    return _without_unseeing(out, lse, steps)
+
+
+def _without_unseeing(out: Tensor, lse: Tensor, steps: Plan) -> tuple[Tensor, Tensor]:
+    """The results, with zeros and minus infinity for the queries that see nothing."""
     for start, end in steps.unseeing:
         out[:, :, start:end] = 0
         lse[:, :, start:end] = -torch.inf
@@ -275,8 +290,10 @@ def _backward(
     steps = plan(scope)
     if (mask := _dense_mask(q, scope, steps)) is not None:
         empty = lse == -torch.inf
-        grad, lse = grad.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, 0)
-        return _flash_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+        heeded, bounded = grad.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, 0)
+        found = _flash_backward(heeded, q, k, v, out, bounded, 0.0, False, attn_mask=mask, scale=scale)
+        if _is_finite(*found):
+            return found
     wide = lse.dtype  # partial gradients add up in it
     dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
     for c in (c for layer in steps.layers for c in layer):

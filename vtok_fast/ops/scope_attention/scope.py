@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from vtok_fast.dispatch.lasting import is_recording, lasting, stream_key
 
 PATCHES_SEE = ("slice", "patches", "all")
 
@@ -112,8 +115,7 @@ class Scope:
         k_len: int,
         validated: bool = False,
     ) -> None:
-        # A compiled graph passes a tensor on as the same object, but not a view.
-        csr = CSR(*(t.clone() if t._is_view() else t for t in (q_offsets, range_offsets, ranges)))
+        csr = CSR(*map(_lasting_tensor, (q_offsets, range_offsets, ranges)))
         values = {**csr._asdict(), "q_len": q_len, "k_len": k_len, "validated": validated, "cache": {}}
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -125,15 +127,12 @@ class Scope:
     ) -> Scope:
         """A scope whose values are right by construction."""
         scope = object.__new__(cls)
-        as_tensor = lambda x: x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.int32)  # noqa: E731
-        scope._set(
-            as_tensor(q_offsets),
-            as_tensor(range_offsets),
-            as_tensor(ranges).reshape(-1, 2),
-            q_len,
-            k_len,
-            validated,
+        tensors = (
+            x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.int32, device="cpu")
+            for x in (q_offsets, range_offsets, ranges)
         )
+        q_offsets, range_offsets, ranges = tensors
+        scope._set(q_offsets, range_offsets, ranges.reshape(-1, 2), q_len, k_len, validated)
         return scope
 
     @classmethod
@@ -395,13 +394,15 @@ class Scope:
             else self.cached("safe", lambda: _clamp(self.csr, self.q_len, self.k_len))
         )
 
-    def cached(self, key: Any, make: Any) -> Any:
-        """``make()``, kept for the next time; not while a CUDA graph is recorded, whose memory is not filled
-        yet."""
+    def cached(self, key: Any, make: Any, device: torch.device | None = None) -> Any:
+        """``make()``, kept for the next time on the same stream; not while a CUDA graph is recorded."""
+        on = self.device if device is None else device
+        key = (key, stream_key(on))
         if key in self.cache:
             return self.cache[key]
-        value = make()
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        with lasting():
+            value = make()
+        if not is_recording(on):
             self.cache[key] = value
         return value
 
@@ -436,16 +437,18 @@ class Scope:
     def transposed(self) -> Scope:
         """Which queries see each key: segments of keys, with ranges of queries. Cached; never waits for a
         device."""
-        known = self.cache.get("transposed")
+        made_here = ("transposed", stream_key(self.device))
+        known = self.cache.get("transposed", self.cache.get(made_here))
         known = known() if isinstance(known, weakref.ref) else known
         if known is None:
             if "origin" in self.cache:
                 known = self.cache["origin"].transposed().to(self.device)
             else:
-                known = _transpose_host(self) if self.device.type == "cpu" else _transpose_device(self)
+                with lasting():
+                    known = _transpose_host(self) if self.device.type == "cpu" else _transpose_device(self)
             known.cache["transposed"] = weakref.ref(self)
-            if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-                self.cache["transposed"] = known
+            if not is_recording(self.device):
+                self.cache[made_here] = known
         return known
 
     def to(self, device: torch.device | str) -> Scope:
@@ -493,6 +496,15 @@ class Scope:
         return f"Scope({queries}, {self.k_len} keys in {len(self.ranges)} ranges{where})"
 
 
+def _lasting_tensor(t: Tensor) -> Tensor:
+    """The tensor, or a copy where a compiled graph would not pass it on as the same object (a view), or where
+    autograd could not save it (made under ``inference_mode``)."""
+    if not t._is_view() and not t.is_inference():
+        return t
+    with lasting() if torch.is_inference_mode_enabled() else nullcontext():
+        return t.clone()
+
+
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
@@ -503,7 +515,7 @@ def _check_lengths(**lengths: int) -> None:
 
 
 def _cumulative(name: str, values: Tensor | Sequence[int]) -> Tensor:
-    cu = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int32)
+    cu = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int32, device="cpu")
     if cu.dim() != 1 or len(cu) < 1:
         raise ValueError(f"{name}: expected shape (clips + 1,), got {tuple(cu.shape)}")
     if cu.dtype not in (torch.int32, torch.int64):

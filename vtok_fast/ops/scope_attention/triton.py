@@ -62,7 +62,7 @@ def prepared(scope: Scope, block: int, device: torch.device) -> tuple[Tensor, Te
         work = work_list(scope, block, exact=scope.device.type == "cpu")
         return work.to(device, non_blocking=True), clamped(scope).ranges.to(device, non_blocking=True)
 
-    return scope.cached(("work", block, device), make)
+    return scope.cached(("work", block, device), make, device)
 
 
 def is_short(scope: Scope) -> bool:

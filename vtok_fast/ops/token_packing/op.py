@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, native, tuning
+from vtok_fast.dispatch.lasting import lasting, refuse_recording, stream_key
 from vtok_fast.ops.fsq import VARIANTS, check_levels, fsq_quantize, threshold_table
 from vtok_fast.ops.token_packing.packed_tokens import (
     CAPACITY,
@@ -253,7 +254,7 @@ def _moved(tensor: Tensor) -> tuple:
 def _cpu_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     tokens, keep = call.tokens, call.keep.flatten(1).contiguous().view(torch.uint8)
     tokens = tokens.flatten(1).unsqueeze(1) if tokens.dim() == call.keep.dim() else tokens.flatten(2)
-    arg, cu_seqlens = native.arg, torch.empty(len(keep) + 1, dtype=torch.int32)
+    arg, cu_seqlens = native.arg, keep.new_empty(len(keep) + 1, dtype=torch.int32)
     total = native.lib().count_tokens(arg(keep), arg(cu_seqlens), native.threads())
     if call.capacity is not None and total > call.capacity:
         raise ValueError(f"capacity: {total} tokens are kept, got {call.capacity}")
@@ -285,7 +286,8 @@ def _cpu_unpack(call: UnpackCall) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _element(value: float, dtype: torch.dtype) -> Tensor:
     """One element on the CPU. Do not write to it."""
-    return torch.tensor([value], dtype=torch.float64).to(dtype)
+    with lasting():
+        return torch.tensor([value], dtype=torch.float64).to(dtype)
 
 
 def _dense(values: Tensor, mask: Tensor) -> Tensor:
@@ -336,7 +338,7 @@ def _triton_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.capacity is None and not keep.is_cpu:
         raise_device_errors(device)
     if call.levels is not None:
-        tables = _fsq_tables(call.levels, call.variant, device)
+        tables = _fsq_tables(call.levels, call.variant, device, stream_key(device))
         return kernels.pack_tokens(tokens, keep, call.capacity, error_flag(device), *tables)
     tokens = tokens.view(_INTEGERS[tokens.dtype.itemsize])
     values, indices, cu_seqlens = kernels.pack_tokens(tokens, keep, call.capacity, error_flag(device))
@@ -345,10 +347,16 @@ def _triton_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-def _fsq_tables(levels: tuple[int, ...], variant: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The thresholds of each channel, and what a level of it adds to the index, on the device."""
+def _fsq_tables(
+    levels: tuple[int, ...], variant: str, device: torch.device, stream: Any
+) -> tuple[Tensor, Tensor]:
+    """The thresholds of each channel, and what a level of it adds to the index, on the device. Do not write
+    to them."""
+    refuse_recording(device, "the tables of FSQ")
     basis = [math.prod(levels[:i]) for i in range(len(levels))]
-    return threshold_table(levels, variant).to(device), torch.tensor(basis, dtype=torch.int32, device=device)
+    with lasting():
+        steps = torch.tensor(basis, dtype=torch.int32)
+        return threshold_table(levels, variant).to(device), steps.to(device)
 
 
 @tuning.guarded("token_packing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+
+from vtok_fast.dispatch.lasting import lasting, refuse_recording
 
 MAGIC = b"VTKP"
 VERSION = 1
@@ -28,13 +31,22 @@ _MESSAGES = {
     SCOPE: "scope: a range was outside the keys, out of order or overlapped another, and was clamped",
 }
 _flags: dict[torch.device, Tensor] = {}
+_making = threading.Lock()
 
 
 def error_flag(device: torch.device) -> Tensor:
-    """The device's int32 (1,), into which kernels OR what they found wrong."""
+    """The device's int32 (1,), into which kernels OR what they found wrong.
+
+    Raises RuntimeError where it would have to be made while a CUDA graph is recorded.
+    """
     if device not in _flags:
-        with torch.inference_mode(False):
-            _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        refuse_recording(device, "the flag for errors")
+        with _making, lasting():
+            if device not in _flags:
+                flag = torch.zeros(1, dtype=torch.int32, device=device)
+                if flag.is_cuda:  # once for a device: any stream may write to it from now on
+                    torch.cuda.current_stream(device).synchronize()
+                _flags[device] = flag
     return _flags[device]
 
 

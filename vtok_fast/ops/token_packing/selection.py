@@ -166,7 +166,7 @@ def token_budget(
     elif not 0 <= rate <= 1:
         raise ValueError(f"rate: expected 0 to 1, got {rate!r}")
     elif strategy == "elbo":  # known here: nothing to compute on the device
-        count = int(reference.counts(torch.tensor(rate, dtype=torch.float64), tokens, released))
+        count = int(reference.counts(torch.tensor(rate, dtype=torch.float64, device="cpu"), tokens, released))
         return torch.full((scores.shape[0],), count, dtype=torch.int64, device=scores.device)
     else:
         rate = torch.full((1,), rate, dtype=torch.float64, device=scores.device)
@@ -252,7 +252,7 @@ def select_tokens(
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"stride: expected a positive int, got {stride!r}")
     size = math.prod(scores.shape[2 if ordered else 1 :])
-    given = torch.as_tensor(budget)
+    given = budget if isinstance(budget, Tensor) else torch.tensor(budget, device="cpu")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"budget: expected integers, got {given.dtype}")
     allowed = [(), scores.shape[:1]] + ([scores.shape[:2]] if ordered else [])
@@ -308,7 +308,7 @@ def _why_not_select_cpu(call: SelectCall) -> backends.Reason:
 
 def _select_cpu_run(call: SelectCall) -> Tensor:
     scores = call.scores.contiguous()
-    keep = torch.empty(scores.shape, dtype=torch.bool)
+    keep = scores.new_empty(scores.shape, dtype=torch.bool)
     arg = native.arg
     native.lib().select_tokens(
         arg(scores.flatten(1)),
