@@ -128,7 +128,8 @@ def budget_kernel(
         share = tl.where(share != share, 1.0, tl.maximum(share, 0.0625))
     share = tl.minimum(tl.maximum(share, 0.0), 1.0)
     if RELEASED:
-        count = n - 1 - tl.floor((1 - share) * tl.full((), n - 1, tl.float64)).to(tl.int64)
+        rank = (1 - share.to(tl.float32)) * tl.full((), n - 1, tl.float32)  # as torch.quantile has it
+        count = n - 1 - rank.to(tl.int64)
     else:
         count = tl.floor(share * tl.full((), n, tl.float64) + 0.5).to(tl.int64)
     tl.store(budget + b, tl.maximum(count, 0))

@@ -72,8 +72,26 @@ def counts(rate: Tensor, tokens: int, released: bool) -> Tensor:
     one token."""
     rate = rate.clamp(0.0, 1.0)
     if released:
-        return (tokens - 1 - torch.floor((1 - rate) * (tokens - 1))).to(torch.int64).clamp_min(0)
+        return (tokens - 1 - quantile_rank(rate, tokens)[0]).clamp_min(0)
     return torch.floor(rate * tokens + 0.5).to(torch.int64)
+
+
+def quantile_rank(rate: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Where ``torch.quantile(scores.float(), float(1 - rate))`` lies among ``tokens`` ascending scores, for a
+    rate in float32: the rank below it, int64, and how far from that to the next, 0 <= float32 < 1."""
+    rank = (1 - rate.float()) * max(tokens - 1, 0)
+    below = rank.to(torch.int64)
+    return below, rank - below
+
+
+def above_quantile(scores: Tensor, rate: Tensor) -> Tensor:
+    """The keep mask of InfoTok's code: the scores of each clip above their quantile 1 - rate. ``rate`` is
+    float32 (B,)."""
+    flat = scores.flatten(1)
+    if not flat.numel():
+        return torch.zeros_like(scores, dtype=torch.bool)
+    bounds = [torch.quantile(clip.float(), 1 - r) for clip, r in zip(flat, rate)]
+    return (flat > torch.stack(bounds).to(scores.dtype)[:, None]).view(scores.shape)
 
 
 def select_tokens(scores: Tensor, budget: Tensor, *, method: str = "topk", stride: int = 4) -> Tensor:

@@ -38,6 +38,7 @@ from vtok_fast.ops.token_packing import (
     router_scores,
     select_tokens,
     token_budget,
+    token_rates,
     unpack_tokens,
 )
 
@@ -269,10 +270,10 @@ class InfoTok(CosmosBase):
                     "'global_elbo' takes elbo_mean"
                 )
             elbo_mean = self.ema_loss
-        released = selection == "threshold"
-        budget = token_budget(
-            scores, rate, strategy=strategy, elbo_mean=elbo_mean, decay=config.decay, released=released
-        )
+        by = {"strategy": strategy, "elbo_mean": elbo_mean, "decay": config.decay}
+        if selection == "threshold":
+            return select_tokens(scores, rate=token_rates(scores, rate, **by), method=selection)
+        budget = token_budget(scores, rate, **by)
         if selection.startswith("order"):
             even = (self.config.router if router is None else router) == "even"
             budget = (even_budgets if even else frame_budgets)(scores, budget)

@@ -32,6 +32,7 @@ class SelectCall(NamedTuple):
     budget: Tensor
     method: str
     stride: int
+    rate: Tensor | None = None  # float32 (B,): ``threshold`` by quantile; the budget is then its count
 
 
 class BudgetCall(NamedTuple):
@@ -121,8 +122,8 @@ def token_budget(
     """How many tokens of each clip to keep: int64 (B,) on the device of ``scores``, which is never waited
     for.
 
-    A rate r of n tokens is floor(r n + 1/2); with ``released``, n - 1 - floor((1 - r)(n - 1)), the number
-    that InfoTok's code keeps (at rate 1 it drops one token). Strategies:
+    A rate r of n tokens is floor(r n + 1/2); with ``released``, n - 1 - floor((1 - r)(n - 1)) in float32, the
+    number that InfoTok's code keeps of different scores (at rate 1 it drops one token). Strategies:
 
     - ``elbo``: the same rate for every clip (the scores say only which tokens);
     - ``global_elbo``: rate times the clip's mean score by ``elbo_mean``, the mean over a data set, at least
@@ -148,6 +149,45 @@ def token_budget(
         TypeError, ValueError: an argument does not fit; names it and its value.
         BackendError: ``backend`` cannot run this call.
     """
+    call = _budget_call(scores, rate, strategy, elbo_mean, decay, released)
+    tokens = math.prod(scores.shape[1:])
+    if call.strategy == "elbo" and not isinstance(rate, Tensor):  # nothing to compute on the device
+        count = int(reference.counts(call.rate, tokens, released))
+        return torch.full((scores.shape[0],), count, dtype=torch.int64, device=scores.device)
+    if tokens == 0:
+        return torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
+    if not native.is_plain(call.scores, call.rate, call.elbo_mean):
+        return _budget_reference_run(call)
+    return backends.select("token_budget", call, backend).run(call)
+
+
+def token_rates(
+    scores: Tensor,
+    rate: float | Tensor,
+    *,
+    strategy: str = "elbo",
+    elbo_mean: float | Tensor | None = None,
+    decay: float = 0.99,
+) -> Tensor:
+    """The share of each clip's tokens to keep, float32 (B,) on the device of ``scores``: what `token_budget`
+    counts. Arguments and errors are those of `token_budget`."""
+    call = _budget_call(scores, rate, strategy, elbo_mean, decay, released=False)
+    if call.strategy == "elbo" and not isinstance(rate, Tensor):
+        return torch.full((scores.shape[0],), rate, dtype=torch.float32, device=scores.device)
+    if not math.prod(scores.shape[1:]):
+        return call.rate.float().expand(scores.shape[0]).clamp(0, 1)
+    return reference.rates(*call[:4]).clamp(0, 1).float()
+
+
+def _budget_call(
+    scores: Tensor,
+    rate: float | Tensor,
+    strategy: str,
+    elbo_mean: float | Tensor | None,
+    decay: float,
+    released: bool,
+) -> BudgetCall:
+    """The checked call; moves the running mean of ``elbo_ema``."""
     if not scores.is_floating_point():
         raise TypeError(f"scores: expected a floating point dtype, got {scores.dtype}")
     if scores.dim() < 2:
@@ -165,24 +205,18 @@ def token_budget(
         rate = rate.reshape(-1).to(scores.device, torch.float64, non_blocking=rate.is_cpu)
     elif not 0 <= rate <= 1:
         raise ValueError(f"rate: expected 0 to 1, got {rate!r}")
-    elif strategy == "elbo":  # known here: nothing to compute on the device
-        count = int(reference.counts(torch.tensor(rate, dtype=torch.float64, device="cpu"), tokens, released))
-        return torch.full((scores.shape[0],), count, dtype=torch.int64, device=scores.device)
-    else:
-        rate = torch.full((1,), rate, dtype=torch.float64, device=scores.device)
+    else:  # one that decides by itself stays on the host
+        device = torch.device("cpu") if strategy == "elbo" else scores.device
+        rate = torch.full((1,), rate, dtype=torch.float64, device=device)
     mean: Tensor | None = None
     if strategy != "elbo":
         mean = _mean_tensor(elbo_mean, strategy, scores.device)
-        if tokens == 0:
-            return torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
         if strategy == "elbo_ema":
             if not 0 <= decay <= 1:
                 raise ValueError(f"decay: expected 0 to 1, got {decay!r}")
-            reference.update_mean(mean, scores.detach(), decay)
-    call = BudgetCall(scores.detach(), rate, strategy, mean, released)
-    if not native.is_plain(*call[:2], mean):
-        return _budget_reference_run(call)
-    return backends.select("token_budget", call, backend).run(call)
+            if scores.numel():
+                reference.update_mean(mean, scores.detach(), decay)
+    return BudgetCall(scores.detach(), rate, strategy, mean, released)
 
 
 def _mean_tensor(elbo_mean: float | Tensor | None, strategy: str, device: torch.device) -> Tensor:
@@ -210,8 +244,9 @@ def _mean_tensor(elbo_mean: float | Tensor | None, strategy: str, device: torch.
 
 def select_tokens(
     scores: Tensor,
-    budget: int | Sequence[int] | Tensor,
+    budget: int | Sequence[int] | Tensor | None = None,
     *,
+    rate: float | Tensor | None = None,
     method: str = "topk",
     stride: int = 4,
     validate: bool = False,
@@ -220,8 +255,10 @@ def select_tokens(
     """Which tokens to keep, over each clip as a whole or a prefix of each block. Contract: *exact*. Methods:
 
     - ``topk``: exactly the budget, highest scores first, NaN before them; among equals the earlier position;
-    - ``threshold``: scores strictly above the (budget + 1)-th largest, as InfoTok's code does: ties at the
-      bound are dropped. A budget of all tokens keeps all;
+    - ``threshold``: scores strictly above the (budget + 1)-th largest: ties at the bound are dropped. A
+      budget of all tokens keeps all. With a ``rate`` in place of a budget, what InfoTok's code keeps: the
+      scores above ``torch.quantile(scores.float(), float(1 - rate))``, compared in their own dtype, bit for
+      bit (a clip with a NaN keeps nothing);
     - ``order``: the first tokens of every block ``scores[b, i]``, as ElasticTok and AdapTok; scores count
       only by their shape;
     - ``order_strided``: the same in the order 0, stride, 2 stride, ..., 1, stride + 1, ...
@@ -232,6 +269,9 @@ def select_tokens(
             tensors on the CPU are checked (under torch.compile clamped). Those of a tensor on a GPU only with
             ``validate``, which waits for it; otherwise they are clamped, and the next call that waits for the
             device raises.
+        rate: with ``threshold``, in place of a budget: 0 to 1, one number or a tensor (B,), rounded to
+            float32; a tensor's values are clamped, not checked.
+        stride: of ``order_strided``.
 
     Returns:
         bool, the shape of ``scores``, contiguous.
@@ -251,6 +291,40 @@ def select_tokens(
         )
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"stride: expected a positive int, got {stride!r}")
+    if (rate is None) == (budget is None) or rate is not None and method != "threshold":
+        raise ValueError(
+            f"rate: stands in place of a budget with method 'threshold', got {rate!r}, budget {budget!r} and "
+            f"method {method!r}"
+        )
+    if rate is not None:
+        call = _quantile_call(scores.detach(), rate, stride)
+    else:
+        call = SelectCall(scores.detach(), _checked_budget(scores, budget, ordered, validate), method, stride)
+    if native.is_plain(call.scores, call.budget, call.rate):
+        return backends.select("select_tokens", call, backend).run(call)
+    return torch.ops.vtok_fast.select_tokens(*call, backend)
+
+
+def _quantile_call(scores: Tensor, rate: float | Tensor, stride: int) -> SelectCall:
+    """The call that keeps what is above a quantile."""
+    clips = scores.shape[0]
+    if isinstance(rate, Tensor):
+        if rate.numel() != 1 and rate.shape != (clips,):
+            raise ValueError(f"rate: expected one or ({clips},) values, got shape {tuple(rate.shape)}")
+        rates = rate.reshape(-1).to(scores.device, torch.float32, non_blocking=rate.is_cpu)
+        rates = rates.clamp(0, 1).expand(clips).contiguous()
+    elif not 0 <= rate <= 1:
+        raise ValueError(f"rate: expected 0 to 1, got {rate!r}")
+    else:
+        rates = torch.full((clips,), rate, dtype=torch.float32, device=scores.device)
+    budget = reference.counts(rates, math.prod(scores.shape[1:]), released=True)
+    return SelectCall(scores, budget, "threshold", stride, rates)
+
+
+def _checked_budget(
+    scores: Tensor, budget: int | Sequence[int] | Tensor, ordered: bool, validate: bool
+) -> Tensor:
+    """int64 (B,) or (B, blocks) on the device of the scores."""
     size = math.prod(scores.shape[2 if ordered else 1 :])
     given = budget if isinstance(budget, Tensor) else torch.tensor(budget, device="cpu")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
@@ -271,10 +345,7 @@ def select_tokens(
     given = given.to(scores.device, torch.int64, non_blocking=given.is_cpu)
     if given.dim() == 0:
         given = given.expand(scores.shape[0])
-    call = SelectCall(scores.detach(), given.contiguous(), method, stride)
-    if native.is_plain(call.scores, call.budget):
-        return backends.select("select_tokens", call, backend).run(call)
-    return torch.ops.vtok_fast.select_tokens(*call, backend)
+    return given.contiguous()
 
 
 # ---- backends ----------------------------------------------------------------------------------------------
@@ -317,10 +388,27 @@ def _select_cpu_run(call: SelectCall) -> Tensor:
         call.method == "threshold",
         native.threads(),
     )
-    return keep
+    return _above_quantile(call, keep)
+
+
+def _above_quantile(call: SelectCall, keep: Tensor) -> Tensor:
+    """``keep``; of a call with a rate, what it keeps by that, given the scores above the quantile's lower
+    neighbor. Nothing waits for a value."""
+    if call.rate is None or not keep.numel():
+        return keep
+    scores, keep = call.scores.flatten(1), keep.flatten(1)
+    _, weight = reference.quantile_rank(call.rate, scores.shape[1])
+    below = scores.masked_fill(keep, -torch.inf).amax(1)
+    next_above = scores.masked_fill(~keep, torch.inf).amin(1)
+    has_next = (weight > 0) & (keep.sum(1) == call.budget)  # otherwise both neighbors are the same score
+    above = torch.where(has_next, next_above, below)
+    bound = torch.lerp(below.float(), above.float(), weight).masked_fill(scores.isnan().any(1), torch.nan)
+    return (scores > bound.to(scores.dtype)[:, None]).view(call.scores.shape)
 
 
 def _select_reference_run(call: SelectCall) -> Tensor:
+    if call.rate is not None:
+        return reference.above_quantile(call.scores, call.rate)
     size = math.prod(call.scores.shape[1 if call.method in ("topk", "threshold") else 2 :])
     note_error((call.budget < 0) | (call.budget > size), BUDGET)
     return reference.select_tokens(call.scores, call.budget, method=call.method, stride=call.stride)
@@ -373,9 +461,9 @@ def _select_triton_run(call: SelectCall) -> Tensor:
     from vtok_fast.kernels import token_packing as kernels
 
     scores = call.scores.contiguous().flatten(1)
-    return kernels.select_tokens(
-        scores, call.budget, call.method == "threshold", error_flag(scores.device)
-    ).view(call.scores.shape)
+    strictly, flag = call.method == "threshold", error_flag(scores.device)
+    keep = kernels.select_tokens(scores, call.budget, strictly, flag).view(call.scores.shape)
+    return _above_quantile(call, keep)
 
 
 backends.register(
@@ -403,7 +491,7 @@ torch.library.define(
 )
 torch.library.define(
     "vtok_fast::select_tokens",
-    "(Tensor scores, Tensor budget, str method, int stride, str? backend) -> Tensor",
+    "(Tensor scores, Tensor budget, str method, int stride, Tensor? rate, str? backend) -> Tensor",
 )
 
 
@@ -419,11 +507,11 @@ def _scores_fake(video, reconstruction, grid, backend):
 
 
 @torch.library.impl("vtok_fast::select_tokens", ("cpu", "cuda"))
-def _select_impl(scores, budget, method, stride, backend):
-    call = SelectCall(scores, budget, method, stride)
+def _select_impl(scores, budget, method, stride, rate, backend):
+    call = SelectCall(scores, budget, method, stride, rate)
     return backends.select("select_tokens", call, backend).run(call)
 
 
 @torch.library.register_fake("vtok_fast::select_tokens")
-def _select_fake(scores, budget, method, stride, backend):
+def _select_fake(scores, budget, method, stride, rate, backend):
     return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
