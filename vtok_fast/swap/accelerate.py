@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from vtok_fast import parity
 from vtok_fast.dispatch import native
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.swap.adapters import (
     cosmos,
     diffusers_cogvideox,
@@ -29,16 +31,23 @@ from vtok_fast.swap.adapters import (
     vector_quantize,
     vidtok,
 )
+from vtok_fast.swap.guard import by_whom, is_replaced
+from vtok_fast.swap.layout import Place
 from vtok_fast.swap.live_memory import peak_bytes
-from vtok_fast.swap.patch import Patch, Skip, Swap, why_hooked
+from vtok_fast.swap.patch import Calls, Patch, Skip, Swap, described, is_swapped, why_hooked
 from vtok_fast.swap.report import Entry, Report
-from vtok_fast.swap.results import close, equal
+from vtok_fast.swap.results import Incomparable, close, equal
 
 
 class Adapter(Protocol):
-    """What a module of ``adapters/`` owes. It may also have ``quantizers(model)``: the FSQ quantizers in a
-    model whose inputs are latents themselves, each with its levels; their tokens are then judged on an
-    example."""
+    """What a module of ``adapters/`` owes. Two more things it may have:
+
+    ``quantizers(model)``, a list of (module, levels): the FSQ quantizers whose inputs are latents themselves.
+    Their tokens are judged on an example.
+
+    ``NETWORKS``, the name of the last layer by the class, or the class name, of a network in which no code of
+    the library looks at the strides of a video. Within it videos stay channels-last.
+    """
 
     def propose(self, module: nn.Module) -> list[Swap] | Skip | None:
         """The swaps of a module; a ``Skip`` for one that is known and left alone; None for an unknown one."""
@@ -79,7 +88,10 @@ def accelerate(
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: ``contract`` is unknown.
-        Exception: whatever the model raises on ``example``; the model is then as it was.
+        Whatever the model raises on ``example``. The model is then as it was.
+
+    A module that cannot be measured (its weights are on the meta device, sharded or quantized, it cannot be
+    copied or run in float64, its result holds no tensors) is left alone with that reason.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -88,19 +100,19 @@ def accelerate(
     report = Report(contract)
     arguments = None if example is None else example if isinstance(example, tuple) else (example,)
     try:
-        candidates = _propose(model, report)
-        measured: dict[_Candidate, _Measurement] = {}
-        whole: tuple[tuple, tuple] | None = None
+        candidates = _propose(model, report, sharded=not check)
+        measured: dict[_Candidate, _Measurement | str] = {}
+        whole: _Whole | None = None
         if check and arguments is None:
             measured = {c: _measure(c, _sample(c), {}) for c in candidates if c.swap.sample}
         elif check and arguments is not None:
-            measured, whole = _measure_on_example(model, arguments, candidates)
+            measured, whole = _measure_on_example(model, arguments, candidates, report)
         for c in candidates:
             _install(c, measured.get(c), report)
         if report._patches:
             report._on_revert.append(_share_weight_cache(model))
         if arguments is not None and whole is not None and report._patches:
-            _measure_end_to_end(model, arguments, *whole, report)
+            _measure_end_to_end(model, arguments, whole, report)
     except BaseException:
         report.revert()
         raise
@@ -129,6 +141,7 @@ class _Candidate:
     path: str
     module: nn.Module
     swap: Swap
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -144,14 +157,22 @@ class _Measurement:
     fast: _Cost
 
 
-def _propose(model: nn.Module, report: Report) -> list[_Candidate]:
-    """What the adapters would swap, in the model's order; what stays goes into the report with its reason."""
+def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candidate]:
+    """What the adapters would swap, in the model's order; what stays goes into the report with its reason.
+    ``sharded``: whether a module whose weights are sharded at present may be swapped."""
     candidates: list[_Candidate] = []
     covered: set[nn.Module] = set()
+    places: dict[nn.Module, Place] = {}
     for path, module in model.named_modules():
+        last = _last_layer(module)
+        foreign = None if last is None else _why_foreign(module)
+        if last is not None and foreign is None:
+            edge = set(getattr(module, last).modules())
+            places |= {m: Place.EDGE if m in edge else Place.INSIDE for m in module.modules()}
+            places[module] = Place.ANYWHERE
         if module in covered:
             continue
-        answer = next((a for a in (adapter.propose(module) for adapter in ADAPTERS) if a is not None), None)
+        answer = _ask(module)
         why = answer.why if isinstance(answer, Skip) else ""
         swaps = answer if isinstance(answer, list) else []
         if swaps and report.contract == "exact":
@@ -161,21 +182,70 @@ def _propose(model: nn.Module, report: Report) -> list[_Candidate]:
                 if swap.exact is not None and swap.exact_where(module)
             ]
             why = "" if swaps else "the swap replaces arithmetic, which the contract exact does not allow"
-        if swaps and any(s.attribute in module.__dict__ for s in swaps):
-            why, swaps = "already accelerated, or its forward was replaced by somebody else", []
+        if foreign is not None and [swap.attribute for swap in swaps] == ["forward"]:
+            why, swaps = foreign, []
+        if reason := next((why for s in swaps if (why := _why_replaced(module, s.attribute))), None):
+            why, swaps = reason, []
             covered.update(module.modules())
         for swap in swaps:
-            if reason := why_hooked(module, swap.covers):
+            if reason := why_hooked(module, swap.covers, sharded=sharded):
                 why, swaps = reason, []
                 break
-            inside = [module] if swap.covers is None else [module.get_submodule(name) for name in swap.covers]
-            covered.update(m for part in inside for m in part.modules())
-        candidates += [_Candidate(path, module, s) for s in swaps]
+            parts = [module] if swap.covers is None else [module.get_submodule(name) for name in swap.covers]
+            covered.update(m for part in parts for m in part.modules())
+        for swap in swaps:
+            place = places.get(module, Place.ANYWHERE)
+            if last is not None and swap.attribute != "forward":
+                place = Place.INSIDE if swap.inner and foreign is None else Place.EDGE
+            candidates.append(_Candidate(path, module, swap, place))
         if not swaps and (why or _computes(module)):
             report.skipped.append(
                 Entry(path, type(module).__name__, why=why or "no adapter knows this kind of module")
             )
     return candidates
+
+
+def _ask(module: nn.Module) -> list[Swap] | Skip | None:
+    """The first adapter's answer; one that cannot read the module leaves it alone."""
+    for adapter in ADAPTERS:
+        try:
+            answer = adapter.propose(module)
+        except Exception as error:
+            return Skip(f"its adapter could not read it: {described(error)}")
+        if answer is not None:
+            return answer
+    return None
+
+
+def _why_replaced(module: nn.Module, attribute: str) -> Reason:
+    """Why a method is not the class's own, which a swap would take the place of."""
+    if not is_replaced(module, attribute):
+        return None
+    if is_swapped(module.__dict__[attribute]):
+        return "already accelerated"
+    return f"its {attribute} was replaced{by_whom(module)}"
+
+
+def _last_layer(module: nn.Module) -> str | None:
+    """The name of the last layer of a network in which no code of the library looks at strides."""
+    kind = type(module)
+    for adapter in ADAPTERS:
+        networks = getattr(adapter, "NETWORKS", {})
+        if kind in networks:
+            return networks[kind]
+        if kind.__module__ == getattr(adapter, "LIBRARY", None) and kind.__name__ in networks:
+            return networks[kind.__name__]
+    return None
+
+
+def _why_foreign(network: nn.Module) -> Reason:
+    """What was put into a network and may look at strides."""
+    for path, part in network.named_modules():
+        if part is not network and (part._forward_hooks or part._forward_pre_hooks):
+            return f"{path} inside has hooks, which may look at strides"
+        if type(part).__module__.partition(".")[0] not in ("torch", "diffusers", "vtok_fast"):
+            return f"{path} inside is a {type(part).__name__}, which may look at strides"
+    return None
 
 
 def _computes(module: nn.Module) -> bool:
@@ -185,8 +255,11 @@ def _computes(module: nn.Module) -> bool:
     )
 
 
-def _install(c: _Candidate, measured: _Measurement | None, report: Report) -> None:
+def _install(c: _Candidate, measured: _Measurement | str | None, report: Report) -> None:
     entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract=report.contract)
+    if isinstance(measured, str):
+        report.skipped.append(replace(entry, why=measured))
+        return
     if measured is not None:
         entry = replace(
             entry,
@@ -201,7 +274,7 @@ def _install(c: _Candidate, measured: _Measurement | None, report: Report) -> No
         if not measured.parity.ok:
             report.skipped.append(replace(entry, why=f"failed its contract: {measured.parity}"))
             return
-    patch = Patch(c.module, c.swap)
+    patch = Patch(c.module, c.swap, report._calls_of(c.path), c.place)
     patch.install()
     report._patches.append(patch)
     report.swapped.append(entry)
@@ -210,22 +283,39 @@ def _install(c: _Candidate, measured: _Measurement | None, report: Report) -> No
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def _measure(c: _Candidate, args: tuple, kwargs: dict[str, Any]) -> _Measurement:
-    """Runs a copy of the module as it is, in float64, and swapped. The module itself is not touched."""
-    probe = copy.deepcopy(c.swap.probe(c.module)).eval()
-    with torch.no_grad():
-        eager, eager_cost = _measured(getattr(probe, c.swap.attribute), args, kwargs)
-        if c.swap.reference is not None:
-            ref64 = c.swap.reference(probe, *args, **kwargs), None
+def _measure(c: _Candidate, args: tuple | str, kwargs: dict[str, Any]) -> _Measurement | str:
+    """Runs a copy of the module as it is, in float64, and swapped; or says why that is not possible. The
+    module itself is not touched."""
+    if isinstance(args, str):
+        return args
+    step = "copying it"
+    try:
+        with torch.no_grad():
+            probe = copy.deepcopy(_without_hooks(c.swap.probe(c.module))).eval()
+            probe.__dict__.pop(c.swap.attribute, None)
+            step = "running a copy"
+            eager, eager_cost = _measured(getattr(probe, c.swap.attribute), args, kwargs)
+            step = "running a copy in float64"
+            if c.swap.reference is not None:
+                ref64 = c.swap.reference(probe, *args, **kwargs), None
+            else:
+                double = copy.deepcopy(probe).double()
+                ref64 = _call(getattr(double, c.swap.attribute), _to_double(args), _to_double(kwargs))
+                del double
+            step = "running the swap"
+            patch = Patch(probe, c.swap, Calls(c.path, warned=["not here"]))
+            patch.install()
+            fast, fast_cost = _measured(getattr(probe, c.swap.attribute), args, kwargs)
+        if patch.calls.bypassed:
+            return f"the class's own method takes the call: {patch.calls.why}"
+        step = "comparing the results"
+        if c.swap.judge is not None:
+            judged = c.swap.judge(fast[0], eager[0], ref64[0])
         else:
-            double = copy.deepcopy(probe).double()
-            ref64 = _call(getattr(double, c.swap.attribute), _to_double(args), _to_double(kwargs))
-            del double
-        Patch(probe, c.swap).install()
-        fast, fast_cost = _measured(getattr(probe, c.swap.attribute), args, kwargs)
-    if c.swap.judge is not None:
-        return _Measurement(c.swap.judge(fast[0], eager[0], ref64[0]), eager_cost, fast_cost)
-    return _Measurement(close(fast, eager, ref64), eager_cost, fast_cost)
+            judged = close(fast, eager, ref64)
+    except Exception as error:
+        return f"cannot be measured: {step} raised {described(error)}"
+    return _Measurement(judged, eager_cost, fast_cost)
 
 
 def _call(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -273,10 +363,20 @@ def _to_double(value: Any) -> Any:
     return value
 
 
-def _measure_on_example(model: nn.Module, args: tuple, candidates: list[_Candidate]) -> tuple[dict, tuple]:
+@dataclass(frozen=True)
+class _Whole:
+    """What a model gives on an example: its result and its quantizers' latents, as it is and in float64."""
+
+    eager: tuple
+    ref64: tuple
+
+
+def _measure_on_example(
+    model: nn.Module, args: tuple, candidates: list[_Candidate], report: Report
+) -> tuple[dict, _Whole | None]:
     """Measures each candidate on the first inputs that it gets, while the model runs as it is; also the
-    model's own result."""
-    measured: dict[_Candidate, _Measurement] = {}
+    model's own result, or None where there is no float64 to judge it by."""
+    measured: dict[_Candidate, _Measurement | str] = {}
     handles = []
     for c in candidates:
         if c.swap.sample is None:
@@ -287,7 +387,7 @@ def _measure_on_example(model: nn.Module, args: tuple, candidates: list[_Candida
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, c: _Candidate = c) -> None:
             if c not in measured:
-                measured[c] = _measure(replace(c, module=_without_hooks(module)), args, kwargs)
+                measured[c] = _measure(c, args, kwargs)
 
         handles.append(c.module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
@@ -295,15 +395,24 @@ def _measure_on_example(model: nn.Module, args: tuple, candidates: list[_Candida
     finally:
         for handle in handles:
             handle.remove()
-    return measured, (eager, _run(copy.deepcopy(model).double(), _to_double(args)))
+    try:
+        return measured, _Whole(eager, _run(copy.deepcopy(model).double(), _to_double(args)))
+    except Exception as error:
+        report.notes.append(f"not measured end to end: a float64 copy of the model raised {described(error)}")
+        return measured, None
 
 
-def _sample(c: _Candidate) -> tuple:
+def _sample(c: _Candidate) -> tuple | str:
     """The candidate's random arguments, the same every time and without touching the program's random
-    numbers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return () if c.swap.sample is None else c.swap.sample(c.module)
+    numbers; or why there are none."""
+    if c.swap.sample is None:
+        return ()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return c.swap.sample(c.module)
+    except Exception as error:
+        return f"cannot be measured: making an input for it raised {described(error)}"
 
 
 def _run(model: nn.Module, args: tuple) -> tuple[Any, list[tuple[Tensor, tuple[int, ...]]]]:
@@ -325,14 +434,26 @@ def _run(model: nn.Module, args: tuple) -> tuple[Any, list[tuple[Tensor, tuple[i
 
 def _without_hooks(module: nn.Module) -> nn.Module:
     clone = copy.copy(module)
-    clone._forward_pre_hooks = type(module._forward_pre_hooks)()
-    clone._forward_pre_hooks_with_kwargs = type(module._forward_pre_hooks_with_kwargs)()
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(clone, name, type(getattr(module, name))())
     return clone
 
 
-def _measure_end_to_end(model: nn.Module, args: tuple, eager: tuple, ref64: tuple, report: Report) -> None:
-    fast = _run(model, args)
-    p = close(fast[0], eager[0], ref64[0])
+def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Report) -> None:
+    try:
+        fast = _run(model, args)
+    except Exception as error:  # it ran as it was
+        why = f"with the swaps the model raised {described(error)} on the example"
+        report._take_out(lambda calls: why)
+        return
+    report._take_out(
+        lambda calls: f"the class's own method takes the calls: {calls.why}" if calls.unused else None
+    )
+    try:
+        p = close(fast[0], whole.eager[0], whole.ref64[0])
+    except (Incomparable, ValueError) as error:
+        report.notes.append(f"not measured end to end: {error}")
+        return
     report.end_to_end = Entry(
         "",
         type(model).__name__,
@@ -342,7 +463,7 @@ def _measure_end_to_end(model: nn.Module, args: tuple, eager: tuple, ref64: tupl
         p.error,
         p.bound,
     )
-    for (z, levels), (z_eager, _), (z64, _) in zip(fast[1], eager[1], ref64[1]):
+    for (z, levels), (z_eager, _), (z64, _) in zip(fast[1], whole.eager[1], whole.ref64[1]):
         report.tokens.append(parity.tokens(z, z_eager, z64, levels))
 
 
@@ -353,7 +474,7 @@ def _share_weight_cache(model: nn.Module) -> Any:
     """Grants the native weight cache this model's own bytes, or what VTOK_FAST_WEIGHT_CACHE says; returns how
     to take them back."""
     key = id(model)
-    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    own = sum(p.numel() * p.element_size() for p in model.parameters() if not is_lazy(p))
     _set_weight_cache(sum(_cache_shares.values()) + own)
     _cache_shares[key] = own
 

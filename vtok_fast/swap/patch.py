@@ -7,15 +7,20 @@ binds the copy's method to the copy, and taking the entry out again restores the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import FunctionType, MethodType
+from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
+from weakref import ref
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.parity import Parity
+from vtok_fast.swap.guard import Guard, first_tensor, parts_of, why_bypassed, why_weights
+from vtok_fast.swap.layout import Place, as_pytorch, from_channels_last
 
 _ABSENT = object()
 
@@ -41,6 +46,7 @@ class Swap:
             copies. None where there is nothing of that kind.
         exact_where: for which modules of the class there is.
         why_not: why this swap was not made for a module of its class, or None where it was.
+        inner: whether only the module's own code calls the method.
     """
 
     what: str
@@ -54,12 +60,14 @@ class Swap:
     exact: Callable[..., Any] | None = None
     exact_where: Callable[[nn.Module], bool] = lambda module: True
     why_not: Callable[[nn.Module], Reason] = lambda module: None
+    inner: bool = False
 
 
 @dataclass(frozen=True)
 class Skip:
-    """What an adapter answers for a module of its library that it leaves alone. Its children are still looked
-    at."""
+    """What an adapter answers for a module of its library that it leaves alone (its children are still looked
+    at), and what a swap's function returns, before it has changed anything, for a call that it leaves to the
+    class's own method."""
 
     why: str
 
@@ -70,70 +78,140 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-class Patch:
-    """A swap on one module; ``install`` and ``remove`` may be called at any time, in any order."""
+@dataclass
+class Calls:
+    """How often the swap of one module ran, and how often the class's own method did in its place, and why at
+    last. Copies of the module count too. ``warned`` is shared by the modules of a model."""
 
-    def __init__(self, module: nn.Module, swap: Swap):
+    path: str = ""
+    warned: list[str] = field(default_factory=list)
+    ran: int = 0
+    bypassed: int = 0
+    why: str = ""
+
+    @property
+    def unused(self) -> bool:
+        """Whether every call so far went to the class's own method."""
+        return self.bypassed > 0 and not self.ran
+
+    def bypass(self, why: str) -> None:
+        self.bypassed, self.why = self.bypassed + 1, why
+        if not self.warned:
+            self.warned.append(why)
+            warnings.warn(
+                f"{self.path or 'the model'} runs as it was before vtok_fast.accelerate: {why}. "
+                f"report.bypassed names all such modules.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+class _Switch:
+    """Whether a patch is over for its own module; what was wrapped around it meanwhile may still call it."""
+
+    def __init__(self, module: nn.Module):
+        self.over, self._module = False, ref(module)
+
+    def is_off_for(self, module: nn.Module) -> bool:
+        return self._module() is module
+
+
+class Patch:
+    """A swap on one module; ``install`` and ``remove`` may be called at any time, in any order.
+
+    Args:
+        module, swap: what is replaced where.
+        calls: counts what runs.
+        place: who gets the result, and so its layout (:mod:`vtok_fast.swap.layout`).
+    """
+
+    def __init__(
+        self, module: nn.Module, swap: Swap, calls: Calls | None = None, place: Place = Place.ANYWHERE
+    ) -> None:
         self.module, self.swap = module, swap
-        self.method = MethodType(_renamed(swap.function, swap.attribute), module)
+        self.calls = Calls() if calls is None else calls
+        self._switch = _Switch(module)
+        method = _method(swap, Guard(module, swap.covers), self.calls, self._switch, place)
+        self.method = MethodType(method, module)
         self._previous: Any = _ABSENT
         self.installed = False
 
     def install(self) -> None:
         if not self.installed:
+            self._switch.over = False
             self._previous = self.module.__dict__.get(self.swap.attribute, _ABSENT)
             self.module.__dict__[self.swap.attribute] = self.method
             self.installed = True
 
     def remove(self) -> None:
-        """Takes the swap out. Something that was put over it in the meantime stays."""
-        if self.installed and self.module.__dict__.get(self.swap.attribute) is self.method:
-            if self._previous is _ABSENT:
-                del self.module.__dict__[self.swap.attribute]
-            else:
-                self.module.__dict__[self.swap.attribute] = self._previous
+        """Takes the swap out. Something that was put over it in the meantime stays, and finds the class's own
+        method under it."""
+        if self.installed:
+            self._switch.over = True
+            if self.module.__dict__.get(self.swap.attribute) is self.method:
+                if self._previous is _ABSENT:
+                    del self.module.__dict__[self.swap.attribute]
+                else:
+                    self.module.__dict__[self.swap.attribute] = self._previous
         self._previous, self.installed = _ABSENT, False
 
 
-def _renamed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The same function under the method's name. Pickle stores a bound method by that name, so a pickled
-    model loads as it was before it was accelerated."""
-    copy = FunctionType(
-        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch, place: Place) -> Callable[..., Any]:
+    """What takes the place of a method, for a module and its deep copies: the swap's function, or the class's
+    own method where that has to take the call.
+
+    Pickle stores a bound method by its name, which is the method's own, so a pickled model loads as it was
+    before it was accelerated.
+    """
+    function, attribute = swap.function, swap.attribute
+
+    def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if switch.over and switch.is_off_for(module):
+            return getattr(type(module), attribute)(module, *args, **kwargs)
+        why = guard.why_not(module, args, kwargs)
+        if why is None:
+            result = function(module, *args, **kwargs)
+            if type(result) is not Skip:
+                if not torch.compiler.is_dynamo_compiling():
+                    calls.ran += 1
+                if place is Place.INSIDE and not module._forward_hooks:
+                    return result
+                given = first_tensor(args, kwargs) if place is Place.ANYWHERE else None
+                return as_pytorch(result, given, module)
+            why = result.why
+        if not torch.compiler.is_dynamo_compiling():
+            calls.bypass(why)
+        if place is not Place.ANYWHERE:
+            args = tuple(map(from_channels_last, args))
+            kwargs = {name: from_channels_last(value) for name, value in kwargs.items()}
+        return getattr(type(module), attribute)(module, *args, **kwargs)
+
+    method.__name__, method.__doc__, method.__module__ = attribute, function.__doc__, function.__module__
+    method.__wrapped__ = function
+    method.__guard__ = guard
+    return method
+
+
+def is_swapped(method: Any) -> bool:
+    """Whether a bound method is one that a :class:`Patch` put there."""
+    return hasattr(getattr(method, "__func__", None), "__guard__")
+
+
+def runs(module: nn.Module, function: Callable[..., Any], x: Tensor, attribute: str = "forward") -> bool:
+    """Whether a module called with ``x`` would run this swap function, and no hook would see ``x``."""
+    method = getattr(module.__dict__.get(attribute), "__func__", None)
+    return (
+        getattr(method, "__wrapped__", None) is function
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and method.__guard__.why_not(module, (x,), {}) is None
     )
-    copy.__kwdefaults__, copy.__doc__, copy.__module__ = (
-        function.__kwdefaults__,
-        function.__doc__,
-        function.__module__,
-    )
-    return copy
 
 
-def runs(module: nn.Module, function: Callable[..., Any], attribute: str = "forward") -> bool:
-    """Whether a module's method is, at present, this swap function."""
-    method = module.__dict__.get(attribute)
-    return method is not None and getattr(method, "__code__", None) is function.__code__
-
-
-def why_hooked(module: nn.Module, parts: tuple[str, ...] | None = None) -> Reason:
+def why_hooked(module: nn.Module, parts: tuple[str, ...] | None = None, *, sharded: bool = False) -> Reason:
     """Why a module's children (or only these, with theirs) cannot be bypassed: a hook or a replaced forward
-    on one of them would not run any more."""
-    for name, child in module.named_modules():
-        if (
-            child is module
-            or parts is not None
-            and not any(name == part or name.startswith(f"{part}.") for part in parts)
-        ):
-            continue
-        if (
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-        ):
-            return f"{name} has hooks, which a fused block would not call"
-        if "forward" in child.__dict__:
-            return f"{name}.forward was replaced by somebody else"
-        if "parametrizations" in child._modules:
-            return f"{name} is parametrised"
-    return None
+    on one of them would not run any more, or no kernel takes their weights. ``sharded`` ones may be whole
+    when they are used."""
+    inside = [(".".join(path), part) for path, part in parts_of(module, parts)]
+    hooks = (why_bypassed(name, part) for name, part in inside)
+    weights = (why_weights(part, name, sharded=sharded) for name, part in [("", module), *inside])
+    return next((why for why in (*hooks, *weights) if why), None)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtok_fast.dispatch.backends import Reason
 from vtok_fast.io.files import write_atomically
 from vtok_fast.parity import TokenParity
+from vtok_fast.swap.patch import Calls
 
 if TYPE_CHECKING:
     from vtok_fast.swap.patch import Patch
@@ -35,6 +38,14 @@ class Entry:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Bypassed:
+    """Why a swap left calls to the class's own method, at last, and how many."""
+
+    why: str
+    count: int
+
+
 class Report:
     """The result of `vtok_fast.accelerate`.
 
@@ -44,7 +55,8 @@ class Report:
         end_to_end: the whole model's error and bound on ``example``, with a ``why`` where it is beyond the
             bound (a token that falls to the other side of a rounding threshold does that: see ``tokens``);
             None where no example was given.
-        tokens: a `vtok_fast.parity.TokenParity` for each FSQ quantiser of the model, on ``example``.
+        tokens: a :class:`vtok_fast.parity.TokenParity` for each FSQ quantizer of the model, on ``example``.
+        notes: what else could not be measured, and why.
     """
 
     def __init__(self, contract: str):
@@ -53,6 +65,9 @@ class Report:
         self.skipped: list[Entry] = []
         self.end_to_end: Entry | None = None
         self.tokens: list[TokenParity] = []
+        self.notes: list[str] = []
+        self._calls: dict[str, Calls] = {}
+        self._warned: list[str] = []
         self._patches: list[Patch] = []
         self._on_revert: list[Any] = []
 
@@ -60,6 +75,35 @@ class Report:
     def active(self) -> bool:
         """Whether the swaps are in place."""
         return any(patch.installed for patch in self._patches)
+
+    @property
+    def bypassed(self) -> dict[str, Bypassed]:
+        """The swapped modules whose class's own method ran in the place of the swap since, by path: how
+        often, and the latest reason. A hook, an adapter or a cast that was added later is one; a call that
+        the swap was not made for is another."""
+        return {path: Bypassed(c.why, c.bypassed) for path, c in self._calls.items() if c.bypassed}
+
+    def ran(self) -> dict[str, int]:
+        """How often each swapped module's swap has run since, by path. Calls within a graph of
+        ``torch.compile`` are not counted."""
+        return {path: calls.ran for path, calls in self._calls.items()}
+
+    def _calls_of(self, path: str) -> Calls:
+        return self._calls.setdefault(path, Calls(path, self._warned))
+
+    def _take_out(self, why_not: Callable[[Calls], Reason]) -> None:
+        """Undoes the swaps for whose calls a reason is found, and counts anew."""
+        out: dict[str, str] = {path: why for path, c in self._calls.items() if (why := why_not(c))}
+        for patch in [p for p in self._patches if p.calls.path in out]:
+            patch.remove()
+            self._patches.remove(patch)
+        self.skipped += [replace(e, why=out[e.path]) for e in self.swapped if e.path in out]
+        self.swapped = [e for e in self.swapped if e.path not in out]
+        for path, calls in list(self._calls.items()):
+            if path in out:
+                del self._calls[path]
+            calls.ran, calls.bypassed, calls.why = 0, 0, ""
+        self._warned.clear()
 
     def revert(self) -> None:
         """Gives the model back as it was. Calling it again does nothing."""
@@ -78,6 +122,9 @@ class Report:
             "skipped": [asdict(e) for e in self.skipped],
             "end_to_end": None if self.end_to_end is None else asdict(self.end_to_end),
             "tokens": [asdict(t) | {"ok": t.ok} for t in self.tokens],
+            "notes": self.notes,
+            "ran": self.ran(),
+            "bypassed": {path: asdict(b) for path, b in self.bypassed.items()},
         }
 
     def to_json(self, **options: Any) -> str:
@@ -107,6 +154,13 @@ class Report:
         if self.end_to_end is not None:
             e = self.end_to_end
             yield f"End to end: error {e.error:.2e}, {e.bound:.2e} allowed{': TOO FAR' if e.why else ''}."
+        yield from self.notes
+        if bypassed := self.bypassed:
+            path, first = next(iter(bypassed.items()))
+            yield (
+                f"{len(bypassed)} of the swapped modules left calls to their class, such as "
+                f"{path or 'the model'}: {first.why}."
+            )
         for tokens in self.tokens:
             yield f"Tokens: {tokens}{'' if tokens.ok else ': TOO MANY'}."
 

@@ -29,14 +29,18 @@ def check_video(video: Tensor, config: VideoConfig, parameter: Tensor) -> None:
     can encode `video`."""
     if not isinstance(video, Tensor):
         raise TypeError(f"video must be a tensor, not {type(video).__name__}")
+    # Weights that are sharded, offloaded, quantized or kept in 8 bits become others for each layer's call.
+    as_kept = (
+        type(parameter) not in (Tensor, torch.nn.Parameter) or parameter.is_meta or parameter.itemsize < 2
+    )
     if video.dtype != parameter.dtype and not (
-        video.is_floating_point() and torch.is_autocast_enabled(video.device.type)
+        video.is_floating_point() and (as_kept or torch.is_autocast_enabled(video.device.type))
     ):
         raise TypeError(
             f"video is {video.dtype}, the model {parameter.dtype}; convert one (values of a video are in "
             f"[-1, 1])"
         )
-    if video.device != parameter.device:
+    if video.device != parameter.device and not as_kept:
         raise ValueError(f"video is on {video.device}, the model on {parameter.device}")
     shape = tuple(video.shape)
     if len(shape) != 5:

@@ -22,6 +22,8 @@ from vtok_fast.ops.fsq import fsq_quantize
 from vtok_fast.swap.adapters.layers import Answer, group_norm, judge_fsq, lookup, only_end, random
 from vtok_fast.swap.patch import Swap
 
+NETWORKS = {Encoder: "conv_out", Decoder: "conv_out"}
+
 
 def propose(module: nn.Module) -> Answer:
     return lookup(module, _SWAPS)

@@ -37,6 +37,7 @@ from vtok_fast.swap.patch import Swap
 
 LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_cogvideox"
 Cache = dict
+NETWORKS = {"CogVideoXEncoder3D": "conv_out", "CogVideoXDecoder3D": "conv_out"}
 
 
 def propose(module: nn.Module) -> Answer:

@@ -28,6 +28,7 @@ from vtok_fast.swap.adapters.padding import MODES, Rule, exact, virtual
 from vtok_fast.swap.patch import Skip, Swap
 
 LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_cosmos"
+NETWORKS = {"CosmosEncoder3d": "conv_out", "CosmosDecoder3d": "conv_out"}
 
 
 def propose(module: nn.Module) -> Answer:

@@ -30,6 +30,7 @@ from vtok_fast.swap.adapters.padding import MODES, Rule, exact, virtual
 from vtok_fast.swap.patch import Skip, Swap
 
 LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video"
+NETWORKS = {"HunyuanVideoEncoder3D": "conv_out", "HunyuanVideoDecoder3D": "conv_out"}
 
 
 def propose(module: nn.Module) -> Answer:

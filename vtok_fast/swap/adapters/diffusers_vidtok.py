@@ -40,8 +40,10 @@ from vtok_fast.swap.patch import Skip, Swap, runs
 LIBRARY = "diffusers.models.autoencoders.autoencoder_vidtok"
 CONVS_3D, CONVS_1D = ("VidTokCausalConv3d", "Conv3d"), ("VidTokCausalConv1d", "Conv1d")
 
-# .whole: the clip is processed whole in this thread, so that no cache will be read
-_local = threading.local()
+_local = (
+    threading.local()
+)  # .whole: the clip is processed whole in this thread, so that no cache will be read
+NETWORKS = {"VidTokEncoder3D": "conv_out", "VidTokDecoder3D": "conv_out"}
 
 
 def propose(module: nn.Module) -> Answer:
@@ -270,7 +272,7 @@ def decoder(network: nn.Module, z: Tensor) -> Tensor:
 def _blocks(over_frames: nn.ModuleList, over_time: nn.ModuleList, x: Tensor) -> Tensor:
     for spatial, temporal in zip(over_frames, over_time):
         x = _over_frames(spatial, x, None)
-        if runs(temporal, resnet_block) and not (temporal._forward_hooks or temporal._forward_pre_hooks):
+        if runs(temporal, resnet_block, x):
             x = temporal(x, None)
         else:
             b, _, _, h, w = x.shape

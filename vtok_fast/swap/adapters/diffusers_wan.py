@@ -33,6 +33,7 @@ from vtok_fast.swap.patch import Skip, Swap
 
 LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_wan"
 KEPT = 2  # frames that a cache entry holds
+NETWORKS = {"WanEncoder3d": "conv_out", "WanDecoder3d": "conv_out"}
 
 
 def propose(module: nn.Module) -> Answer:

@@ -15,7 +15,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from vtok_fast.dispatch.backends import Reason
 from vtok_fast.reference import causal_conv3d as reference
 from vtok_fast.swap.adapters.layers import Answer
 from vtok_fast.swap.adapters.padding import MODES, Rule, exact, virtual
+from vtok_fast.swap.guard import why_weights
 from vtok_fast.swap.patch import Skip, Swap, described
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -40,21 +41,21 @@ def propose(module: nn.Module) -> Answer:
     conv = _only_conv(module)
     if conv is None:
         return None
-    if conv.weight.is_meta:
-        return Skip("its weights are on the meta device")
+    if why := why_weights(conv, sharded=True):
+        return Skip(why)
     rule = find_rule(module, conv)
     if isinstance(rule, str):
         return Skip(f"pads or convolves in a way of its own: {rule}")
-    guard = _settings(module, conv)
+    as_found = Settings(module, conv)
     copies_for_nothing = not any(
         map(any, rule.pads)
     )  # only there can copies be saved without touching the convolution
     return [
         Swap(
             f"conv with virtual padding {rule.pads}",
-            _forward(virtual, rule, guard),
+            _forward(virtual, rule, as_found),
             sample=lambda m: _sample(_only_conv(m)),
-            exact=_forward(exact, rule, guard) if copies_for_nothing else None,
+            exact=_forward(exact, rule, as_found) if copies_for_nothing else None,
         )
     ]
 
@@ -63,20 +64,31 @@ def propose(module: nn.Module) -> Answer:
 
 
 def _propose_plain(module: nn.Module) -> list[Swap] | Skip:
-    if module.padding_mode not in MODES:
-        return Skip(f"padding_mode {module.padding_mode!r} has no kernel")
-    if module.padding == "same" and max(module.stride) > 1:
-        return Skip("padding 'same' with a stride")
+    if why := _why_not_plain(module):
+        return Skip(why)
     frames = ", frame by frame" if type(module) is nn.Conv2d else ""
     return [Swap(f"conv with virtual padding{frames}", plain_forward, sample=_sample)]
 
 
-def plain_forward(conv: nn.Module, x: Tensor) -> Tensor:
+def _why_not_plain(conv: nn.Module) -> Reason:
+    if conv.padding_mode not in MODES:
+        return f"padding_mode {conv.padding_mode!r} has no kernel"
+    if conv.padding == "same" and max(conv.stride) > 1:
+        return "padding 'same' with a stride"
+    if "_conv_forward" in conv.__dict__:
+        return "its _conv_forward was replaced"
+    return None
+
+
+def plain_forward(conv: nn.Module, input: Tensor) -> Tensor | Skip:
     """``forward`` of ``nn.Conv1d``, ``2d`` or ``3d`` by ``causal_conv3d``, with or without a batch
     dimension."""
-    if x.dim() == conv.weight.dim() - 1:
-        return plain_forward(conv, x.unsqueeze(0)).squeeze(0)
-    return virtual(conv, x, own_rule(conv))
+    if why := _why_not_plain(conv):
+        return Skip(why)
+    missing = conv.weight.dim() - input.dim()
+    if missing == 1:
+        return virtual(conv, input.unsqueeze(0), own_rule(conv)).squeeze(0)
+    return Skip(f"its input has {input.dim()} axes") if missing else virtual(conv, input, own_rule(conv))
 
 
 def own_rule(conv: nn.Module) -> Rule:
@@ -104,13 +116,15 @@ def _reach(conv: nn.Module) -> list[int]:
 # ---- modules that pad and convolve -------------------------------------------------------------------------
 
 
-def _forward(run: Callable[..., Tensor], rule: Rule, guard: MappingProxyType) -> Callable[..., Any]:
+def _forward(run: Callable[..., Tensor], rule: Rule, as_found: Settings) -> Callable[..., Any]:
     def forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        conv = _only_conv(module)
-        if conv is None or x.dim() != conv.weight.dim() or args or kwargs or _settings(module, conv) != guard:
-            return type(module).forward(
-                module, x, *args, **kwargs
-            )  # another call, or other settings, than the rule was found for
+        if args or kwargs:
+            return Skip(f"it was called with {', '.join(kwargs) or 'more arguments'}")
+        conv = module if isinstance(module, _PLAIN) else next(iter(module._modules.values()))
+        if x.dim() != conv.weight.dim():
+            return Skip(f"its input has {x.dim()} axes")
+        if not as_found.are_those_of(module, conv):
+            return Skip("its settings were changed since")
         return run(conv, x, rule)
 
     return forward
@@ -136,16 +150,47 @@ def _only_conv(module: nn.Module) -> nn.Module | None:
     return conv
 
 
-def _settings(*modules: nn.Module) -> MappingProxyType:
-    """The plain values among the modules' attributes: a class may read any of them at each call."""
-    return MappingProxyType(
-        {
-            (i, name): tuple(value) if isinstance(value, list) else value
-            for i, m in enumerate(modules)
-            for name, value in m.__dict__.items()
-            if name != "training" and isinstance(value, _SIMPLE)
-        }
-    )
+class Settings:
+    """The plain values among the attributes of modules, each of which their classes may read at each call."""
+
+    def __init__(self, *modules: nn.Module):
+        self._values = _plain_values(modules)
+        self._fast = [self._reader(m) for m in modules]
+
+    @staticmethod
+    def _reader(module: nn.Module) -> tuple[Callable[[dict], Any], Any, int]:
+        names = [name for name, value in module.__dict__.items() if _is_setting(name, value)]
+        get = itemgetter(*names) if names else lambda attributes: None
+        return get, copy.deepcopy(get(module.__dict__)), Settings._size(module)
+
+    @staticmethod
+    def _size(module: nn.Module) -> int:
+        return len(module.__dict__) - ("forward" in module.__dict__)
+
+    def are_those_of(self, *modules: nn.Module) -> bool:
+        """Whether these modules, or copies of them, have the values still."""
+        if torch.compiler.is_dynamo_compiling():
+            return _plain_values(modules) == self._values
+        try:
+            return all(
+                get(m.__dict__) == values and self._size(m) == size
+                for m, (get, values, size) in zip(modules, self._fast)
+            )
+        except KeyError:
+            return False
+
+
+def _plain_values(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:
+    return {
+        (i, name): tuple(value) if isinstance(value, list) else value
+        for i, m in enumerate(modules)
+        for name, value in m.__dict__.items()
+        if _is_setting(name, value)
+    }
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    return name not in ("training", "_is_full_backward_hook") and isinstance(value, _SIMPLE)
 
 
 def find_rule(module: nn.Module, conv: nn.Module) -> Rule | str:

@@ -17,6 +17,13 @@ from vtok_fast.ops.norm_act import norm_act
 from vtok_fast.swap.adapters.layers import Answer, lookup, random
 from vtok_fast.swap.patch import Swap
 
+NETWORKS = {
+    blocks.Encoder: "out",
+    blocks.Decoder: "out",
+    blocks.EncoderGrowth: "down",
+    blocks.DecoderGrowth: "up",
+}
+
 
 def propose(module: nn.Module) -> Answer:
     return lookup(module, _SWAPS)

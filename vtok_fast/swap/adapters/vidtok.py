@@ -32,6 +32,7 @@ from vtok_fast.swap.adapters.layers import (
 from vtok_fast.swap.patch import Swap, runs
 
 Caches = blocks.Caches
+NETWORKS = {Encoder: "conv_out", Decoder: "conv_out"}
 
 
 def propose(module: nn.Module) -> Answer:
@@ -231,7 +232,7 @@ def run_level(
     would copy it."""
     for block, over_frames in zip(spatial.block, temporal.block):
         x = per_frame(block, x)
-        if runs(over_frames, resblock1d_forward):
+        if runs(over_frames, resblock1d_forward, x):
             x = blocks.run(over_frames, x, caches)
         else:
             x = over_time(over_frames, x, caches)
@@ -280,7 +281,7 @@ def _why_not_fsq(regularizer: FSQRegularizer) -> Reason:
 
 
 _NETWORK = (
-    Swap("levels without relayouts", run_level, "run_level", covers=()),
+    Swap("levels without relayouts", run_level, "run_level", covers=(), inner=True),
     Swap(
         "norm + SiLU in one pass before conv_out",
         run_out,
