@@ -114,6 +114,8 @@ def run_interpreted(file: str | Path, *options: str) -> str:
         "-x",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "support.interpreter",
         f"--rootdir={ROOT}",
         str(file),
         *options,
