@@ -7,9 +7,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 times=${1:-20}
 shift || true
-failed=0 busy=()
+failed=0 busy=() log=$(mktemp)
 calm() { [ ${#busy[@]} = 0 ] || { kill "${busy[@]}"; wait "${busy[@]}"; } 2>/dev/null; busy=(); }
-trap calm EXIT
+trap 'calm; rm -f "$log"' EXIT
 for ((run = 1; run <= times; run++)); do
   beside=nothing
   if ((run % 2 == 0)); then
@@ -20,12 +20,11 @@ for ((run = 1; run <= times; run++)); do
     done
   fi
   VTOK_FAST_TEST_SEED=$run .venv/bin/python -m pytest -q -p no:cacheprovider -m "volatile and not slow" --numprocesses auto --maxprocesses 8 \
-    --dist worksteal "$@" >"/tmp/repeat_tests.$$" 2>&1
+    --dist worksteal "$@" >"$log" 2>&1
   status=$?
   calm
-  echo "run $run, seed $run, beside $beside: $(tail -1 "/tmp/repeat_tests.$$")"
-  [ $status = 0 ] || { failed=$((failed + 1)); grep -E "^(FAILED|ERROR|E  )" "/tmp/repeat_tests.$$"; }
+  echo "run $run, seed $run, beside $beside: $(tail -1 "$log")"
+  [ $status = 0 ] || { failed=$((failed + 1)); grep -E "^(FAILED|ERROR|E  )" "$log"; }
 done
-rm -f "/tmp/repeat_tests.$$"
 echo "$times runs, $failed failed"
 [ $failed = 0 ]

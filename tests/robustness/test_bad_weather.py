@@ -69,6 +69,17 @@ def test_threads_that_call_ops_at_once_do_not_disturb_each_other(two_threads):
     assert not errors and found == dict.fromkeys(expected, True)
 
 
+def test_results_do_not_depend_on_the_number_of_threads():
+    """Other tests run on one thread. Here are as many as share the work, and more than there is work for."""
+    assert torch.get_num_threads() == 1
+    expected = calls(0)
+    for threads in (2, 3, 16):
+        torch.set_num_threads(threads)
+        for i, (found, one) in enumerate(zip(calls(0), expected, strict=True)):
+            torch.testing.assert_close(found, one, msg=lambda text: f"call {i}, {threads} threads: {text}")
+            assert i not in (4, 6, 7) or torch.equal(found, one), (i, threads)  # indices, and rows that move
+
+
 def native_calls(seed: int) -> list[torch.Tensor]:
     """Of every native kernel, so small that torch's own operations do not start threads: those hang in a
     child by themselves."""
