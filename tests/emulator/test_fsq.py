@@ -8,14 +8,14 @@ import pytest
 import torch
 from support import emulator
 
-from vtok_fast.ops.fsq import call as calls  # noqa: E402
-from vtok_fast.ops.fsq import (  # noqa: E402
+from vtok_fast.ops.fsq import call as calls
+from vtok_fast.ops.fsq import (
     gradient,
     op,
     sm80,
-    threshold_table,  # noqa: E402
+    threshold_table,
 )
-from vtok_fast.reference import fsq as reference  # noqa: E402
+from vtok_fast.reference import fsq as reference
 
 pytestmark = pytest.mark.needs_emulator
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,7 +14,6 @@ import torch.nn.utils.prune
 from torch import nn
 
 import vtok_fast
-from vtok_fast.dispatch import native
 from vtok_fast.models import VidTok
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -22,7 +21,7 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed"
 from support.swap_contract import noise, randomise  # noqa: E402
 
 pytestmark = [
-    pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing())),
+    pytest.mark.needs_native,
     pytest.mark.filterwarnings("ignore:.*runs as it was before vtok_fast.accelerate:RuntimeWarning"),
 ]
 BLOCK = "decoder.mid_block.resnets.0"

@@ -10,12 +10,11 @@ from torch import nn
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.dispatch import native
 from vtok_fast.models import VidTok
 from vtok_fast.swap.layout import is_channels_last
 
 pytestmark = [
-    pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing())),
+    pytest.mark.needs_native,
     pytest.mark.filterwarnings("ignore:.*runs as it was before vtok_fast.accelerate:RuntimeWarning"),
 ]
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import vtok_fast
-from vtok_fast.dispatch import native
 
 pytestmark = [
-    pytest.mark.skipif(native.lib() is None, reason=str(native.why_missing())),
+    pytest.mark.needs_native,
     pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*runs as it was before vtok_fast.accelerate:RuntimeWarning"),
 ]

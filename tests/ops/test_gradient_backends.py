@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import vtok_fast
-from vtok_fast.dispatch import backends, native
+from vtok_fast.dispatch import backends
 
 SCOPE = vtok_fast.Scope.time_invariant(tiv=4, tv=2, patches=6, slices=2)
 
@@ -106,7 +106,6 @@ def in_thread(function: Callable) -> None:
 
 
 CHOICES = ("triton", "cpu", "reference")
-needs_native = pytest.mark.skipif(native.lib() is None, reason="needs the native module")
 
 
 def expected(op: str, choice: str) -> str:
@@ -120,7 +119,7 @@ def check(ran: list, of: set[str], choice: str) -> None:
         assert name == expected(op, choice), (op, name, choice)
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("name", CASES)
 def test_the_choice_reaches_the_gradient(name, choice, ran, monkeypatch):
@@ -151,7 +150,7 @@ def test_the_choice_reaches_the_gradient(name, choice, ran, monkeypatch):
         ran.clear()
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("name", CASES)
 def test_no_choice_is_automatic_whatever_surrounds_the_backward_pass(name, ran):
     function, make, of = CASES[name]
@@ -162,7 +161,7 @@ def test_no_choice_is_automatic_whatever_surrounds_the_backward_pass(name, ran):
     check(ran, of, "triton")
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("name", CASES)
 def test_activation_checkpointing(name, choice, ran):
@@ -180,7 +179,7 @@ def test_activation_checkpointing(name, choice, ran):
     check(ran, of | {name}, "reference")
 
 
-@needs_native
+@pytest.mark.needs_native
 @pytest.mark.parametrize("name", ("causal_conv3d", "norm_act", "fsq", "scope_attention"))
 def test_compiled(name, ran):
     function, make, of = CASES[name]
@@ -197,7 +196,7 @@ def test_compiled(name, ran):
         ran.clear()
 
 
-@needs_native
+@pytest.mark.needs_native
 def test_the_algorithm_reaches_the_gradient(monkeypatch):
     """The gradient of the input is a convolution, which the CPU computes by several algorithms."""
     from vtok_fast.ops.causal_conv3d import cpu
