@@ -18,7 +18,7 @@ from vtok_fast.models import VidTok
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from support.swap_contract import noise, randomise  # noqa: E402
+from support.swap_contract import noise, randomize  # noqa: E402
 
 pytestmark = [
     pytest.mark.needs_native,
@@ -29,7 +29,7 @@ BLOCK = "decoder.mid_block.resnets.0"
 
 def wan():
     torch.manual_seed(0)
-    return randomise(
+    return randomize(
         diffusers.AutoencoderKLWan(
             base_dim=8,
             z_dim=4,
@@ -43,7 +43,7 @@ def wan():
 
 def hunyuan():
     torch.manual_seed(0)
-    return randomise(
+    return randomize(
         diffusers.AutoencoderKLHunyuanVideo(
             latent_channels=4,
             block_out_channels=(8, 8, 8, 8),
@@ -55,7 +55,7 @@ def hunyuan():
 
 def cogvideox():
     torch.manual_seed(0)
-    return randomise(
+    return randomize(
         diffusers.AutoencoderKLCogVideoX(
             latent_channels=4, layers_per_block=1, norm_num_groups=4, block_out_channels=(8, 8, 8, 8)
         )
@@ -68,7 +68,7 @@ class Vid(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.model = randomise(VidTok("tiny"))
+        self.model = randomize(VidTok("tiny"))
 
     def decode(self, z):
         return self.model.decoder(z)

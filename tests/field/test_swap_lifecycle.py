@@ -15,7 +15,7 @@ from vtok_fast.models import VidTok
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from support.swap_contract import near, noise, randomise, snapshot  # noqa: E402
+from support.swap_contract import near, noise, randomize, snapshot  # noqa: E402
 
 pytestmark = [
     pytest.mark.needs_native,
@@ -25,7 +25,7 @@ pytestmark = [
 
 def wan():
     torch.manual_seed(0)
-    return randomise(diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1))
+    return randomize(diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1))
 
 
 def plain():
@@ -175,7 +175,7 @@ def sharded(rank, folder):
     try:
         torch.manual_seed(0)
         video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
-        models = [randomise(VidTok("tiny")) for _ in range(2)]
+        models = [randomize(VidTok("tiny")) for _ in range(2)]
         for m in models:
             m.load_state_dict(models[0].state_dict())
         report = vtok_fast.accelerate(models[1], check=False)
