@@ -193,7 +193,7 @@ def triton_of(requirements: list[str]) -> str | None:
 
 
 def is_triton(here: str, wanted: str) -> bool:
-    """Whether an installed Triton is what :func:`triton_of` found."""
+    """Whether an installed Triton is what `triton_of` found."""
     if wanted.startswith("=="):
         return here == wanted[2:]
     lowest, found = version(wanted[2:]), version(here)

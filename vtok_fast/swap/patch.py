@@ -122,7 +122,7 @@ class Patch:
     Args:
         module, swap: what is replaced where.
         calls: counts what runs.
-        place: who gets the result, and so its layout (:mod:`vtok_fast.swap.layout`).
+        place: who gets the result, and so its layout (`vtok_fast.swap.layout`).
     """
 
     def __init__(
@@ -193,7 +193,7 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch, place: Plac
 
 
 def is_swapped(method: Any) -> bool:
-    """Whether a bound method is one that a :class:`Patch` put there."""
+    """Whether a bound method is one that a `Patch` put there."""
     return hasattr(getattr(method, "__func__", None), "__guard__")
 
 

@@ -55,7 +55,7 @@ class Report:
         end_to_end: the whole model's error and bound on ``example``, with a ``why`` where it is beyond the
             bound (a token that falls to the other side of a rounding threshold does that: see ``tokens``);
             None where no example was given.
-        tokens: a :class:`vtok_fast.parity.TokenParity` for each FSQ quantizer of the model, on ``example``.
+        tokens: a `vtok_fast.parity.TokenParity` for each FSQ quantizer of the model, on ``example``.
         notes: what else could not be measured, and why.
     """
 
