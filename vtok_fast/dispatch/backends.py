@@ -174,6 +174,17 @@ def select(op: str, call: Any, explicit: str | None = None) -> Backend:
     raise BackendError(f"{op}: no backend can run this call: {reason}")
 
 
+def insist_on_reference(op: str, explicit: str | None) -> None:
+    """Where only the definition in PyTorch can run.
+
+    Raises:
+        ValueError: ``explicit`` is not a backend's name.
+        BackendError: ``explicit`` is another backend.
+    """
+    if _checked("backend", explicit, NAMES) not in (None, "reference"):
+        raise BackendError(f"{op}: backend={explicit!r} cannot run this call: torch.func differentiates it")
+
+
 def is_only_reference(op: str, call: Any) -> bool:
     """Whether no other backend than the reference can run this call, so that there is nothing to choose."""
     return all(b.name == "reference" or b.why_not(call) is not None for b in _ops[op])

@@ -167,6 +167,14 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+def is_transformed() -> bool:
+    """Whether ``torch.func`` differentiates here (``grad``, ``jvp`` and what is made of them). It cannot look
+    into the ops, so the definition in PyTorch runs instead."""
+    levels = torch._C._functorch.get_interpreter_stack()
+    differentiating = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return any(level.key() in differentiating for level in levels or ())
+
+
 def _share_openmp_threads() -> None:
     """Points the native module at the GNU OpenMP runtime that torch has loaded, so that both use one set of
     threads."""

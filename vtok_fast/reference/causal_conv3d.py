@@ -124,4 +124,4 @@ def causal_conv3d(
         if residual.shape != y.shape:
             residual = upsample_nearest(residual, upsample, upsample_first_frame_once and cache is None)
         y = y + residual if alpha is None else alpha * residual + (1 - alpha) * y
-    return y.contiguous(memory_format=torch.channels_last_3d)
+    return y

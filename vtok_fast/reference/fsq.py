@@ -76,7 +76,7 @@ def fsq_quantize(
     last = z.movedim(dim, -1)
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     codes = torch.empty_like(last, dtype=wide)
-    indices = torch.zeros(last.shape[:-1], dtype=torch.int64, device=z.device)
+    indices = torch.zeros_like(last[..., 0], dtype=torch.int64)
     basis = 1
     for channel, level in enumerate(levels):
         value = last[..., channel].to(wide)
@@ -111,6 +111,21 @@ def fsq_quantize_backward(
     ).view(shape)
     t = torch.tanh(z.to(wide) + shifts)
     return (grad.to(wide) * (1 - t * t) * slopes).to(z.dtype)
+
+
+def fsq_straight_through(
+    z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`fsq_quantize` with the gradient of `fsq_quantize_backward`, of operations that every transformation of
+    PyTorch knows."""
+    codes, indices = fsq_quantize(z.detach(), levels, variant=variant, dim=dim)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    channels = []
+    for channel, level in zip(z.to(wide).unbind(dim), levels):
+        half_l, _, shift = bound_constants(level, variant)
+        channels.append(torch.tanh(channel + shift) * (half_l / (level // 2)))
+    slope = torch.stack(channels, dim)
+    return codes + (slope - slope.detach()).to(z.dtype), indices  # adds zero, which has a gradient
 
 
 def fsq_decode(

@@ -110,6 +110,9 @@ def causal_conv3d(
     call = ConvCall(x, weight, bias, cache, residual, geometry, alpha, activation, depth_to_space)
     if native.is_plain(x, weight, bias, cache, residual):
         y = run(call, backend)
+    elif native.is_transformed():
+        backends.insist_on_reference("causal_conv3d", backend)
+        y = _definition(call)
     else:
         y = torch.ops.vtok_fast.causal_conv3d(*call.flat(), backend, None)
     if blend is not None:
@@ -125,6 +128,10 @@ def causal_conv3d(
 
 def run_reference(call: ConvCall) -> Tensor:
     """The definition in PyTorch."""
+    return _definition(call).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _definition(call: ConvCall) -> Tensor:
     g, pad = call.geometry, call.geometry.pad
     return reference.causal_conv3d(
         call.x,

@@ -63,6 +63,9 @@ def fsq_quantize(
     call = FSQCall(z, levels, variant, _channel_dim(z, levels, dim))
     if native.is_plain(z):
         return FSQOutput(*run(call, backend))
+    if native.is_transformed():
+        backends.insist_on_reference("fsq", backend)
+        return FSQOutput(*reference.fsq_straight_through(z, levels, variant=variant, dim=call.dim))
     return FSQOutput(*torch.ops.vtok_fast.fsq_quantize(*call, backend))
 
 

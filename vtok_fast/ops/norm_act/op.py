@@ -80,12 +80,16 @@ def norm_act(
         if tail_frames and chosen.run is triton.run:  # writes the tail with the rest
             return triton.run(call, tail_frames)
         y = chosen.run(call)
+    elif native.is_transformed():
+        backends.insist_on_reference("norm_act", backend)
+        y = _definition(call)
     else:
         y = torch.ops.vtok_fast.norm_act(*call, backend)
     if not tail_frames:
         return y
     first = max(x.shape[2] - tail_frames, 0)
-    return y, y[:, :, first:].clone(memory_format=output_format(x))
+    tail = y[:, :, first:]
+    return y, tail.clone() if native.is_transformed() else tail.clone(memory_format=output_format(x))
 
 
 def run(call: NormCall, backend: str | None) -> Tensor:
@@ -169,7 +173,13 @@ def _check(
 
 def run_reference(call: NormCall) -> Tensor:
     """The definition in PyTorch."""
-    y = reference.norm_act(
+    y = _definition(call)
+    out = torch.empty_like(y, memory_format=output_format(call.x))
+    return y if y.stride() == out.stride() else out.copy_(y)
+
+
+def _definition(call: NormCall) -> Tensor:
+    return reference.norm_act(
         call.x,
         call.weight,
         call.bias,
@@ -183,8 +193,6 @@ def run_reference(call: NormCall) -> Tensor:
         activation=call.activation,
         rounding=call.rounding,
     )
-    out = torch.empty_like(y, memory_format=output_format(call.x))
-    return y if y.stride() == out.stride() else out.copy_(y)
 
 
 backends.register(

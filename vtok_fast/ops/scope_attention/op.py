@@ -46,6 +46,9 @@ def scope_attention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if native.is_plain(q, k, v):
         return run(ScopeCall(q, k, v, scope, scale), backend)[0]
+    if native.is_transformed():
+        backends.insist_on_reference("scope_attention", backend)
+        return reference.scope_attention(q, k, v, triton.safe_mask(scope, q.device), scale)[0]
     return torch.ops.vtok_fast.scope_attention(q, k, v, *scope.csr, scale, backend)[0]
 
 

@@ -119,6 +119,9 @@ def pack_tokens(
     call = PackCall(tokens, keep, capacity, levels, variant)
     if native.is_plain(call.tokens, call.keep):
         packed = run_pack(call, backend)
+    elif native.is_transformed():
+        backends.insist_on_reference("pack_tokens", backend)
+        packed = _reference_pack(call)
     else:
         packed = torch.ops.vtok_fast.pack_tokens(*call, backend)
     if validate:
@@ -208,6 +211,9 @@ def unpack_tokens(
     call = UnpackCall(values, mask if packed.grids is None else mask.unsqueeze(0), float(fill))
     if native.is_plain(call.values, call.mask):
         dense = run_unpack(call, backend)
+    elif native.is_transformed():
+        backends.insist_on_reference("unpack_tokens", backend)
+        dense = _reference_unpack(call)
     else:
         dense = torch.ops.vtok_fast.unpack_tokens(*call, backend)
     if validate:

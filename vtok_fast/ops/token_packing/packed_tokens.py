@@ -51,7 +51,10 @@ def error_flag(device: torch.device) -> Tensor:
 
 
 def note_error(wrong: Tensor, error: int) -> None:
-    """Flags an error on the device of ``wrong`` where any of it is true, without waiting for it."""
+    """Flags an error on the device of ``wrong`` where any of it is true, without waiting for it. Not under
+    ``torch.func``, whose transformations may not write to the flag."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return
     error_flag(wrong.device).bitwise_or_(wrong.any().to(torch.int32) * error)
 
 
