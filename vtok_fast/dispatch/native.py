@@ -170,6 +170,8 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 def is_transformed() -> bool:
     """Whether ``torch.func`` differentiates here (``grad``, ``jvp`` and what is made of them). It cannot look
     into the ops, so the definition in PyTorch runs instead."""
+    if torch.compiler.is_compiling():
+        return False
     levels = torch._C._functorch.get_interpreter_stack()
     differentiating = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
     return any(level.key() in differentiating for level in levels or ())

@@ -1,1 +1,1 @@
-"""The ops: argument checks, choice of backend, torch.library registration, gradients. One file per op."""
+"""The ops: argument checks, choice of backend, torch.library registration, gradients. A folder per op."""

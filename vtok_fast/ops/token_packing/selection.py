@@ -299,6 +299,7 @@ def select_tokens(
     if rate is not None:
         call = _quantile_call(scores.detach(), rate, stride)
     else:
+        assert budget is not None  # checked
         call = SelectCall(scores.detach(), _checked_budget(scores, budget, ordered, validate), method, stride)
     if native.is_plain(call.scores, call.budget, call.rate):
         return backends.select("select_tokens", call, backend).run(call)
