@@ -15,6 +15,7 @@ How many frames come back. A factor-4 model makes one latent frame of 4 frames:
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,7 @@ class VidTok(Tokenizer):
     """
 
     system, Config = "vidtok", VidTokConfig
+    _has_warned = False  # of frames that do not come back
 
     def __init__(self, config: str | VidTokConfig | dict[str, Any] | None = None, **fields: Any):
         super().__init__(config, **fields)
@@ -76,14 +78,17 @@ class VidTok(Tokenizer):
         return Reconstruction(self._decode_codes(codes, video.shape[2]), codes, indices, loss)
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tokens:
+    def encode(self, video: Tensor, *, strict: bool = False) -> Tokens:
         """Tokens of video (B, C, T, H, W) in [-1, 1], of the model's dtype. For a Gaussian latent: its mean.
 
+        Where fewer frames will come back (`decoded_frames`), a model warns once, or refuses with `strict`.
+
         Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, an empty
-        batch, NaN or infinity.
+        batch, NaN or infinity, and with `strict` for frames that would not come back.
         """
         self.check_video(video)
         check_finite("video", video)
+        self._check_frames(video.shape[2], strict)
         return self.tokens_of(self.encoder(video), video)
 
     @torch.no_grad()
@@ -102,6 +107,27 @@ class VidTok(Tokenizer):
         from vtok_fast.models.vidtok.stream import VidTokStream
 
         return VidTokStream(self)
+
+    def decoded_frames(self, frames: int) -> int:
+        """How many of a video's frames `decode` gives back: see the head of this file."""
+        factor, config = self.config.time_downsample_factor, self.config
+        if config.causal and config.version == "1.1":
+            return frames
+        latent = self.latent_shape(frames, 0, 0)[0]
+        return min(frames, latent * factor - (factor - 1 if config.causal else 0))
+
+    def _check_frames(self, frames: int, strict: bool) -> None:
+        back = self.decoded_frames(frames)
+        if back == frames or (self._has_warned and not strict):
+            return
+        rule = f"{'1 + ' if self.config.causal else ''}{self.config.time_downsample_factor} k"
+        message = (
+            f"video: of its {frames} frames, {back} come back from decode; this model keeps {rule} frames"
+        )
+        if strict:
+            raise ValueError(message)
+        self._has_warned = True
+        warnings.warn(message, stacklevel=4)  # encode, and no_grad around it
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(t, h, w) of a video of that size: one token each (a latent position, for a Gaussian latent)."""
