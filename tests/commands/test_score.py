@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("torchmetrics")
 
-from vtok_fast import metrics
-from vtok_fast.commands.score import score
-from vtok_fast.commands.tokenize import detokenize, load_model, tokenize
-from vtok_fast.io.token_windows import TokenWindows
-from vtok_fast.io.video import read_video, to_float, write_video
-from vtok_fast.models import VTok
+from vtok_fast import metrics  # noqa: E402
+from vtok_fast.commands.score import score  # noqa: E402
+from vtok_fast.commands.tokenize import detokenize, load_model, tokenize  # noqa: E402
+from vtok_fast.io.token_windows import TokenWindows  # noqa: E402
+from vtok_fast.io.video import Times, read_video, to_float, write_video  # noqa: E402
+from vtok_fast.models import VTok  # noqa: E402
 
 
 def clip(frames=20, height=32, width=48, seed=0):
@@ -165,3 +166,16 @@ def test_what_does_not_belong_together_is_refused(pair, tmp_path):
     write_video(tmp_path / "narrow.mp4", clip(5, 8, 48))
     with pytest.raises(ValueError, match="at least 11x11"):
         score(tmp_path / "narrow.mp4", tmp_path / "narrow.mp4")
+
+
+def test_frames_are_compared_by_time(tmp_path):
+    """At another rate each frame is compared with what the original shows then, and is the same here."""
+    times = Times(Fraction(1, 1000), tuple(500 + 40 * n for n in range(10)) + (1500, 1700, 1900), 2100)
+    write_video(tmp_path / "a.mp4", clip(13), times=times)
+    for name, fps in (("same", None), ("fast", 100), ("slow", 5)):
+        seen = read_video(tmp_path / "a.mp4", fps=fps, dtype=torch.uint8)
+        write_video(tmp_path / f"{name}.mp4", seen.video, times=seen.times.from_zero())
+        found = score(tmp_path / "a.mp4", tmp_path / f"{name}.mp4")
+        assert found["frames"] == len(seen.times) and found["psnr"] > 33, name
+    write_video(tmp_path / "even.mp4", read_video(tmp_path / "a.mp4", dtype=torch.uint8).video, 13 / 1.6)
+    assert score(tmp_path / "a.mp4", tmp_path / "even.mp4")["psnr"] < 30

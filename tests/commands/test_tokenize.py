@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,11 @@ import torch
 
 pytest.importorskip("av")
 
-from vtok_fast.commands import tokenize as video_tokens
-from vtok_fast.io.token_windows import TokenWindows, write_windows
-from vtok_fast.io.tokens import Tokens
-from vtok_fast.io.video import VideoError, open_video, read_video, to_float, write_video
-from vtok_fast.models import InfoTok, ProMAG, TivTok, VidTok, VTok
+from vtok_fast.commands import tokenize as video_tokens  # noqa: E402
+from vtok_fast.io.token_windows import TokenWindows, write_windows  # noqa: E402
+from vtok_fast.io.tokens import Tokens  # noqa: E402
+from vtok_fast.io.video import Times, VideoError, open_video, read_video, to_float, write_video  # noqa: E402
+from vtok_fast.models import InfoTok, ProMAG, TivTok, VidTok, VTok  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"ch": 4, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "z_channels": 4, "levels": (8, 8, 8, 8)}
@@ -58,6 +60,7 @@ def test_every_window_is_the_models_own(clip, model, tmp_path):
     )
     assert seen == [(1, 3), (2, 3), (3, 3)] and os.listdir(tmp_path) == ["a.tokens"]
     assert tokens.info == {
+        "times": {"base": [1, 12800], "start": 0, "steps": [[1024, 40]]},
         "fps": 12.5,
         "frames": 40,
         "window": 17,
@@ -112,9 +115,9 @@ def test_windows_overlap_and_blend_as_the_models_own_stream(
         2,
     )
     written = {}
-    monkeypatch.setattr(video_tokens, "join_videos", lambda output, parts: None)
+    monkeypatch.setattr(video_tokens, "join_videos", lambda output, parts, start: None)
     monkeypatch.setattr(
-        video_tokens, "write_video", lambda part, video, fps: written.update({part.name: video})
+        video_tokens, "write_video", lambda part, video, times: written.update({part.name: video})
     )
     video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "b.mp4", model)
     assert torch.equal(torch.cat(list(written.values()), 1), frames[0])
@@ -394,3 +397,96 @@ def test_routers_and_strategies(clip, tmp_path):
 def test_a_rate_needs_a_model_that_chooses(clip, model, tmp_path):
     with pytest.raises(ValueError, match="rate=0.5: vidtok models keep all"):
         video_tokens.tokenize(clip, tmp_path / "a.tokens", model, rate=0.5)
+
+
+def test_variable_times_come_back(model, tmp_path):
+    """NVIDIA/Megatron-Energon #148, NVIDIA/Isaac-GR00T #172: an event stays where it was."""
+    times = Times(Fraction(1, 1000), (500, *(600 + 20 * n for n in range(19))), 1000)
+    write_video(tmp_path / "a.mp4", torch.rand(3, 20, 16, 16), times=times)
+    tokens = video_tokens.tokenize(tmp_path / "a.mp4", tmp_path / "a.tokens", model)
+    assert tokens.times.seconds == times.seconds and tokens.info["fps"] == pytest.approx(20 / 0.5)
+    video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "b.mp4", model)
+    back = read_video(tmp_path / "b.mp4").times
+    assert back.seconds == times.seconds and back.durations == times.durations
+
+
+def test_a_constant_rate_is_asked_for(model, tmp_path):
+    times = Times(Fraction(1, 1000), (0, 100, 500), 600)
+    write_video(tmp_path / "a.mp4", torch.rand(3, 3, 16, 16), times=times)
+    tokens = video_tokens.tokenize(tmp_path / "a.mp4", tmp_path / "a.tokens", model, fps=10)
+    assert tokens.info["reading"] == {"fps": "10"} and tokens.info["frames"] == 6
+    assert tokens.times.rate == 10
+    assert video_tokens.reading_of(tokens.info) == {"fps": Fraction(10)}
+
+
+def test_files_of_the_first_format_are_read(model, tmp_path):
+    """As 0.1 wrote them: another name of the format, and no times."""
+    model.encode(torch.rand(1, 3, 9, 16, 16)).save(tmp_path / "0")
+    write_windows(tmp_path / "new", [tmp_path / "0"], {"fps": 10.0, "frames": 9})
+    data = (tmp_path / "new").read_bytes()
+    assert b"token windows 2" in data
+    (tmp_path / "old").write_bytes(data.replace(b"token windows 2", b"token windows 1"))
+    old = TokenWindows(tmp_path / "old")
+    assert old.times is None and Tokens.load(tmp_path / "old").batch == 1
+    video_tokens.detokenize(tmp_path / "old", tmp_path / "a.mp4", model)
+    assert read_video(tmp_path / "a.mp4").times.seconds == pytest.approx([n / 10 for n in range(9)])
+
+
+@pytest.mark.parametrize("link", ["same", "symbolic", "hard", "other path"])
+def test_an_input_is_never_overwritten(clip, model, tmp_path, link):
+    """WinFF/winff #110, slhck/ffmpeg-normalize #22, ytdl-org/youtube-dl #22023."""
+    (tmp_path / "sub").mkdir()
+    source = tmp_path / "clip.mp4"
+    source.write_bytes(clip.read_bytes())
+    output = {"same": source, "other path": tmp_path / "sub" / ".." / "clip.mp4"}.get(link, tmp_path / "o")
+    if link == "symbolic":
+        output.symlink_to(source)
+    elif link == "hard":
+        output.hardlink_to(source)
+    with pytest.raises(ValueError, match=r"output: .* is the same file as video=.*, which would be lost"):
+        video_tokens.tokenize(source, output, model)
+    assert source.read_bytes() == clip.read_bytes() and not list(tmp_path.glob("*.parts"))
+
+
+def test_tokens_are_not_overwritten_by_their_video(clip, model, tmp_path):
+    video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16)
+    (tmp_path / "b").symlink_to(tmp_path / "a.tokens")
+    with pytest.raises(ValueError, match="same file as tokens="):
+        video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "b", model)
+    assert len(TokenWindows(tmp_path / "a.tokens")) == 3
+
+
+def test_two_runs_with_one_output(clip, model, tmp_path):
+    """huggingface/lerobot #4526, #2488: the second one is told so, and the first one is not disturbed."""
+    from vtok_fast.commands.resumable import Parts
+
+    refused = []
+
+    def another(done, total):
+        with pytest.raises(OSError, match=r"a\.tokens: another run is writing it \(it works in .*\.parts\)"):
+            video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16)
+        refused.append(done)
+
+    video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16, progress=another)
+    assert refused == [1, 2, 3] and os.listdir(tmp_path) == ["a.tokens"]
+    with Parts(tmp_path / "b", {}):  # another output is nobody's business, and a lock ends with its run
+        video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16)
+    assert os.listdir(tmp_path) == ["a.tokens"]
+
+
+def test_what_is_damaged_is_listed(clip, model, tmp_path):
+    import av
+
+    packet = [bytes(packet) for packet in av.open(str(clip)).demux(video=0) if packet.size][20]
+    data = clip.read_bytes()
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(data.replace(packet, bytes(len(packet))))
+    with pytest.raises(VideoError, match=r"broken\.mp4: frame 20 at 1\.600 s"):
+        video_tokens.tokenize(broken, tmp_path / "a.tokens", model, size=16)
+    skipped = video_tokens.tokenize(broken, tmp_path / "a.tokens", model, size=16, on_error="skip")
+    left = skipped.info["left_out"]
+    assert left[0]["frame"] == 20 and left[0]["time"] == pytest.approx(1.6) and left[0]["what"]
+    assert skipped.info["frames"] == 40 - sum(one["count"] for one in left) == len(skipped.times)
+    kept = video_tokens.tokenize(broken, tmp_path / "b.tokens", model, size=16, on_error="conceal")
+    assert kept.info["frames"] == 40 and kept.info["concealed"][0]["frame"] == 20
+    assert kept.info["reading"] == {"on_error": "conceal"} and "left_out" not in kept.info

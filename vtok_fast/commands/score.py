@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vtok_fast import metrics
-from vtok_fast.commands.tokenize import centre, systems
+from vtok_fast.commands.tokenize import centre, reading_of, systems
 from vtok_fast.io.token_windows import TokenWindows
-from vtok_fast.io.video import open_video, to_float
+from vtok_fast.io.video import Picture, open_video, to_float
 
 CLIP = 16  # frames of one clip of FVD
 PIECE = 4  # frames that are compared at a time: SSIM holds several copies of them
@@ -30,9 +31,11 @@ def score(
     size: int | tuple[int, int] | None = None,
     fvd_network: str | os.PathLike | None = None,
     progress: Progress = lambda done, total: None,
+    **reading: Any,
 ) -> dict[str, Any]:
     """What ``tokenize`` and ``detokenize`` have left of a video, in memory that does not grow with its
-    length.
+    length. Each frame of the reconstruction is compared with what the original shows in the middle of its
+    time; both times count from the first frame.
 
     Args:
         tokens: what ``tokenize`` wrote: then also what they cost, and how much of the codebook they use.
@@ -40,13 +43,15 @@ def score(
             is cut, as it then was; another one is scaled until it covers the reconstruction's, and cut.
         fvd_network: a TorchScript file, see `vtok_fast.metrics.load_fvd_network`; FVD is of the clips
             of 16 frames.
+        reading: how the original was read, the fields of `vtok_fast.io.video.Reading`. Default: as the tokens
+            say, where they are given.
 
     Returns ``frames``, ``size``, ``psnr`` (dB), ``ssim``, ``lpips`` (or ``no_lpips``, why there is none);
     ``fvd`` and ``clips``; and of tokens ``tokens``, ``bits_per_pixel``, and with a codebook
     ``codebook_size``, ``codebook_used`` and ``perplexity``.
 
     Raises ImportError without PyAV or torchmetrics; FileNotFoundError; VideoError; ValueError for videos of
-    different lengths, a reconstruction that is larger than the frame, or tokens of another video.
+    different durations, a reconstruction that is larger than the frame, or tokens of another video.
     """
     quality, features = (
         metrics.Quality(),
@@ -54,7 +59,9 @@ def score(
     )
     seen: tuple[list[Tensor], list[Tensor]] = ([], [])
     frames = 0
-    with open_video(original) as one, open_video(reconstruction) as other:
+    windows = None if tokens is None else TokenWindows(tokens)
+    reading = {**({} if windows is None else reading_of(windows.info)), **reading}
+    with open_video(original, **reading) as one, open_video(reconstruction) as other:
         height, width = other.height, other.width
         for a, b in _pairs(one, other, _scale(one.height, one.width, height, width, size)):
             if a.shape[2] < height or a.shape[3] < width:
@@ -70,7 +77,7 @@ def score(
                 for kept, x in zip(seen, (a, b)):
                     kept.append(features(to_float(x)[None]).double().cpu())
             frames += a.shape[1]
-            progress(frames, one.count or None)
+            progress(frames, other.count or None)
     found = {"frames": frames, "size": [height, width], **quality.compute()}
     if "lpips" not in found:
         found["no_lpips"] = metrics.why_no_lpips()
@@ -80,7 +87,7 @@ def score(
                 f"fvd_network: FVD needs at least two clips of {CLIP} frames, the video has {frames}"
             )
         found |= {"fvd": metrics.frechet_distance(*map(torch.cat, seen)), "clips": len(seen[0])}
-    return found | ({} if tokens is None else cost(TokenWindows(tokens), frames, height, width))
+    return found | ({} if windows is None else cost(windows, frames, height, width))
 
 
 def cost(windows: TokenWindows, frames: int, height: int, width: int) -> dict[str, Any]:
@@ -122,15 +129,68 @@ def _scale(
     return new_height, new_width
 
 
+Planes = list[np.ndarray]
+
+
 def _pairs(
     one: open_video, other: open_video, size: int | tuple[int, int] | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Clips of both, (C, T, H, W) uint8."""
-    done = 0
-    for a, b in zip_longest(one.windows(CLIP, size), other.windows(CLIP)):
-        counts = [0 if x is None else x.count for x in (a, b)]
-        if counts[0] != counts[1]:
-            has = [f"{done + n} frames{' or more' if n == CLIP else ''}" for n in counts]
-            raise ValueError(f"reconstruction: it has {has[1]}, the original {has[0]}")
-        done += counts[0]
-        yield a.read(), b.read()
+    """Clips of both, (C, T, H, W) uint8, of what is shown at the same times."""
+    originals = _Shown(one, size)
+    clip: list[tuple[Planes, Planes]] = []
+    begin: Fraction | None = None
+    end = last = Fraction(0)
+    frames = 0
+    for picture in other.frames():
+        time, last = picture.pts * picture.base, picture.duration * picture.base
+        begin = time if begin is None else begin
+        end, frames = time + last - begin, frames + 1
+        clip.append((originals.at(end - last / 2), picture.pixels()))
+        if len(clip) == CLIP:
+            yield _stacked(clip)
+            clip = []
+    has, until, longest = originals.rest()
+    if abs(end - until) > max(last, longest) / 2:
+        raise ValueError(
+            f"reconstruction: it has {frames} frames, the original {has} frames (they last "
+            f"{float(end):.3f} s and {float(until):.3f} s)"
+        )
+    if clip:
+        yield _stacked(clip)
+
+
+class _Shown:
+    """What a video shows at times that increase, counted from its first frame."""
+
+    def __init__(self, source: open_video, size: int | tuple[int, int] | None):
+        self.size, self._pictures = size, iter(source.frames())
+        self._now: Picture = next(self._pictures)
+        self._next = next(self._pictures, None)
+        self._begin = self._now.pts * self._now.base
+        self._planes: Planes | None = None
+        self._count = 1
+
+    def _step(self, after: Picture) -> None:
+        self._now, self._planes = after, None
+        self._next = next(self._pictures, None)
+        self._count += 1
+
+    def at(self, time: Fraction) -> Planes:
+        """R, G and B of the frame."""
+        while self._next is not None and self._next.pts * self._next.base - self._begin <= time:
+            self._step(self._next)
+        if self._planes is None:
+            self._planes = self._now.pixels(self.size)
+        return self._planes
+
+    def rest(self) -> tuple[int, Fraction, Fraction]:
+        """How many frames there are, how long all of them last, and how long the last one."""
+        while self._next is not None:
+            self._step(self._next)
+        last = self._now.duration * self._now.base
+        return self._count, self._now.pts * self._now.base + last - self._begin, last
+
+
+def _stacked(clip: list[tuple[Planes, Planes]]) -> tuple[Tensor, Tensor]:
+    one, other = (torch.from_numpy(np.array(frames)).transpose(0, 1).contiguous() for frames in zip(*clip))
+    return one, other

@@ -1,6 +1,8 @@
 """Video files to token files and back, window by window: any length in bounded memory, and a run that was
 stopped goes on.
 
+The video is read as a player shows it (docs/videos.md), and each frame's own time is kept.
+
 A window is what the model's `window` says: 17 frames, or 16 of a model that is not causal; InfoTok 81 that
 share 3 with the window before; ProMAG its chunk and overlap; TivTok eight chunks, which share their invariant
 tokens. Every window is tokenised on its own, the frames that two share are blended when they are decoded, as
@@ -13,11 +15,13 @@ and choices continues from there, another one starts anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,15 +30,27 @@ from torch import Tensor, nn
 
 from vtok_fast import models
 from vtok_fast.commands.resumable import Parts
-from vtok_fast.io.files import raw, write_atomically
-from vtok_fast.io.token_windows import TokenWindows, write_windows
-from vtok_fast.io.video import VideoError, join_videos, open_video, to_float, write_video
+from vtok_fast.io.files import check_distinct, raw, write_atomically
+from vtok_fast.io.token_windows import TokenWindows, part_info, write_windows
+from vtok_fast.io.video import (
+    Reading,
+    Times,
+    VideoError,
+    Window,
+    join_videos,
+    open_video,
+    to_float,
+    writable,
+    write_video,
+)
+from vtok_fast.io.video.geometry import fit
 from vtok_fast.models.common.windows import WindowStream
 
 Progress = Callable[[int, int | None], None]  # windows done, windows in all if that is known
 PACKAGED = {
     "vidtok/tiny": Path(__file__).resolve().parents[1] / "models" / "weights" / "vidtok_tiny.safetensors"
 }
+READING = tuple(field.name for field in fields(Reading))
 CHOICES = ("rate", "rate_strategy", "router", "elbo_mean")  # how InfoTok keeps tokens
 
 
@@ -80,7 +96,7 @@ def tokenize(
     overlap: int | None = None,
     weights: str | None = None,
     progress: Progress = lambda done, total: None,
-    **choice: Any,
+    **options: Any,
 ) -> TokenWindows:
     """Write the tokens of a video file to `output`, and return them.
 
@@ -88,32 +104,39 @@ def tokenize(
         size: as for `read_video`; then the frame is cut to what the model divides evenly.
         window, overlap: frames per window, 1 + k * factor of a causal model, k * factor of another one; and
             how many of them two windows share. None: the model's own; with another window, its overlap where
-                the window is longer than that.
+            the window is longer than that.
         weights: the `fingerprint` to note in the file, of a model that was converted to another dtype since
             it was loaded. None: of the model as it is.
-        choice: of a model that chooses its tokens (InfoTok): rate, rate_strategy, router as in its
-            configuration, which holds otherwise, and elbo_mean. The strategies "global_elbo" and "bin"
-            compare a window with elbo_mean, a mean score (see `InfoTok.mean_score`); without one, the mean
-            over this video's windows, for which it is read twice.
+        options: how the video is read, the fields of `vtok_fast.io.video.Reading`: fps, deinterlace, hdr,
+            background, on_error, stream. And of a model that chooses its tokens (InfoTok): rate,
+            rate_strategy, router as in its configuration, which holds otherwise, and elbo_mean. The
+            strategies "global_elbo" and "bin" compare a window with elbo_mean, a mean score (see
+            `InfoTok.mean_score`); without one, the mean over this video's windows, for which it is read
+            twice.
 
     Raises:
-        FileNotFoundError, VideoError: the video. OSError: the output cannot be written.
-        ValueError: size, window, overlap or a choice does not suit the model; or the folder of parts is
-            somebody else's.
+        FileNotFoundError, VideoError: the video. OSError: the output cannot be written, or another run is
+            writing it.
+        ValueError: size, window, overlap or an option does not suit the model; the output is the video; or
+            the folder of parts is somebody else's.
     """
     video, output = Path(video), Path(output)
+    reading = {name: options.pop(name) for name in READING if name in options}
     window, overlap = _window(model, window, overlap)
-    choice = _choice(model, choice)
+    choice = _choice(model, options)
     weights = weights or fingerprint(model)
-    with open_video(video) as source:
+    check_distinct(output, video=video)
+    with open_video(video, **reading) as source:
         height, width = _frame(source.height, source.width, size, model.config.spatial_factor)
-        fps, count = source.fps, source.count
+        count, how = source.count, _noted(source.reading)
     job = Parts(
         output,
         {
             "video": str(video.resolve()),
             "bytes": video.stat().st_size,
             "modified": video.stat().st_mtime,
+            "reading": how,
+            "times": True,
             "window": window,
             "overlap": overlap,
             "size": [height, width],
@@ -124,46 +147,54 @@ def tokenize(
     passes = 1
     total = 1 - min(window - count, 0) // (window - overlap) if count else None
 
-    def each(suffix: str, make: Callable[[Tensor, Path], None]) -> tuple[int, list[Path]]:
-        """Let make(window (1, C, T, H, W), part) write each part that is not there. Returns the video's
-        frames, and the parts."""
-        frames, parts = 0, []
-        with open_video(video) as source:
-            for index, (length, read) in enumerate(source.windows(window, size, overlap)):
-                parts.append(job.part(index, suffix))
-                frames += length - overlap * (index > 0)
-                if not parts[-1].is_file():
-                    made = _filled(to_float(centre(read(), height, width)), model)
-                    parameter = next(model.parameters())
-                    make(made.to(parameter.device, parameter.dtype)[None], parts[-1])
-                progress(done + len(parts), total and passes * total)
-        if not frames:
+    def each(suffix: str, make: Callable[[Tensor, Window, Path], None]) -> list[Path]:
+        """Let make(window (1, C, T, H, W), its frames, part) write each part that is not there. Returns the
+        parts."""
+        first = 0
+        while job.part(first, suffix).is_file():
+            first += 1
+        # What follows the parts that are there is read from the one before it, which may be the last.
+        first = max(first - 1, 0)
+        parts = [job.part(index, suffix) for index in range(first)]
+        with open_video(video, **reading) as source:
+            windows = source.windows(
+                window, size, overlap, first=first, wanted=lambda index: not job.part(index, suffix).is_file()
+            )
+            with contextlib.closing(windows):
+                for index, frames in enumerate(windows, first):
+                    parts.append(job.part(index, suffix))
+                    if not parts[-1].is_file():
+                        made = _filled(to_float(centre(frames.read(), height, width)), model)
+                        parameter = next(model.parameters())
+                        make(made.to(parameter.device, parameter.dtype)[None], frames, parts[-1])
+                    progress(done + len(parts), total and passes * total)
+        if not parts:
             raise VideoError(f"path: {video} has no frames")
-        return frames, parts
+        return parts
 
-    def score(x: Tensor, part: Path) -> None:
+    def score(x: Tensor, frames: Window, part: Path) -> None:
         mean = model.scores(x, choice.get("router")).double().mean().item()
         job.start()
         write_atomically(part, lambda temporary: Path(temporary).write_text(json.dumps(mean)))
 
-    def encode(x: Tensor, part: Path) -> None:
+    def encode(x: Tensor, frames: Window, part: Path) -> None:
         tokens = model.encode(x, **choice)
         job.start()
-        tokens.save(part)
+        problems = [problem.to_json() for problem in frames.problems]
+        replace(tokens, info={"times": frames.times.to_json(), "problems": problems}).save(part)
 
-    done = 0
-    strategy = choice.get("rate_strategy", getattr(model.config, "rate_strategy", None))
-    if strategy in ("global_elbo", "bin") and "elbo_mean" not in choice:
-        passes = 2
-        means = [json.loads(part.read_text()) for part in each("json", score)[1]]
-        choice["elbo_mean"], done = sum(means) / len(means), len(means)
-    frames, parts = each("safetensors", encode)
-    write_windows(
-        output,
-        parts,
-        {"fps": fps, "frames": frames, "window": window, "overlap": overlap, "weights": weights, **choice},
-    )
-    job.finish()
+    with job:
+        done = 0
+        strategy = choice.get("rate_strategy", getattr(model.config, "rate_strategy", None))
+        if strategy in ("global_elbo", "bin") and "elbo_mean" not in choice:
+            passes = 2
+            means = [json.loads(part.read_text()) for part in each("json", score)]
+            choice["elbo_mean"], done = sum(means) / len(means), len(means)
+        parts = each("safetensors", encode)
+        facts = {**_frames(parts, overlap), **how}
+        facts |= {"window": window, "overlap": overlap, "weights": weights, **choice}
+        write_windows(output, parts, facts)
+        job.finish()
     return TokenWindows(output)
 
 
@@ -176,7 +207,7 @@ def detokenize(
     any_weights: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """Write the video (MP4, H.264) of what `tokenize` wrote.
+    """Write the video (MP4, H.264) of what `tokenize` wrote, each frame at its own time.
 
     Args:
         weights: the `fingerprint` of a model that was converted to another dtype since it was loaded. None:
@@ -187,14 +218,16 @@ def detokenize(
     Raises:
         FileNotFoundError: there are no such tokens.
         ValueError: the file is damaged, comes from another model or other weights, or has an odd height or
-            width, which H.264 has not; or the folder of parts is somebody else's.
-        OSError: the output cannot be written.
+            width, which H.264 has not; the output is the file of tokens; or the folder of parts is somebody
+            else's.
+        OSError: the output cannot be written, or another run is writing it.
     """
     path, output = Path(tokens), Path(output)
     windows = TokenWindows(path)
     length, height, width = windows[0].video_shape
     if height % 2 or width % 2:
         raise ValueError(f"tokens: frames of {height}x{width}; H.264 needs an even height and width")
+    check_distinct(output, tokens=path)
     model.check_tokens(windows[0])
     weights, made_by = weights or fingerprint(model), windows.info.get("weights")
     if made_by not in (None, weights) and not any_weights:
@@ -205,11 +238,11 @@ def detokenize(
         )
     overlap = windows.info.get("overlap", 0) if len(windows) > 1 else 0
     step = length - overlap
-    frames, fps = (
-        windows.info.get("frames", step * (len(windows) - 1) + windows[-1].video_shape[0]),
-        windows.info.get("fps", 25.0),
-    )
-    job = Parts(output, {"tokens": _digest(path), "model": _description(model, weights)})
+    frames = windows.info.get("frames", step * (len(windows) - 1) + windows[-1].video_shape[0])
+    times = writable(windows.times or Times.constant(windows.info.get("fps", 25.0), frames))
+    if len(times) != frames:
+        raise ValueError(f"tokens: of {frames} frames, with the times of {len(times)}")
+    job = Parts(output, {"tokens": _digest(path), "times": True, "model": _description(model, weights)})
     parameter = next(model.parameters())
     stream = WindowStream(model, _whole(length, model), overlap)
     decoded = -1
@@ -223,20 +256,60 @@ def detokenize(
             )
         return video[0]
 
-    for index in range(len(windows)):
-        part = job.part(index, "mp4")
-        if not part.is_file():
-            if index > decoded + 1:  # a run goes on: the windows that this one shares frames with
-                stream.reset()
-                for earlier in range(max(index - -(-overlap // step), 0), index):
-                    decode(earlier)
-            video = decode(index)
-            decoded = index
-            job.start()
-            write_video(part, video[:, : frames - index * step].float(), fps)
-        progress(index + 1, len(windows))
-    join_videos(output, [job.part(index, "mp4") for index in range(len(windows))])
-    job.finish()
+    with job:
+        for index in range(len(windows)):
+            part = job.part(index, "mp4")
+            if not part.is_file():
+                if index > decoded + 1:  # a run goes on: the windows that this one shares frames with
+                    stream.reset()
+                    for earlier in range(max(index - -(-overlap // step), 0), index):
+                        decode(earlier)
+                video = decode(index)[:, : frames - index * step].float()
+                decoded = index
+                job.start()
+                write_video(
+                    part, video, times=times[index * step : index * step + video.shape[1]].from_zero()
+                )
+            progress(index + 1, len(windows))
+        parts = [job.part(index, "mp4") for index in range(len(windows))]
+        join_videos(output, parts, start=max(0, times.pts[0]) * times.base)
+        job.finish()
+
+
+def _noted(reading: Reading) -> dict[str, Any]:
+    """What a file of tokens says of how the video was read, where that was asked for."""
+    attributes = {"fps": "rate", "deinterlace": "deinterlacer"}
+    noted = {}
+    for name in READING:
+        value, usual = (getattr(one, attributes.get(name, name)) for one in (reading, Reading()))
+        if value != usual:
+            noted[name] = str(value) if name == "fps" else value
+    return {"reading": noted} if noted else {}
+
+
+def reading_of(info: dict[str, Any]) -> dict[str, Any]:
+    """How the video was read, as a file of tokens notes it, in the words of `Reading`."""
+    noted = dict(info.get("reading", {}))
+    if "fps" in noted:
+        noted["fps"] = Fraction(noted["fps"])
+    if "background" in noted:
+        noted["background"] = tuple(noted["background"])
+    return noted
+
+
+def _frames(parts: list[Path], overlap: int) -> dict[str, Any]:
+    """What the parts say of the video's frames: how many, when each is shown, what was left out or
+    concealed."""
+    infos = [part_info(part) for part in parts]
+    windows = [Times.from_json(info["times"]) for info in infos]
+    times = Times.cat([windows[0], *(window[overlap:] for window in windows[1:])])
+    facts = {"fps": float(times.rate), "frames": len(times), "times": times.to_json()}
+    problems = [problem for info in infos for problem in info["problems"]]
+    for done in ("left out", "concealed"):
+        listed = [{k: v for k, v in one.items() if k != "done"} for one in problems if one["done"] == done]
+        if listed:
+            facts[done.replace(" ", "_")] = listed
+    return facts
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -314,8 +387,7 @@ def _frame(height: int, width: int, size: int | tuple[int, int] | None, factor: 
     """What is left of a frame that is scaled to `size` and cut to a multiple of the model's spatial
     factor."""
     if isinstance(size, int):
-        scale = size / min(height, width)
-        height, width = max(size, round(height * scale)), max(size, round(width * scale))
+        height, width = fit(height, width, size)
     elif size is not None:
         height, width = size
         if height % factor or width % factor:

@@ -38,6 +38,17 @@ def raw(data: Tensor) -> memoryview | bytes:
     return data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b""
 
 
+def check_distinct(output: str | os.PathLike, **inputs: str | os.PathLike | None) -> None:
+    """Raises ValueError if `output` is one of the inputs, by whatever path or link: it would be lost."""
+    for name, path in inputs.items():
+        try:
+            same = path is not None and os.path.samefile(output, path)
+        except OSError:  # one of them is not there
+            continue
+        if same:
+            raise ValueError(f"output: {output} is the same file as {name}={path}, which would be lost")
+
+
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
     """Let `write(temporary)` write a file beside `path`, then rename it to `path`; on any error remove it.
 

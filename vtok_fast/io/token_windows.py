@@ -19,8 +19,10 @@ from torch import Tensor
 
 from vtok_fast.io.files import checksum, open_tensors, raw, write_atomically
 from vtok_fast.io.tokens import FORMAT, Tokens
+from vtok_fast.io.video.timing import Times
 
-WINDOWS_FORMAT = "vtok-fast token windows 1"
+WINDOWS_FORMAT = "vtok-fast token windows 2"
+READABLE = (WINDOWS_FORMAT, "vtok-fast token windows 1")  # the older one has no times
 # Of the types that tokens have, in safetensors
 NAMES = {
     torch.uint8: "U8",
@@ -41,8 +43,10 @@ class TokenWindows(Sequence[Tokens]):
 
     Attributes:
         model, config: as of `Tokens`.
-        info: of the file: "fps" and "frames" of the video, "window" and "overlap" in frames, "weights" (a
-            fingerprint of the model's).
+        info: of the file: "fps", "frames" and "times" of the video, "window" and "overlap" in frames,
+            "weights" (a fingerprint of the model's); where they apply, "reading" (how the video was read),
+            "left_out" and "concealed" (what was damaged).
+        times: when each frame of the video is shown; None of a file that does not say it.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else.
     """
@@ -51,7 +55,7 @@ class TokenWindows(Sequence[Tokens]):
         self.path = Path(path)
         self._file, metadata = open_tensors(self.path)
         self._whole: Tokens | None = None
-        if metadata.get("format") != WINDOWS_FORMAT:
+        if metadata.get("format") not in READABLE:
             self._whole = Tokens.load(self.path)
             self.model, self.config, self.info = self._whole.model, self._whole.config, self._whole.info
             return
@@ -71,6 +75,18 @@ class TokenWindows(Sequence[Tokens]):
                 f"path: {self.path} does not describe tokens ({type(error).__name__}: {error})"
             ) from error
         self.model, self.config, self.info = first.model, first.config, first.info
+
+    @property
+    def times(self) -> Times | None:
+        """Raises ValueError if the file does not describe them."""
+        if "times" not in self.info:
+            return None
+        try:
+            return Times.from_json(self.info["times"])
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"path: {self.path} does not describe times ({type(error).__name__}: {error})"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._headers) if self._whole is None else self._whole.batch
@@ -147,6 +163,11 @@ def _part(path: str | os.PathLike) -> tuple[dict[str, Any], Tensor]:
     if digest.hexdigest() != metadata["sha256"]:
         raise ValueError(f"path: {path} is damaged, its checksum does not match")
     return json.loads(metadata["tokens"]), data
+
+
+def part_info(path: str | os.PathLike) -> dict[str, Any]:
+    """The `info` of a file that `Tokens.save` wrote."""
+    return json.loads(open_tensors(Path(path))[1]["tokens"])["info"]
 
 
 def _name(index: int) -> str:

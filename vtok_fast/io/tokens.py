@@ -147,11 +147,11 @@ class Tokens:
         Raises FileNotFoundError, or ValueError for a file that is damaged, holds something else, or windows
         of different lengths.
         """
-        from vtok_fast.io.token_windows import WINDOWS_FORMAT, TokenWindows
+        from vtok_fast.io.token_windows import READABLE, TokenWindows
 
         path = Path(path)
         file, metadata = open_tensors(path)
-        if metadata.get("format") == WINDOWS_FORMAT:
+        if metadata.get("format") in READABLE:
             windows = TokenWindows(path)
             if windows[0].video_shape != windows[-1].video_shape:
                 raise ValueError(

@@ -15,6 +15,7 @@ from vtok_fast.io.video.errors import VideoError, pyav
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ones leave the transparency out
 STRICT = {"h264": {"err_detect": "explode+aggressive"}}  # without, H.264 hides what is damaged, unmarked
 BROADCAST = ("mpegts", "mpeg")  # streams whose clock starts anywhere
+BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"wide", b"skip", b"styp", b"sidx", b"uuid", b"mfra")
 _LEVEL = threading.Lock()
 
 
@@ -122,7 +123,7 @@ def declared_bytes(path: Path) -> int | None:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
-        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"styp"):
+        if head[4:8] in BOXES:
             at = 0
             while at + 8 <= size:
                 file.seek(at)
@@ -132,7 +133,7 @@ def declared_bytes(path: Path) -> int | None:
                     length = int.from_bytes(box[8:], "big")
                 if length == 0:  # to the end of the file
                     return None
-                if length < 8 or not box[4:8].isascii():  # not a box: something was appended
+                if length < 8 or (at + length > size and box[4:8] not in BOXES):  # something was appended
                     return None
                 at += length
             return at

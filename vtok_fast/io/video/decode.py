@@ -110,13 +110,15 @@ class Decoding:
     def time(self, pts: int | None) -> float | None:
         return None if pts is None else float((pts - self.start) * self.base)
 
-    def problem(self, pts: int | None, count: int, what: str, keep: bool = False) -> None:
-        """Note it, or raise Damaged."""
-        time = self.time(pts)
+    def problem(
+        self, pts: int | None, count: int, what: str, keep: bool = False, frame: int | None = None
+    ) -> None:
+        """Note it, or raise Damaged. frame: its number, where that is not how many were given."""
+        time, frame = self.time(pts), self.given if frame is None else frame
         if self.on_error == "stop":
             when = "" if time is None else f" at {time:.3f} s"
             raise Damaged(
-                f"path: {self.path}: frame {self.given}{when}: {what} "
+                f"path: {self.path}: frame {frame}{when}: {what} "
                 "(on_error, --on-error: skip or conceal goes on)"
             )
         done = "concealed" if keep else "left out"
@@ -125,11 +127,11 @@ class Decoding:
             last
             and count
             and (last.what, last.done) == (what, done)
-            and (last.frame + (last.count if done == "concealed" else 0) == self.given)
+            and (last.frame + (last.count if done == "concealed" else 0) == frame)
         ):
             last.count += count
         else:
-            self.problems.append(Problem(self.given, time, count, what, done))
+            self.problems.append(Problem(frame, time, count, what, done))
 
     def frames(self) -> Iterator[Timed]:
         """Raises VideoError."""

@@ -247,14 +247,14 @@ class open_video:
         held: list[tuple[Picture, list[np.ndarray] | None]] = []
         shared = 0
         for number, picture in enumerate(self.frames(first * step)):
+            if len(held) == length:  # not before the next frame, so that what is damaged at the end is noted
+                yield self._window(held, wanted(index), noted)
+                noted, index, shared = len(self.problems), index + 1, overlap
+                held = held[step:]
             # The frame is part of this window, and of those after it that begin at or before it.
             uses = range(index, first + number // step + 1)
             pixels = picture.pixels(size) if any(wanted(use) for use in uses) else None
             held.append((replace(picture, frame=None), pixels))
-            if len(held) == length:
-                yield self._window(held, wanted(index), noted)
-                noted, index, shared = len(self.problems), index + 1, overlap
-                held = held[step:]
         if len(held) > shared:
             yield self._window(held, wanted(index), noted)
 
@@ -265,7 +265,7 @@ class open_video:
         video = _video(pixels) if wanted else None
         return Window(_times(pictures), list(self.problems[noted:]), video)
 
-    def _shown(self, again: bool = True) -> Iterator[Picture]:
+    def _shown(self) -> Iterator[Picture]:
         """All frames, from the first one on, resampled if that is asked for."""
         rate = self.reading.rate
         if rate is None:
@@ -315,11 +315,9 @@ class open_video:
             pts = shown.pts - start
             if view.shown != first.shown:
                 what = f"its size is {_by(view.shown)}, that of the first frame {_by(first.shown)}"
-                place = f"path: {self.path}: frame {number} at {float(pts * base):.3f} s: {what}"
-                if self.reading.on_error == "stop":
-                    raise VideoError(f"{place} (on_error, --on-error: skip or conceal goes on)")
-                self._decoding.problem(shown.pts, 1, what, keep=self.reading.on_error == "conceal")
-                if self.reading.on_error == "skip":
+                keep = self.reading.on_error == "conceal"
+                self._decoding.problem(shown.pts, 1, what, keep, number)
+                if not keep:
                     continue
             number += 1
             yield Picture(shown.frame, pts, shown.duration, base, view, self.reading.background, first)

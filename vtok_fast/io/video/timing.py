@@ -67,6 +67,19 @@ class Times:
         end = self.end if last >= len(self.pts) else self.pts[last]
         return Times(self.base, self.pts[first:last], end)
 
+    def from_zero(self) -> Times:
+        """The same, beginning at 0."""
+        first = self.pts[0]
+        return Times(self.base, tuple(pts - first for pts in self.pts), self.end - first)
+
+    def to_base(self, base: Fraction) -> Times:
+        """In other units, rounded; no frame shorter than one of them."""
+        pts: list[int] = []
+        for value in (*self.pts, self.end):
+            exact = value * self.base / base
+            pts.append(round(exact) if not pts else max(round(exact), pts[-1] + 1))
+        return Times(base, tuple(pts[:-1]), pts[-1])
+
     @staticmethod
     def cat(parts: Sequence[Times]) -> Times:
         """Those of clips that follow one another. Raises ValueError if one begins before the last frame of

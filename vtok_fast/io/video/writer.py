@@ -53,11 +53,8 @@ def write_video(
         times = Times.constant(fps, shape[1])
     if len(times) != shape[1]:
         raise ValueError(f"times: of {len(times)} frames, the video has {shape[1]}")
+    times = writable(times)
     scale = timescale(times.base)
-    if max(times.steps) * times.base * scale >= LONGEST:
-        raise ValueError(
-            f"times: a frame of {max(times.durations):g} s is too long for a clock of {scale} Hz"
-        )
     shift = -min(times.pts[0], 0)
     pixels = (video if video.dtype == torch.uint8 else to_uint8(video.detach())).cpu().contiguous().numpy()
 
@@ -109,6 +106,16 @@ def join_videos(
                     offset = end
 
     write_atomically(path, write)
+
+
+def writable(times: Times) -> Times:
+    """Times that MP4 can hold: exactly these, or, where a clock is so fine that a frame's duration does not
+    fit into 32 bits, to a tenth of a millisecond, or to a second."""
+    for base in (times.base, Fraction(1, 10_000), Fraction(1)):
+        scale = timescale(base)
+        if scale < LONGEST and max(times.steps) * times.base * scale < LONGEST:
+            break
+    return times if base == times.base else times.to_base(base)
 
 
 def matrix(height: int) -> int:
