@@ -35,7 +35,7 @@ def score(
 ) -> dict[str, Any]:
     """What ``tokenize`` and ``detokenize`` have left of a video, in memory that does not grow with its
     length. Each frame of the reconstruction is compared with what the original shows in the middle of its
-    time; both times count from the first frame.
+    time.
 
     Args:
         tokens: what ``tokenize`` wrote: then also what they cost, and how much of the codebook they use.
@@ -138,13 +138,13 @@ def _pairs(
     """Clips of both, (C, T, H, W) uint8, of what is shown at the same times."""
     originals = _Shown(one, size)
     clip: list[tuple[Planes, Planes]] = []
-    begin: Fraction | None = None
     end = last = Fraction(0)
     frames = 0
     for picture in other.frames():
         time, last = picture.pts * picture.base, picture.duration * picture.base
-        begin = time if begin is None else begin
-        end, frames = time + last - begin, frames + 1
+        if not frames:
+            originals.align(time, last)
+        end, frames = time + last, frames + 1
         clip.append((originals.at(end - last / 2), picture.pixels()))
         if len(clip) == CLIP:
             yield _stacked(clip)
@@ -152,7 +152,7 @@ def _pairs(
     has, until, longest = originals.rest()
     if abs(end - until) > max(last, longest) / 2:
         raise ValueError(
-            f"reconstruction: it has {frames} frames, the original {has} frames (they last "
+            f"reconstruction: it has {frames} frames, the original {has} frames (they end at "
             f"{float(end):.3f} s and {float(until):.3f} s)"
         )
     if clip:
@@ -160,15 +160,24 @@ def _pairs(
 
 
 class _Shown:
-    """What a video shows at times that increase, counted from its first frame."""
+    """What a video shows at times that increase."""
 
     def __init__(self, source: open_video, size: int | tuple[int, int] | None):
         self.size, self._pictures = size, iter(source.frames())
         self._now: Picture = next(self._pictures)
         self._next = next(self._pictures, None)
-        self._begin = self._now.pts * self._now.base
+        self._late = Fraction(0)  # by how much it begins later than the other one
         self._planes: Planes | None = None
         self._count = 1
+
+    def align(self, begin: Fraction, duration: Fraction) -> None:
+        """To another video's first frame: their clocks are the same, unless one starts more than a frame
+        after the other; then both count from their first frames. A clock that starts below 0 is written from
+        0."""
+        own = self._now.pts * self._now.base
+        late = max(own, Fraction(0)) - begin
+        apart = abs(late) > max(duration, self._now.duration * self._now.base)
+        self._late = own - begin if apart else min(own, Fraction(0))
 
     def _step(self, after: Picture) -> None:
         self._now, self._planes = after, None
@@ -176,19 +185,19 @@ class _Shown:
         self._count += 1
 
     def at(self, time: Fraction) -> Planes:
-        """R, G and B of the frame."""
-        while self._next is not None and self._next.pts * self._next.base - self._begin <= time:
+        """R, G and B of the frame until that time: resampling rounds a frame of just that time up."""
+        while self._next is not None and self._next.pts * self._next.base - self._late < time:
             self._step(self._next)
         if self._planes is None:
             self._planes = self._now.pixels(self.size)
         return self._planes
 
     def rest(self) -> tuple[int, Fraction, Fraction]:
-        """How many frames there are, how long all of them last, and how long the last one."""
+        """How many frames there are, when the last one ends, and how long it lasts."""
         while self._next is not None:
             self._step(self._next)
         last = self._now.duration * self._now.base
-        return self._count, self._now.pts * self._now.base + last - self._begin, last
+        return self._count, self._now.pts * self._now.base + last - self._late, last
 
 
 def _stacked(clip: list[tuple[Planes, Planes]]) -> tuple[Tensor, Tensor]:
