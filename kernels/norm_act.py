@@ -180,7 +180,7 @@ def position_kernel(
     tb,
     tc,
     tt,
-    CENTRE: tl.constexpr,
+    CENTER: tl.constexpr,
     SILU: tl.constexpr,
     CHAIN: tl.constexpr,
     AFTER_NORM: tl.constexpr,
@@ -203,7 +203,7 @@ def position_kernel(
     inside = k < size
     mask = (q < positions)[:, None] & inside[None, :]
     v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, CHAIN)
-    if CENTRE:
+    if CENTER:
         v = tl.where(inside[None, :], v - (tl.sum(v, 1) / size)[:, None], 0.0)
     square = tl.sum(v * v, 1)
     if CHAIN == 1:
@@ -262,13 +262,13 @@ def sums_kernel(
     rc,
     rt,
     rp,
-    CENTRE: tl.constexpr,
+    CENTER: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Per channel over a part of an instance's positions: an origin, the mean less that, and the sum of
-    squared differences from the mean (without CENTRE the sum of squares). Programs (instances x parts, blocks
+    squared differences from the mean (without CENTER the sum of squares). Programs (instances x parts, blocks
     of channels)."""
     instance = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
@@ -286,7 +286,7 @@ def sums_kernel(
         b, t, p = _place(instance, q, frames, span, plane, FLAT)
         mask = (q < end)[:, None] & (c < channels)[None, :]
         v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
-        if CENTRE:
+        if CENTER:
             if first == begin:  # any value near the mean will do
                 origin = tl.sum(v, 0) / tl.minimum(count, BLOCK)
             v = tl.where(mask, v - origin[None, :], 0.0)
@@ -313,7 +313,7 @@ def statistics_kernel(
     channels,
     groups,
     eps,
-    CENTRE: tl.constexpr,
+    CENTER: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -327,7 +327,7 @@ def statistics_kernel(
     base = tl.load(origins + instance * parts * channels + first_c)
     average = tl.zeros((), tl.float32)
     deviation = tl.zeros((), tl.float32)
-    for phase in tl.static_range(2 if CENTRE else 1):
+    for phase in tl.static_range(2 if CENTER else 1):
         total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
         for first in range(0, parts, BLOCK_PARTS):
             for k in range(0, size, BLOCK_C):
@@ -337,18 +337,18 @@ def statistics_kernel(
                 at = (instance * parts + part)[:, None] * channels + (first_c + c)[None, :]
                 begin = tl.minimum(part * steps * BLOCK, positions)
                 count = (tl.minimum(begin + steps * BLOCK, positions) - begin).to(tl.float32)[:, None]
-                if CENTRE:
+                if CENTER:
                     away = (tl.load(origins + at, mask=mask, other=0.0) - base) + tl.load(
                         means + at, mask=mask, other=0.0
                     )
                     away = tl.where(mask, away - average, 0.0)
-                if phase == 0 and CENTRE:
+                if phase == 0 and CENTER:
                     total += away * count
                 else:
                     total += tl.load(squares + at, mask=mask, other=0.0)
-                    if CENTRE:
+                    if CENTER:
                         total += away * away * count
-        if phase == 0 and CENTRE:
+        if phase == 0 and CENTER:
             average = tl.sum(tl.sum(total, 1), 0) / elements
         else:
             deviation = tl.sum(tl.sum(total, 1), 0) / elements
@@ -521,7 +521,7 @@ def chain_types(
 
 
 def statistics(
-    vx: View, vr: View, shape: torch.Size, centre: bool, groups: int, per_frame: bool, eps: float, flat: bool
+    vx: View, vr: View, shape: torch.Size, center: bool, groups: int, per_frame: bool, eps: float, flat: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Origin, mean less that, and reciprocal deviation of each instance and group, float32 (instances,
     groups)."""
@@ -550,7 +550,7 @@ def statistics(
         parts,
         *vx.strides,
         *vr.strides,
-        centre,
+        center,
         flat,
         block,
         block_c,
@@ -565,7 +565,7 @@ def statistics(
         channels,
         groups,
         eps,
-        centre,
+        center,
         block,
         min(triton.next_power_of_2(parts), 32),
         min(triton.next_power_of_2(channels // groups), 32),
@@ -605,7 +605,7 @@ def norm_act(
     planar = vx.strides[1] != 1
     tail_first = 0 if tail is None else frames - tail.shape[2]
     strides = (*vx.strides, *vr.strides, *vs.strides, *vh.strides, *vy.strides, *vt.strides[:3])
-    centre = kind in ("layer", "group")
+    center = kind in ("layer", "group")
     with on_device_of(x):
         if kind in ("layer", "rms"):
             block_c = triton.next_power_of_2(channels // groups)
@@ -628,7 +628,7 @@ def norm_act(
                 eps,
                 tail_first,
                 *strides,
-                centre,
+                center,
                 silu,
                 chain,
                 *types,
@@ -638,7 +638,7 @@ def norm_act(
                 num_warps=warps,
             )
             return
-        found = statistics(vx, vr, x.shape, centre, groups, per_frame, eps, flat)
+        found = statistics(vx, vr, x.shape, center, groups, per_frame, eps, flat)
         span = 1 if per_frame else frames
         block_c = min(triton.next_power_of_2(channels), 16 if planar else 128)
         block, warps = tuned("group", x, block_c, span * plane, planar)

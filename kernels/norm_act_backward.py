@@ -1,6 +1,6 @@
 """Triton kernels of ``norm_act``, backward. The forward pass is computed again from its input.
 
-With x^ the normalised input, r the reciprocal deviation and g the gradient with respect to x^, the gradient
+With x^ the normalized input, r the reciprocal deviation and g the gradient with respect to x^, the gradient
 with respect to the input is r (g - mean(g) - x^ mean(g x^)), the first mean only where the mean was
 subtracted. ``layer`` and ``rms`` take one pass; ``group`` and ``group_rms`` add up g and g x^ per channel
 first, which also gives the gradients of weight and bias.
@@ -140,7 +140,7 @@ def position_backward_kernel(
     oc,
     ot,
     op,
-    CENTRE: tl.constexpr,
+    CENTER: tl.constexpr,
     SILU: tl.constexpr,
     WAN: tl.constexpr,
     FLAT: tl.constexpr,
@@ -162,7 +162,7 @@ def position_backward_kernel(
         b, t, p = _place(block // blocks, q, frames, frames, plane, FLAT)
         mask = (q < positions)[:, None] & inside[None, :]
         v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
-        if CENTRE:
+        if CENTER:
             v = tl.where(inside[None, :], v - (tl.sum(v, 1) / size)[:, None], 0.0)
         square = tl.sum(v * v, 1)
         if WAN:
@@ -211,7 +211,7 @@ def position_backward_kernel(
         along = tl.sum(g * xhat, 1) / size
         if WAN:  # under the floor the factor is a constant
             along = tl.where(norm > 1e-12, along, 0.0)
-        if CENTRE:
+        if CENTER:
             g = g - (tl.sum(g, 1) / size)[:, None]
         result = rstd[:, None] * (g - xhat * along[:, None])
         tl.store(_at(grad_x, b, c, t, p, ob, oc, ot, op), result.to(grad_x.dtype.element_ty), mask=mask)
@@ -221,7 +221,7 @@ def position_backward_kernel(
 
 
 @triton.jit
-def _normalised(
+def _normalized(
     x,
     residual,
     origin,
@@ -318,7 +318,7 @@ def group_sums_kernel(
         q = first + tl.arange(0, BLOCK)
         b, t, p = _place(instance, q, frames, span, plane, FLAT)
         mask = (q < end)[:, None] & inside[None, :]
-        xhat, r, group = _normalised(
+        xhat, r, group = _normalized(
             x,
             residual,
             origin,
@@ -426,7 +426,7 @@ def group_backward_kernel(
     oc,
     ot,
     op,
-    CENTRE: tl.constexpr,
+    CENTER: tl.constexpr,
     SILU: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -441,7 +441,7 @@ def group_backward_kernel(
     inside = c < channels
     b, t, p = _place(instance, q, frames, span, plane, FLAT)
     mask = (q < positions)[:, None] & inside[None, :]
-    xhat, r, group = _normalised(
+    xhat, r, group = _normalized(
         x,
         residual,
         origin,
@@ -501,7 +501,7 @@ def group_backward_kernel(
     if weight is not None:
         g = g * _per_channel(weight, c, inside)
     g = g - xhat * _per_channel(along, group, inside)
-    if CENTRE:
+    if CENTER:
         g = g - _per_channel(average, group, inside)
     tl.store(_at(grad_x, b, c, t, p, ob, oc, ot, op), (r * g).to(grad_x.dtype.element_ty), mask=mask)
 
@@ -532,7 +532,7 @@ def norm_act_backward(
     ``layout``; of scale and shift only those ``wanted``, by their places in the result."""
     b, channels, frames, h, w = x.shape
     plane, span = h * w, 1 if per_frame and "group" in kind else frames
-    centre, silu = kind in ("layer", "group"), activation == "silu"
+    center, silu = kind in ("layer", "group"), activation == "silu"
     full_scale, full_shift = (
         None if t is None else t.reshape((1,) * (5 - t.dim()) + t.shape) for t in (scale, shift)
     )
@@ -575,7 +575,7 @@ def norm_act_backward(
                 eps,
                 programs,
                 *strides,
-                centre,
+                center,
                 silu,
                 rounding == "wan",
                 flat,
@@ -586,7 +586,7 @@ def norm_act_backward(
             grad_weight, grad_bias = sums.sum(1)
         else:
             grad_weight, grad_bias = _group_backward(
-                inputs, vx, vr, vo, vos, voh, strides, x.shape, centre, silu, groups, span, eps, flat
+                inputs, vx, vr, vo, vos, voh, strides, x.shape, center, silu, groups, span, eps, flat
             )
     grad_scale, grad_shift = (
         None if g is None else g.sum_to_size(t.shape).to(t.dtype)
@@ -611,7 +611,7 @@ def _group_backward(
     voh: View,
     strides: tuple,
     shape: torch.Size,
-    centre: bool,
+    center: bool,
     silu: bool,
     groups: int,
     span: int,
@@ -622,7 +622,7 @@ def _group_backward(
     b, channels, frames, h, w = shape
     plane, instances = h * w, b * (frames // span)
     positions = span * plane
-    found = statistics(vx, vr, shape, centre, groups, span == 1, eps, flat)
+    found = statistics(vx, vr, shape, center, groups, span == 1, eps, flat)
     block_c = min(triton.next_power_of_2(channels), 16 if vx.strides[1] != 1 else 128)
     block, warps = tile(block_c, positions, vx.strides[1] != 1, VALUES["groups"])
     blocks, columns = triton.cdiv(positions, block), triton.cdiv(channels, block_c)
@@ -663,7 +663,7 @@ def _group_backward(
         channels,
         groups,
         *strides,
-        centre,
+        center,
         silu,
         flat,
         block,

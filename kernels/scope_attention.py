@@ -9,7 +9,7 @@ without atomics (FlashAttention-2, arXiv 2307.08691).
 Heads larger than 128 are split: scores are summed over chunks of the head, and each program makes 128 columns
     of the result.
 Strides travel in units of 8 elements: the compiler then knows that rows are aligned, whatever the lengths,
-and no length is specialised on.
+and no length is specialized on.
 """
 
 from __future__ import annotations
@@ -559,8 +559,8 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (block_m, block_n, num_warps, num_stages) per kernel and padded head, 256 for all that are split; what
-# differs on a family of GPUs stands behind. The largest that no register spills from, on any head of that
+# (block_m, block_n, num_warps, num_stages) per kernel and padded head, 256 for all that are split; then what
+# differs on a family of GPUs. The largest that no register spills from, on any head of that
 # size.
 _NARROW = {
     "forward": {

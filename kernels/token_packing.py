@@ -60,7 +60,7 @@ def scores_kernel(
     CELLS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """CELLS neighbouring tokens of one row of tokens; COLUMNS values of each of ROWS rows of pixels belong to
+    """CELLS neighboring tokens of one row of tokens; COLUMNS values of each of ROWS rows of pixels belong to
     each."""
     chunks = tl.cdiv(w, CELLS)
     task = tl.program_id(0)
@@ -248,7 +248,7 @@ def pack_kernel(
     CLIPS: tl.constexpr,
 ):
     """Programs (clips * blocks + empty blocks, blocks of channels). FSQ: the value is the index of the
-    token's codes. PLANAR: positions are adjacent; then all are read, since a mask between neighbours would
+    token's codes. PLANAR: positions are adjacent; then all are read, since a mask between neighbors would
     split the loads and save hardly a sector."""
     task = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -43,7 +43,7 @@ bool fast_bf16() {
 #endif
 }
 
-// Taps per output index after neighbouring taps that read the same source are summed; summed over the axis.
+// Taps per output index after neighboring taps that read the same source are summed; summed over the axis.
 int64_t folded_taps(const std::vector<int32_t>& table, int64_t out, int kernel, int upsample, PadMode mode) {
   if (upsample == 1 || mode == PadMode::reflect) return out * kernel;
   int64_t count = 0;
@@ -61,7 +61,7 @@ double direct_seconds(const ConvProblem& p, const ConvPlan& plan) {
   const bool narrow = outputs <= lanes(isa) / 2;
   const double columns =
       narrow ? outputs / narrow_rate(outputs) : (int64_t(outputs) + lanes(isa) - 1) / lanes(isa) * lanes(isa);
-  // Neighbouring columns of few channels are gathered as one run.
+  // Neighboring columns of few channels are gathered as one run.
   const double runs = p.groups == 1 && channels < lanes(isa) ? taps / plan.kw : taps;
   const bool in_place =
       narrow && p.x.dtype == DType::f32 && p.x.stride[1] == 1 && int64_t(channels) % lanes(isa) == 0;
@@ -83,7 +83,7 @@ double aten_share(const ConvProblem& p, const ConvPlan& plan) {
   }
   if (narrow < 16) return 0.25;
   if (p.threads == 1) return 0.12;  // another of ATen's paths, with a relayout
-  // Pointwise, nothing is left to hide the gather of the direct kernel behind: against its estimate ATen
+  // Pointwise, nothing hides the gather of the direct kernel: against its estimate ATen
   // stands higher than at 1.
   return plan.kt > 1 ? 0.3 : narrow < 64 ? 0.2 : 1.2;
 }
@@ -142,7 +142,7 @@ Status check_tensors(const ConvProblem& p) {
     return Status::Invalid("bias: expected contiguous (O), float32 or the type of x");
   for (int i : {0, 1, 3, 4})
     if (p.cache && p.cache.size[i] != p.x.size[i])
-      return Status::Invalid("cache: must have the shape of x but for its frames");
+      return Status::Invalid("cache: must have the shape of x except for its frames");
   return Status::Ok();
 }
 

@@ -55,7 +55,7 @@ Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices,
   std::vector<int32_t> basis(channels);
   for (int64_t c = 0, b = 1; c < channels; b *= levels[c++]) basis[c] = static_cast<int32_t>(b);
 
-  // The axes of the positions, innermost last; neighbours that all three tensors walk with one step become
+  // The axes of the positions, innermost last; neighbors that all three tensors walk with one step become
   // one.
   std::vector<Axis> axes;
   for (int i = 0; i < z.rank; ++i) {

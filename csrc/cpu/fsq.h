@@ -11,7 +11,7 @@
 namespace vtok::cpu {
 
 // z and codes (any rank, channels at `dim`), indices int32 (z's sizes without `dim`), all with any strides.
-// thresholds: float32 (channels, most levels - 1), contiguous, NaN behind the last of a channel. A NaN in z
+// thresholds: float32 (channels, most levels - 1), contiguous, NaN after the last of a channel. A NaN in z
 // gives the code NaN and the index -1.
 Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices, const Tensor& thresholds,
                     const std::vector<int64_t>& levels, int dim, int threads);

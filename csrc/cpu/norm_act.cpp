@@ -140,7 +140,7 @@ Status norm_act(const NormProblem& p) {
   merge_rows(plan);
   std::vector<float> weights, biases;
   plan.weight = channel_vector(p.weight, C, 1, weights), plan.bias = channel_vector(p.bias, C, 0, biases);
-  plan.channels_last = p.channels_last, plan.centred = p.centred, plan.silu = p.silu,
+  plan.channels_last = p.channels_last, plan.centered = p.centered, plan.silu = p.silu,
   plan.per_frame = p.per_frame;
   plan.groups = p.groups, plan.eps = p.eps;
 

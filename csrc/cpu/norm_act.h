@@ -13,7 +13,7 @@ struct NormProblem {
   // all but x and out may be absent; scale and shift have x's sizes
   Tensor x, weight, bias, scale, shift, residual, out;
   bool channels_last = true;    // channel stride 1 everywhere; else everything is (B, C, T, H, W) contiguous
-  bool centred = true;          // subtract the mean
+  bool centered = true;         // subtract the mean
   bool over_positions = false;  // statistics over positions too (GroupNorm); else at each position alone
   bool per_frame = false;
   int groups = 1;
@@ -39,7 +39,7 @@ struct NormPlan {
   int64_t batch, channels, frames, height, width;
   int64_t x_stride[5], residual_stride[5], scale_stride[5], shift_stride[5], out_stride[5];
   const float *weight, *bias;  // (C) float32, ones and zeros where absent
-  bool channels_last, centred, silu;
+  bool channels_last, centered, silu;
   int groups;
   float eps;
   int64_t chunk, chunks_per_frame;    // positions per task

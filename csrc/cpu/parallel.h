@@ -21,8 +21,8 @@ void parallel_for(int64_t tasks, int threads, F&& body) {
       [](void* context, int64_t task, int thread) { (*static_cast<F*>(context))(task, thread); }, &body);
 }
 
-// Uses the GNU OpenMP runtime that is already loaded from `path`. False where that file is not loaded or is
-// no such runtime.
+// Uses the GNU OpenMP runtime that is already loaded from `path`. False if that file is not loaded or is
+// not such a runtime.
 bool use_openmp_runtime(const char* path);
 const char* threading_runtime();  // "gomp" or "std::thread"
 

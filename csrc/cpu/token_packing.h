@@ -26,7 +26,7 @@ Status select_tokens(const Tensor& scores, const Tensor& budget, const Tensor& k
 Status count_tokens(const Tensor& mask, const Tensor& cu_seqlens, int threads);
 
 // Elements of any type are moved as 1, 2, 4 or 8 bytes. tokens (B, C, n), any strides; values (N, C) and
-// indices int32 (N), contiguous; rows behind the last token are left alone.
+// indices int32 (N), contiguous; rows after the last token are not written.
 Status pack_tokens(const Tensor& tokens, const Tensor& mask, const Tensor& values, const Tensor& indices,
                    int threads);
 

@@ -50,7 +50,7 @@ VTOK_INLINE void stream_fence() {
   _mm_sfence();
 #endif
 }
-VTOK_INLINE vfloat load_n(const float* p, int n) {  // the first n lanes, zeros behind
+VTOK_INLINE vfloat load_n(const float* p, int n) {  // the first n lanes, then zeros
   vfloat v = {};
   memcpy(&v, p, 4 * n);
   return v;
@@ -67,8 +67,8 @@ VTOK_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// The lanes of a, or of a and b one behind the other, that index names. (clang's own builtin takes constants
-// alone.)
+// The lanes of a, or of a and b concatenated, that index names. (clang's own builtin takes only
+// constants.)
 template <class V, class I>
 VTOK_INLINE V shuffle(V a, V b, I index) {
 #if defined(__clang__)

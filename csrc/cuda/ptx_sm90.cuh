@@ -1,5 +1,5 @@
 // The instructions that only sm_90a has, one function each: mbarrier, clusters, TMA tiles, stmatrix, wgmma.
-// For sources named *_sm90.cu, which are built for that architecture alone. In the emulator:
+// For sources named *_sm90.cu, which are built only for that architecture. In the emulator:
 // tests/emulator/sm90.h.
 #pragma once
 #include "cuda/ptx.cuh"
@@ -16,7 +16,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t bar, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
 
-// By the thread that initialised: TMA may signal the barriers from now on (other threads of the block: after
+// By the thread that initialized: TMA may signal the barriers from now on (other threads of the block: after
 // __syncthreads).
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -200,7 +200,7 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
 
 // tma_load fills a box in shared memory, zeros where it is out of bounds, and gives its bytes to the barrier;
 // tma_load_multicast does so at the same places of all blocks of the cluster in the mask. tma_store writes a
-// box, but for what is out of bounds, as part of this thread's group; threads that have written to it in
+// box, except what is out of bounds, as part of this thread's group; threads that have written to it in
 // shared memory need fence_proxy_async first.
 #define VTOK_TMA(rank, load_at, multicast_at, store_at, ...)                                              \
   __device__ __forceinline__ void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar,             \

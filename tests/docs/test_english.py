@@ -15,7 +15,7 @@ HABITS = {
     "say what it is not": r"(?<!\bthere )\b(?:is|are|was|were) (?-i:none)\b(?! of\b)",
     "say 'lacks'": r"\b(?:has|have|had) not(?=[.,:;)])",
     "say 'except'": r"\bbut for\b",
-    "say 'after'": r"(?<!\bleft )(?<!\bleave )(?<!\bleaves )(?<!\bnone )\bbehind(?=[.,:;)]|$)"
+    "say 'after'": r"\bbehind(?=[.,:;)]|$)"
     r"|\b(?:one|before,?|and|zeros|rows?|copies|frames?|lanes|floats|values?|NaN|lies?|stands?) behind\b",
     "say 'only'": r"\b(?:on an?|for|in|of this|of these) (?:\w+ )?\w+ alone\b|\blibrary alone\b",
 }
@@ -75,6 +75,7 @@ def files() -> list[Path]:
 
 def faults(text: str) -> list[tuple[str, str]]:
     """(the words, what to do instead)"""
+    text = re.sub(r"\b(?:leav\w+|left)\b[^.]{0,20} behind\b", " ", text)
     found = [
         (text[max(m.start() - 30, 0) : m.end() + 30], advice)
         for advice, habit in HABITS.items()
@@ -84,24 +85,7 @@ def faults(text: str) -> list[tuple[str, str]]:
     return found + [(m[0], "spell it the American way") for m in spelled]
 
 
-# Not gone over yet.
-LATER = (
-    "csrc/",
-    "docs/extending.md",
-    "docs/models.md",
-    "docs/swap.md",
-    "docs/videos.md",
-    "kernels/",
-    "vtok_fast/commands/",
-    "vtok_fast/dispatch/",
-    "vtok_fast/io/",
-    "vtok_fast/nn/",
-    "vtok_fast/ops/",
-    "vtok_fast/reference/",
-    "vtok_fast/swap/",
-    "CONTRIBUTING.md",
-)
-NAMES = [str(file.relative_to(ROOT)) for file in files() if not str(file.relative_to(ROOT)).startswith(LATER)]
+NAMES = [str(file.relative_to(ROOT)) for file in files()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,6 +136,7 @@ def test_a_habit_is_found(text):
         "none of them is a tensor",
         "the kernels behind a thin API",
         "nothing is left behind.",
+        "kernels leave no graph behind, so",
         "it is left alone",
         "depends on the seed alone",
         "it has not been measured",

@@ -223,7 +223,7 @@ def test_weights_of_any_strides(weights_like):
 
 
 REFUSED = {
-    "the GPU is no Hopper": {"capability": 80},
+    "the GPU is not a Hopper": {"capability": 80},
     "bfloat16 and float16 only": {"dtype": torch.float32},
     "channels_last_3d of 8, 16": {"channels": 12},
     "no tile suits": {"shared_limit": 32 << 10},

@@ -220,7 +220,7 @@ def test_damaged_tokens_files(tmp_path):
         with pytest.raises(ValueError, match=message):
             Tokens.load(path)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="no tokens file"):
+    with pytest.raises(ValueError, match="not a tokens file"):
         Tokens.load(path)
 
 

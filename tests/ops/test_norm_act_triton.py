@@ -28,7 +28,7 @@ def test_results_under_the_interpreter():
 @pytest.mark.parametrize("cc", CAPABILITIES)
 def test_forward_compiles(cc):
     everything, wide = OPTIONAL[:6], r"{}\.global[.\w]*\.v4"
-    once = {"CENTRE": True, "SILU": True, "CHAIN": 0, **AFTER}
+    once = {"CENTER": True, "SILU": True, "CHAIN": 0, **AFTER}
     for element, width, planar, present in (
         ("bf16", 512, False, OPTIONAL[1:3]),
         ("fp32", 1024, False, OPTIONAL[1:3]),
@@ -41,14 +41,14 @@ def test_forward_compiles(cc):
         assert resources.has(wide.format("ld")) and resources.has(wide.format("st")), (width, planar)
     for planar in (False, True):
         width = 16 if planar else 128
-        assert compiled(kernels.sums_kernel, cc, "bf16", width, planar=planar, CENTRE=True).has(
+        assert compiled(kernels.sums_kernel, cc, "bf16", width, planar=planar, CENTER=True).has(
             wide.format("ld")
         )
         resources = compiled(
             kernels.group_kernel, cc, "bf16", width, planar=planar, present=everything, SILU=True
         )
         assert resources.has(wide.format("st"))
-    compiled(kernels.statistics_kernel, cc, "bf16", 32, CENTRE=True, BLOCK_PARTS=32, warps=4)
+    compiled(kernels.statistics_kernel, cc, "bf16", 32, CENTER=True, BLOCK_PARTS=32, warps=4)
 
 
 @pytest.mark.parametrize("cc", CAPABILITIES)
@@ -62,7 +62,7 @@ def test_chains_compile(cc, chain):
         "bf16",
         128,
         present=("weight",),
-        CENTRE=False,
+        CENTER=False,
         SILU=True,
         CHAIN=kernels.CHAINS[chain],
         **dict(zip(AFTER, types)),
@@ -80,12 +80,12 @@ def test_backward_compiles(cc):
             element,
             width,
             planar=planar,
-            CENTRE=True,
+            CENTER=True,
             SILU=True,
             WAN=False,
         )
     compiled(
-        backward.position_backward_kernel, cc, "bf16", 128, present=OPTIONAL, CENTRE=True, SILU=True, WAN=True
+        backward.position_backward_kernel, cc, "bf16", 128, present=OPTIONAL, CENTER=True, SILU=True, WAN=True
     )
     for planar in (False, True):
         width = 16 if planar else 128
@@ -97,7 +97,7 @@ def test_backward_compiles(cc):
             width,
             planar=planar,
             present=OPTIONAL,
-            CENTRE=True,
+            CENTER=True,
             SILU=True,
             FLAT=False,
         )
@@ -135,7 +135,7 @@ def test_sizes_of_one_compile(kernel):
             1,
             present=OPTIONAL,
             warps=4,
-            CENTRE=True,
+            CENTER=True,
             SILU=True,
             CHAIN=1,
             WAN=True,

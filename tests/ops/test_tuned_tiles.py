@@ -43,11 +43,11 @@ def test_tiles_have_no_more_values_for_a_thread_and_warps_that_exist():
 @pytest.mark.parametrize("cc", (80, 90))
 @pytest.mark.parametrize("planar", (False, True))
 def test_tiles_of_norms_fit(cc, planar):
-    once = {"CENTRE": True, "SILU": True, "CHAIN": 0, **AFTER}
+    once = {"CENTER": True, "SILU": True, "CHAIN": 0, **AFTER}
     channels = 16 if planar else 128
     for kernel, width, values, options in (
         (norm_act.position_kernel, 512, 8192, once),
-        (norm_act.sums_kernel, channels, norm_act.SUMS, {"CENTRE": True}),
+        (norm_act.sums_kernel, channels, norm_act.SUMS, {"CENTER": True}),
         (norm_act.group_kernel, channels, 8192, {"SILU": True}),
     ):
         for block, warps in tiles_near(norm_act.tile(width, 1 << 20, planar, values))[1:]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast import metrics
-from vtok_fast.commands.tokenize import centre, reading_of, systems
+from vtok_fast.commands.tokenize import center, systems
 from vtok_fast.io.token_windows import TokenWindows
 from vtok_fast.io.video import Picture, open_video, to_float
 
@@ -39,7 +39,7 @@ def score(
 
     Args:
         tokens: what ``tokenize`` wrote: then also what they cost, and how much of the codebook they use.
-        size: as it was tokenised with. None: a frame that is only a little larger than the reconstruction's
+        size: as it was tokenized with. None: a frame that is only a little larger than the reconstruction's
             is cut, as it then was; another one is scaled until it covers the reconstruction's, and cut.
         fvd_network: a TorchScript file, see `vtok_fast.metrics.load_fvd_network`; FVD is of the clips
             of 16 frames.
@@ -70,7 +70,7 @@ def score(
                     f"reconstruction of "
                     f"{height}x{width}"
                 )
-            a = centre(a, height, width)
+            a = center(a, height, width)
             for first in range(0, a.shape[1], PIECE):
                 quality.update(*(to_float(x[:, first : first + PIECE]) for x in (b, a)))
             if features is not None and a.shape[1] == CLIP:

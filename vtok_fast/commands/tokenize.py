@@ -5,7 +5,7 @@ The video is read as a player shows it (docs/videos.md), and each frame's own ti
 
 A window is what the model's `window` says: 17 frames, or 16 of a model that is not causal; InfoTok 81 that
 share 3 with the window before; ProMAG its chunk and overlap; TivTok eight chunks, which share their invariant
-tokens. Every window is tokenised on its own, the frames that two share are blended when they are decoded, as
+tokens. Every window is tokenized on its own, the frames that two share are blended when they are decoded, as
 `stream` of the model does (but VidTok's, which is one pass over the whole). The last window may be shorter;
 where a model needs 1 + k * factor frames, copies of the last one fill it up and come off again at the end.
 
@@ -147,28 +147,20 @@ def tokenize(
     passes = 1
     total = 1 - min(window - count, 0) // (window - overlap) if count else None
 
-    def each(suffix: str, make: Callable[[Tensor, Window, Path], None]) -> list[Path]:
-        """Let make(window (1, C, T, H, W), its frames, part) write each part that is not there. Returns the
-        parts."""
-        first = 0
-        while job.part(first, suffix).is_file():
-            first += 1
-        # What follows the parts that are there is read from the one before it, which may be the last.
-        first = max(first - 1, 0)
-        parts = [job.part(index, suffix) for index in range(first)]
-        with open_video(video, **reading) as source:
-            windows = source.windows(
-                window, size, overlap, first=first, wanted=lambda index: not job.part(index, suffix).is_file()
-            )
-            with contextlib.closing(windows):
-                for index, frames in enumerate(windows, first):
-                    parts.append(job.part(index, suffix))
-                    if not parts[-1].is_file():
-                        made = _filled(to_float(centre(frames.read(), height, width)), model)
-                        parameter = next(model.parameters())
-                        make(made.to(parameter.device, parameter.dtype)[None], frames, parts[-1])
-                    progress(done + len(parts), total and passes * total)
-        if not parts:
+    def each(suffix: str, make: Callable[[Tensor, Path], None]) -> tuple[int, list[Path]]:
+        """Let make(window (1, C, T, H, W), part) write each part that is not there. Returns the video's
+        frames, and the parts."""
+        frames, parts = 0, []
+        with open_video(video) as source:
+            for index, (length, read) in enumerate(source.windows(window, size, overlap)):
+                parts.append(job.part(index, suffix))
+                frames += length - overlap * (index > 0)
+                if not parts[-1].is_file():
+                    made = _filled(to_float(center(read(), height, width)), model)
+                    parameter = next(model.parameters())
+                    make(made.to(parameter.device, parameter.dtype)[None], parts[-1])
+                progress(done + len(parts), total and passes * total)
+        if not frames:
             raise VideoError(f"path: {video} has no frames")
         return parts
 
@@ -218,9 +210,8 @@ def detokenize(
     Raises:
         FileNotFoundError: there are no such tokens.
         ValueError: the file is damaged, comes from another model or other weights, or has an odd height or
-            width, which H.264 has not; the output is the file of tokens; or the folder of parts is somebody
-            else's.
-        OSError: the output cannot be written, or another run is writing it.
+            width, which H.264 does not allow; or the parts folder belongs to another run.
+        OSError: the output cannot be written.
     """
     path, output = Path(tokens), Path(output)
     windows = TokenWindows(path)
@@ -364,7 +355,7 @@ def _choice(model: nn.Module, choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filled(video: Tensor, model: nn.Module) -> Tensor:
-    """A window (C, T, H, W) with copies of the last frame behind it, up to a number of frames that comes back
+    """A window (C, T, H, W) with copies of the last frame appended, up to a number of frames that comes back
     complete."""
     missing = _whole(video.shape[1], model) - video.shape[1]
     return torch.cat((video, video[:, -1:].expand(-1, missing, -1, -1)), 1) if missing else video
@@ -400,7 +391,7 @@ def _frame(height: int, width: int, size: int | tuple[int, int] | None, factor: 
     return cut
 
 
-def centre(video: Tensor, height: int, width: int) -> Tensor:
+def center(video: Tensor, height: int, width: int) -> Tensor:
     """The middle of the frames of a video (C, T, H, W)."""
     top, left = (video.shape[2] - height) // 2, (video.shape[3] - width) // 2
     return video[:, :, top : top + height, left : left + width]

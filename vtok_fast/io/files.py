@@ -56,7 +56,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> N
     """
     path = Path(path).resolve()  # a link keeps pointing to what it points to
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, f"path: cannot write {path}: it is no regular file")
+        raise OSError(errno.EINVAL, f"path: cannot write {path}: it is not a regular file")
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:

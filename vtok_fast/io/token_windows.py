@@ -1,8 +1,8 @@
 """`TokenWindows`: the tokens of a long video in one file, window by window, written and read in the memory of
 one.
 
-The file is safetensors like that of `Tokens`, with a tensor for each window: what `Tokens.save` writes for it
-alone. All windows are of one model and frame size; only the last one may have fewer frames.
+The file is safetensors like that of `Tokens`, with a tensor for each window: what `Tokens.save` writes for
+that window. All windows are of one model and frame size; only the last one may have fewer frames.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class TokenWindows(Sequence[Tokens]):
             return Tokens.from_header(self._headers[index], self._file.get_tensor(_name(index)))
         except (KeyError, TypeError, ValueError) as error:  # sound, but not of our making
             raise ValueError(
-                f"path: window {index} of {self.path} is none ({type(error).__name__}: {error})"
+                f"path: window {index} of {self.path} is not a valid window ({type(error).__name__}: {error})"
             ) from error
 
 
@@ -157,7 +157,7 @@ def _part(path: str | os.PathLike) -> tuple[dict[str, Any], Tensor]:
     """The header of a file of `Tokens`, and its tensor as it is stored."""
     file, metadata = open_tensors(Path(path))
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"path: {path} is no tokens file of this version")
+        raise ValueError(f"path: {path} is not a tokens file of this version")
     data, digest = file.get_tensor("tokens"), hashlib.sha256(metadata["tokens"].encode())
     checksum(digest, data)
     if digest.hexdigest() != metadata["sha256"]:

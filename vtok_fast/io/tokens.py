@@ -162,8 +162,8 @@ class Tokens:
             return replace(cls.stack(list(windows)), info=windows.info)
         if metadata.get("format") != FORMAT or "tokens" not in file.keys():  # noqa: SIM118 (not a dict)
             raise ValueError(
-                f"path: {path} is no tokens file of this version (format {metadata.get('format')!r}, wanted "
-                f"{FORMAT!r})"
+                f"path: {path} is not a tokens file of this version (format {metadata.get('format')!r}, "
+                f"wanted {FORMAT!r})"
             )
         data, digest = file.get_tensor("tokens"), hashlib.sha256(metadata.get("tokens", "").encode())
         checksum(digest, data)

@@ -1,4 +1,4 @@
-"""``nn.FSQ``: finite scalar quantisation as a module without parameters."""
+"""``nn.FSQ``: finite scalar quantization as a module without parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vtok_fast.ops.fsq import VARIANTS, FSQOutput, check_levels, fsq_decode, fsq
 
 
 class FSQ(nn.Module):
-    """Quantises a latent with len(levels) channels at ``dim``; no parameters, no buffers, no state keys.
+    """Quantizes a latent with len(levels) channels at ``dim``; no parameters, no buffers, no state keys.
 
     Options as in `vtok_fast.fsq_quantize`.
 

@@ -84,7 +84,7 @@ class NormAct(nn.Module):
         shift: Tensor | None = None,
         tail_frames: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalises ``x``; ``residual``, ``scale``, ``shift`` and ``tail_frames`` as in
+        """Normalizes ``x``; ``residual``, ``scale``, ``shift`` and ``tail_frames`` as in
         `vtok_fast.norm_act`."""
         return norm_act(
             x,

@@ -39,7 +39,7 @@ def rotary_angles(
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns neighbouring pairs of ``x`` (..., S, D) by ``angles`` (n, D / 2), which begin anew every n rows,
+    """Turns neighboring pairs of ``x`` (..., S, D) by ``angles`` (n, D / 2), which begin anew every n rows,
     in float32 or more."""
     if (
         angles.dim() != 2

@@ -1,4 +1,4 @@
-"""What finite scalar quantisation means (Mentzer et al. 2023, "Finite Scalar Quantization"), in plain
+"""What finite scalar quantization means (Mentzer et al. 2023, "Finite Scalar Quantization"), in plain
 PyTorch.
 
 Each channel is bounded, ``b(z) = tanh(z + shift) * half_l - offset``, and rounded to one of its L levels. The
@@ -175,15 +175,15 @@ def fsq_entropy_loss(
     gamma: float = 1.0,
     dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """(entropy term, commitment term), as in `vtok_fast.fsq_entropy_loss`; ``codes`` are the quantised
+    """(entropy term, commitment term), as in `vtok_fast.fsq_entropy_loss`; ``codes`` are the quantized
     ``z``."""
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat = z.movedim(dim, -1).reshape(-1, len(levels)).to(wide)
     token_entropy = flat.new_zeros(())
     probabilities = []
     for channel, level in enumerate(levels):
-        centres = (torch.arange(level, device=z.device, dtype=wide) - level // 2) / (level // 2)
-        log_p = torch.log_softmax(2 * inv_temperature * flat[:, channel, None] * centres, -1)
+        centers = (torch.arange(level, device=z.device, dtype=wide) - level // 2) / (level // 2)
+        log_p = torch.log_softmax(2 * inv_temperature * flat[:, channel, None] * centers, -1)
         p = log_p.exp()
         token_entropy = token_entropy - (p * log_p).sum(-1).mean()
         probabilities.append(p)

@@ -1,4 +1,4 @@
-"""What ``norm_act`` means, in plain PyTorch: normalise, scale and shift per channel, modulate, activate. And
+"""What ``norm_act`` means, in plain PyTorch: normalize, scale and shift per channel, modulate, activate. And
 its gradient.
 
 LayerNorm (Ba et al. 2016), RMSNorm (Zhang & Sennrich 2019) and GroupNorm (Wu & He 2018) over videos (B, C, T,
@@ -37,7 +37,7 @@ def norm_act(
         return _chain(x, weight, bias, eps, scale, shift, residual, activation, rounding)
     wide = _wide(x)
     v = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
-    y = affine(normalise(v, kind, groups, per_frame, eps)[0], weight, bias)
+    y = affine(normalize(v, kind, groups, per_frame, eps)[0], weight, bias)
     if scale is not None:
         y = y * scale.to(wide)
     if shift is not None:
@@ -45,10 +45,10 @@ def norm_act(
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
-def normalise(
+def normalize(
     v: Tensor, kind: str, groups: int, per_frame: bool, eps: float, rounding: str = "once"
 ) -> tuple[Tensor, Tensor]:
-    """The normalised video and the reciprocal deviation that it was multiplied by, (B, groups, 1, T or 1, H
+    """The normalized video and the reciprocal deviation that it was multiplied by, (B, groups, 1, T or 1, H
     or 1, W or 1)."""
     g = _grouped(v, groups)
     over = _reduced(kind, per_frame)
@@ -144,14 +144,14 @@ def norm_act_backward(
     """Gradients for (x, weight, bias, scale, shift, residual), None for the absent; the forward pass is
     computed again.
 
-    With x^ the normalised input, r the reciprocal deviation and g the gradient with respect to x^, the
+    With x^ the normalized input, r the reciprocal deviation and g the gradient with respect to x^, the
     gradient with respect to the input is r (g - mean(g) - x^ mean(g x^)), the first mean only where the mean
     was subtracted. All in float32, or in float64 for a float64 input; roundings inside the chains count as
     exact.
     """
     wide = _wide(x)
     v = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
-    xhat, rstd = normalise(v, kind, groups, per_frame, eps, rounding)
+    xhat, rstd = normalize(v, kind, groups, per_frame, eps, rounding)
     u = affine(xhat, weight, bias)
     m = u if scale is None else u * scale.to(wide)
     if shift is not None:

@@ -17,7 +17,7 @@ def scope_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
 
     Args:
         q: (B, heads, Sq, D).
-        k, v: (B, heads / n, Sk, D); n neighbouring heads of queries share one of keys.
+        k, v: (B, heads / n, Sk, D); n neighboring heads of queries share one of keys.
         mask: (Sq, Sk) bool, True where the query sees the key.
         scale: multiplies the scores.
 

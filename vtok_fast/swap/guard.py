@@ -65,7 +65,7 @@ def why_bypassed(name: str, part: nn.Module) -> Reason:
     if "_conv_forward" in part.__dict__:
         return f"{name}._conv_forward was replaced"
     if "parametrizations" in part._modules:
-        return f"{name} is parametrised"
+        return f"{name} is parametrized"
     return None
 
 

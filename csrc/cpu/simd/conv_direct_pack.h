@@ -17,7 +17,7 @@ struct WeightSet {
 };
 
 // Reads `width` <= kLanes output channels from `first` on, for `count` input channels from c0 on, into
-// block[count][kt*kh*kw][kLanes], zeros behind `width`.
+// block[count][kt*kh*kw][kLanes], zeros after `width`.
 template <class E>
 static void read_weights(const Tensor& w, int64_t first, int64_t width, int64_t c0, int64_t count,
                          float* block) {
@@ -125,7 +125,7 @@ struct Tile {
   int32_t batch[kTileRows], t[kTileRows], h[kTileRows], w[kTileRows], number[kTileRows];
 };
 
-// Copies n channels at stride `stride` as float32. May write up to kLanes - 1 floats behind n where they will
+// Copies n channels at stride `stride` as float32. May write up to kLanes - 1 floats after n where they will
 // be overwritten or never read.
 template <class E>
 VTOK_INLINE void copy_channels(float* to, const typename E::type* from, int64_t n, int64_t stride) {
@@ -169,7 +169,7 @@ static void gather_rows(const DirectJob& job, const Tile& tile, int r0, int r1, 
       if (row < 0 || col < 0) {
         for (int64_t q = 0; q < n; q += kLanes) store(at + q, vfloat{});
       } else {
-        // Few channels: neighbouring columns that are neighbours in memory are copied as one run.
+        // Few channels: neighboring columns that are neighbors in memory are copied as one run.
         if (C < kLanes && stride[4] == C && stride[1] == 1 && job.problem->groups == 1)
           for (; j < col_taps && cols[j] == col + (j - j0) && n < left; ++j) n = min64(n + C, left);
         const type* from = reinterpret_cast<const type*>(terms[x].base) + tile.batch[r] * stride[0] +

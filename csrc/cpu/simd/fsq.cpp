@@ -1,4 +1,4 @@
-// Counts thresholds with a vector of values at a time: neighbouring positions of one channel where those are
+// Counts thresholds with a vector of values at a time: neighboring positions of one channel where those are
 // adjacent, and otherwise, where the channels of a position are adjacent, whatever channels the lanes fall
 // on.
 #include "cpu/fsq.h"
@@ -74,8 +74,8 @@ VTOK_INLINE vint adjacent_positions(const FsqRun& r, const FsqLevels& l, int64_t
     for (int v = 0; v < kVectors; ++v) level[v] = counted(level[v], z[v], t);
   }
   for (int v = 0; v < kVectors; ++v) {
-    const vfloat centred = to_float(level[v]) - half;
-    put<E, kStream>(to + v * kLanes, power_of_two ? centred * (1 / half) : centred / half);
+    const vfloat centered = to_float(level[v]) - half;
+    put<E, kStream>(to + v * kLanes, power_of_two ? centered * (1 / half) : centered / half);
     nan |= z[v] != z[v];
     vint index = {};
     if (c) memcpy(&index, parts + v * kLanes, sizeof index);

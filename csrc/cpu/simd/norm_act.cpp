@@ -1,5 +1,5 @@
-// Normalisation in float32, each value read from memory once: a row of channels (channels-last), or a block
-// of neighbouring pixels of all channels (planes), is copied to scratch that stays in cache, and the mean,
+// Normalization in float32, each value read from memory once: a row of channels (channels-last), or a block
+// of neighboring pixels of all channels (planes), is copied to scratch that stays in cache, and the mean,
 // the squares about it and the result are computed there. Squares are taken about the mean and corrected by
 // the remaining sum of differences, so a large mean costs no accuracy.
 #include "cpu/norm_act.h"
@@ -112,7 +112,7 @@ VTOK_INLINE void for_channels(int64_t channels, F&& body) {
   if (channels % kLanes) body(channels - kLanes, int(kLanes));
 }
 
-// Channels [0, n) of one pixel into `row` as float32, residual added, and kLanes zeros behind.
+// Channels [0, n) of one pixel into `row` as float32, residual added, and kLanes zeros after it.
 template <class E>
 VTOK_INLINE void fill_row(const typename E::type* x, const typename E::type* residual, int64_t channels,
                           float* row) {
@@ -127,7 +127,7 @@ VTOK_INLINE void fill_row(const typename E::type* x, const typename E::type* res
 // LayerNorm or RMSNorm of the `channels` values of every pixel of a run. A few pixels go through each step
 // together, because a pixel alone is one long chain of dependent sums, a root and a quotient.
 template <class E, bool kSilu, bool kPlain>
-void normalise_run(Run<E> r, const float* weight, const float* bias, int64_t channels, bool centred,
+void normalize_run(Run<E> r, const float* weight, const float* bias, int64_t channels, bool centered,
                    float eps, float* rows) {
   constexpr int kTogether = 8;
   const int64_t pitch = rounded_up(channels) + kLanes;
@@ -137,13 +137,13 @@ void normalise_run(Run<E> r, const float* weight, const float* bias, int64_t cha
     const int together = int(at_most(kTogether, r.pixels - done));
     for (int j = 0; j < together; ++j)
       fill_row<E>(r.x + j * r.x_step, moved(r.residual, j * r.residual_step), channels, rows + j * pitch);
-    if (centred)
+    if (centered)
       for (int j = 0; j < together; ++j) {
         float* row = rows + j * pitch;
         vfloat s = {};
         for (int64_t c = 0; c < channels; c += kLanes) s += load(row + c);
         mean[j] = total(s) * inverse;
-        // the lanes behind the row differ from the mean by nothing
+        // the lanes after the row equal the mean
         store(row + channels, broadcast(mean[j]));
       }
     for (int j = 0; j < together; ++j) {
@@ -154,7 +154,7 @@ void normalise_run(Run<E> r, const float* weight, const float* bias, int64_t cha
         d += v;
         q = fma(v, v, q);
       }
-      const float left = centred ? total(d) * inverse : 0;
+      const float left = centered ? total(d) * inverse : 0;
       gain[j] = reciprocal_std(total(q) * inverse - left * left, eps);
       offset[j] = -left * gain[j];
     }
@@ -177,7 +177,7 @@ void positions_rows(const NormPlan& p, NormTask k, float* rows) {
   const int64_t cg = p.channels / p.groups;
   for (int64_t done = 0; done < k.count; done += run_at<E>(p, k, done, 0).pixels)
     for (int64_t c = 0; c < p.channels; c += cg)
-      normalise_run<E, kSilu, kPlain>(run_at<E>(p, k, done, c), p.weight + c, p.bias + c, cg, p.centred,
+      normalize_run<E, kSilu, kPlain>(run_at<E>(p, k, done, c), p.weight + c, p.bias + c, cg, p.centered,
                                       p.eps, rows);
 }
 
@@ -189,13 +189,13 @@ void moments_rows(const NormPlan& p, NormTask k, Moments* out, float* scratch) {
   float *squares = sums + pitch, *means = squares + pitch, *row = scratch;
   for (int64_t done = 0; done < k.count;) {
     Run<E> r = run_at<E>(p, k, done, 0);
-    for (int64_t i = 0; i < r.pixels; ++i, row += C)  // the zeros behind each row give way to the next
+    for (int64_t i = 0; i < r.pixels; ++i, row += C)  // the next row overwrites the zeros after each row
       fill_row<E>(r.x + i * r.x_step, moved(r.residual, i * r.residual_step), C, row);
     done += r.pixels;
   }
   const double n = double(k.count) * cg;
   for (int g = 0; g < p.groups; ++g) out[g] = {n, 0, 0};
-  if (p.centred) {
+  if (p.centered) {
     for (int64_t c = 0; c < C; c += kLanes) {
       vfloat even = {}, odd = {};
       for (int64_t i = 0; i + 1 < k.count; i += 2)
@@ -226,8 +226,8 @@ void moments_rows(const NormPlan& p, NormTask k, Moments* out, float* scratch) {
   for (int g = 0; g < p.groups; ++g) {
     double d = 0, q = 0;
     for (int64_t c = g * cg; c < (g + 1) * cg; ++c) d += sums[c], q += squares[c];
-    out[g].m2 = p.centred ? q - d * d / n : q;
-    if (p.centred) out[g].mean += d / n;
+    out[g].m2 = p.centered ? q - d * d / n : q;
+    if (p.centered) out[g].mean += d / n;
   }
 }
 
@@ -250,7 +250,7 @@ void apply_rows(const NormPlan& p, NormTask k) {
 
 // ---- planes -----------------------------------------------------------------------------------------------
 
-// Neighbouring pixels of one channel into `run` as float32, zeros behind up to a whole vector.
+// Neighboring pixels of one channel into `run` as float32, padded with zeros to a whole vector.
 template <class E>
 VTOK_INLINE void fill_run(const Run<E>& r, float* run) {
   for (int64_t i = 0; i < r.pixels; i += kLanes) {
@@ -288,7 +288,7 @@ void positions_planes(const NormPlan& p, NormTask k, float* scratch) {
     for (int64_t c = 0; c < cg; ++c) {
       float* run = block + c * pitch;
       fill_run<E>(run_at<E>(p, k, 0, c0 + c), run);
-      if (p.centred)
+      if (p.centered)
         for (int64_t i = 0; i < n; i += kLanes) store(mean + i, load(mean + i) + load(run + i));
     }
     for (int64_t i = 0; i < n; i += kLanes) store(mean + i, load(mean + i) * inverse);
@@ -299,7 +299,7 @@ void positions_planes(const NormPlan& p, NormTask k, float* scratch) {
         store(square + i, fma(v, v, load(square + i)));
       }
     for (int64_t i = 0; i < n; i += kLanes) {  // from here on left = -left * rstd, square = rstd
-      vfloat d = p.centred ? load(left + i) * inverse : vfloat{}, q = load(square + i) * inverse - d * d,
+      vfloat d = p.centered ? load(left + i) * inverse : vfloat{}, q = load(square + i) * inverse - d * d,
              rstd;
       for (int j = 0; j < kLanes; ++j) rstd[j] = reciprocal_std(q[j], p.eps);
       store(left + i, -d * rstd);
@@ -339,14 +339,14 @@ void moments_planes(const NormPlan& p, NormTask k, Moments* out, float* run) {
     for (int64_t c = 0; c < cg; ++c) {
       fill_run<E>(run_at<E>(p, k, 0, g * cg + c), run);
       float pivot = 0, d, q;
-      if (p.centred) {  // any value near the mean will do: that of the first few pixels
+      if (p.centered) {  // any value near the mean will do: that of the first few pixels
         const int64_t few = at_most(n, 16 * kLanes);
         vfloat s = {};
         for (int64_t i = 0; i < few; i += kLanes) s += load(run + i);
         pivot = total(s) / few;
       }
       differences(run, n, pivot, &d, &q);
-      if (p.centred) {  // Chan's rule: this channel joins the ones before it
+      if (p.centered) {  // Chan's rule: this channel joins the ones before it
         const double left = double(d) / n, own = pivot + left, delta = own - mean, before = double(n) * c;
         m2 += q - left * left * n + delta * delta * (before * n / (before + n));
         mean += delta * (n / (before + n));

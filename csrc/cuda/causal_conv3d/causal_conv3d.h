@@ -1,6 +1,6 @@
 // causal_conv3d on CUDA GPUs from compute capability 8.0: forward, gradient of the input (dgrad), gradient of
 // the weights and the bias (wgrad). Launchers only: they check, plan and enqueue; they never allocate, copy
-// to the host or synchronise, so every call can be captured in a CUDA graph. Scratch memory comes from the
+// to the host or synchronize, so every call can be captured in a CUDA graph. Scratch memory comes from the
 // caller, who asks for its size first.
 #pragma once
 #include "status.h"
@@ -13,7 +13,7 @@ enum class PadMode : int { zeros = 0, replicate = 1, reflect = 2 };
 struct ConvProblem {
   // (B, C, T, H, W): float32, bfloat16 or float16; channel stride 1, or any strides through a slower gather
   Tensor x;
-  Tensor cache;   // (B, C, n, H, W) or absent: the frames before x; strides of x but for batch and time
+  Tensor cache;   // (B, C, n, H, W) or absent: the frames before x; strides of x except for batch and time
   Tensor weight;  // (O, C/groups, kt, kh, kw), any strides
   Tensor bias;    // (O) or absent, contiguous
   // the output's shape, or the shape that `upsample` makes the output's, or absent; channel stride 1

@@ -17,7 +17,7 @@ namespace {
 constexpr int kMostFrames = 12;  // entries of the frame table: what shared memory still holds beside any tile
 
 // One axis of the domain in which the gradient is computed: `front` padded coordinates, `length` real ones,
-// the rest behind.
+// then the rest.
 struct FoldAxis {
   int front, length, domain, upsample;
   PadMode mode;
@@ -36,7 +36,7 @@ struct FoldParams {
 };
 
 // Calls visit(q) for each domain coordinate q whose source lies in [lo, hi], in ascending order: some of the
-// padding before, the elements themselves, some of the padding behind. One loop, so that three of them nested
+// padding before, the elements themselves, some of the padding after. One loop, so that three of them nested
 // are one body.
 template <class Visit>
 __device__ inline void for_each_reader(const FoldAxis& a, int lo, int hi, Visit&& visit) {
@@ -133,17 +133,17 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
     const int back = int(problem.pad[2 * i + 1]);
     bool padded = mode != PadMode::zeros && (forward.pad[i] > 0 || back > 0);
     if (i == 0) {
-      s.before = s.behind = 0, s.time_taps = forward.kernel[0];
+      s.before = s.after = 0, s.time_taps = forward.kernel[0];
       const int groups_of_taps = 1 + forward.pad[0] + back;
       if (padded && mode == PadMode::replicate && forward.upsample[0] == 1 && !problem.cache &&
           groups_of_taps * forward.kernel[0] <= kMostFrames)
-        padded = false, s.before = forward.pad[0], s.behind = back;
+        padded = false, s.before = forward.pad[0], s.after = back;
     }
     folds = folds || padded || forward.upsample[i] > 1;
     const int front = padded ? forward.pad[i] : 0;
     const int domain = forward.length[i] + (padded ? front + back : 0);
     fold.axis[i] = {front, forward.length[i], domain, forward.upsample[i], mode};
-    s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.behind : 1);
+    s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.after : 1);
     s.stride[i] = 1, s.dilation[i] = forward.dilation[i], s.gap[i] = forward.stride[i];
     s.pad[i] = forward.dilation[i] * (forward.kernel[i] - 1) - (forward.pad[i] - front);
     s.length[i] = forward.out[i], s.upsample[i] = 1, s.out[i] = domain;

@@ -1,9 +1,9 @@
 // What happens to a finished sum before it is stored: SiLU, depth-to-space, residual or blend, one rounding.
-// The bias is no part of it: an accumulator starts as its channel's bias.
+// The bias is not part of it: an accumulator starts as its channel's bias.
 //
 // With depth-to-space the weight rows are rearranged so that kernel channel n = phase * (O/phases) + c holds
 // the public channel c
-// * phases + phase: eight neighbouring n are then eight neighbouring channels of one output pixel, and the
+// * phases + phase: eight neighboring n are then eight neighboring channels of one output pixel, and the
 //   rearrangement costs
 // nothing.
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace vtok::cuda {
 
-// Eight neighbouring channels, moved in 16-byte pieces.
+// Eight neighboring channels, moved in 16-byte pieces.
 template <class T>
 struct alignas(16) Vector8 {
   static constexpr int kPieces = sizeof(T) * 8 / 16;

@@ -11,7 +11,7 @@ namespace {
 constexpr int kRelayThreads = 384, kRelayChannels = 64;  // of a block
 
 // A block moves kRelayChannels channels of one kernel row with all their taps through shared memory,
-// [channel][tap] as they usually lie in the weights, so that both its reads and its writes are of neighbours.
+// [channel][tap] as they usually lie in the weights, so that both its reads and its writes are of neighbors.
 // Each thread keeps its tap (then its channel): no division is made per element.
 template <class T>
 __global__ void __launch_bounds__(kRelayThreads)
@@ -104,7 +104,7 @@ Status make_source(const ConvProblem& p, Source* source) {
     s.out[axis] = int(span / p.stride[axis] + 1);
     s.positions *= s.out[axis];
   }
-  s.before = s.behind = 0, s.time_taps = s.kernel[0];
+  s.before = s.after = 0, s.time_taps = s.kernel[0];
   if (s.kernel[0] > 32)
     return Status::Unsupported("weight: at most 32 temporal taps, got " + std::to_string(s.kernel[0]));
   return Status::Ok();

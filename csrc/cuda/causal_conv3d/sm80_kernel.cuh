@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_kernel(con
   constexpr int MI = Tile::kWarpM / 16, NI = Tile::kWarpN / 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / Tile::kWarpsN * Tile::kWarpM, warp_n = warp % Tile::kWarpsN * Tile::kWarpN;
-  // neighbouring blocks share their positions, which L2 then holds
+  // neighboring blocks share their positions, which L2 then holds
   const int n0 = int(blockIdx.x % p.tiles_n) * Tile::kN;
   const int64_t m0 = int64_t(blockIdx.x / p.tiles_n) * Tile::kM;
   const int split = blockIdx.y, splits = gridDim.y, group = blockIdx.z;

@@ -29,10 +29,10 @@
 //   128x96     3456   22.5       108          38.7  22.7       74.7            1.14    0.42
 //   128x64     2304   22.5        72          42.0  26.0       96.0            1.33    0.63
 // So the patch is needed (reloading x for every tap asks L2 for twice what it gives), 256 rows are needed or
-// the cluster, and with both the tensor cores are the bound, shared memory close behind. 256x160 is the
+// the cluster, and with both the tensor cores are the bound, shared memory a close second. 256x160 is the
 // largest tile whose sums (160 registers) leave room for the fragments (32).
 // Kernels of one tap in the plane (1x1x1; 3x1x1 with the frames of a tile in one patch) have nothing to share
-// but the weights: 24 to 48 bytes a cycle from L2, which bounds them. A channel count that is no multiple of
+// but the weights: 24 to 48 bytes a cycle from L2, which bounds them. A channel count that is not a multiple of
 // 64 loads zeros but multiplies only ceil(C / 16) steps. Strides and dilations make the patch larger, no
 // more: a stride of 2 in the plane loads x once, like stride 1, where element strides of the tensor map would
 // load it for every tap.
@@ -78,7 +78,7 @@ struct HopperShared {
 };
 
 // One tile and one range of K, and how a block finds it. All blocks of a cluster do the same steps on
-// neighbouring tiles.
+// neighboring tiles.
 struct HopperUnit {
   int b, t, h, w, n0;  // the first position and channel
   bool exists;
@@ -221,7 +221,7 @@ __device__ void store_tiles(const HopperMaps& maps, const HopperParams& p, const
   }
 }
 
-// How many rows of a patch a tap lies behind the first; width fastest.
+// How many rows of a patch a tap lies after the first; width fastest.
 struct TapShift {
   int rows = 0, h = 0, w = 0;
 
@@ -263,7 +263,7 @@ struct HopperMultiplier {
     }
   }
 
-  // Where row r of the tile lies in it; false behind the last.
+  // Where row r of the tile lies in it; false after the last.
   __device__ bool position(int r, int& t, int& h, int& w) const {
     w = r % p.tile[2], r /= p.tile[2];
     h = r % p.tile[1], t = r / p.tile[1];
@@ -312,7 +312,7 @@ struct HopperMultiplier {
 
   // All taps of one patch, of which Steps x 16 channels count. While a group of products is under way, the
   // fragments of the next group are loaded into other registers; then the group is waited for, because ptxas
-  // serialises products whose fragments are loaded while two groups are under way. The other warpgroup's
+  // serializes products whose fragments are loaded while two groups are under way. The other warpgroup's
   // products fill the gap. A group is 256 cycles of the tensor cores: half of a tap where a warpgroup has 128
   // rows, a whole one where it has 64.
   template <int Steps>
@@ -403,7 +403,7 @@ struct HopperMultiplier {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       const int row = first_row + i * 64 + lane % 16;
-      if (row - lane % 16 >= rows) break;  // rows behind the last are not stored
+      if (row - lane % 16 >= rows) break;  // rows after the last are not stored
 #pragma unroll
       for (int j = 0; j < N / 16; ++j) {
         if (n0 + j * 16 / Piece * Piece >= p.outputs) break;  // boxes that are not stored

@@ -1,5 +1,5 @@
 // The Hopper convolution's plan: whether it can run a task, which tile, and the tensor maps. The kernel and
-// the counts of bytes behind the model of its cost: causal_conv3d_sm90.cuh.
+// the byte counts of its cost model: sm90_kernel.cuh.
 #ifndef VTOK_SM90
 #define VTOK_SM90  // this file is what it stands for
 #endif
@@ -26,7 +26,7 @@ struct Views {
   View x, cache, out, residual;
 };
 
-// One axis less where nothing is padded: a row behind another is the same as one long row.
+// One axis less where nothing is padded: consecutive rows are the same as one long row.
 // the axes `outer` and `outer` + 1 of time, height, width
 void merge_axes(ConvTask& task, Views& v, int outer) {
   Source& s = task.source;
@@ -201,7 +201,7 @@ Plan search(HopperParams p, const ConvTask& task, ConvChoice wish, const Device&
   Plan best;
   const Source& s = p.source;
   const HopperVariants variants = variants_for(task.dtype);
-  const bool frames_together = s.before == 0 && s.behind == 0 && s.out[0] > 1;
+  const bool frames_together = s.before == 0 && s.after == 0 && s.out[0] > 1;
   for (int i = 0; i < variants.count; ++i) {
     const HopperVariant& v = variants.begin[i];
     if ((wish.tile_m && wish.tile_m != v.m) || (wish.tile_n && wish.tile_n != v.n)) continue;
@@ -248,7 +248,7 @@ Status choose(const HopperParams& p, const ConvTask& task, ConvChoice wish, cons
                               task.weight.outputs,
                               s.time_taps,
                               s.before,
-                              s.behind,
+                              s.after,
                               task.epilogue.residual != nullptr,
                               wish.tile_m,
                               wish.tile_n,

@@ -9,7 +9,7 @@
 // positions is 1024 bytes, so the tap below begins 1024 bytes further; that is the descriptor's distance
 // between blocks of 64 columns, and one wgmma of 192 columns multiplies all three.
 //
-// A cluster of two blocks has the same columns and neighbouring outputs: each loads half of the boxes of x,
+// A cluster of two blocks has the same columns and neighboring outputs: each loads half of the boxes of x,
 // for both. As many tiles as fill the multiprocessors some whole number of times sum over all positions; the
 // others are split, as many times as fill them again. Shares are summed in a fixed order by a second kernel,
 // which also rounds once: deterministic. The bias gradient is a product with ones, of 8 columns, in the tiles
@@ -315,7 +315,7 @@ Status check_tensor(const Tensor& t, const char* name) {
 
 Status check(const ConvProblem& problem, const Source& s, const Tensor& grad, const Device& device) {
   const int* up = problem.upsample;
-  if (device.capability != 90) return Status::Unsupported("sm90: the GPU is no Hopper");
+  if (device.capability != 90) return Status::Unsupported("sm90: the GPU is not a Hopper");
   if (problem.x.dtype == DType::f32) return Status::Unsupported("sm90: bfloat16 and float16 only");
   if (problem.groups != 1) return Status::Unsupported("sm90: no groups");
   if (up[0] != 1 || up[1] != 1 || up[2] != 1) return Status::Unsupported("sm90: no upsampling");

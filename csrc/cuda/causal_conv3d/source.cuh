@@ -32,9 +32,9 @@ struct Source {
   int cached, used_cache;  // upsampled frames in the cache, and those of them that stand before x
   bool once;               // the first frame of x is not repeated in time
   // The transpose of a replicated border: the first output frame also takes the terms of `before` frames in
-  // front of it, the last those of `behind` frames. Then there are (1 + before + behind) * time_taps entries
+  // front of it, the last those of `after` frames. Then there are (1 + before + after) * time_taps entries
   // of the frame table, each group with the same weights.
-  int before, behind, time_taps;
+  int before, after, time_taps;
   PadMode time_mode, spatial_mode;
   int out[3];         // To, Ho, Wo
   int64_t positions;  // B * To * Ho * Wo

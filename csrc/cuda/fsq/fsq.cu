@@ -29,8 +29,8 @@ struct Levels {
 };
 
 __device__ float code_of(int level, float half, float inverse) {
-  const float centred = float(level) - half, quotient = centred * inverse;
-  return fmaf(fmaf(-quotient, half, centred), inverse, quotient);
+  const float centered = float(level) - half, quotient = centered * inverse;
+  return fmaf(fmaf(-quotient, half, centered), inverse, quotient);
 }
 
 // `table`: the thresholds in shared memory, where kPitch is 0.
@@ -39,7 +39,7 @@ __device__ int level_of(float z, const Levels& l, int c, uint32_t table) {
   int level = 0;
   if constexpr (kPitch > 0) {
 #pragma unroll
-    // NaN behind the last: never reached
+    // NaN after the last: never reached
     for (int k = 0; k < kPitch; ++k) level += z >= l.threshold[c * kPitch + k];
   } else {
     table += 4 * l.first[c];
@@ -53,7 +53,7 @@ __device__ int level_of(float z, const Levels& l, int c, uint32_t table) {
   return level;
 }
 
-// Puts the table behind `used` bytes of shared memory; returns its place.
+// Puts the table after `used` bytes of shared memory; returns its place.
 template <int kPitch>
 __device__ uint32_t stage_table(const Levels& l, uint32_t used) {
   const uint32_t table = ptx::smem_base() + used;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kFsqThreads)
 
 // ---- decode -----------------------------------------------------------------------------------------------
 
-// kRows: codes of neighbouring positions are adjacent, and go through shared memory.
+// kRows: codes of neighboring positions are adjacent, and go through shared memory.
 template <class T, class Index, bool kRows>
 __global__ void __launch_bounds__(kFsqThreads)
     decode(const Index* indices, T* codes, int64_t positions, uint32_t last,

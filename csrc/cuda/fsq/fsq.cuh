@@ -14,7 +14,7 @@ constexpr int kFsqThreads = 256;
 constexpr int kFsqAxes = 5;  // of the positions: all axes of a tensor but the channels
 
 // The positions, axes outermost first. The tensors are numbered as a launcher names them: {z, codes, indices}
-// and so on. Neighbouring axes that all tensors walk with one step are one axis.
+// and so on. Neighboring axes that all tensors walk with one step are one axis.
 struct FsqPositions {
   int axes;
   int64_t size[kFsqAxes], step[kFsqAxes][3], channel_step[3];

@@ -1,5 +1,5 @@
 // fsq on CUDA GPUs from compute capability 8.0. Launchers only: they check and enqueue, never allocate, copy
-// or synchronise.
+// or synchronize.
 #pragma once
 #include <cstdint>
 #include <vector>

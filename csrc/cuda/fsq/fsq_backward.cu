@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kFsqThreads)
   struct alignas(16) Vector {
     T v[kV];
   };
-  // neighbours may have different channels, which parameters serve one by one
+  // neighbors may have different channels, which parameters serve one by one
   const uint32_t table = ptx::smem_base();
   if (threadIdx.x < unsigned(s.channels))
     ptx::st_shared(table + 8 * threadIdx.x, make_float2(s.shift[threadIdx.x], s.slope[threadIdx.x]));

@@ -1,7 +1,7 @@
 """A decoded frame as RGB, by what its tags say.
 
 Where nothing is tagged, the customary guess holds: the matrix of BT.601 below 720 lines and of BT.709 from
-there on, limited range (full range of grey, RGB and JPEG formats). libswscale converts, with flags by which
+there on, limited range (full range of gray, RGB and JPEG formats). libswscale converts, with flags by which
 it is unbiased: without FULL_CHR_H_INT and ACCURATE_RND white comes out as 253.
 """
 
@@ -40,7 +40,7 @@ def guess(frame: Any) -> tuple[int, int]:
 
 
 def check(frame: Any, hdr_mode: str) -> None:
-    """Raises VideoError, without the file's name, for colours that cannot be converted, or must not."""
+    """Raises VideoError, without the file's name, for colors that cannot be converted, or must not."""
     matrix, transfer, primaries = int(frame.colorspace), int(frame.color_trc), int(frame.color_primaries)
     if matrix in REFUSED and not frame.format.is_rgb:
         raise VideoError(f"has the matrix {REFUSED[matrix]}, which is not supported")
@@ -69,7 +69,7 @@ def is_grey(frame: Any) -> bool:
 def rgb(frame: Any, height: int, width: int, background: tuple[int, int, int]) -> list[np.ndarray]:
     """A frame scaled to height and width as R, G and B, each (height, width) uint8.
 
-    Where it has transparency, it is laid over background before it is scaled, so that colours that nobody
+    Where it has transparency, it is laid over background before it is scaled, so that colors that nobody
     sees do not show at edges.
     """
     if has_alpha(frame):
@@ -125,7 +125,7 @@ def _planes(frame: Any, kind: Any) -> list[np.ndarray]:
 
 
 def _grey(frame: Any, height: int, width: int, spread: int) -> np.ndarray:
-    """RGB codes in 16 bits of a grey frame."""
+    """RGB codes in 16 bits of a gray frame."""
     bits = depth(frame)
     form = "gray16le" if bits == 16 else f"gray{bits}le" if bits > 8 else "gray"
     kinds = pyav().video.reformatter.Interpolation
@@ -156,24 +156,24 @@ def _ycgco(frame: Any, height: int, width: int, spread: int) -> np.ndarray:
         y, cg, co = ((y - 16 * step) / (219 * step), *((c - 128 * step) / (224 * step) for c in (cg, co)))
     else:
         y, cg, co = (y / (256 * step - 1), *((c - 128 * step) / (256 * step - 1) for c in (cg, co)))
-    colours = np.stack((y - cg + co, y + cg, y - cg - co))
-    return (colours.clip(0, 1) * 65535 + 0.5).astype(np.int32)
+    colors = np.stack((y - cg + co, y + cg, y - cg - co))
+    return (colors.clip(0, 1) * 65535 + 0.5).astype(np.int32)
 
 
 def _opaque(frame: Any, background: tuple[int, int, int]) -> Any:
-    """A frame with transparency (straight, not multiplied in) over a colour, as RGB of 8 bits."""
+    """A frame with transparency (straight, not multiplied in) over a color, as RGB of 8 bits."""
     av = pyav()
     height, width = frame.height, frame.width
     if frame.format.has_palette:
         rgba = frame.reformat(format="rgba").to_ndarray()
-        colours, alpha = rgba[..., :3], rgba[..., 3]
+        colors, alpha = rgba[..., :3], rgba[..., 3]
     else:
-        colours = np.stack(_convert(frame, height, width), -1)
+        colors = np.stack(_convert(frame, height, width), -1)
         if depth(frame) > 8:
             alpha = frame.reformat(format="rgba64le").to_ndarray()[..., 3]
         else:
             alpha = frame.reformat(format="rgba").to_ndarray()[..., 3]
     share = alpha[..., None].astype(np.float32) / (255 if alpha.dtype == np.uint8 else 65535)
     back = np.array(background, np.float32)
-    mixed = back + (colours - back) * share
+    mixed = back + (colors - back) * share
     return av.VideoFrame.from_ndarray((mixed + 0.5).astype(np.uint8), format="rgb24")

@@ -71,7 +71,7 @@ class View:
 
 
 def cut(pixels: np.ndarray, size: Size) -> np.ndarray:
-    """The centre of pixels (H, W, ...), where size is (H, W)."""
+    """The center of pixels (H, W, ...), where size is (H, W)."""
     if not isinstance(size, tuple):
         return pixels
     top, left = (pixels.shape[0] - size[0]) // 2, (pixels.shape[1] - size[1]) // 2

@@ -2,7 +2,7 @@
 
 PQ and HLG (ITU-R BT.2100) become light in nits, HLG as on a display of 1000 nits. Tone mapping is method C of
 ITU-R BT.2446-1 on the luminance, by which 203 nits, the reference white of BT.2408, come to 96 % of the
-signal; colours keep their chromaticity. Then the primaries become those of BT.709, and what lies outside is
+signal; colors keep their chromaticity. Then the primaries become those of BT.709, and what lies outside is
 clipped.
 """
 
@@ -31,8 +31,8 @@ PEAK = 1000.0  # nits of the display that HLG is meant for
 @lru_cache
 def _to_xyz(primaries: int) -> np.ndarray:
     """Linear RGB to XYZ, with white at Y = 1 (SMPTE RP 177)."""
-    *colours, white = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in CHROMATICITIES[primaries])
-    matrix = np.stack(colours, 1)
+    *colors, white = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in CHROMATICITIES[primaries])
+    matrix = np.stack(colors, 1)
     return matrix * np.linalg.solve(matrix, white)
 
 

@@ -194,9 +194,7 @@ class open_video:
         self.stream = choose(self._container, self.path, self.reading.stream)
         self.said = said(self._container, self.stream)
         if self.said.dolby_vision == 5:
-            raise VideoError(
-                f"path: {self.path} is Dolby Vision of profile 5, whose colours only it can show"
-            )
+            raise VideoError(f"path: {self.path} is Dolby Vision of profile 5, whose colors only it can show")
 
     def frames(self, start: int = 0) -> Iterator[Picture]:
         """The frames from number `start` on. Raises VideoError.
@@ -302,7 +300,7 @@ class open_video:
         return decoding
 
     def _pictures(self, timed: Iterator[Timed]) -> Iterator[Picture]:
-        """Frames as they are shown. Raises VideoError for interlaced ones, colours that cannot be converted,
+        """Frames as they are shown. Raises VideoError for interlaced ones, colors that cannot be converted,
         and another shape than the first one's."""
         base = self.stream.time_base or Fraction(1, 25)
         start = clock_start(self._container, self.stream)
@@ -359,7 +357,7 @@ def read_video(
     """Decode frames [start, start + frames) of a file as RGB, as a player shows them.
 
     Args:
-        size: (H, W): scale until the frame covers it, then cut out the centre. A number: scale the shorter
+        size: (H, W): scale until the frame covers it, then cut out the center. A number: scale the shorter
             side to it, and cut nothing. None: as it is shown.
         frames: how many at most; None: to the end.
         dtype: float32, values in [-1, 1]; or uint8, values as decoded.
@@ -370,7 +368,7 @@ def read_video(
         FileNotFoundError: there is no such file.
         ValueError: size, start, frames, dtype or a field of `Reading` is impossible.
         VideoError: the file is damaged, has no video stream, or has no frame in that range; or is interlaced,
-            HDR or of other colours, and may not or cannot be converted.
+            HDR or of other colors, and may not or cannot be converted.
     """
     if start < 0 or (frames is not None and frames < 1):
         raise ValueError(f"start={start}, frames={frames}: need start >= 0 and frames >= 1")

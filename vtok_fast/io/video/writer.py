@@ -1,4 +1,4 @@
-"""Writing: frames and their times as H.264 in MP4, tagged with the colours they are in."""
+"""Writing: frames and their times as H.264 in MP4, tagged with the colors they are in."""
 
 from __future__ import annotations
 

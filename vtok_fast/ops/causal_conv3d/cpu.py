@@ -32,7 +32,7 @@ def _choice(x: tuple, weight: tuple, geometry: Geometry, threads: int, isa: str)
 
 
 def why_slower(call: ConvCall) -> Reason:
-    """The reason to leave a call to PyTorch, measured or modelled, or None."""
+    """The reason to leave a call to PyTorch, measured or modeled, or None."""
     if backends.current_algorithm() != "auto":
         return None
     if tuned.entry_for(call) is not None:

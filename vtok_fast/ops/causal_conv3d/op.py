@@ -37,8 +37,7 @@ def causal_conv3d(
     depth_to_space: Sequence[int] = (1, 1, 1),
     backend: str | None = None,
 ) -> Tensor:
-    """Convolves a video; what lies before, behind and around it is defined by rules instead of by a padded
-    copy.
+    """Convolves a video; the padding before, after and around it is defined by rules, without a padded copy.
 
     The result is ``activation(conv(upsample(x)) + bias)``, then depth-to-space, then ``+ residual``, or with
     ``alpha`` ``alpha * residual + (1 - alpha) * that``. It is a fresh tensor in ``channels_last_3d`` memory
@@ -50,10 +49,11 @@ def causal_conv3d(
         weight: (O, C/groups, kt, kh, kw), the dtype of ``x``.
         bias: (O), the dtype of ``x``.
         stride, dilation: one int or (time, height, width).
-        time_pad: frames (front, back) added before and behind; default (dilation*(kt-1), 0), which is causal.
+        time_pad: frames (front, back) added before and after; default (dilation*(kt-1), 0), which is causal.
         spatial_pad: ((top, bottom), (left, right)); default "same" (dilation*(k-1) split evenly, the odd one
-            behind). Must be given where a stride exceeds 1, because frameworks disagree there.
-        time_mode: ``zeros``; ``replicate`` repeats the first frame in front and the last behind; ``reflect``.
+            at the end). Must be given where a stride exceeds 1, because frameworks disagree there.
+        time_mode: ``zeros``; ``replicate`` repeats the first frame in front and the last at the end;
+            ``reflect``.
         spatial_mode: ``zeros``, ``replicate`` or ``reflect`` (which needs pads smaller than the frame).
         cache: (B, C, n, H, W), earlier input frames. The last ``front`` of them (counted after upsampling)
             stand before ``x``; a shorter cache is preceded by zeros under ``zeros`` and by its own first
@@ -62,7 +62,7 @@ def causal_conv3d(
             upsampling.
         alpha: a float or a tensor of one element (gradients reach it); needs ``residual``.
         activation: None or ``silu``.
-        upsample: nearest-neighbour factors (time, height, width) applied to ``x`` (and ``cache``) first. Pads
+        upsample: nearest-neighbor factors (time, height, width) applied to ``x`` (and ``cache``) first. Pads
             count upsampled frames, rows and columns.
         upsample_first_frame_once: the first frame is not repeated in time: T frames become 1 + (T-1)*factor.
             A call with a ``cache`` continues a video, so its frames are all repeated.

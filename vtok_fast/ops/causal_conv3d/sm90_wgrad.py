@@ -17,7 +17,7 @@ ANY: Choice = (0, 0, 0)
 
 
 class Plan(NamedTuple):
-    """What the native module would launch. Tiles (of a cluster) sum over all positions, but for those that
+    """What the native module would launch. Tiles (of a cluster) sum over all positions, except those that
     are split. ``cycles`` are predicted, of a multiprocessor's clock."""
 
     scratch_bytes: int

@@ -1,4 +1,4 @@
-"""``fsq``: finite scalar quantisation, its inverse, and its entropy loss."""
+"""``fsq``: finite scalar quantization, its inverse, and its entropy loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FSQOutput(NamedTuple):
 def fsq_quantize(
     z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1, backend: str | None = None
 ) -> FSQOutput:
-    """Quantises each channel of ``z`` to one of its levels.
+    """Quantizes each channel of ``z`` to one of its levels.
 
     The index is defined by the formula of `vtok_fast.reference.fsq` in float64 for the value that ``z``
     holds. Every backend counts the same thresholds, so codes and indices are the same bits on all of them.
@@ -108,7 +108,7 @@ def fsq_decode(
 def fsq_entropy_loss(
     z: Tensor, levels: Sequence[int], *, inv_temperature: float = 100.0, gamma: float = 1.0, dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """VidTok's two training terms, factorised per channel: no (tokens x codebook) tensor exists.
+    """VidTok's two training terms, factorized per channel: no (tokens x codebook) tensor exists.
 
     Every token has the distribution softmax(2 inv_temperature z . code) over the codebook. The first term is
     the mean entropy of a token minus ``gamma`` times the entropy of the mean distribution, the second is
@@ -122,7 +122,7 @@ def fsq_entropy_loss(
     3.2358 for four channels of 8 levels). Plain PyTorch operations on every device.
 
     Args:
-        z: the latent before quantisation, channels at ``dim``; computed in float32, or float64 for that.
+        z: the latent before quantization, channels at ``dim``; computed in float32, or float64 for that.
         levels, dim: as in `fsq_quantize`.
 
     Returns:

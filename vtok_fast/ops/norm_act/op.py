@@ -34,7 +34,7 @@ def norm_act(
     rounding: str = "once",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalises a video, scales and shifts it per channel, modulates and activates it.
+    """Normalizes a video, scales and shifts it per channel, modulates and activates it.
 
     The result is ``activation((norm(x + residual) * weight + bias) * scale + shift)``, computed in float32
     (float64 for a float64 ``x``) and rounded once. It is a fresh tensor: ``contiguous`` where ``x`` is that

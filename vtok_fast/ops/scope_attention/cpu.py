@@ -1,6 +1,6 @@
 """``scope_attention`` on a CPU: dense calls of PyTorch's own flash attention over views, and no mask.
 
-A scope becomes a list of rectangles of queries and keys. Neighbouring segments that see the same range make
+A scope becomes a list of rectangles of queries and keys. Neighboring segments that see the same range make
 one rectangle; rectangles of one shape at equal distances make one batched call on strided views, so that
 nothing is copied. Where a query has several rectangles, their results are merged by their log-sum-exp, or its
 keys are gathered first if that moves fewer bytes. The backward pass needs no merge: given the final

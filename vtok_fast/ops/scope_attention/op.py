@@ -26,7 +26,7 @@ def scope_attention(
 
     Args:
         q: (B, heads, Sq, D), float32, float64, bfloat16 or float16; any strides.
-        k, v: (B, heads / n, Sk, D): n neighbouring heads of queries share one of keys and values.
+        k, v: (B, heads / n, Sk, D): n neighboring heads of queries share one of keys and values.
         scope: of Sq queries and Sk keys, on the host or on the device of ``q``. The values of a
             scope on a device are not waited for: invalid ones are clamped, and the next method of the scope
             that waits for the device raises.

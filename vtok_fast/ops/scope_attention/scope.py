@@ -584,7 +584,7 @@ def _pairs(q_offsets: Tensor, range_offsets: Tensor, ranges: Tensor) -> int:
 
 
 def _transpose_host(scope: Scope) -> Scope:
-    """Cuts the keys wherever a range begins or ends; each piece is seen by whole segments, neighbours among
+    """Cuts the keys wherever a range begins or ends; each piece is seen by whole segments, neighbors among
     them joined."""
     q, r, ranges = (t.long() for t in scope.csr)
     segment = torch.repeat_interleave(torch.arange(scope.segments), r.diff())
@@ -633,7 +633,7 @@ def _transpose_device(scope: Scope) -> Scope:
     sees = (edges.cumsum(0)[:-1] > 0) & (cuts[1:] > cuts[:-1])[:, None]
     begins = sees & ~F.pad(sees, (1, 0))[:, :-1]
     stops = sees & ~F.pad(sees, (0, 1))[:, 1:]
-    # The i-th run that begins is the i-th that stops. One more place takes all that is no run.
+    # The i-th run that begins is the i-th that stops. One more place takes everything that is not a run.
     bound = sees.shape[0] * ((segments + 1) // 2)
     found = torch.zeros(bound + 1, 2, dtype=torch.int64, device=device)
     for column, (where, values) in enumerate(((begins, q[:-1]), (stops, q[1:]))):

@@ -71,7 +71,7 @@ def pack_tokens(
         keep: bool (B, *grid). Or int positions (B, K) in the flat grid, in any order, counted once if
             repeated, -1 for none; with them integer ``tokens`` are (B, *grid) and others (B, C, *grid).
             Positions on a GPU are checked as the capacity is.
-        levels, variant: quantise the kept tokens on the way, as `vtok_fast.fsq_quantize` with dim=1:
+        levels, variant: quantize the kept tokens on the way, as `vtok_fast.fsq_quantize` with dim=1:
             values are its indices.
         capacity: rows of the result.
         validate: wait for the device and raise at once.
@@ -136,7 +136,7 @@ def _check_levels(levels: Sequence[int], variant: str, tokens: Tensor, keep: Ten
             f"levels: expected one for each channel of tokens, shape {tuple(tokens.shape)}, got {levels}"
         )
     if not tokens.is_floating_point():
-        raise TypeError(f"tokens: expected a floating point dtype to quantise, got {tokens.dtype}")
+        raise TypeError(f"tokens: expected a floating point dtype to quantize, got {tokens.dtype}")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
     return levels
@@ -269,11 +269,11 @@ def _cpu_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     values[total:], indices[total:] = 0, -1
     native.lib().pack_tokens(_moved(tokens), arg(keep), _moved(values), arg(indices), native.threads())
     values = values if call.tokens.dim() > call.keep.dim() else values.squeeze(1)
-    return _quantised(values, indices, call), indices, cu_seqlens
+    return _quantized(values, indices, call), indices, cu_seqlens
 
 
-def _quantised(values: Tensor, indices: Tensor, call: PackCall) -> Tensor:
-    """FSQ of the packed rows, where asked for; 0 in those that are no tokens."""
+def _quantized(values: Tensor, indices: Tensor, call: PackCall) -> Tensor:
+    """FSQ of the packed rows, if asked for; 0 in rows that are not tokens."""
     if call.levels is None:
         return values
     values = fsq_quantize(values, call.levels, variant=call.variant).indices
@@ -311,7 +311,7 @@ def _reference_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     elif not call.keep.is_cpu:
         raise_device_errors(call.keep.device)
     values, indices, cu_seqlens = reference.pack_tokens(*call[:3])
-    return _quantised(values.contiguous(), indices, call), indices, cu_seqlens
+    return _quantized(values.contiguous(), indices, call), indices, cu_seqlens
 
 
 def _reference_unpack(call: UnpackCall) -> Tensor:

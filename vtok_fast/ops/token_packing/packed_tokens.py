@@ -73,15 +73,16 @@ def raise_device_errors(device: torch.device) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PackedTokens:
-    """The kept tokens of a batch of clips, one clip behind the other, each in the order of its positions.
+    """The kept tokens of a batch of clips, clip by clip, each in the order of its positions.
 
     Attributes:
         values: (N, C), or (N,) for tokens without channels.
         indices: int32 (N,), the flat position of each within its clip.
         cu_seqlens: int32 (B + 1,); clip b has the rows cu_seqlens[b] to cu_seqlens[b + 1].
-        mask: bool (B, *grid); for clips of several sizes flat, one behind the other.
+        mask: bool (B, *grid); for clips of several sizes flat and concatenated.
         grids: the size of each clip, where they are not all that of ``mask``; else None.
-        bounded: N is a capacity: rows behind cu_seqlens[B] are not tokens; there values are 0 and indices -1.
+        bounded: N is a capacity: rows from cu_seqlens[B] on are not tokens; there values are 0 and indices
+            -1.
     """
 
     values: Tensor
@@ -131,14 +132,14 @@ class PackedTokens:
 
         Little-endian: "VTKP", version 1 (1 byte), d, the dimensions of a grid (1 byte), two zero bytes, the
         number of clips (4 bytes), codes (8 bytes); 4 bytes per dimension of each clip; the masks of all
-        clips, one behind the other, first position in the lowest bit, padded with zeros to a byte; the values
+        clips, concatenated, first position in the lowest bit, padded with zeros to a byte; the values
         likewise; the CRC-32 of all that (4 bytes). Waits for the device.
 
         Args:
             codes: the size of the codebook, at most 2^31.
 
         Raises:
-            TypeError: the values are no integers with one number per token.
+            TypeError: the values are not integers with one number per token.
             ValueError: a value is outside 0 to codes - 1, such as the -1 of a NaN, or the mask has another
                 number of tokens.
         """

@@ -98,7 +98,7 @@ def _pooled_conv(
 ) -> Tensor:
     weight = layer.conv3d.weight
     if weight.dtype in (torch.float16, torch.bfloat16):  # such weights would be rounded twice
-        # A pool of whole windows never reaches the zeros behind
+        # A pool of whole windows never reaches the zeros at the end
         front = x[:, :, :1] if kernel[0] > 1 else x[:, :, :0]
         return conv(layer, x, residual=blocks.pool(torch.cat((front, x), dim=2), kernel), **pads)
     average = torch.zeros_like(weight)
@@ -149,7 +149,7 @@ _SWAPS: dict[type, Swap] = {
     Encoder: _END,
     Decoder: _END,
     blocks.ResBlock: Swap(
-        "norm + SiLU in one pass, factorised convs, residual fused", resblock, sample=_block_input
+        "norm + SiLU in one pass, factorized convs, residual fused", resblock, sample=_block_input
     ),
     blocks.SpatialAttention: Swap("norm, projections and residual fused", attention, sample=_block_input),
     blocks.TemporalAttention: Swap("norm, projections and residual fused", attention, sample=_block_input),

@@ -109,7 +109,7 @@ def downsample(block: nn.Module, hidden_states: Tensor) -> Tensor:
     often as before."""
     x = hidden_states
     if block.spatial_downsample:
-        # Rows and columns of zeros behind, which the pool counts as well
+        # Rows and columns of zeros at the end, which the pool counts as well
         how = Rule(((0, 0), (0, 1), (0, 1)))
         x = _with_pool(block.conv1, x, how, (1, 2, 2), (0, 0, 0))
     if block.temporal_downsample:

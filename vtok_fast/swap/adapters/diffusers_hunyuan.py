@@ -42,7 +42,7 @@ def propose(module: nn.Module) -> Answer:
 
 def rule(layer: nn.Module) -> Rule | None:
     """How a ``HunyuanVideoCausalConv3d`` pads; None where its convolution pads once more, or in a mode that
-    the op has not."""
+    the op does not support."""
     if layer.pad_mode not in MODES or any(map(any, own_rule(layer.conv).pads)):
         return None
     left, right, top, bottom, front, back = layer.time_causal_padding

@@ -51,7 +51,7 @@ def propose(module: nn.Module) -> Answer:
 
 
 def quantizers(model: nn.Module) -> list[tuple[nn.Module, tuple[int, ...]]]:
-    """The FSQ quantisers in a model whose inputs are latents themselves, and their levels."""
+    """The FSQ quantizers in a model whose inputs are latents themselves, and their levels."""
     return [
         (m, tuple(m._levels.tolist()))
         for m in model.modules()

@@ -126,7 +126,7 @@ def upsample(
 
 
 def _upsample_time(block: nn.Module, x: Tensor, feat_cache: list, feat_idx: list | None) -> Tensor:
-    """Twice the frames, but for the first chunk, which only leaves its mark."""
+    """Twice the frames, except for the first chunk, which only leaves its mark."""
     feat_idx = [0] if feat_idx is None else feat_idx
     slot = feat_idx[0]
     before = feat_cache[slot]

@@ -38,7 +38,7 @@ def lookup(module: nn.Module, table: Table, library: str | None = None) -> Answe
 
 def why_unlike(module: nn.Module, **expected: str | tuple[str, ...]) -> Reason:
     """Why a block is not made of the parts that its class makes: a wrapper in the place of one (LoRA,
-    quantisation) does more.
+    quantization) does more.
 
     ``expected`` has the class name, or several, of each child; "None" where there may be none.
     """

@@ -221,11 +221,11 @@ def _search(module: nn.Module, conv: nn.Module) -> Rule | str:
     for axis in range(len(reach)):
         spans = []
         for size, values in zip(sizes, seen):
-            centre = tuple(n // 2 for n in size)
-            place = (values == _addresses(size)[centre]).nonzero()
+            center = tuple(n // 2 for n in size)
+            place = (values == _addresses(size)[center]).nonzero()
             if len(place) != 1:
                 return "an element inside is not seen exactly once"
-            front = int(place[0, axis]) - centre[axis]
+            front = int(place[0, axis]) - center[axis]
             spans.append((front, max(values.shape[axis] - front - size[axis], 0)))
         if spans[0][0] != spans[1][0] or spans[0][0] < 0:
             return "the padding in front depends on the size, or crops"

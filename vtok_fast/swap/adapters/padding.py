@@ -24,7 +24,7 @@ MODES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """(before, behind) for each axis of a convolution's kernel, and how the first axis of a 3D one, and all
+    """(before, after) for each axis of a convolution's kernel, and how the first axis of a 3D one, and all
     others, are filled."""
 
     pads: Pads

@@ -3,8 +3,8 @@ first layer to the last.
 
 What each block gains: group norm without mean, its scale by the key frames and SiLU in one call; convolutions
 without padded copies, the residual added in their epilogue; depth to space in the convolution's store. An
-accelerated layer needs no tiles: where a plain one has normalised, activated and padded copies, it has a
-    normalised one.
+accelerated layer needs no tiles: where a plain one has normalized, activated and padded copies, it has a
+    normalized one.
 """
 
 from __future__ import annotations

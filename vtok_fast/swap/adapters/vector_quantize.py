@@ -70,7 +70,7 @@ def _propose_fsq(fsq: nn.Module) -> list[Swap] | Skip:
 
 
 def _in_float32(fsq: nn.Module, z: Tensor) -> bool:
-    """Whether the library quantises in float32 or float64, and not in the input's 16 bits."""
+    """Whether the library quantizes in float32 or float64, and not in the input's 16 bits."""
     return (
         z.dtype in (torch.float32, torch.float64)
         or fsq.force_quantization_f32
@@ -79,7 +79,7 @@ def _in_float32(fsq: nn.Module, z: Tensor) -> bool:
 
 
 def _around(fsq: nn.Module, z: Tensor, quantize) -> tuple[Tensor, Tensor | None]:
-    """What stands around the quantiser: channels to the end and back, projections, codebooks, indices if
+    """What stands around the quantizer: channels to the end and back, projections, codebooks, indices if
     wanted."""
     first = z.dim() >= 4 or fsq.channel_first
     if not fsq.has_projections and fsq.num_codebooks == 1:  # then the channels can stay where they are
@@ -123,10 +123,10 @@ def _sample(fsq: nn.Module) -> tuple[Tensor]:
 
 
 def _projected(fsq: nn.Module, z: Tensor) -> Tensor:
-    """What the quantiser itself gets, in float64, channels last."""
+    """What the quantizer itself gets, in float64, channels last."""
     z = z.movedim(1, -1) if z.dim() >= 4 or fsq.channel_first else z
     return fsq.project_in(z).unflatten(-1, (fsq.num_codebooks, -1)).double()
 
 
 _SWAPS: Table = {"FSQ": _propose_fsq}
-_SIGNS: Table = {"LFQ": lambda fsq: Skip("a quantiser of signs: there is no op for it")}
+_SIGNS: Table = {"LFQ": lambda fsq: Skip("a quantizer of signs: there is no op for it")}

@@ -40,7 +40,7 @@ def propose(module: nn.Module) -> Answer:
 
 
 def quantizers(model: nn.Module) -> list[tuple[nn.Module, tuple[int, ...]]]:
-    """The FSQ quantisers in a model whose inputs are latents themselves, and their levels."""
+    """The FSQ quantizers in a model whose inputs are latents themselves, and their levels."""
     return [(m, m.levels) for m in model.modules() if isinstance(m, FSQRegularizer) and not _why_not_fsq(m)]
 
 
