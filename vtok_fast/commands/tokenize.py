@@ -147,20 +147,28 @@ def tokenize(
     passes = 1
     total = 1 - min(window - count, 0) // (window - overlap) if count else None
 
-    def each(suffix: str, make: Callable[[Tensor, Path], None]) -> tuple[int, list[Path]]:
-        """Let make(window (1, C, T, H, W), part) write each part that is not there. Returns the video's
-        frames, and the parts."""
-        frames, parts = 0, []
-        with open_video(video) as source:
-            for index, (length, read) in enumerate(source.windows(window, size, overlap)):
-                parts.append(job.part(index, suffix))
-                frames += length - overlap * (index > 0)
-                if not parts[-1].is_file():
-                    made = _filled(to_float(center(read(), height, width)), model)
-                    parameter = next(model.parameters())
-                    make(made.to(parameter.device, parameter.dtype)[None], parts[-1])
-                progress(done + len(parts), total and passes * total)
-        if not frames:
+    def each(suffix: str, make: Callable[[Tensor, Window, Path], None]) -> list[Path]:
+        """Let make(window (1, C, T, H, W), its frames, part) write each part that is not there. Returns the
+        parts."""
+        first = 0
+        while job.part(first, suffix).is_file():
+            first += 1
+        # What follows the parts that are there is read from the one before it, which may be the last.
+        first = max(first - 1, 0)
+        parts = [job.part(index, suffix) for index in range(first)]
+        with open_video(video, **reading) as source:
+            windows = source.windows(
+                window, size, overlap, first=first, wanted=lambda index: not job.part(index, suffix).is_file()
+            )
+            with contextlib.closing(windows):
+                for index, frames in enumerate(windows, first):
+                    parts.append(job.part(index, suffix))
+                    if not parts[-1].is_file():
+                        made = _filled(to_float(center(frames.read(), height, width)), model)
+                        parameter = next(model.parameters())
+                        make(made.to(parameter.device, parameter.dtype)[None], frames, parts[-1])
+                    progress(done + len(parts), total and passes * total)
+        if not parts:
             raise VideoError(f"path: {video} has no frames")
         return parts
 
@@ -210,8 +218,9 @@ def detokenize(
     Raises:
         FileNotFoundError: there are no such tokens.
         ValueError: the file is damaged, comes from another model or other weights, or has an odd height or
-            width, which H.264 does not allow; or the parts folder belongs to another run.
-        OSError: the output cannot be written.
+            width, which H.264 does not allow; the output is the file of tokens; or the parts folder
+            belongs to another run.
+        OSError: the output cannot be written, or another run is writing it.
     """
     path, output = Path(tokens), Path(output)
     windows = TokenWindows(path)
