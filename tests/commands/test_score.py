@@ -145,7 +145,7 @@ def test_fvd_with_a_network_of_the_users(tmp_path):
     with pytest.raises(ValueError, match="at least two clips of 16 frames, the video has 20"):
         score(tmp_path / "short.mp4", tmp_path / "short.mp4", fvd_network=tmp_path / "mean.pt")
     (tmp_path / "no.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no TorchScript network"):
+    with pytest.raises(ValueError, match="not a TorchScript network"):
         metrics.load_fvd_network(tmp_path / "no.pt")
     with pytest.raises(FileNotFoundError, match="fvd_network"):
         metrics.load_fvd_network(tmp_path / "none.pt")
