@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 # The names are imported from vtok_fast.api: at once if torch is loaded already, so that its registry has the
 # ops after `import vtok_fast`; otherwise when the first one is used, so that the command line can answer
 # --help or report a mistake without waiting for torch, and the doctor works if torch cannot be imported.
-if TYPE_CHECKING or "torch" in sys.modules:
+if TYPE_CHECKING or sys.modules.get("torch") is not None:
     from vtok_fast.api import *  # noqa: F403
     from vtok_fast.api import __all__ as __all__
 else:

@@ -184,7 +184,7 @@ def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candid
             why = "" if swaps else "the swap replaces arithmetic, which the contract exact does not allow"
         if foreign is not None and [swap.attribute for swap in swaps] == ["forward"]:
             why, swaps = foreign, []
-        if reason := next((why for s in swaps if (why := _why_replaced(module, s.attribute))), None):
+        if reason := next(filter(None, (_why_replaced(module, swap.attribute) for swap in swaps)), None):
             why, swaps = reason, []
             covered.update(module.modules())
         for swap in swaps:

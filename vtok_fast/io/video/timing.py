@@ -97,7 +97,8 @@ class Times:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Times:
         """What `to_json` gave. Raises KeyError, TypeError or ValueError for something else."""
-        pts, now = [], int(value["start"])
+        pts: list[int] = []
+        now = int(value["start"])
         for step, count in value["steps"]:
             pts += range(now, now + int(step) * int(count), int(step))
             now += int(step) * int(count)
