@@ -206,12 +206,13 @@ def test_hopper_convolution_multiplies_by_wgmma_what_tma_brings(dtype):
 # ---- which GPUs a build is for -----------------------------------------------------------------------------
 
 
-def configure(tmp_path: Path, wish: str, gpus: str | None = None, torch_list: str | None = None) -> tuple[int, str]:
+def configure(tmp_path: Path, wish: str, gpus: str | None = None, torch_list: str | None = None,
+              release: str = "13.0") -> tuple[int, str]:
     """csrc/cuda/archs.cmake on a machine with an nvcc and with these GPUs: its status, and what it set and
     said."""
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
-    for program, text in {"nvcc": "true", "nvidia-smi": "exit 9" if gpus is None else f"printf '{gpus}'"}.items():
+    for program, text in {"nvcc": f"echo release {release}, V", "nvidia-smi": "exit 9" if gpus is None else f"printf '{gpus}'"}.items():
         (folder / program).write_text(f"#!/bin/sh\n{text}\n")
         (folder / program).chmod(0o755)
     script = tmp_path / "script.cmake"
@@ -237,7 +238,9 @@ def test_choice_of_gpus(tmp_path, wish, gpus, archs, code):
 @pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
 @pytest.mark.parametrize("torch_list, wish, archs", (
     ("8.0;9.0+PTX", "", "80;90a"), ("7.0 7.5 8.6", "", "86"), ("Hopper", "", "90a"), ("Ampere;Ada;8.0", "", "80;86;89"),
-    ("10.0a 12.0", "", "100a;120"), ("9.0a", "", "90a"), ("7.5", "", ""), ("Volta", "", ""),
+    ("Ampere+Tegra Ada+PTX", "", "87;89"), ("Blackwell+Tegra", "", "110"), ("Blackwell", "", "100;120"),
+    ("Common", "", "80;86;89;90a;100;120"), ("All", "", "80;86;89;90a;100;120"), ("Volta+Tegra;8.0", "", "80"),
+    ("10.0a 12.0", "", "100a;120"), ("10.0f", "", "100f"), ("9.0a", "", "90a"), ("7.5", "", ""), ("Volta", "", ""),
     ("8.0", "90a", "90a"), ("8.0", "none", ""), ("8.0", "native", "89"), ("", "", "89")))
 def test_the_list_of_pytorch(tmp_path, torch_list, wish, archs):
     """It chooses where our own variable does not; what is older than Ampere is left out."""
@@ -249,6 +252,28 @@ def test_the_list_of_pytorch(tmp_path, torch_list, wish, archs):
 def test_a_wrong_list_of_pytorch(tmp_path):
     status, said = configure(tmp_path, "", None, "8.0;hopper")
     assert status != 0 and "TORCH_CUDA_ARCH_LIST: expected architectures such as 8.0;9.0+PTX, got hopper" in said
+
+
+@pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+@pytest.mark.parametrize("arch", ("8.0a", "8.9a", "8.6f", "9.0f"))
+def test_a_suffix_that_no_gpu_has(tmp_path, arch):
+    for wish, torch_list, variable in (("", f"8.0;{arch}", "TORCH_CUDA_ARCH_LIST"), (arch.replace(".", ""), None, "VTOK_FAST_CUDA_ARCHS")):
+        status, said = configure(tmp_path, wish, None, torch_list)
+        assert status != 0 and f"{variable}: no GPU is called {arch if torch_list else wish}" in " ".join(said.split())
+
+
+@pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+def test_the_toolkit_must_know_sm90a(tmp_path):
+    """By name it is an error; what was found here is built without those kernels, with a warning."""
+    status, said = configure(tmp_path, "80;90a", release="12.6")
+    said = " ".join(said.split())
+    assert status != 0 and re.search(r"VTOK_FAST_CUDA_ARCHS: the sm_90a kernels need CUDA 12.8 or newer, and \S+nvcc is of CUDA 12.6;"
+                                     " 90 instead of 90a builds without them", said)
+    for torch_list, gpus in ((None, "9.0"), ("9.0", None)):
+        status, said = configure(tmp_path, "", gpus, torch_list, release="12.6")
+        assert status == 0 and "archs=90 code=90-real;90-virtual." in said and "need CUDA 12.8" in " ".join(said.split())
+    status, said = configure(tmp_path, "80;90a", release="12.8")
+    assert status == 0 and "archs=80;90a " in said
 
 
 @pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
