@@ -13,8 +13,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CONTRACTS = ("exact", "close")
@@ -96,6 +98,64 @@ def close(y: Tensor, ref64: Tensor, same_dtype: Tensor | None = None) -> Parity:
         }
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
     return Parity("close", errors[worst] <= allowed[worst], errors[worst], allowed[worst], worst)
+
+
+LOCAL = 16.0  # eps of float32, see close_locally
+_REACH = 3
+
+
+def close_locally(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Parity:
+    """Measures the local part of the *close* contract of ``causal_conv3d``: no output may be worse because of
+    what is far from it.
+
+    With ``m`` the sum of ``|x| |weight|`` (and ``|bias|``) over the ``n`` products of an output, the error of
+    every output is at most ``LOCAL + sqrt(n)`` eps(float32) of the largest ``m`` within 3 rows and columns of
+    it in the same frame, plus half an eps of the output's dtype where that is narrower, of the output itself.
+    (A float32 sum of ``n`` products errs by a multiple of ``sqrt(n)`` eps of ``m``: Higham and Mary, "A new
+    approach to probabilistic rounding error analysis", 2019. Three rows and columns lie between outputs of
+    one Winograd tile.) Where the float64 result is not finite in the dtype of ``y``, ``y`` must not be finite
+    either, and nowhere else.
+
+    Args:
+        y: the result to judge, (B, O, To, Ho, Wo).
+        x, weight, bias: the arguments of ``causal_conv3d``.
+        options: its keyword arguments that say where it reads: ``stride``, ``dilation``, ``groups``,
+            ``time_pad``, ``spatial_pad``, ``time_mode``, ``spatial_mode``, ``cache``, ``upsample`` and
+            ``upsample_first_frame_once``.
+
+    Returns:
+        The worst output's error as a multiple of its own bound: ``bound`` is 1, ``region`` gives the index.
+    """
+    from vtok_fast.ops.causal_conv3d import causal_conv3d
+
+    cache = options.pop("cache", None)
+
+    def apply(function: Any) -> Tensor:
+        tensors = [None if t is None else function(t.double()) for t in (x, weight, bias, cache)]
+        return causal_conv3d(*tensors[:3], cache=tensors[3], backend="reference", **options)
+
+    ref = apply(lambda t: t)
+    if y.shape != ref.shape:
+        raise ValueError(f"y: expected shape {tuple(ref.shape)}, got {tuple(y.shape)}")
+    finite = torch.isfinite(ref.to(y.dtype))
+    if not torch.equal(torch.isfinite(y), finite):
+        where = (torch.isfinite(y) != finite).nonzero()[0].tolist()
+        return Parity("close", False, float("inf"), 1.0, f"{where}, which is finite in one of both")
+    # Infinities say nothing about rounding; what they reach is settled, what they do not is measured.
+    sums = apply(lambda t: t.abs().nan_to_num(nan=0.0, posinf=0.0))
+    frames = sums.transpose(1, 2).flatten(0, 1)
+    around = F.max_pool2d(frames, 2 * _REACH + 1, 1, _REACH)
+    around = around.unflatten(0, (sums.shape[0], sums.shape[2])).transpose(1, 2)
+    narrow = torch.finfo(y.dtype).eps / 2 if y.dtype in (torch.float16, torch.bfloat16) else 0.0
+    eps = torch.finfo(torch.float64 if y.dtype == torch.float64 else torch.float32).eps
+    multiple = LOCAL + weight[0].numel() ** 0.5
+    bound = multiple * eps * around + narrow * ref.abs() + torch.finfo(y.dtype).tiny
+    ratio = torch.where(finite, (y.double() - ref).abs() / bound, 0.0)
+    if not ratio.numel():
+        return Parity("close", True, 0.0, 1.0)
+    worst = int(ratio.argmax())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(worst), ratio.shape)]
+    return Parity("close", bool(ratio.max() <= 1), ratio.max().item(), 1.0, str(index))
 
 
 def exact(y: Tensor, reference: Tensor) -> Parity:

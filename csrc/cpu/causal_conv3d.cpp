@@ -8,7 +8,7 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu/simd/conv_direct.h"
-#include "cpu/winograd.h"
+#include "cpu/conv_winograd.h"
 
 namespace vtok::cpu {
 namespace {
@@ -28,10 +28,14 @@ double flops(Isa isa) {
   return 1;
 }
 
-int lanes(Isa isa) { return isa == Isa::portable ? 4 : isa == Isa::avx2 ? 8 : 16; }
+int lanes(Isa isa) {
+  if (isa == Isa::portable) return 4;
+  return isa == Isa::avx2 ? 8 : 16;
+}
 
 Isa best_isa() {
-  return isa_supported(Isa::avx512) ? Isa::avx512 : isa_supported(Isa::avx2) ? Isa::avx2 : Isa::portable;
+  if (isa_supported(Isa::avx512)) return Isa::avx512;
+  return isa_supported(Isa::avx2) ? Isa::avx2 : Isa::portable;
 }
 
 bool fast_bf16() {
@@ -69,8 +73,8 @@ double direct_seconds(const ConvProblem& p, const ConvPlan& plan) {
   const double pack =
       double(plan.variants.size()) * plan.kh * plan.kw * channels * plan.out_channels * 0.5e-9;
   const double moved = 0.05e-9 * element_size(p.x.dtype) * (p.x.numel() + p.out.numel());
-  return 10e-6 + (2 * taps * channels * columns * p.groups / flops(isa) + gather + pack + moved) /
-                     std::max(p.threads, 1);
+  return 10e-6 +
+         (2 * taps * channels * columns * p.groups / flops(isa) + gather + pack + moved) / plan.threads;
 }
 
 // ATen's float32 convolution on channels-last video, as a share of the rate that the direct kernel's estimate
@@ -82,10 +86,11 @@ double aten_share(const ConvProblem& p, const ConvPlan& plan) {
     return (p.stride[1] * p.stride[2] > 1 ? 0.8 : 0.95) * small * std::min(1.0, 2 * small);
   }
   if (narrow < 16) return 0.25;
-  if (p.threads == 1) return 0.12;  // another of ATen's paths, with a relayout
-  // Pointwise, nothing hides the gather of the direct kernel: against its estimate ATen
-  // stands higher than at 1.
-  return plan.kt > 1 ? 0.3 : narrow < 64 ? 0.2 : 1.2;
+  if (plan.threads == 1) return 0.12;  // another of ATen's paths, with a relayout
+  if (plan.kt > 1) return 0.3;
+  // Pointwise, no product is left that the direct kernel's gather could overlap with: ATen is faster than the
+  // estimate, which assumes it does.
+  return narrow < 64 ? 0.2 : 1.2;
 }
 
 // ATen multiplies the zeros of the padding and every repeated tap. Its oneDNN takes the best instruction set
@@ -107,7 +112,7 @@ double aten_seconds(const ConvProblem& p, const ConvPlan& plan) {
   const bool copied = p.pad[0] != 0 || p.pad[1] != 0 || p.pad[2] != p.pad[3] || p.pad[4] != p.pad[5] ||
                       p.spatial_mode != PadMode::zeros || p.upsample[0] * p.upsample[1] * p.upsample[2] > 1;
   const double moved = 0.03e-9 * element_size(p.x.dtype) * (p.x.numel() * (copied ? 3 : 1) + p.out.numel());
-  return 10e-6 + (2 * macs / (rate * flops(best_isa())) + moved) / std::max(p.threads, 1);
+  return 10e-6 + (2 * macs / (rate * flops(best_isa())) + moved) / plan.threads;
 }
 
 struct Choice {
@@ -148,27 +153,32 @@ Status check_tensors(const ConvProblem& p) {
 
 }  // namespace
 
-Status causal_conv3d(const ConvProblem& p) {
+Status causal_conv3d(const ConvProblem& p, Algorithm wanted, int threads) {
+  if (wanted != Algorithm::automatic && wanted != Algorithm::direct && wanted != Algorithm::winograd2 &&
+      wanted != Algorithm::winograd4)
+    return Status::Invalid("algorithm: expected 0, 1, 2 or 4, got " +
+                           std::to_string(static_cast<int>(wanted)));
   VTOK_RETURN_IF_ERROR(check_tensors(p));
   ConvPlan plan;
-  VTOK_RETURN_IF_ERROR(make_plan(p, &plan));
+  VTOK_RETURN_IF_ERROR(make_plan(p, threads, &plan));
   if (p.out.numel() == 0) return Status::Ok();
   advise_huge_pages(p.out);
-  const Algorithm algorithm =
-      p.algorithm == Algorithm::automatic ? native_choice(p, plan).algorithm : p.algorithm;
+  const Algorithm algorithm = wanted == Algorithm::automatic ? native_choice(p, plan).algorithm : wanted;
   const int m = static_cast<int>(algorithm);
   if (algorithm != Algorithm::direct && winograd_can_run(p, plan, m)) return conv_winograd(p, plan, m);
   return conv_direct(p, plan);
 }
 
-const char* causal_conv3d_choice(const ConvProblem& p) {
+const char* causal_conv3d_choice(const ConvProblem& p, int threads) {
   ConvPlan plan;
-  if (!make_plan(p, &plan).ok() || p.out.numel() == 0) return "direct";
+  if (!make_plan(p, threads, &plan).ok() || p.out.numel() == 0) return "direct";
   const Choice native = native_choice(p, plan);
   if (aten_seconds(p, plan) * 1.07 < native.seconds) return "reference";
-  return native.algorithm == Algorithm::winograd4   ? "winograd4"
-         : native.algorithm == Algorithm::winograd2 ? "winograd2"
-                                                    : "direct";
+  switch (native.algorithm) {
+    case Algorithm::winograd4: return "winograd4";
+    case Algorithm::winograd2: return "winograd2";
+    default: return "direct";
+  }
 }
 
 }  // namespace vtok::cpu

@@ -64,12 +64,25 @@ struct Axis {
   }
 };
 
+template <class T>
+std::vector<T> slice(const std::vector<T>& all, int64_t begin, int64_t end) {
+  return {all.begin() + begin, all.begin() + end};
+}
+
+void crop(Tensor& t, int axis, int64_t begin, int64_t end) {
+  if (!t) return;
+  t.data = static_cast<char*>(t.data) + begin * t.stride[axis] * element_size(t.dtype);
+  t.size[axis] = end - begin;
+}
+
 }  // namespace
 
 Status conv_direct(const ConvProblem& p, const ConvPlan& plan) {
   DirectJob job{};
-  job.problem = &p, job.plan = &plan;
-  job.channels = plan.channels / p.groups, job.out_channels = plan.out_channels / p.groups;
+  job.problem = &p;
+  job.plan = &plan;
+  job.channels = plan.channels / p.groups;
+  job.out_channels = plan.out_channels / p.groups;
 
   // Slots in the order of the frames with the most terms, so that their terms are adjacent in the packed
   // weights.
@@ -87,7 +100,8 @@ Status conv_direct(const ConvProblem& p, const ConvPlan& plan) {
       slot_of[variant] = int(slot_mask.size());
       slot_mask.push_back(plan.variants[variant]);
     }
-  job.slots = int(slot_mask.size()), job.slot_mask = slot_mask.data();
+  job.slots = int(slot_mask.size());
+  job.slot_mask = slot_mask.data();
 
   std::vector<DirectTerm> terms;
   std::map<std::vector<int>, std::vector<int32_t>> frames_of;
@@ -103,11 +117,13 @@ Status conv_direct(const ConvProblem& p, const ConvPlan& plan) {
     }
     frames_of[slots].push_back(int32_t(t));
   }
-  job.terms = terms.data(), job.term_begin = plan.frame_begin.data();
+  job.terms = terms.data();
+  job.term_begin = plan.frame_begin.data();
 
   Axis row(plan.rows, plan.Ho, plan.kh, p.stride[1], p.dilation[1], p.pad[2], p.upsample[1], p.spatial_mode);
   Axis col(plan.cols, plan.Wo, plan.kw, p.stride[2], p.dilation[2], p.pad[4], p.upsample[2], p.spatial_mode);
-  job.row = row.view, job.col = col.view;
+  job.row = row.view;
+  job.col = col.view;
 
   std::vector<DirectPattern> patterns;
   std::vector<DirectRegion> regions;
@@ -118,10 +134,38 @@ Status conv_direct(const ConvProblem& p, const ConvPlan& plan) {
                            plan.batch * int64_t(frames.size()) * row.view.count(i) * col.view.count(j)});
     patterns.push_back({frames.data(), int64_t(frames.size()), int(slots.size())});
   }
-  job.patterns = patterns.data(), job.regions = regions.data(), job.region_count = int64_t(regions.size());
+  job.patterns = patterns.data();
+  job.regions = regions.data();
+  job.region_count = int64_t(regions.size());
   if (!VTOK_DISPATCH(run_direct(job)))
     return Status::OutOfMemory("causal_conv3d: not enough memory for the packed weights");
   return Status::Ok();
+}
+
+Status conv_direct(const ConvProblem& p, const ConvPlan& plan, const OutputBox& box) {
+  ConvProblem part = p;
+  for (Tensor* t : {&part.x, &part.cache, &part.residual, &part.out}) crop(*t, 0, box.batch, box.batch + 1);
+  for (int axis = 0; axis < 3; ++axis) {
+    crop(part.out, 2 + axis, box.begin[axis], box.end[axis]);
+    part.pad[2 * axis] -= box.begin[axis] * p.stride[axis];
+  }
+  ConvPlan cropped = plan;
+  cropped.batch = 1;
+  cropped.To = box.end[0] - box.begin[0];
+  cropped.Ho = box.end[1] - box.begin[1];
+  cropped.Wo = box.end[2] - box.begin[2];
+  const int64_t first_tap = plan.frame_begin[box.begin[0]];
+  cropped.frame_begin = slice(plan.frame_begin, box.begin[0], box.end[0] + 1);
+  for (int64_t& begin : cropped.frame_begin) begin -= first_tap;
+  cropped.frame_taps = slice(plan.frame_taps, first_tap, plan.frame_begin[box.end[0]]);
+  cropped.rows = slice(plan.rows, box.begin[1] * plan.kh, box.end[1] * plan.kh);
+  cropped.cols = slice(plan.cols, box.begin[2] * plan.kw, box.end[2] * plan.kw);
+  if (p.residual) {
+    cropped.residual_frame = slice(plan.residual_frame, box.begin[0], box.end[0]);
+    cropped.residual_row = slice(plan.residual_row, box.begin[1], box.end[1]);
+    cropped.residual_col = slice(plan.residual_col, box.begin[2], box.end[2]);
+  }
+  return conv_direct(part, cropped);
 }
 
 }  // namespace vtok::cpu

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <string>
 
-#include "cpu/conv_problem.h"
+#include "cpu/conv_plan.h"
 
 namespace vtok::cpu {
 namespace {
@@ -39,11 +39,8 @@ Status check_options(const ConvProblem& p) {
   auto is_mode = [](PadMode mode) { return mode >= PadMode::zeros && mode <= PadMode::reflect; };
   if (!is_mode(p.time_mode) || !is_mode(p.spatial_mode))
     return Status::Invalid("time_mode, spatial_mode: not a mode");
-  if (p.activation != Activation::none && p.activation != Activation::silu)
-    return Status::Invalid("activation: not one");
-  if (p.algorithm != Algorithm::automatic && p.algorithm != Algorithm::direct &&
-      p.algorithm != Algorithm::winograd2 && p.algorithm != Algorithm::winograd4)
-    return Status::Invalid("algorithm: not one");
+  for (int ratio : p.depth_to_space)
+    if (ratio != 1) return Status::Unsupported("depth_to_space: not in the CPU kernels");
   for (int i = 0; i < 3; ++i)
     for (int64_t step : {p.stride[i], p.dilation[i], p.upsample[i]})
       if (step < 1 || step > kLargestStep)
@@ -65,61 +62,47 @@ Status check_options(const ConvProblem& p) {
   return Status::Ok();
 }
 
-}  // namespace
+// The timeline of source frames: the cache's where it is used, then those of x, all upsampled.
+struct Timeline {
+  int64_t cached, used_cache, frames;
+  int upsample;
+  bool once;  // the first frame of x is not repeated
 
-Status make_plan(const ConvProblem& p, ConvPlan* plan) {
-  if (p.x.rank != 5 || p.weight.rank != 5 || p.out.rank != 5 || (p.cache && p.cache.rank != 5) ||
-      (p.residual && p.residual.rank != 5))
-    return Status::Invalid("x, weight, out, cache and residual must have 5 dimensions");
-  VTOK_RETURN_IF_ERROR(check_options(p));
-  plan->batch = p.x.size[0], plan->channels = p.x.size[1];
-  plan->T = p.x.size[2], plan->H = p.x.size[3], plan->W = p.x.size[4];
-  plan->out_channels = p.weight.size[0];
-  plan->kt = int(p.weight.size[2]), plan->kh = int(p.weight.size[3]), plan->kw = int(p.weight.size[4]);
-  if (plan->kt > 64)
-    return Status::Unsupported("weight: at most 64 temporal taps, got " + std::to_string(plan->kt));
-  if (p.groups < 1 || plan->out_channels % p.groups || p.weight.size[1] * p.groups != plan->channels)
-    return Status::Invalid("weight: expected (O, " + std::to_string(plan->channels) +
-                           " / groups, kt, kh, kw)");
+  explicit Timeline(const ConvProblem& p)
+      : cached(p.cache ? p.cache.size[2] * p.upsample[0] : 0),
+        // A cache stands before x and replaces front padding frame by frame; only what it lacks is padded.
+        used_cache(std::min(cached, p.pad[0])), upsample(p.upsample[0]),
+        once(p.upsample_first_frame_once && !p.cache && p.x.size[2] > 0) {
+    frames = p.x.size[2] * upsample;
+    if (once) frames -= upsample - 1;
+  }
 
-  const int ut = p.upsample[0];
-  const int64_t cached = p.cache ? p.cache.size[2] * ut : 0;
-  const bool once = p.upsample_first_frame_once && !p.cache && plan->T > 0;
-  const int64_t frames = once ? 1 + (plan->T - 1) * ut : plan->T * ut;  // upsampled frames of x
-  // A cache stands before x and replaces front padding frame by frame; only what it lacks is padded.
-  const int64_t used_cache = std::min(cached, p.pad[0]);
-  const int64_t timeline = used_cache + frames;
-  plan->To = out_size(frames, p.pad[0] + p.pad[1], plan->kt, p.dilation[0], p.stride[0]);
-  plan->Ho = out_size(plan->H * p.upsample[1], p.pad[2] + p.pad[3], plan->kh, p.dilation[1], p.stride[1]);
-  plan->Wo = out_size(plan->W * p.upsample[2], p.pad[4] + p.pad[5], plan->kw, p.dilation[2], p.stride[2]);
-  const int64_t expected[5] = {plan->batch, plan->out_channels, plan->To, plan->Ho, plan->Wo};
-  for (int i = 0; i < 5; ++i)
-    if (p.out.size[i] != expected[i])
-      return Status::Invalid("out: dimension " + std::to_string(i) + " must be " +
-                             std::to_string(expected[i]) + ", got " + std::to_string(p.out.size[i]));
+  // Of x before upsampling, for the upsampled frame i.
+  int64_t own_frame(int64_t i) const { return once ? (i + upsample - 1) / upsample : i / upsample; }
+  FrameTap source(int64_t i) const {
+    if (i < used_cache) return {(cached - used_cache + i) / upsample, true, 0};
+    return {own_frame(i - used_cache), false, 0};
+  }
+};
 
+// Which source frames an output frame sums, with which taps; taps of the same source frame become one term.
+void plan_frames(const ConvProblem& p, const Timeline& time, ConvPlan* plan) {
+  const int64_t length = time.used_cache + time.frames;
   plan->frame_begin.assign(1, 0);
   for (int64_t t = 0; t < plan->To; ++t) {
     const size_t begin = plan->frame_taps.size();
     std::vector<uint64_t> masks;
     for (int k = 0; k < plan->kt; ++k) {
-      int64_t i = source_index(t * p.stride[0] + int64_t(k) * p.dilation[0] - p.pad[0] + used_cache, timeline,
-                               p.time_mode);
+      const int64_t at = t * p.stride[0] + int64_t(k) * p.dilation[0] - p.pad[0] + time.used_cache;
+      const int64_t i = source_index(at, length, p.time_mode);
       if (i < 0) continue;
-      const bool from_cache = i < used_cache;
-      int64_t frame;
-      if (from_cache) {
-        frame = (cached - used_cache + i) / ut;
-      } else {
-        i -= used_cache;
-        frame = once ? (i == 0 ? 0 : 1 + (i - 1) / ut) : i / ut;
-      }
+      const FrameTap tap = time.source(i);
       size_t j = begin;
       while (j < plan->frame_taps.size() &&
-             (plan->frame_taps[j].frame != frame || plan->frame_taps[j].from_cache != from_cache))
+             (plan->frame_taps[j].frame != tap.frame || plan->frame_taps[j].from_cache != tap.from_cache))
         ++j;
       if (j == plan->frame_taps.size()) {
-        plan->frame_taps.push_back({frame, from_cache, 0});
+        plan->frame_taps.push_back(tap);
         masks.push_back(0);
       }
       masks[j - begin] |= uint64_t(1) << k;
@@ -131,30 +114,64 @@ Status make_plan(const ConvProblem& p, ConvPlan* plan) {
     }
     plan->frame_begin.push_back(int64_t(plan->frame_taps.size()));
   }
+}
+
+// A residual of the output's own shape is read as it is; one of the shape before upsampling is upsampled like x.
+Status plan_residual(const ConvProblem& p, const Timeline& time, ConvPlan* plan) {
+  const Tensor& r = p.residual;
+  auto divisor = [&](int axis, int64_t out, int up) { return r.size[axis] == out ? 1 : up; };
+  const int dt = divisor(2, plan->To, p.upsample[0]), dh = divisor(3, plan->Ho, p.upsample[1]),
+            dw = divisor(4, plan->Wo, p.upsample[2]);
+  for (int64_t t = 0; t < plan->To; ++t) plan->residual_frame.push_back(dt > 1 ? time.own_frame(t) : t);
+  for (int64_t h = 0; h < plan->Ho; ++h) plan->residual_row.push_back(int32_t(h / dh));
+  for (int64_t w = 0; w < plan->Wo; ++w) plan->residual_col.push_back(int32_t(w / dw));
+  if (r.size[0] != plan->batch || r.size[1] != plan->out_channels ||
+      (plan->To && plan->residual_frame.back() + 1 != r.size[2]) ||
+      (plan->Ho && plan->residual_row.back() + 1 != r.size[3]) ||
+      (plan->Wo && plan->residual_col.back() + 1 != r.size[4]))
+    return Status::Invalid("residual: must have the output's shape, before or after upsampling");
+  return Status::Ok();
+}
+
+}  // namespace
+
+Status make_plan(const ConvProblem& p, int threads, ConvPlan* plan) {
+  if (p.x.rank != 5 || p.weight.rank != 5 || p.out.rank != 5 || (p.cache && p.cache.rank != 5) ||
+      (p.residual && p.residual.rank != 5))
+    return Status::Invalid("x, weight, out, cache and residual must have 5 dimensions");
+  VTOK_RETURN_IF_ERROR(check_options(p));
+  plan->threads = std::clamp(threads, 1, 1024);
+  plan->batch = p.x.size[0];
+  plan->channels = p.x.size[1];
+  plan->T = p.x.size[2];
+  plan->H = p.x.size[3];
+  plan->W = p.x.size[4];
+  plan->out_channels = p.weight.size[0];
+  plan->kt = int(p.weight.size[2]);
+  plan->kh = int(p.weight.size[3]);
+  plan->kw = int(p.weight.size[4]);
+  if (plan->kt > 64)
+    return Status::Unsupported("weight: at most 64 temporal taps, got " + std::to_string(plan->kt));
+  if (p.groups < 1 || plan->out_channels % p.groups || p.weight.size[1] * p.groups != plan->channels)
+    return Status::Invalid("weight: expected (O, " + std::to_string(plan->channels) +
+                           " / groups, kt, kh, kw)");
+
+  const Timeline time(p);
+  plan->To = out_size(time.frames, p.pad[0] + p.pad[1], plan->kt, p.dilation[0], p.stride[0]);
+  plan->Ho = out_size(plan->H * p.upsample[1], p.pad[2] + p.pad[3], plan->kh, p.dilation[1], p.stride[1]);
+  plan->Wo = out_size(plan->W * p.upsample[2], p.pad[4] + p.pad[5], plan->kw, p.dilation[2], p.stride[2]);
+  const int64_t expected[5] = {plan->batch, plan->out_channels, plan->To, plan->Ho, plan->Wo};
+  for (int i = 0; i < 5; ++i)
+    if (p.out.size[i] != expected[i])
+      return Status::Invalid("out: dimension " + std::to_string(i) + " must be " +
+                             std::to_string(expected[i]) + ", got " + std::to_string(p.out.size[i]));
+
+  plan_frames(p, time, plan);
   plan->rows = tap_table(plan->Ho, plan->kh, p.stride[1], p.dilation[1], p.pad[2], plan->H, p.upsample[1],
                          p.spatial_mode);
   plan->cols = tap_table(plan->Wo, plan->kw, p.stride[2], p.dilation[2], p.pad[4], plan->W, p.upsample[2],
                          p.spatial_mode);
-
-  if (p.residual) {
-    const Tensor& r = p.residual;
-    // A residual of the output's own shape is read as it is; one of the shape before upsampling is upsampled
-    // like x.
-    auto divisor = [&](int axis, int64_t out, int up) { return r.size[axis] == out ? 1 : up; };
-    const int dt = divisor(2, plan->To, ut), dh = divisor(3, plan->Ho, p.upsample[1]),
-              dw = divisor(4, plan->Wo, p.upsample[2]);
-    const bool once_residual = dt > 1 && once;
-    for (int64_t t = 0; t < plan->To; ++t)
-      plan->residual_frame.push_back(once_residual ? (t == 0 ? 0 : 1 + (t - 1) / dt) : t / dt);
-    for (int64_t h = 0; h < plan->Ho; ++h) plan->residual_row.push_back(int32_t(h / dh));
-    for (int64_t w = 0; w < plan->Wo; ++w) plan->residual_col.push_back(int32_t(w / dw));
-    if (r.size[0] != plan->batch || r.size[1] != plan->out_channels ||
-        (plan->To && plan->residual_frame.back() + 1 != r.size[2]) ||
-        (plan->Ho && plan->residual_row.back() + 1 != r.size[3]) ||
-        (plan->Wo && plan->residual_col.back() + 1 != r.size[4]))
-      return Status::Invalid("residual: must have the output's shape, before or after upsampling");
-  }
-  return Status::Ok();
+  return p.residual ? plan_residual(p, time, plan) : Status::Ok();
 }
 
 int64_t ConvPlan::macs() const {

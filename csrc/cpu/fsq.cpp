@@ -94,7 +94,9 @@ Status fsq_quantize(const Tensor& z, const Tensor& codes, const Tensor& indices,
             rest = task / chunks;
     for (size_t i = axes.size() - (axes.empty() ? 0 : 1); i-- > 0; rest /= axes[i].size) {
       const int64_t k = rest % axes[i].size;
-      at_z += k * axes[i].z, at_codes += k * axes[i].codes, at_indices += k * axes[i].indices;
+      at_z += k * axes[i].z;
+      at_codes += k * axes[i].codes;
+      at_indices += k * axes[i].indices;
     }
     const FsqRun run{z.dtype,
                      static_cast<const char*>(z.data) + at_z * width,

@@ -117,87 +117,122 @@ void merge_rows(NormPlan& plan) {
   plan.height = 1;
 }
 
-}  // namespace
-
-Status norm_act(const NormProblem& p) {
-  VTOK_RETURN_IF_ERROR(check(p));
+// Everything of the plan but the parameters and the statistics.
+NormPlan make_plan(const NormProblem& p) {
   NormPlan plan{};
   plan.dtype = p.x.dtype;
   // one of rank 0 is absent, whatever it points to
   auto pointer = [](const Tensor& t) { return t ? t.data : nullptr; };
-  plan.x = p.x.data, plan.residual = pointer(p.residual), plan.out = p.out.data;
-  plan.scale = pointer(p.scale), plan.shift = pointer(p.shift);
-  plan.batch = p.x.size[0], plan.channels = p.x.size[1];
-  plan.frames = p.x.size[2], plan.height = p.x.size[3], plan.width = p.x.size[4];
-  const int64_t C = plan.channels, area = plan.height * plan.width;
-  if (plan.batch * C * plan.frames * area == 0) return Status::Ok();
-  advise_huge_pages(p.out);
+  plan.x = p.x.data;
+  plan.residual = pointer(p.residual);
+  plan.out = p.out.data;
+  plan.scale = pointer(p.scale);
+  plan.shift = pointer(p.shift);
+  plan.batch = p.x.size[0];
+  plan.channels = p.x.size[1];
+  plan.frames = p.x.size[2];
+  plan.height = p.x.size[3];
+  plan.width = p.x.size[4];
   for (int i = 0; i < 5; ++i) {
-    plan.x_stride[i] = p.x.stride[i], plan.residual_stride[i] = p.residual.stride[i],
+    plan.x_stride[i] = p.x.stride[i];
+    plan.residual_stride[i] = p.residual.stride[i];
     plan.out_stride[i] = p.out.stride[i];
-    plan.scale_stride[i] = p.scale.stride[i], plan.shift_stride[i] = p.shift.stride[i];
+    plan.scale_stride[i] = p.scale.stride[i];
+    plan.shift_stride[i] = p.shift.stride[i];
   }
   merge_rows(plan);
-  std::vector<float> weights, biases;
-  plan.weight = channel_vector(p.weight, C, 1, weights), plan.bias = channel_vector(p.bias, C, 0, biases);
-  plan.channels_last = p.channels_last, plan.centered = p.centered, plan.silu = p.silu,
+  plan.channels_last = p.channels_last;
+  plan.centred = p.centred;
+  plan.silu = p.silu;
   plan.per_frame = p.per_frame;
-  plan.groups = p.groups, plan.eps = p.eps;
-
+  plan.groups = p.groups;
+  plan.eps = p.eps;
   // A task's float32 copy should stay in the second-level cache; planes want long runs of each channel.
-  const int64_t together = p.channels_last ? C : p.over_positions ? 1 : C / p.groups;
-  plan.chunk = p.channels_last ? std::max<int64_t>(8192 / together, 1)
-                               : std::clamp<int64_t>(65536 / together & ~int64_t(15), 64, 4096);
+  const int64_t area = plan.height * plan.width;
+  if (p.channels_last) {
+    plan.chunk = std::max<int64_t>(8192 / plan.channels, 1);
+  } else {
+    const int64_t together = p.over_positions ? 1 : plan.channels / p.groups;
+    plan.chunk = std::clamp<int64_t>(65536 / together & ~int64_t(15), 64, 4096);
+  }
   plan.chunk = std::min(area, plan.chunk);
   plan.chunks_per_frame = (area + plan.chunk - 1) / plan.chunk;
-  const int64_t tasks = plan.batch * plan.frames * plan.chunks_per_frame;
-  auto task_at = [&](int64_t i) {
-    const int64_t first = i % plan.chunks_per_frame * plan.chunk, frame = i / plan.chunks_per_frame;
-    return NormTask{frame / plan.frames, frame % plan.frames, first, std::min(plan.chunk, area - first)};
-  };
-  const int64_t scratch = VTOK_DISPATCH(norm_scratch(plan));
-  if (!p.over_positions) {
-    parallel_for(tasks, p.threads, [&](int64_t i, int) {
-      VTOK_DISPATCH(norm_positions(plan, task_at(i), thread_scratch(scratch)));
-    });
-    return Status::Ok();
-  }
+  return plan;
+}
 
-  // Some spans (what shares statistics) at a time, so that the second pass finds in a cache what the first
-  // has read. It goes backwards: of a span that is larger than the cache, the end is what is still there.
-  const int64_t spans = plan.batch * (p.per_frame ? plan.frames : 1), per_span = tasks / spans,
-                cg = C / p.groups;
+NormTask task_at(const NormPlan& plan, int64_t i) {
+  const int64_t first = i % plan.chunks_per_frame * plan.chunk, frame = i / plan.chunks_per_frame;
+  return {frame / plan.frames, frame % plan.frames, first,
+          std::min(plan.chunk, plan.height * plan.width - first)};
+}
+
+// What normalizes the channels of one group, from its moments: x - mean, times gain, plus offset.
+void normalizer_of_group(const NormPlan& plan, const Moments& all, int64_t group, float* mean, float* gain,
+                         float* offset) {
+  const int64_t size = plan.channels / plan.groups;
+  const double rstd = 1 / std::sqrt(all.m2 / all.n + plan.eps);
+  // x - high is exact near the mean; what float32 drops of the mean goes into the offset.
+  const float high = static_cast<float>(all.mean);
+  for (int64_t c = group * size; c < (group + 1) * size; ++c) {
+    mean[c] = high;
+    gain[c] = static_cast<float>(rstd * plan.weight[c]);
+    offset[c] = static_cast<float>(plan.bias[c] - (all.mean - high) * rstd * plan.weight[c]);
+  }
+}
+
+// Statistics over positions: of spans, which share them. Some spans at a time, so that the second pass finds in a
+// cache what the first has read. It goes backwards: of a span that is larger than the cache, the end is what is
+// still there.
+void norm_spans(const NormProblem& p, NormPlan& plan, int64_t tasks, int64_t scratch) {
+  const int64_t C = plan.channels, area = plan.height * plan.width;
+  const int64_t spans = plan.batch * (p.per_frame ? plan.frames : 1), per_span = tasks / spans;
   const int64_t span_bytes =
       (p.per_frame ? 1 : plan.frames) * area * C * element_size(plan.dtype) * (p.residual ? 2 : 1);
-  const int64_t together_spans = std::max<int64_t>(kCachedBytes / span_bytes, 1);
-  std::vector<Moments> partial(std::min(together_spans, spans) * per_span * p.groups);
+  const int64_t together = std::max<int64_t>(kCachedBytes / span_bytes, 1);
+  std::vector<Moments> partial(std::min(together, spans) * per_span * p.groups);
   std::vector<float> means(spans * C + kSlack), gains(means.size()), offsets(means.size());
   float *mean = aligned(means), *gain = aligned(gains), *offset = aligned(offsets);
-  plan.mean = mean, plan.gain = gain, plan.offset = offset;
-  for (int64_t begin = 0; begin < spans; begin += together_spans) {
-    const int64_t end = std::min(begin + together_spans, spans), first = begin * per_span,
+  plan.mean = mean;
+  plan.gain = gain;
+  plan.offset = offset;
+  for (int64_t begin = 0; begin < spans; begin += together) {
+    const int64_t end = std::min(begin + together, spans), first = begin * per_span,
                   count = (end - begin) * per_span;
     parallel_for(count, p.threads, [&](int64_t i, int) {
-      VTOK_DISPATCH(
-          group_moments(plan, task_at(first + i), partial.data() + i * p.groups, thread_scratch(scratch)));
+      VTOK_DISPATCH(group_moments(plan, task_at(plan, first + i), partial.data() + i * p.groups,
+                                  thread_scratch(scratch)));
     });
     for (int64_t span = begin; span < end; ++span)
       for (int64_t g = 0; g < p.groups; ++g) {
         Moments all{};
         for (int64_t i = 0; i < per_span; ++i)
           merge(all, partial[((span - begin) * per_span + i) * p.groups + g]);
-        const double rstd = 1 / std::sqrt(all.m2 / all.n + p.eps);
-        // x - high is exact near the mean; what float32 drops of the mean goes into the offset.
-        const float high = static_cast<float>(all.mean);
-        for (int64_t c = g * cg; c < (g + 1) * cg; ++c) {
-          mean[span * C + c] = high;
-          gain[span * C + c] = static_cast<float>(rstd * plan.weight[c]);
-          offset[span * C + c] = static_cast<float>(plan.bias[c] - (all.mean - high) * rstd * plan.weight[c]);
-        }
+        normalizer_of_group(plan, all, g, mean + span * C, gain + span * C, offset + span * C);
       }
-    parallel_for(count, p.threads,
-                 [&](int64_t i, int) { VTOK_DISPATCH(group_apply(plan, task_at(first + count - 1 - i))); });
+    parallel_for(count, p.threads, [&](int64_t i, int) {
+      VTOK_DISPATCH(group_apply(plan, task_at(plan, first + count - 1 - i)));
+    });
   }
+}
+
+}  // namespace
+
+Status norm_act(const NormProblem& p) {
+  VTOK_RETURN_IF_ERROR(check(p));
+  if (p.x.numel() == 0) return Status::Ok();
+  NormPlan plan = make_plan(p);
+  advise_huge_pages(p.out);
+  std::vector<float> weights, biases;
+  plan.weight = channel_vector(p.weight, plan.channels, 1, weights);
+  plan.bias = channel_vector(p.bias, plan.channels, 0, biases);
+  const int64_t tasks = plan.batch * plan.frames * plan.chunks_per_frame;
+  const int64_t scratch = VTOK_DISPATCH(norm_scratch(plan));
+  if (p.over_positions)
+    norm_spans(p, plan, tasks, scratch);
+  else
+    parallel_for(tasks, p.threads, [&](int64_t i, int) {
+      VTOK_DISPATCH(norm_positions(plan, task_at(plan, i), thread_scratch(scratch)));
+    });
   return Status::Ok();
 }
 

@@ -54,6 +54,91 @@ struct Rows {
 
 bool channels_inside(const Tensor& t) { return t.stride[1] == 1 && t.stride[4] == t.size[1]; }
 
+// The mean absolute difference of every token. A task is a band of rows of tokens: it reads pieces of kPiece adjacent
+// bytes, frame by frame and channel by channel, and sums them in whole numbers, so that no order matters.
+class Scores {
+ public:
+  Scores(const Tensor& video, const Tensor& reconstruction, const Tensor& scores, int64_t frames,
+         int64_t rows, int64_t columns)
+      : inside_(channels_inside(video) && channels_inside(reconstruction)), a_(video, inside_),
+        b_(reconstruction, inside_), dtype_(video.dtype), channels_(inside_ ? 1 : video.size[1]),
+        frames_(frames), rows_(rows), step_(inside_ ? columns * video.size[1] : columns), t_(scores.size[1]),
+        h_(scores.size[2]), w_(scores.size[3]),
+        band_(std::clamp<int64_t>(kPiece / (rows * w_ * step_ * a_.width), 1, h_)),
+        bands_((h_ + band_ - 1) / band_), at_most_(std::max<int64_t>(1, kExactAdditions / step_)),
+        to_(static_cast<float*>(scores.data)) {}
+
+  struct Memory {  // of a thread
+    std::vector<double> sums;
+    std::vector<int64_t> totals;
+    std::vector<char> nan;
+    explicit Memory(const Scores& s)
+        : sums(s.band_ * s.w_ * s.step_), totals(s.band_ * s.w_), nan(s.band_ * s.w_) {}
+  };
+
+  int64_t tasks_of_item() const { return t_ * bands_; }
+
+  void run(int64_t task, Memory& memory) const {
+    const int64_t first = task % bands_ * band_, last = std::min(first + band_, h_);
+    const int64_t group = task / bands_ % t_, batch = task / bands_ / t_, tokens = (last - first) * w_;
+    // The first frame is a group of its own.
+    const int64_t begin = group ? 1 + (group - 1) * frames_ : 0, depth = group ? frames_ : 1;
+    std::fill(memory.sums.begin(), memory.sums.end(), 0.0);
+    std::fill(memory.totals.begin(), memory.totals.end(), 0);
+    std::fill(memory.nan.begin(), memory.nan.end(), 0);
+    int64_t added = 0;
+    for (int64_t f = begin; f < begin + depth; ++f)
+      for (int64_t c = 0; c < channels_; ++c)
+        for (int64_t r = 0, count; r < rows_; r += count) {
+          count = std::min(rows_ - r, at_most_);
+          if (added + count > at_most_) {
+            flush(tokens, memory);
+            added = 0;
+          }
+          added += count;
+          for (int64_t y = first; y < last; ++y) {
+            auto at = [&](const Rows& v) {
+              return v.data +
+                     (batch * v.batch + f * v.frame + c * v.channel + (y * rows_ + r) * v.row) * v.width;
+            };
+            const ScoreRows block{dtype_, at(a_),    at(b_), count,    w_ * step_,
+                                  a_.row, a_.column, b_.row, b_.column};
+            VTOK_DISPATCH(add_differences(block, memory.sums.data() + (y - first) * w_ * step_));
+          }
+        }
+    flush(tokens, memory);
+    const double divisor = static_cast<double>(channels_ * depth * rows_ * step_) * 0x1p30;
+    float* to = to_ + ((batch * t_ + group) * h_ + first) * w_;
+    for (int64_t i = 0; i < tokens; ++i)
+      to[i] = memory.nan[i] ? std::numeric_limits<float>::quiet_NaN()
+                            : static_cast<float>(static_cast<double>(memory.totals[i]) / divisor);
+  }
+
+ private:
+  // Moves the sums into the totals, before an addition to them could round.
+  void flush(int64_t tokens, Memory& memory) const {
+    for (int64_t x = 0; x < tokens; ++x)
+      for (int64_t i = 0; i < step_; i += kExactAdditions) {
+        double part = 0;
+        for (int64_t k = i; k < std::min(step_, i + kExactAdditions); ++k) part += memory.sums[x * step_ + k];
+        if (part == part)
+          memory.totals[x] += static_cast<int64_t>(part * 0x1p30);
+        else
+          memory.nan[x] = 1;
+      }
+    std::fill(memory.sums.begin(), memory.sums.end(), 0.0);
+  }
+
+  const bool inside_;
+  const Rows a_, b_;
+  const DType dtype_;
+  const int64_t channels_, frames_, rows_, step_;  // step: columns of a row of a token
+  const int64_t t_, h_, w_, band_, bands_;
+  const int64_t
+      at_most_;  // rows of pixels that a sum takes: with their columns, as many additions as stay exact
+  float* const to_;
+};
+
 }  // namespace
 
 Status router_scores(const Tensor& video, const Tensor& reconstruction, const Tensor& scores, int64_t frames,
@@ -70,64 +155,11 @@ Status router_scores(const Tensor& video, const Tensor& reconstruction, const Te
   if (!same(scores, DType::f32, {video.size[0], t, h, w}) || !contiguous(scores))
     return Status::Invalid("scores: expected contiguous float32 (B, t, h, w)");
   if (scores.numel() == 0) return Status::Ok();
-
-  const bool inside = channels_inside(video) && channels_inside(reconstruction);
-  const Rows a(video, inside), b(reconstruction, inside);
-  const int64_t channels = inside ? 1 : video.size[1], step = inside ? columns * video.size[1] : columns;
-  // A task reads pieces of kPiece adjacent bytes: `band` rows of tokens, frame by frame and channel by
-  // channel.
-  const int64_t band = std::clamp<int64_t>(kPiece / (rows * w * step * a.width), 1, h),
-                bands = (h + band - 1) / band;
-  if (threads < 1 || video.numel() * a.width < kSerialBytes) threads = 1;
-  // Rows of pixels that a sum may take: with the columns of a token as many additions as stay exact.
-  const int64_t at_most = std::max<int64_t>(1, kExactAdditions / step);
-  std::vector<std::vector<double>> sums(threads, std::vector<double>(band * w * step));
-  std::vector<std::vector<int64_t>> totals(threads, std::vector<int64_t>(band * w));
-  parallel_for(scores.size[0] * t * bands, threads, [&](int64_t task, int thread) {
-    double* sum = sums[thread].data();
-    int64_t* total = totals[thread].data();
-    const int64_t first = task % bands * band, last = std::min(first + band, h), group = task / bands % t,
-                  batch = task / bands / t;
-    const int64_t begin = group ? 1 + (group - 1) * frames : 0, depth = group ? frames : 1,
-                  tokens = (last - first) * w;
-    std::fill_n(total, tokens, 0);
-    std::fill_n(sum, tokens * step, 0.0);
-    std::vector<char> nan;  // allocated where one turns up
-    auto flush = [&] {
-      for (int64_t x = 0; x < tokens; ++x)
-        for (int64_t i = 0; i < step; i += kExactAdditions) {
-          double part = 0;
-          for (int64_t k = i; k < std::min(step, i + kExactAdditions); ++k) part += sum[x * step + k];
-          total[x] += part == part ? static_cast<int64_t>(part * 0x1p30) : 0;
-          if (part != part) nan.resize(band * w), nan[x] = 1;
-        }
-      std::fill_n(sum, tokens * step, 0.0);
-    };
-    int64_t added = 0;
-    for (int64_t f = begin; f < begin + depth; ++f)
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t r = 0, count; r < rows; r += count) {
-          count = std::min(rows - r, at_most);
-          if (added + count > at_most) flush(), added = 0;
-          added += count;
-          for (int64_t y = first; y < last; ++y) {
-            auto at = [&](const Rows& v) {
-              return v.data +
-                     (batch * v.batch + f * v.frame + c * v.channel + (y * rows + r) * v.row) * v.width;
-            };
-            const ScoreRows block{video.dtype, at(a),    at(b), count,   w * step,
-                                  a.row,       a.column, b.row, b.column};
-            VTOK_DISPATCH(add_differences(block, sum + (y - first) * w * step));
-          }
-        }
-    flush();
-    const double divisor = static_cast<double>(channels * depth * rows * step) * 0x1p30;
-    float* to = static_cast<float*>(scores.data) + ((batch * t + group) * h + first) * w;
-    for (int64_t i = 0; i < tokens; ++i) {
-      to[i] = static_cast<float>(static_cast<double>(total[i]) / divisor);
-      if (!nan.empty() && nan[i]) to[i] = std::numeric_limits<float>::quiet_NaN();
-    }
-  });
+  if (threads < 1 || video.numel() * element_size(video.dtype) < kSerialBytes) threads = 1;
+  const Scores work(video, reconstruction, scores, frames, rows, columns);
+  std::vector<Scores::Memory> memory(threads, Scores::Memory(work));
+  parallel_for(scores.size[0] * work.tasks_of_item(), threads,
+               [&](int64_t task, int thread) { work.run(task, memory[thread]); });
   return Status::Ok();
 }
 

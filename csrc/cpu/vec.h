@@ -95,6 +95,18 @@ VTOK_INLINE float sum(vfloat v) {
   return s;
 }
 
+// Sum over the lanes as a tree: log2(kLanes) shuffles instead of kLanes dependent additions.
+VTOK_INLINE float tree_sum(vfloat v) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2) {
+    vint rotated;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rotated[i] = (i + half) % kLanes;
+    v += shuffle(v, rotated);
+  }
+  return v[0];
+}
+
 // 16-bit formats. Everything is computed in float32; only loads and stores know them.
 VTOK_INLINE float half_to_float(uint16_t h) {
 #if defined(__F16C__)

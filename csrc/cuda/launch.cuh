@@ -50,11 +50,15 @@ Status resident_clusters(void (*kernel)(Parameters...), unsigned cluster, unsign
                                  what));
   cudaLaunchAttribute size = {};
   size.id = cudaLaunchAttributeClusterDimension;
-  size.val.clusterDim.x = cluster, size.val.clusterDim.y = 1, size.val.clusterDim.z = 1;
+  size.val.clusterDim.x = cluster;
+  size.val.clusterDim.y = 1;
+  size.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cluster), config.blockDim = dim3(threads);
+  config.gridDim = dim3(cluster);
+  config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
-  config.attrs = &size, config.numAttrs = 1;
+  config.attrs = &size;
+  config.numAttrs = 1;
   return status_of(cudaOccupancyMaxActiveClusters(count, kernel, &config), what);
 }
 
@@ -72,7 +76,9 @@ Status launch(const char* what, dim3 cluster, void (*kernel)(Parameters...), dim
   config.stream = stream;
   cudaLaunchAttribute size = {};
   size.id = cudaLaunchAttributeClusterDimension;
-  size.val.clusterDim.x = cluster.x, size.val.clusterDim.y = cluster.y, size.val.clusterDim.z = cluster.z;
+  size.val.clusterDim.x = cluster.x;
+  size.val.clusterDim.y = cluster.y;
+  size.val.clusterDim.z = cluster.z;
   config.attrs = &size;
   config.numAttrs = cluster.x * cluster.y * cluster.z > 1;  // GPUs before sm_90 have no clusters
   return status_of(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);

@@ -55,8 +55,12 @@ inline Status encode(TensorMap& map, const void* base, const TensorMapShape& s) 
                                                        : CU_TENSOR_MAP_SWIZZLE_NONE;
   cuuint64_t size[5], stride[5];
   cuuint32_t box[5], step[5];
-  for (int i = 0; i < s.rank; ++i)
-    size[i] = s.size[i], stride[i] = s.stride[i], box[i] = s.box[i], step[i] = s.step[i];
+  for (int i = 0; i < s.rank; ++i) {
+    size[i] = s.size[i];
+    stride[i] = s.stride[i];
+    box[i] = s.box[i];
+    step[i] = s.step[i];
+  }
   const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
       &map, type, cuuint32_t(s.rank), const_cast<void*>(base), size, stride + 1, box, step,
       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,

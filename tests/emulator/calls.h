@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "conv_problem.h"
 #include "emulator.h"
 #include "tensor.h"
 
@@ -66,6 +67,25 @@ struct Read<std::array<T, N>> {
     std::array<T, N> v;
     for (size_t i = 0; i < N; ++i) v[i] = item<T>(a, i);
     return v;
+  }
+};
+
+// Its numbers in the order of Python's Geometry, in one row.
+template <>
+struct Read<vtok::ConvGeometry> {
+  static vtok::ConvGeometry from(const Arg& a) {
+    if (a.count != 19) throw std::runtime_error("expected 19 numbers, got " + std::to_string(a.count));
+    vtok::ConvGeometry g;
+    const int64_t* at = a.integers;
+    for (int& n : g.stride) n = int(*at++);
+    for (int& n : g.dilation) n = int(*at++);
+    g.groups = int(*at++);
+    for (int64_t& n : g.pad) n = *at++;
+    g.time_mode = static_cast<vtok::PadMode>(*at++);
+    g.spatial_mode = static_cast<vtok::PadMode>(*at++);
+    for (int& n : g.upsample) n = int(*at++);
+    g.upsample_first_frame_once = *at != 0;
+    return g;
   }
 };
 

@@ -24,10 +24,14 @@ __global__ void matrices(uint32_t* out) {
   ptx::ldmatrix_x4_trans(x4_trans, row);
   ptx::ldmatrix_x2(x2, row);
   ptx::ldmatrix_x2_trans(x2_trans, row);
-  for (int i = 0; i < 4; ++i)
-    ptx::st_global(out + 32 * i + lane, x4[i]), ptx::st_global(out + 128 + 32 * i + lane, x4_trans[i]);
-  for (int i = 0; i < 2; ++i)
-    ptx::st_global(out + 256 + 32 * i + lane, x2[i]), ptx::st_global(out + 320 + 32 * i + lane, x2_trans[i]);
+  for (int i = 0; i < 4; ++i) {
+    ptx::st_global(out + 32 * i + lane, x4[i]);
+    ptx::st_global(out + 128 + 32 * i + lane, x4_trans[i]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    ptx::st_global(out + 256 + 32 * i + lane, x2[i]);
+    ptx::st_global(out + 320 + 32 * i + lane, x2_trans[i]);
+  }
 }
 
 // A small integer for each register of a fragment: of which operand, which register, which half of it.
@@ -99,7 +103,8 @@ __global__ void conversions(uint32_t* out) {
   const __half half =
       ptx::from_float<__half>(i % 2 ? value : float(int(bits >> 8) - (1 << 23)) / float(1 << (i / 2 % 31)));
   uint16_t words[2];
-  memcpy(&words[0], &bf16, 2), memcpy(&words[1], &half, 2);
+  memcpy(&words[0], &bf16, 2);
+  memcpy(&words[1], &half, 2);
   ptx::st_global(out + 3 * i, words[0] | uint32_t(words[1]) << 16);
   ptx::st_global(out + 3 * i + 1, ptx::to_tf32(value) & ~0x1fffu);
   const float back = ptx::to_float(half);
@@ -132,9 +137,15 @@ int main() {
   for (int i = 0; i < 64; ++i) words[kCopied + i] = i < 32 ? i + 1 : 0x3f000000u;
   void* memory = nullptr;
   vtok::Tensor out;
-  out.rank = 1, out.size[0] = kWords, out.stride[0] = 1, out.dtype = vtok::DType::i32;
+  out.rank = 1;
+  out.size[0] = kWords;
+  out.stride[0] = 1;
+  out.dtype = vtok::DType::i32;
   auto tried = [](cudaError_t error) {
-    if (error != cudaSuccess) std::printf("%s\n", cudaGetErrorString(error)), std::exit(1);
+    if (error != cudaSuccess) {
+      std::printf("%s\n", cudaGetErrorString(error));
+      std::exit(1);
+    }
   };
   tried(cudaMalloc(&memory, kWords * 4));
   tried(cudaMemcpy(memory, words.data(), kWords * 4, cudaMemcpyHostToDevice));

@@ -203,9 +203,14 @@ int main() {
   std::vector<uint32_t> words(cuda::kWords);
   for (int i = 0; i < cuda::kElements; ++i) elements[i] = uint16_t(i + 1);
   Tensor from, out;
-  from.rank = out.rank = 1, from.size[0] = cuda::kElements, out.size[0] = cuda::kWords;
+  from.rank = out.rank = 1;
+  from.size[0] = cuda::kElements;
+  out.size[0] = cuda::kWords;
   auto tried = [](cudaError_t error) {
-    if (error != cudaSuccess) std::printf("%s\n", cudaGetErrorString(error)), std::exit(1);
+    if (error != cudaSuccess) {
+      std::printf("%s\n", cudaGetErrorString(error));
+      std::exit(1);
+    }
   };
   tried(cudaMalloc(&from.data, 2 * elements.size()));
   tried(cudaMalloc(&out.data, 4 * words.size()));

@@ -100,7 +100,10 @@ void start(Thread& t, int id) {
   const dim3 size = cluster.block_size;
   const unsigned in_block = unsigned(id % cluster.block_threads());
   t = {};
-  t.id = id, t.warp = id / 32, t.lane = id % 32, t.rank = int(id / cluster.block_threads());
+  t.id = id;
+  t.warp = id / 32;
+  t.lane = id % 32;
+  t.rank = int(id / cluster.block_threads());
   t.index = {in_block % size.x, in_block / size.x % size.y, in_block / (size.x * size.y)};
   t.clock.assign(2 * cluster.threads.size() + sm90_clocks(), 0);
   t.clock[id] = 1;
@@ -153,7 +156,9 @@ void run_cluster(uint32_t number, dim3 size, dim3 block_size, size_t shared_byte
   const unsigned wide = grid.x / size.x, high = grid.y / size.y;  // the grid in clusters
   const unsigned x = number % wide * size.x, y = number / wide % high * size.y,
                  z = number / wide / high * size.z;
-  cluster.number = number, cluster.block_size = block_size, cluster.size = size;
+  cluster.number = number;
+  cluster.block_size = block_size;
+  cluster.size = size;
   cluster.blocks.assign(blocks, {});
   for (unsigned i = 0; i < blocks; ++i) {
     cluster.blocks[i].index = {x + i % size.x, y + i / size.x % size.y, z + i / size.x / size.y};
@@ -233,7 +238,8 @@ void report(const std::string& message, const Where& where) {
 
 std::string run(dim3 g, dim3 c, dim3 b, size_t shared_bytes, const std::function<void()>& body) {
   if (std::string why = impossible(g, c, b, shared_bytes); !why.empty()) return "launch: " + why;
-  grid = g, kernel = &body;
+  grid = g;
+  kernel = &body;
   error.clear();
   bank_conflicts = 0;
   random_bits.seed(unsigned(config.seed));
@@ -260,14 +266,16 @@ bool arrive(Meeting& meeting, size_t expected, const char* what, const Where& wh
   }
   meeting.present.push_back(self);
   meeting.offers.push_back(offer);
-  self->waits_for = what, self->where = where;
+  self->waits_for = what;
+  self->where = where;
   if (meeting.present.size() == expected) return true;
   park(what, where);
   return false;
 }
 
 void park(const char* what, const Where& where) {
-  self->waits_for = what, self->where = where;
+  self->waits_for = what;
+  self->where = where;
   self->state = Thread::State::waiting;
   switch_to_scheduler(false);
 }

@@ -125,7 +125,8 @@ void end_phase_if_complete(Mbarrier& bar, const Where& where) {
     return report("mbarrier: a phase ends while TMA still writes for it (fewer bytes expected than come)",
                   where);
   bar.arriving[bar.agent] = bar.arriving_near[bar.agent] = ++bar.phase;
-  bar.ended = bar.arriving, bar.ended_near = bar.arriving_near;
+  bar.ended = bar.arriving;
+  bar.ended_near = bar.arriving_near;
   bar.pending = bar.count;
   for (Thread* t : bar.waiting) wake(t);
   bar.waiting.clear();
@@ -168,7 +169,8 @@ void mbarrier_init(uint32_t bar, uint32_t count, Where where) {
   Mbarrier& b = mbarriers[place];
   b.count = b.pending = count;
   b.agent = wgmma_agent(int(warpgroups.size())) + int(mbarriers.size()) - 1;
-  b.arriving.resize(self->clock.size()), b.arriving_near.resize(self->clock.size());
+  b.arriving.resize(self->clock.size());
+  b.arriving_near.resize(self->clock.size());
   b.init = {self->id, self->clock[self->id], where};
 }
 

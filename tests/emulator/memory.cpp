@@ -253,7 +253,8 @@ void register_global(const void* begin, uint64_t bytes, const char* name) {
       ++b;
       continue;
     }
-    first = std::min(first, b->first), end = std::max(end, b->second.end);
+    first = std::min(first, b->first);
+    end = std::max(end, b->second.end);
     all = b->second.name + "+" + all;
     b = buffers.erase(b);
   }

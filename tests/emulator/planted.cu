@@ -25,9 +25,10 @@ __global__ void gemm(const T* a, const T* b, float* c, float* total, int k, int 
       ptx::cp_async<16>(stage + 16 * t, rows + (t / 2 + 32 * beyond) * k + step * 16 + t % 2 * 8, true);
       const T* from = b + t / 2 * k + step * 16 + t % 2 * 8 + (bug == 4 && t == 3);
       const uint32_t to = stage + kA + 16 * t;
-      if (t == 7)
-        ptx::cp_async<8>(to, from, true), ptx::cp_async<8>(to + 8, from + 4, true);
-      else if (t < (bug == 3 ? 15 : 16))
+      if (t == 7) {
+        ptx::cp_async<8>(to, from, true);
+        ptx::cp_async<8>(to + 8, from + 4, true);
+      } else if (t < (bug == 3 ? 15 : 16))
         ptx::cp_async<16>(to, from, t / 2 != 5);
     }
     if (bug != 5) ptx::cp_async_commit();

@@ -23,8 +23,10 @@ __global__ void __launch_bounds__(384, 1)
   const uint32_t rank = ptx::cluster_rank(), peer = rank ^ 1;
   const int first_row = int(blockIdx.x) * 64;
   if (t == 0) {
-    for (int s = 0; s < 2; ++s)
-      ptx::mbarrier_init(full + 8 * s, 1), ptx::mbarrier_init(empty + 8 * s, bug == 4 ? 128 : 256);
+    for (int s = 0; s < 2; ++s) {
+      ptx::mbarrier_init(full + 8 * s, 1);
+      ptx::mbarrier_init(empty + 8 * s, bug == 4 ? 128 : 256);
+    }
     ptx::fence_mbarrier_init();
     ptx::prefetch_tensor_map(bug == 20 ? reinterpret_cast<const TensorMap*>(c_again) : &a);
   }

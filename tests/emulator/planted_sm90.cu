@@ -18,10 +18,10 @@ __global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant_
   const uint32_t base = bug == 1 ? ptx::smem_base() + 128 : (ptx::smem_base() + 1023) / 1024 * 1024,
                  full = base + kBarriers, empty = full + 16;
   if (t == 0) {
-    for (int s = 0; s < 2; ++s)
-      ptx::mbarrier_init(full + 8 * s, 1), ptx::mbarrier_init(empty + 8 * s, bug == 2   ? 129
-                                                                             : bug == 3 ? 64
-                                                                                        : 128);
+    for (int s = 0; s < 2; ++s) {
+      ptx::mbarrier_init(full + 8 * s, 1);
+      ptx::mbarrier_init(empty + 8 * s, bug == 2 ? 129 : bug == 3 ? 64 : 128);
+    }
     if (bug != 4) ptx::fence_mbarrier_init();
   }
   if (bug != 5) __syncthreads();
@@ -68,7 +68,10 @@ __global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant_
       if (bug == 22) ptx::st_shared(base, 0.0f);
       if (bug != 21) ptx::tma_store_wait_read<0>();
     }
-    if (bug == 25) ptx::bar_sync<1>(128), ptx::st_shared(base + 4 * (t - 128), 0.0f);
+    if (bug == 25) {
+      ptx::bar_sync<1>(128);
+      ptx::st_shared(base + 4 * (t - 128), 0.0f);
+    }
   }
 }
 

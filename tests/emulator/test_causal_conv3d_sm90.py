@@ -317,7 +317,7 @@ def test_the_model_chooses_what_its_predictions_say():
 
 def test_reasons():
     x = drawn(16, 16, (1, 1, 1), (1, 2, 2), BF16)[0]
-    assert "on cpu" in launch.why_not_hopper(x)
+    assert "on cpu" in launch.why_not_machine(x)
     with pytest.raises(NotImplementedError, match="capability is not 9.0"):
         plan(checked_call(*drawn(16, 16, (1, 1, 1), (1, 2, 2), BF16)), capability=80)
     with pytest.raises(NotImplementedError, match="bfloat16 and float16 only"):

@@ -10,8 +10,10 @@ constexpr uint64_t kMagic = 0x564f5443544d4150;
 template <class Part>
 void each_part(const TensorMap& map, uint32_t place, const int* at, Part part) {
   uint32_t count[5], index[5] = {}, elements = 1;
-  for (int i = 0; i < map.rank; ++i)
-    count[i] = (map.box[i] + map.step[i] - 1) / map.step[i], elements *= count[i];
+  for (int i = 0; i < map.rank; ++i) {
+    count[i] = (map.box[i] + map.step[i] - 1) / map.step[i];
+    elements *= count[i];
+  }
   for (uint32_t done = 0; done < elements;) {
     const char* from = map.base;
     bool inside = true;
@@ -62,7 +64,9 @@ std::string encode(TensorMap& map, const void* base, int element, int rank, cons
     return "swizzle " + std::to_string(swizzle);
   for (int i = 0; i < rank; ++i) {
     const std::string axis = " of axis " + std::to_string(i);
-    map.size[i] = size[i], map.stride[i] = i ? stride[i] : uint64_t(element), map.box[i] = box[i],
+    map.size[i] = size[i];
+    map.stride[i] = i ? stride[i] : uint64_t(element);
+    map.box[i] = box[i];
     map.step[i] = step[i];
     if (size[i] == 0 || size[i] > uint64_t(1) << 32) return "size " + std::to_string(size[i]) + axis;
     if (i && (stride[i] % 16 || stride[i] >= uint64_t(1) << 40))

@@ -18,7 +18,8 @@ struct Tile {
     if (swizzle == 0) fail("wgmma: the emulator knows swizzled tiles only", where);
     width = 256 >> swizzle;
     start = uint32_t(descriptor & 0x3fff) << 4;
-    lead = uint32_t(descriptor >> 16 & 0x3fff) << 4, stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+    lead = uint32_t(descriptor >> 16 & 0x3fff) << 4;
+    stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
     if (descriptor >> 49 & 7) fail("wgmma: the emulator knows base offset 0 only", where);
     if ((start - start % width) % (8 * width))
       fail("wgmma: a tile swizzled over " + std::to_string(width) + " bytes must start at a multiple of " +
@@ -85,7 +86,8 @@ void check_fragment(const uint32_t* a, uint32_t group, const Where& where) {
              : "wgmma: registers of the left operand changed before the product has read them: no wgmma_wait",
          where);
   }
-  own->group = group, own->landed = false;
+  own->group = group;
+  own->landed = false;
   std::memcpy(own->seen, a, sizeof own->seen);
 }
 
@@ -112,7 +114,8 @@ void wgmma_wait(uint32_t left, const Where& where) {
   for (Accumulator& a : state().accumulators) {
     if (a.landed || a.group > up_to) continue;
     std::copy(a.value.begin(), a.value.end(), a.d);
-    a.seen = a.value, a.landed = true;
+    a.seen = a.value;
+    a.landed = true;
   }
   for (Fragment& f : state().fragments) {
     if (f.landed || f.group > up_to) continue;
@@ -165,7 +168,8 @@ void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*eleme
         for (int k = 0; k < 16; ++k) sum += left[row * 16 + k] * right[column * 16 + k];
         to.value[i] = sum;
       }
-      to.group = group.groups + 1, to.landed = false;
+      to.group = group.groups + 1;
+      to.landed = false;
       std::fill(to.d, to.d + n / 2, NAN);  // until they are waited for
     }
   });

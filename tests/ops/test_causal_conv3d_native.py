@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
-from support.conv_cases import MODES, laid_out, random_call
+from support.conv_cases import laid_out, random_call
 
 from vtok_fast.dispatch import native
+from vtok_fast.ops.causal_conv3d.call import Geometry
 from vtok_fast.reference.causal_conv3d import causal_conv3d as reference
 
 lib = native.lib()
@@ -41,16 +42,9 @@ def test_direct_against_float64(isa, dtype):
         pad = (*call["time_pad"], *call["spatial_pad"][0], *call["spatial_pad"][1])
         lib.causal_conv3d(
             *map(native.arg, (x, weight, call["bias"], cache, residual, out)),
-            call["stride"],
-            call["dilation"],
-            call["groups"],
-            pad,
-            MODES[call["time_mode"]],
-            MODES[call["spatial_mode"]],
-            call["upsample"],
-            call["upsample_first_frame_once"],
+            Geometry(pad=pad, **{name: call[name] for name in Geometry._fields if name != "pad"}).native(),
             call["alpha"],
-            int(call["activation"] is not None),
+            call["activation"] == "silu",
             DIRECT,
             r.choice([1, 2]),
         )

@@ -10,7 +10,7 @@ from vtok_fast.ops.causal_conv3d.call import ConvCall, Geometry
 from vtok_fast.reference.causal_conv3d import causal_conv3d as reference
 
 REASON = (
-    launch.why_not_hopper(torch.empty(0, device="cuda")) if torch.cuda.is_available() else "there is no GPU"
+    launch.why_not_machine(torch.empty(0, device="cuda")) if torch.cuda.is_available() else "there is no GPU"
 )
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 BF16, F16 = torch.bfloat16, torch.float16

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import conv3d
 
 from vtok_fast.dispatch import native
+from vtok_fast.ops.causal_conv3d.call import Geometry
 
 lib = native.lib()
 pytestmark = pytest.mark.needs_native
@@ -33,16 +34,9 @@ def run(x, weight, m=4):
         None,
         None,
         native.arg(out),
-        (1, 1, 1),
-        (1, 1, 1),
-        1,
-        (weight.shape[2] - 1, 0, 1, 1, 1, 1),
-        0,
-        0,
-        (1, 1, 1),
-        False,
+        Geometry(pad=(weight.shape[2] - 1, 0, 1, 1, 1, 1)).native(),
         None,
-        0,
+        False,
         m,
         1,
     )

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from vtok_fast.dispatch import native
+from vtok_fast.ops.causal_conv3d.call import MODES, Geometry
 from vtok_fast.reference.causal_conv3d import causal_conv3d as reference
 
 lib = native.lib()
 pytestmark = pytest.mark.needs_native
-MODES = {"zeros": 0, "replicate": 1, "reflect": 2}
 FLOOR = 16 * 2**-23  # the close contract's, of the norm-wise relative error
 HALF_EPS = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -42,18 +42,12 @@ def run(
     threads=2,
 ):
     out = torch.full(shape, float("nan"), dtype=x.dtype).to(memory_format=torch.channels_last_3d)
+    geometry = Geometry((stride, 1, 1), (dilation, 1, 1), 1, pad, time_mode, spatial_mode, upsample, once)
     lib.causal_conv3d(
         *(native.arg(t) for t in (x, weight, bias, cache, residual, out)),
-        (stride, 1, 1),
-        (dilation, 1, 1),
-        1,
-        pad,
-        MODES[time_mode],
-        MODES[spatial_mode],
-        upsample,
-        once,
+        geometry.native(),
         alpha,
-        int(silu),
+        silu,
         m,
         threads,
     )
@@ -97,7 +91,7 @@ def test_random_calls(isa, m, seed):
         cached = r.choice([0, 1, 2])
         once = upsample[0] > 1 and not cached
         front = dilation * (kt - 1)
-        time_mode, spatial_mode = r.choice(["zeros", "replicate"]), r.choice(list(MODES))
+        time_mode, spatial_mode = r.choice(["zeros", "replicate"]), r.choice(MODES)
         x = laid_out(r, (torch.randn(batch, channels, T, H, W) + r.choice([0, 0.5])).to(dtype))
         cache = laid_out(r, torch.randn(batch, channels, cached, H, W).to(dtype)) if cached else None
         weight = (torch.randn(outputs, channels, kt, 3, 3) / (9 * kt * channels) ** 0.5).to(dtype)

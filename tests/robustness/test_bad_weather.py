@@ -123,6 +123,7 @@ OUT_OF_MEMORY = textwrap.dedent("""
     import gc, resource, sys
     import torch, vtok_fast
     from vtok_fast.dispatch import native
+    from vtok_fast.ops.causal_conv3d.call import Geometry
 
     torch.set_num_threads(int(sys.argv[2]))
     x = torch.randn(1, 256, 2, 12, 12).contiguous(memory_format=torch.channels_last_3d)
@@ -135,12 +136,13 @@ OUT_OF_MEMORY = textwrap.dedent("""
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith(name))
 
+    geometry = Geometry(pad=(2, 0, 1, 1, 1, 1)).native()
+
     def conv():
         a = native.arg
         algorithm = {"winograd": 4, "direct": 1}[sys.argv[1]]
         native.lib().causal_conv3d(
-            a(x), a(w), None, None, None, a(out), (1, 1, 1), (1, 1, 1), 1, (2, 0, 1, 1, 1, 1), 0, 0,
-            (1, 1, 1), False, None, 0, algorithm, native.threads(),
+            a(x), a(w), None, None, None, a(out), geometry, None, False, algorithm, native.threads()
         )
 
     resource.setrlimit(resource.RLIMIT_AS, (field("VmSize") * 1024 + (1 << 20), resource.RLIM_INFINITY))

@@ -1,14 +1,14 @@
-"""The Hopper convolution on the emulator, behind the native module's own interface."""
+"""The sm90 convolution on the emulator, with the native module's own interface."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-from support.conv_sm80_emulated import SOURCES, _tensor, emulator
+from support.conv_sm80_emulated import SOURCES, emulator
 
 H200 = {"shared_limit": 227 << 10, "capability": 90}
-HOPPER = [f"csrc/cuda/causal_conv3d/{part}.cu" for part in ("sm90_plan", "sm90_bf16", "sm90_f16")]
+SM90_SOURCES = [f"csrc/cuda/causal_conv3d/{part}.cu" for part in ("sm90_plan", "sm90_bf16", "sm90_f16")]
 
 
 @functools.cache
@@ -18,7 +18,11 @@ def compiled() -> emulator.Library:
         "dgrad": "vtok::cuda::causal_conv3d_sm90_dgrad_call",
     }
     return emulator.build(
-        *SOURCES, *HOPPER, includes=["cuda/causal_conv3d/call.h"], exports=exports, flags=["-DVTOK_SM90"]
+        *SOURCES,
+        *SM90_SOURCES,
+        includes=["cuda/causal_conv3d/call.h"],
+        exports=exports,
+        flags=["-DVTOK_SM90"],
     )
 
 
@@ -27,7 +31,7 @@ class Emulated:
         self.options = {"seed": seed, **H200, **device}
 
     def causal_conv3d_sm90(self, *args: Any) -> None:
-        compiled().forward(*map(_tensor, args), **self.options)
+        compiled().forward(*args, **self.options)
 
     def causal_conv3d_sm90_dgrad(self, *args: Any) -> None:
-        compiled().dgrad(*map(_tensor, args), **self.options)
+        compiled().dgrad(*args, **self.options)

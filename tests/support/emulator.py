@@ -251,7 +251,8 @@ def _pack(i: int, value: Any) -> _Arg:
     arg = _Arg(present=value is not None)
     if isinstance(value, _Tensor):
         arg.tensor = value
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple)):  # of numbers, or of lists of them
+        value = [n for item in value for n in (item if isinstance(item, (list, tuple)) else (item,))]
         arg.count = len(value)
         arg.integers, arg.reals = (
             (ctypes.c_int64 * len(value))(*map(int, value)),

@@ -88,7 +88,7 @@ def native_calls(r: random.Random) -> Iterator[tuple[Callable[..., Any], list[An
         out = torch.empty(b, o, *size, dtype=dtype, memory_format=torch.channels_last_3d)
         cache = None if once else r.choice((None, _video(r, (b, c, r.randint(1, 2), h, w), dtype)))
         residual = r.choice((None, torch.randn_like(out)))
-        geometry = [stride, dilation, groups, pad, r.randint(0, 2), r.randint(0, 2), upsample, once]
+        geometry = (stride, dilation, groups, tuple(pad), r.randint(0, 2), r.randint(0, 2), upsample, once)
         yield (
             lib.causal_conv3d,
             [
@@ -98,14 +98,14 @@ def native_calls(r: random.Random) -> Iterator[tuple[Callable[..., Any], list[An
                 cache,
                 residual,
                 out,
-                *geometry,
+                geometry,
                 r.choice((None, 0.5)),
-                r.randint(0, 1),
+                r.random() < 0.5,
                 r.choice((0, 1, 2, 4)),
                 threads,
             ],
         )
-        yield lib.causal_conv3d_choice, [x, weight, out, *geometry, threads]
+        yield lib.causal_conv3d_choice, [x, weight, out, geometry, threads]
     yield lib.set_weight_cache, [r.choice((0, 1, 2**20, 2**40))]
     last, centred, over_positions, per_frame = (r.random() < 0.5 for _ in range(4))
     x = x.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
@@ -204,8 +204,12 @@ def _other(r: random.Random, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         items = list(value)
         if items:
-            items[r.randrange(len(items))] = r.choice((*NUMBERS, 1, 2, 4))
-        return items
+            i = r.randrange(len(items))
+            one = isinstance(items[i], (tuple, bool))  # an item of a geometry
+            items[i] = _other(r, items[i]) if one else r.choice((*NUMBERS, 1, 2, 4))
+        if r.random() < 0.1:
+            items.append(1)
+        return type(value)(items)
     return value
 
 

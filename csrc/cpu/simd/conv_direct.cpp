@@ -36,8 +36,9 @@ struct Direct {
     const int64_t* stride = problem.x.stride;
     inner_major = stride[1] != 1 && stride[4] == 1 && job.channels > 1;
     dot = !inner_major && job.out_channels <= kFewOutputs;
-    sets = job.row.phases * job.col.phases, groups = problem.groups;
-    threads = problem.threads < 1 ? 1 : problem.threads;
+    sets = job.row.phases * job.col.phases;
+    groups = problem.groups;
+    threads = plan.threads;
     panels = dot ? 1 : (job.out_channels + kPanel - 1) / kPanel;
   }
 
@@ -89,7 +90,10 @@ struct Direct {
         const int64_t depth = slot_depth(set_of(i, j)) * job.slots;
         panel_floats = depth > panel_floats ? depth : panel_floats;
       }
-    panel_floats *= dot ? job.out_channels : panels == 1 && job.out_channels <= kLanes ? kLanes : kPanel;
+    if (dot)
+      panel_floats *= job.out_channels;
+    else
+      panel_floats *= job.out_channels <= kLanes ? kLanes : kPanel;
     const int64_t segments = job.slots ? max_terms() * max_set_taps() : 0;
     const int64_t for_panels = dot ? round_up(segments * 16 * int64_t(sizeof(float*)) / 4, kLanes) + kDotSums
                                    : panels_per_task() * kTileRows * kPanel;
@@ -145,7 +149,9 @@ struct Direct {
     int64_t w = first % ws, h = first / ws % hs, t = first / ws / hs % pattern.count,
             b = first / ws / hs / pattern.count;
     for (int r = 0; r < tile->rows; ++r) {
-      tile->batch[r] = int32_t(b), tile->t[r] = pattern.frames[t], tile->number[r] = int32_t(w);
+      tile->batch[r] = int32_t(b);
+      tile->t[r] = pattern.frames[t];
+      tile->number[r] = int32_t(w);
       tile->h[r] = int32_t(region.row_phase + h * job.row.phases);
       tile->w[r] = int32_t(region.col_phase + w * job.col.phases);
       if (++w < ws) continue;
@@ -153,7 +159,8 @@ struct Direct {
       if (++h < hs) continue;
       h = 0;
       if (++t < pattern.count) continue;
-      t = 0, ++b;
+      t = 0;
+      ++b;
     }
   }
 

@@ -3,7 +3,7 @@
 // instruction set; it holds plain pointers only (see vec.h for why the kernels see no std:: templates).
 // conv_direct.cpp of the parent folder fills it.
 #pragma once
-#include "cpu/conv_problem.h"
+#include "cpu/conv_plan.h"
 #include "cpu/isa.h"
 
 namespace vtok::cpu {
@@ -62,6 +62,14 @@ struct DirectJob {
 
 // Prepares the job from the plan and runs it on the active instruction set.
 Status conv_direct(const ConvProblem& problem, const ConvPlan& plan);
+
+// Outputs of one batch item: frames, rows, columns.
+struct OutputBox {
+  int64_t batch;
+  int64_t begin[3], end[3];
+};
+// The same for some of the outputs.
+Status conv_direct(const ConvProblem& problem, const ConvPlan& plan, const OutputBox& box);
 
 }  // namespace vtok::cpu
 

@@ -68,7 +68,7 @@ static Multiply multiply_of(int rows) {
 
 // Few output channels: the inner dimension goes along the lanes, so that no lane is wasted and the input
 // needs no gathering.
-constexpr int kFewOutputs = kLanes == 4 ? 2 : kLanes == 8 ? 4 : 8;
+constexpr int kFewOutputs = kLanes / 2;
 constexpr int dot_rows(int outputs) {
 #if defined(__AVX512F__) && VTOK_LANES == 16
   return outputs <= 3 ? 8 : 24 / outputs;
@@ -118,18 +118,6 @@ static Dot dot_of(int outputs) {
     if (outputs > Outputs) return dot_of<Outputs + 1>(outputs);
   }
   return dot<Outputs>;
-}
-
-// Sum over the lanes as a tree: log2(kLanes) shuffles instead of kLanes dependent additions.
-VTOK_INLINE float tree_sum(vfloat v) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half; half /= 2) {
-    vint rotated;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rotated[i] = (i + half) % kLanes;
-    v += shuffle(v, rotated);
-  }
-  return v[0];
 }
 
 // Transposes m in place: kLanes vectors of kLanes. Each round is a perfect shuffle of the kLanes^2 elements.

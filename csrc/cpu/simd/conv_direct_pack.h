@@ -100,7 +100,10 @@ static void pack_dot(const DirectJob& job, const WeightSet& set, int64_t first, 
     for (int64_t o = 0; o < outputs; ++o) {
       const type* data = static_cast<const type*>(w.data) + (first + o) * w.stride[0];
       int64_t k = 0;
-      auto put = [&](float value) { to[(k / kLanes * outputs + o) * kLanes + k % kLanes] = value, ++k; };
+      auto put = [&](float value) {
+        to[(k / kLanes * outputs + o) * kLanes + k % kLanes] = value;
+        ++k;
+      };
       for (int i = 0; i < set.row_taps; ++i)
         for (int j = 0; j < set.col_taps; ++j)
           for (int64_t c = 0; c < job.channels; ++c) {
@@ -176,10 +179,15 @@ static void gather_rows(const DirectJob& job, const Tile& tile, int r0, int r1, 
                            row * stride[3] + col * stride[4] + (channel0 + c) * stride[1];
         copy_channels<E>(at, from, n, stride[1]);
       }
-      at += n, left -= n, c = 0;
+      at += n;
+      left -= n;
+      c = 0;
       if (j == col_taps) {
         j = 0;
-        if (++i == row_taps) i = 0, ++x;
+        if (++i == row_taps) {
+          i = 0;
+          ++x;
+        }
       }
     }
     for (int64_t q = k1 - k0; q % kLanes; ++q) to[q] = 0;
@@ -214,17 +222,21 @@ static void gather_columns(const DirectJob& job, const Tile& tile, int64_t chann
           reinterpret_cast<const type*>(source.base) + tile.batch[r] * stride[0] + row * stride[3];
       while (r < line) {
         Run& run = runs[count++];
-        run.row = r, run.channel_stride = stride[1];
+        run.row = r;
+        run.channel_stride = stride[1];
         if (row < 0) {
-          run.from = nullptr, run.count = line - r;
+          run.from = nullptr;
+          run.count = line - r;
         } else if (tile.number[r] >= affine.lo && tile.number[r] < affine.hi) {
           run.from = base + (affine.first + (tile.number[r] - affine.lo) * affine.step) * stride[4] +
                      channel0 * stride[1];
-          run.count = int(min64(line - r, affine.hi - tile.number[r])), run.step = affine.step * stride[4];
+          run.count = int(min64(line - r, affine.hi - tile.number[r]));
+          run.step = affine.step * stride[4];
         } else {
           const int32_t col = job.col.source[int64_t(tile.w[r]) * job.col.max_taps + j];
           run.from = col < 0 ? nullptr : base + col * stride[4] + channel0 * stride[1];
-          run.count = 1, run.step = 1;
+          run.count = 1;
+          run.step = 1;
         }
         r += run.count;
       }

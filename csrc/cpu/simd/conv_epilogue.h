@@ -1,7 +1,7 @@
 // What happens to a finished accumulator: + bias, activation, + residual (or the alpha blend), rounding to
 // the output's type. In this order, for every algorithm.
 #pragma once
-#include "cpu/conv_problem.h"
+#include "cpu/conv_plan.h"
 #include "cpu/vec.h"
 
 namespace vtok::cpu::VTOK_ISA {
@@ -24,10 +24,12 @@ struct Epilogue {
       : bias(bias_f32), residual(static_cast<const type*>(p.residual.data)),
         residual_frame(plan.residual_frame.data()), residual_row(plan.residual_row.data()),
         residual_col(plan.residual_col.data()), out(static_cast<type*>(p.out.data)),
-        alpha(p.has_alpha ? p.alpha : 1.0f), beta(p.has_alpha ? 1.0f - p.alpha : 1.0f),
-        silu(p.activation == Activation::silu) {
+        alpha(p.has_alpha ? p.alpha : 1.0f), beta(p.has_alpha ? 1.0f - p.alpha : 1.0f), silu(p.silu) {
     if (!p.residual) residual = nullptr;
-    for (int i = 0; i < 5; ++i) residual_stride[i] = p.residual.stride[i], out_stride[i] = p.out.stride[i];
+    for (int i = 0; i < 5; ++i) {
+      residual_stride[i] = p.residual.stride[i];
+      out_stride[i] = p.out.stride[i];
+    }
   }
 
   VTOK_INLINE_MEMBER type* out_pixel(int64_t b, int64_t t, int64_t h, int64_t w) const {

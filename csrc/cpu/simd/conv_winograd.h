@@ -9,10 +9,15 @@
 // (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). The interpolation points of m
 // = 4 are 0, +-sqrt(1/2), +-sqrt(2) and infinity: their error is half that of 0, +-1, +-2 and infinity.
 //
+// A tile's sums cancel in the inverse transform: what one pixel holds rounds all outputs of the tile, whether they
+// read it or not, and a NaN is in all of them. So winograd_input() finds tiles with a value that is not finite, and
+// tiles that stand out and whose energy is more than kContrast squared times that of the nine pixels of some output;
+// winograd_output() finds what overflows and what weights spoil. The caller computes those tiles directly.
+//
 // Work is cut into blocks of tiles; within one, frames pass in groups. V of a block keeps its frames in a
 // ring of slots.
 #pragma once
-#include "cpu/conv_problem.h"
+#include "cpu/conv_plan.h"
 #include "cpu/isa.h"
 
 namespace vtok::cpu {
@@ -28,6 +33,8 @@ inline int64_t winograd_chunk(int64_t channels) {
   const int64_t chunks = winograd_chunks(channels);
   return ((channels + chunks - 1) / chunks + 15) / 16 * 16;
 }
+
+constexpr float kContrast = 8;
 
 struct WinogradTerm {
   int32_t slot, variant;
@@ -52,7 +59,9 @@ struct WinogradBlock {
   const WinogradRun* runs;
   int n_runs;
   const WinogradTerm* terms;
-  float* v;  // [xi][chunk][row][pitch]
+  int64_t all_tiles;  // of a plane
+  uint8_t* broken;    // [To][all_tiles] of the batch item: 1 where sums are not finite, or almost
+  float* v;           // [xi][chunk][row][pitch]
   // floats from row to row, chunk to chunk, xi to xi; pitch = winograd_chunk(channels)
   int64_t pitch, chunk_stride, v_stride;
 };
@@ -75,9 +84,10 @@ inline int64_t winograd_acc_stride(int64_t rows, int panel) { return rows * pane
 VTOK_DECLARE(int winograd_panel())
 VTOK_DECLARE(int winograd_kernel_rows())
 VTOK_DECLARE(void winograd_bias(const Tensor& bias, float* to))  // to float32
-// Transforms tiles [begin, end) of the block, of one source frame, into its slot of V.
+// Transforms tiles [begin, end) of the block, of one source frame, into its slot of V. uneven[tile of the plane]
+// becomes 1 where it must not be used.
 VTOK_DECLARE(void winograd_input(const WinogradBlock& block, int64_t frame, bool from_cache, int slot,
-                                 int64_t begin, int64_t end))
+                                 int64_t begin, int64_t end, uint8_t* uneven))
 // acc = V * U for one panel and all xi.
 VTOK_DECLARE(void winograd_gemm(const WinogradBlock& block, const WinogradPanel& panel, float* acc))
 // Inverse transform of one panel's acc, epilogue, and the stores to the output.

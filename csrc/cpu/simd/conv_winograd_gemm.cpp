@@ -46,7 +46,10 @@ VTOK_INLINE void multiply(const Piece* pieces, int n, int64_t row, int64_t pitch
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kBases; ++i) ++base[i];
-      u += kPanel, ahead.a += 16, ahead.u0 += 16, ahead.u1 += 16;
+      u += kPanel;
+      ahead.a += 16;
+      ahead.u0 += 16;
+      ahead.u1 += 16;
     }
   }
   acc += row * kPanel;
@@ -74,10 +77,7 @@ void multiply_run(int64_t rows, const Piece* pieces, int n, const Piece& next, i
     const int height = int(rows / groups + (g < rows % groups));
     // The last micro-kernel fetches the next chunk's first rows; the first ones fetch its U.
     const Ahead ahead = {g + 1 < groups ? pieces[0].a + (row + height) * pitch : next.a,
-                         next.u + (g > 0 ? half : 0),
-                         next.u + (groups == 1 ? half
-                                   : g > 0     ? half
-                                               : 0)};
+                         next.u + (g > 0 ? half : 0), next.u + (g > 0 || groups == 1 ? half : 0)};
     multiply_rows<kRows>(height, pieces, n, row, pitch, ahead, acc, add);
     row += height;
   }
@@ -110,13 +110,16 @@ void winograd_gemm(const WinogradBlock& b, const WinogradPanel& w, float* acc) {
           if (!first.a) first = piece;
           if (n == kMaxPieces || (n && depth + k > kWinogradChunk)) {
             multiply_run(rows, pieces, n, piece, b.pitch, at, add);
-            add = true, n = 0, depth = 0;
+            add = true;
+            n = 0;
+            depth = 0;
           }
           pieces[n++] = piece;
           depth += k;
         }
       }
-      first.a += b.v_stride, first.u += w.u_stride;  // the same run at the next point
+      first.a += b.v_stride;
+      first.u += w.u_stride;  // the same run at the next point
       if (n)
         multiply_run(rows, pieces, n, first, b.pitch, at, add);
       else if (!add)

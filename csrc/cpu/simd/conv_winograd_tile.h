@@ -45,17 +45,18 @@ struct Tile<2> {  // points 0, 1, -1, infinity
 
 template <>
 struct Tile<4> {  // points 0, +-a, +-b, infinity with a = sqrt(1/2), b = sqrt(2)
-  template <class T>
-  VTOK_INLINE void input(const T* d, T* v) {
-    constexpr float a = 0.70710678118654752f, b = 1.4142135623730951f;
-    T even_a = d[4] - d[2] * 2.0f, odd_a = d[3] - d[1] * 2.0f;
-    T even_b = d[4] - d[2] * 0.5f, odd_b = d[3] - d[1] * 0.5f;
-    v[0] = (d[0] + d[4]) - d[2] * 2.5f;
-    v[1] = even_a + odd_a * a;
-    v[2] = even_a - odd_a * a;
-    v[3] = even_b + odd_b * b;
-    v[4] = even_b - odd_b * b;
-    v[5] = (d[1] + d[5]) - d[3] * 2.5f;
+  // Every fma by name: which ones the compiler contracts would depend on what stands around.
+  VTOK_INLINE void input(const vfloat* d, vfloat* v) {
+    const vfloat a = broadcast(0.70710678118654752f), b = broadcast(1.4142135623730951f);
+    const vfloat half = broadcast(-0.5f), two = broadcast(-2.0f), five_halves = broadcast(-2.5f);
+    const vfloat even_a = fma(d[2], two, d[4]), odd_a = fma(d[1], two, d[3]);
+    const vfloat even_b = fma(d[2], half, d[4]), odd_b = fma(d[1], half, d[3]);
+    v[0] = fma(d[2], five_halves, d[0] + d[4]);
+    v[1] = fma(odd_a, a, even_a);
+    v[2] = fma(odd_a, -a, even_a);
+    v[3] = fma(odd_b, b, even_b);
+    v[4] = fma(odd_b, -b, even_b);
+    v[5] = fma(d[3], five_halves, d[1] + d[5]);
   }
   template <class T>
   // divided by the products of the points' differences: 1, -3/2, 6, 1

@@ -22,9 +22,19 @@ VTOK_INLINE int32_t tile_source(const int32_t* table, int64_t out, int64_t first
   return source(table, limit, first, i);
 }
 
+VTOK_INLINE bool is_finite(float x) { return x - x == 0; }
+
+// Outputs that a tile has along an axis.
+template <int M>
+VTOK_INLINE int outputs_of(int64_t out, int64_t first) {
+  return out - first < M ? int(out - first) : M;
+}
+
+// Adds to `energy` the squares at five points, in one of which every pixel has a part except for the corners, and a
+// corner is read by one output only.
 template <class E, int M>
 VTOK_INLINE void transform_tile(const typename E::type* const* pixels, int64_t c, int n, float* v,
-                                int64_t v_stride) {
+                                int64_t v_stride, vfloat* energy) {
   constexpr int N = M + 2;
   vfloat columns[N][N];
 #pragma GCC unroll 8
@@ -43,13 +53,58 @@ VTOK_INLINE void transform_tile(const typename E::type* const* pixels, int64_t c
     Tile<M>::input(columns[i], t);
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) store(v + (i * N + j) * v_stride, t[j]);
+    if (i <= 1 || i == N - 1) *energy = fma(t[1], t[1], *energy);
+    if (i == 1) *energy = fma(t[0], t[0], fma(t[N - 1], t[N - 1], *energy));
   }
+}
+
+// The energy of one pixel: the sum of its channels' squares.
+template <class E>
+float energy_of(const typename E::type* pixel, int64_t channels, int64_t stride) {
+  vfloat sums = {};
+  int64_t c = 0;
+  if (stride == 1)
+    for (; c + kLanes <= channels; c += kLanes) {
+      const vfloat d = E::load(pixel + c);
+      sums = fma(d, d, sums);
+    }
+  float sum = tree_sum(sums);
+  for (; c < channels; ++c) sum += E::get(pixel + c * stride) * E::get(pixel + c * stride);
+  return sum;
+}
+
+// Whether some output's nine pixels hold less than 1 / kContrast^2 of the tile's energy, so that the tile's rounding
+// would drown it.
+template <class E, int M>
+bool too_uneven(const WinogradBlock& b, const Tensor& x, const typename E::type* frame, int64_t tile) {
+  constexpr int N = M + 2;
+  const ConvPlan& plan = *b.plan;
+  const int64_t top = tile / b.tiles_w * M, left = tile % b.tiles_w * M;
+  const int height = outputs_of<M>(plan.Ho, top), width = outputs_of<M>(plan.Wo, left);
+  float energy[N][N], all = 0;
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j) {
+      const int32_t row = tile_source<M>(plan.rows.data(), plan.Ho, top, i);
+      const int32_t col = tile_source<M>(plan.cols.data(), plan.Wo, left, j);
+      energy[i][j] = row < 0 || col < 0 ? 0
+                                        : energy_of<E>(frame + row * x.stride[3] + col * x.stride[4],
+                                                       plan.channels, x.stride[1]);
+      all += energy[i][j];
+    }
+  for (int i = 0; i < height; ++i)
+    for (int j = 0; j < width; ++j) {
+      float own = 0;
+      for (int p = 0; p < 3; ++p)
+        for (int q = 0; q < 3; ++q) own += energy[i + p][j + q];
+      if (!(all <= kContrast * kContrast * own)) return true;
+    }
+  return false;
 }
 
 // Where channels are adjacent in memory.
 template <class E, int M>
 void input_tile(const WinogradBlock& b, const typename E::type* frame, const int64_t* stride, int64_t tile,
-                float* v) {
+                float* v, vfloat* energy) {
   constexpr int N = M + 2;
   const ConvPlan& plan = *b.plan;
   const typename E::type *pixels[N * N], *zeros = static_cast<const typename E::type*>(b.zeros);
@@ -64,8 +119,9 @@ void input_tile(const WinogradBlock& b, const typename E::type* frame, const int
   for (int64_t c0 = 0; c0 < plan.channels; c0 += b.pitch, v += b.chunk_stride) {
     const int64_t end = plan.channels - c0 < b.pitch ? plan.channels : c0 + b.pitch;
     int64_t c = c0;
-    for (; c + kLanes <= end; c += kLanes) transform_tile<E, M>(pixels, c, kLanes, v + (c - c0), b.v_stride);
-    if (c < end) transform_tile<E, M>(pixels, c, int(end - c), v + (c - c0), b.v_stride);
+    for (; c + kLanes <= end; c += kLanes)
+      transform_tile<E, M>(pixels, c, kLanes, v + (c - c0), b.v_stride, energy);
+    if (c < end) transform_tile<E, M>(pixels, c, int(end - c), v + (c - c0), b.v_stride, energy);
   }
 }
 
@@ -83,8 +139,10 @@ VTOK_INLINE void transpose(const float* from, int64_t channel_stride, int n, flo
       const quad_index low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
       const quad a = shuffle(r[0], r[2], low), b = shuffle(r[1], r[3], low);
       const quad d = shuffle(r[0], r[2], high), e = shuffle(r[1], r[3], high);
-      r[0] = shuffle(a, b, low), r[1] = shuffle(a, b, high);
-      r[2] = shuffle(d, e, low), r[3] = shuffle(d, e, high);
+      r[0] = shuffle(a, b, low);
+      r[1] = shuffle(a, b, high);
+      r[2] = shuffle(d, e, low);
+      r[3] = shuffle(d, e, high);
       for (int i = 0; i < 4; ++i) memcpy(to + (j + i) * kLanes + c, &r[i], sizeof r[i]);
     }
     for (; j < n; ++j)
@@ -98,7 +156,7 @@ constexpr int kStrip = 8;  // tiles gathered together where channels are not adj
 // there.
 template <class E, int M>
 void input_strip(const WinogradBlock& b, const typename E::type* frame, const int64_t* stride, int64_t tile,
-                 int tiles, float* v) {
+                 int tiles, float* v, vfloat* energy) {
   constexpr int N = M + 2, kColumns = kStrip * M + 2;
   const ConvPlan& plan = *b.plan;
   const int64_t top = tile / b.tiles_w * M, left = tile % b.tiles_w * M;
@@ -138,30 +196,63 @@ void input_strip(const WinogradBlock& b, const typename E::type* frame, const in
       for (int i = 0; i < N; ++i)
         for (int j = 0; j < N; ++j) pixels[i * N + j] = strip + (i * kColumns + t * M + j) * kLanes;
       transform_tile<F32, M>(pixels, 0, kLanes,
-                             v + c0 / b.pitch * b.chunk_stride + t * b.pitch + c0 % b.pitch, b.v_stride);
+                             v + c0 / b.pitch * b.chunk_stride + t * b.pitch + c0 % b.pitch, b.v_stride,
+                             energy + t);
     }
   }
 }
 
+// Tiles whose energies are compared with each other. Of fewer than kFewest each may be an outlier: one bad pixel is
+// in up to three of them.
+constexpr int64_t kCompared = 64, kFewest = 4;
+constexpr float kSuspicious = 256;
+
+// Marks what too_uneven() says of the tiles that have, in some lane of channels, much more energy than another tile
+// among those compared, and the tiles with something that is not finite.
 template <class E, int M>
-void input(const WinogradBlock& b, int64_t t, bool from_cache, int slot, int64_t begin, int64_t end) {
+void find_uneven(const WinogradBlock& b, const Tensor& x, const typename E::type* frame, int64_t begin,
+                 int64_t end, const vfloat* energy, uint8_t* uneven) {
+  const vfloat largest = broadcast(3.4028235e38f);
+  vfloat least = largest;
+  for (int64_t i = 0; i < end - begin; ++i) least = energy[i] < least ? energy[i] : least;
+  vfloat limit = least * kSuspicious;
+  limit = limit < largest ? limit : largest;
+  if (end - begin < kFewest) limit = broadcast(-1.0f);
+  vint within = ~vint{};
+  for (int64_t i = 0; i < end - begin; ++i) within &= energy[i] <= limit;
+  if (tree_sum(within ? vfloat{} : broadcast(1.0f)) == 0) return;
+  for (int64_t i = 0; i < end - begin; ++i) {
+    if (tree_sum(energy[i] <= limit ? vfloat{} : broadcast(1.0f)) == 0) continue;
+    if (!is_finite(tree_sum(energy[i])) || too_uneven<E, M>(b, x, frame, b.tile + begin + i))
+      uneven[b.tile + begin + i] = 1;
+  }
+}
+
+template <class E, int M>
+void input(const WinogradBlock& b, int64_t t, bool from_cache, int slot, int64_t begin, int64_t end,
+           uint8_t* uneven) {
   const Tensor& x = from_cache ? b.problem->cache : b.problem->x;
   const typename E::type* frame =
       static_cast<const typename E::type*>(x.data) + b.batch * x.stride[0] + t * x.stride[2];
   float* v = b.v + slot * b.tiles * b.pitch;
   const bool adjacent = x.stride[1] == 1 || x.size[1] == 1;
-  for (int64_t i = begin; i < end;) {
-    const int64_t tile = b.tile + i;
-    if (adjacent) {
-      input_tile<E, M>(b, frame, x.stride, tile, v + i * b.pitch);
-      ++i;
-    } else {
-      int64_t tiles = b.tiles_w - tile % b.tiles_w;
-      if (tiles > end - i) tiles = end - i;
-      if (tiles > kStrip) tiles = kStrip;
-      input_strip<E, M>(b, frame, x.stride, tile, int(tiles), v + i * b.pitch);
-      i += tiles;
+  for (int64_t first = begin, stop; first < end; first = stop) {
+    stop = end - first < kCompared ? end : first + kCompared;
+    vfloat energy[kCompared] = {};
+    for (int64_t i = first; i < stop;) {
+      const int64_t tile = b.tile + i;
+      if (adjacent) {
+        input_tile<E, M>(b, frame, x.stride, tile, v + i * b.pitch, energy + (i - first));
+        ++i;
+      } else {
+        int64_t tiles = b.tiles_w - tile % b.tiles_w;
+        if (tiles > stop - i) tiles = stop - i;
+        if (tiles > kStrip) tiles = kStrip;
+        input_strip<E, M>(b, frame, x.stride, tile, int(tiles), v + i * b.pitch, energy + (i - first));
+        i += tiles;
+      }
     }
+    find_uneven<E, M>(b, x, frame, first, stop, energy, uneven);
   }
 }
 
@@ -171,16 +262,21 @@ void output(const WinogradBlock& b, int64_t panel, const float* acc) {
   const ConvPlan& plan = *b.plan;
   const Epilogue<E> epilogue(*b.problem, plan, b.bias);
   const int64_t stride = winograd_acc_stride(b.frames * b.tiles, kPanel);
+  // Point (1, 1) takes part of every pixel and every tap: of a weight that is not finite, and of sums that come near
+  // the end of float32.
+  const float* inner = acc + (N + 1) * stride;
+  vfloat squares = {};
   for (int64_t f = 0; f < b.frames; ++f)
     for (int64_t i = 0; i < b.tiles; ++i) {
       const int64_t t = b.frame + f, top = (b.tile + i) / b.tiles_w * M, left = (b.tile + i) % b.tiles_w * M;
-      const int height = plan.Ho - top < M ? int(plan.Ho - top) : M,
-                width = plan.Wo - left < M ? int(plan.Wo - left) : M;
+      const int height = outputs_of<M>(plan.Ho, top), width = outputs_of<M>(plan.Wo, left);
       for (int j = 0; j < kVectors; ++j) {
         const int64_t o = panel * kPanel + j * kLanes;
         if (o >= plan.out_channels) break;
         const int n = plan.out_channels - o < kLanes ? int(plan.out_channels - o) : kLanes;
         const float* at = acc + (f * b.tiles + i) * kPanel + j * kLanes;
+        const vfloat d = load(at + (inner - acc));
+        squares = fma(d, d, squares);
         vfloat columns[M][N];
 #pragma GCC unroll 8
         for (int q = 0; q < N; ++q) {
@@ -200,12 +296,23 @@ void output(const WinogradBlock& b, int64_t panel, const float* acc) {
         }
       }
     }
+  if (is_finite(tree_sum(squares))) return;
+  for (int64_t i = 0; i < b.frames * b.tiles; ++i) {
+    vfloat own = {};
+    for (int j = 0; j < kVectors; ++j) {
+      const vfloat d = load(inner + i * kPanel + j * kLanes);
+      own = fma(d, d, own);
+    }
+    uint8_t* mark = &b.broken[(b.frame + i / b.tiles) * b.all_tiles + b.tile + i % b.tiles];
+    if (!is_finite(tree_sum(own))) __atomic_store_n(mark, 1, __ATOMIC_RELAXED);
+  }
 }
 
 template <class E>
-void input_any(const WinogradBlock& b, int64_t t, bool from_cache, int slot, int64_t begin, int64_t end) {
-  b.m == 4 ? input<E, 4>(b, t, from_cache, slot, begin, end)
-           : input<E, 2>(b, t, from_cache, slot, begin, end);
+void input_any(const WinogradBlock& b, int64_t t, bool from_cache, int slot, int64_t begin, int64_t end,
+               uint8_t* uneven) {
+  b.m == 4 ? input<E, 4>(b, t, from_cache, slot, begin, end, uneven)
+           : input<E, 2>(b, t, from_cache, slot, begin, end, uneven);
 }
 template <class E>
 void output_any(const WinogradBlock& b, int64_t panel, const float* acc) {
@@ -229,11 +336,11 @@ void winograd_bias(const Tensor& bias, float* to) {
 }
 
 void winograd_input(const WinogradBlock& b, int64_t frame, bool from_cache, int slot, int64_t begin,
-                    int64_t end) {
+                    int64_t end, uint8_t* uneven) {
   switch (b.problem->x.dtype) {
-    case DType::f16: return input_any<F16>(b, frame, from_cache, slot, begin, end);
-    case DType::bf16: return input_any<BF16>(b, frame, from_cache, slot, begin, end);
-    default: return input_any<F32>(b, frame, from_cache, slot, begin, end);
+    case DType::f16: return input_any<F16>(b, frame, from_cache, slot, begin, end, uneven);
+    case DType::bf16: return input_any<BF16>(b, frame, from_cache, slot, begin, end, uneven);
+    default: return input_any<F32>(b, frame, from_cache, slot, begin, end, uneven);
   }
 }
 

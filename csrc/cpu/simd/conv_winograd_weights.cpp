@@ -129,7 +129,10 @@ void checksum(const void* data, int64_t bytes, uint64_t sum[2]) {
     step(tail);
   }
   auto mix = [](uint64_t h) {
-    h ^= h >> 32, h *= 0xd6e8feb86659fd93u, h ^= h >> 32, h *= 0xd6e8feb86659fd93u;
+    h ^= h >> 32;
+    h *= 0xd6e8feb86659fd93u;
+    h ^= h >> 32;
+    h *= 0xd6e8feb86659fd93u;
     return h ^ h >> 32;
   };
   sum[0] = sum[1] = mix(uint64_t(bytes) + kFactor);

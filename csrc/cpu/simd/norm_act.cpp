@@ -21,7 +21,8 @@ alignas(64) const int32_t kPartner[4][16] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1
 
 // The sum of all lanes in log2(lanes) dependent additions instead of lanes.
 VTOK_INLINE float total(vfloat v) {
-  for (int step = kLanes == 16 ? 0 : kLanes == 8 ? 1 : 2; step < 4; ++step) {
+  constexpr int kFirst = 16 / kLanes / 2;  // wider partners do not exist
+  for (int step = kFirst; step < 4; ++step) {
     vint partner;
     memcpy(&partner, kPartner[step], sizeof partner);
     v += shuffle(v, partner);
@@ -49,7 +50,8 @@ struct Run {
   int64_t pixels;
 
   VTOK_INLINE_MEMBER void move(int64_t by) {
-    x += by * x_step, out += by * out_step;
+    x += by * x_step;
+    out += by * out_step;
     if (residual) residual += by * residual_step;
     if (scale) scale += by * scale_step;
     if (shift) shift += by * shift_step;
@@ -198,8 +200,10 @@ void moments_rows(const NormPlan& p, NormTask k, Moments* out, float* scratch) {
   if (p.centered) {
     for (int64_t c = 0; c < C; c += kLanes) {
       vfloat even = {}, odd = {};
-      for (int64_t i = 0; i + 1 < k.count; i += 2)
-        even += load(scratch + i * C + c), odd += load(scratch + (i + 1) * C + c);
+      for (int64_t i = 0; i + 1 < k.count; i += 2) {
+        even += load(scratch + i * C + c);
+        odd += load(scratch + (i + 1) * C + c);
+      }
       if (k.count % 2) even += load(scratch + (k.count - 1) * C + c);
       store(sums + c, even + odd);
     }
@@ -225,9 +229,12 @@ void moments_rows(const NormPlan& p, NormTask k, Moments* out, float* scratch) {
   }
   for (int g = 0; g < p.groups; ++g) {
     double d = 0, q = 0;
-    for (int64_t c = g * cg; c < (g + 1) * cg; ++c) d += sums[c], q += squares[c];
-    out[g].m2 = p.centered ? q - d * d / n : q;
-    if (p.centered) out[g].mean += d / n;
+    for (int64_t c = g * cg; c < (g + 1) * cg; ++c) {
+      d += sums[c];
+      q += squares[c];
+    }
+    out[g].m2 = p.centred ? q - d * d / n : q;
+    if (p.centred) out[g].mean += d / n;
   }
 }
 

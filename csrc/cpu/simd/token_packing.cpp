@@ -39,10 +39,10 @@ VTOK_INLINE vfloat cut(vfloat d) {
 VTOK_INLINE void add(double* sums, vfloat d) {
   vfloat_half half[2];
 #if defined(__AVX512F__) && VTOK_LANES == 16
-  half[0] = (vfloat_half)_mm512_castps512_ps256((__m512)d),
+  half[0] = (vfloat_half)_mm512_castps512_ps256((__m512)d);
   half[1] = (vfloat_half)_mm512_extractf32x8_ps((__m512)d, 1);
 #elif defined(__AVX2__) && VTOK_LANES == 8
-  half[0] = (vfloat_half)_mm256_castps256_ps128((__m256)d),
+  half[0] = (vfloat_half)_mm256_castps256_ps128((__m256)d);
   half[1] = (vfloat_half)_mm256_extractf128_ps((__m256)d, 1);
 #else
   memcpy(half, &d, sizeof d);

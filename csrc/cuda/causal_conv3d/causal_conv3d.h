@@ -3,46 +3,25 @@
 // to the host or synchronize, so every call can be captured in a CUDA graph. Scratch memory comes from the
 // caller, who asks for its size first.
 #pragma once
+#include "conv_problem.h"
 #include "status.h"
-#include "tensor.h"
 
 namespace vtok::cuda {
-
-enum class PadMode : int { zeros = 0, replicate = 1, reflect = 2 };
-
-struct ConvProblem {
-  // (B, C, T, H, W): float32, bfloat16 or float16; channel stride 1, or any strides through a slower gather
-  Tensor x;
-  Tensor cache;   // (B, C, n, H, W) or absent: the frames before x; strides of x except for batch and time
-  Tensor weight;  // (O, C/groups, kt, kh, kw), any strides
-  Tensor bias;    // (O) or absent, contiguous
-  // the output's shape, or the shape that `upsample` makes the output's, or absent; channel stride 1
-  Tensor residual;
-  Tensor out;  // (B, O/(rt*rh*rw), To*rt, Ho*rh, Wo*rw), channel stride 1
-  int stride[3] = {1, 1, 1}, dilation[3] = {1, 1, 1};
-  int groups = 1;
-  int64_t pad[6] = {};  // front, back, top, bottom, left, right; in upsampled frames, rows, columns
-  PadMode time_mode = PadMode::zeros, spatial_mode = PadMode::zeros;
-  int upsample[3] = {1, 1, 1};
-  bool upsample_first_frame_once = false;
-  int depth_to_space[3] = {1, 1, 1};  // groups must be 1 where it is not (1, 1, 1)
-  bool silu = false;
-  bool has_alpha = false;
-  float alpha = 0;
-  bool allow_tf32 = false;  // float32 products in tf32 on the matrix units; else exact float32 multiply-adds
-};
 
 // A tile shape and a number of K splits to insist on, for tests and for tuning; 0 leaves the choice to the
 // plan.
 struct ConvChoice {
   int tile_m = 0, tile_n = 0, splits = 0;
-  // The Hopper kernel instead of the one for every GPU; and its blocks per cluster and stages of weights.
+  // The sm90 kernel instead of the one for every GPU; and its blocks per cluster and stages of weights.
   bool sm90 = false;
   int cluster = 0, stages = 0;
-  int64_t* report = nullptr;  // takes the Hopper plan: kHopperReport numbers, see run_conv_sm90
+  int64_t* report = nullptr;  // takes the sm90 plan: kSm90Report numbers, see run_conv_sm90
 };
-constexpr int kHopperReport = 10;
+constexpr int kSm90Report = 10;
 
+// x: float32, bfloat16 or float16; channel stride 1, or any strides through a slower gather. cache: the strides
+// of x except for batch and time. bias: the type of x. residual and out: channel stride 1.
+//
 // Each launcher with `workspace_bytes` set only reports how much scratch memory (16-byte aligned) the call
 // needs.
 Status causal_conv3d(const ConvProblem& problem, ConvChoice choice, void* workspace, int64_t* workspace_bytes,

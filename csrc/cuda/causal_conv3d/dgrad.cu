@@ -43,7 +43,8 @@ __device__ inline void for_each_reader(const FoldAxis& a, int lo, int hi, Visit&
   if (lo < 0) lo = 0;
   const int own = hi >= lo ? hi - lo + 1 : 0, back = a.domain - a.front - a.length;
   for (int k = 0; k < a.front + own + back; ++k) {
-    const int q = k < a.front ? k : k < a.front + own ? k + lo : k - own + a.length;
+    int q = k;
+    if (k >= a.front) q = k < a.front + own ? k + lo : k - own + a.length;
     const int i = pad_index(q - a.front, a.length, a.mode);
     if (lo <= i && i <= hi) visit(q);
   }
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(256, 4) fold_kernel(const FoldParams p, bool v
   if (m >= p.positions || count <= 0) return;
   const Position at = position_of(m, p.size);
   const int ut = p.axis[0].upsample, uh = p.axis[1].upsample, uw = p.axis[2].upsample;
-  const int t0 = p.first_frame + (!p.once ? at.t * ut : at.t == 0 ? 0 : 1 + (at.t - 1) * ut);
+  const int single = p.once && at.t > 0 ? ut - 1 : 0;  // copies that the first frame lacks
+  const int t0 = p.first_frame + at.t * ut - single;
   const int t1 = t0 + (p.once && at.t == 0 ? 1 : ut) - 1;
   float sum[8] = {};
   for_each_reader(p.axis[0], t0, t1, [&](int t) {
@@ -88,15 +90,21 @@ __global__ void __launch_bounds__(256, 4) fold_kernel(const FoldParams p, bool v
 }
 
 Status launch_fold(FoldParams p, const Tensor& target, cudaStream_t stream) {
-  p.to = target.data, p.channels = int(target.size[1]), p.positions = target.size[0];
+  p.to = target.data;
+  p.channels = int(target.size[1]);
+  p.positions = target.size[0];
   p.to_stride[0] = target.stride[0];
   for (int i = 0; i < 3; ++i) {
-    p.size[i] = int(target.size[2 + i]), p.to_stride[1 + i] = target.stride[2 + i];
+    p.size[i] = int(target.size[2 + i]);
+    p.to_stride[1 + i] = target.stride[2 + i];
     p.positions *= p.size[i];
   }
   if (p.positions == 0) return Status::Ok();
   const unsigned chunks = unsigned(p.channels + 7) / 8;
-  const dim3 block(chunks <= 8 ? 8 : chunks <= 16 ? 16 : 32, chunks <= 8 ? 32 : chunks <= 16 ? 16 : 8);
+  unsigned across = 32;
+  for (unsigned narrower : {16, 8})
+    if (chunks <= narrower) across = narrower;
+  const dim3 block(across, 256 / across);
   const dim3 grid(unsigned(divide_up(p.positions, block.y)), unsigned(divide_up(chunks, block.x)));
   const bool vectors = p.channels % 8 == 0;
   if (target.dtype == DType::f16) return VTOK_LAUNCH(fold_kernel<__half>, grid, block, 0, stream, p, vectors);
@@ -133,35 +141,49 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
     const int back = int(problem.pad[2 * i + 1]);
     bool padded = mode != PadMode::zeros && (forward.pad[i] > 0 || back > 0);
     if (i == 0) {
-      s.before = s.after = 0, s.time_taps = forward.kernel[0];
+      s.before = s.behind = 0;
+      s.time_taps = forward.kernel[0];
       const int groups_of_taps = 1 + forward.pad[0] + back;
       if (padded && mode == PadMode::replicate && forward.upsample[0] == 1 && !problem.cache &&
-          groups_of_taps * forward.kernel[0] <= kMostFrames)
-        padded = false, s.before = forward.pad[0], s.after = back;
+          groups_of_taps * forward.kernel[0] <= kMostFrames) {
+        padded = false;
+        s.before = forward.pad[0];
+        s.behind = back;
+      }
     }
     folds = folds || padded || forward.upsample[i] > 1;
     const int front = padded ? forward.pad[i] : 0;
     const int domain = forward.length[i] + (padded ? front + back : 0);
     fold.axis[i] = {front, forward.length[i], domain, forward.upsample[i], mode};
-    s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.after : 1);
-    s.stride[i] = 1, s.dilation[i] = forward.dilation[i], s.gap[i] = forward.stride[i];
+    s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.behind : 1);
+    s.stride[i] = 1;
+    s.dilation[i] = forward.dilation[i];
+    s.gap[i] = forward.stride[i];
     s.pad[i] = forward.dilation[i] * (forward.kernel[i] - 1) - (forward.pad[i] - front);
-    s.length[i] = forward.out[i], s.upsample[i] = 1, s.out[i] = domain;
+    s.length[i] = forward.out[i];
+    s.upsample[i] = 1;
+    s.out[i] = domain;
     s.positions *= domain;
   }
   task.chunks = bind_source(grad, {}, groups, &s);
-  task.dtype = problem.x.dtype, task.tf32 = problem.allow_tf32;
+  task.dtype = problem.x.dtype;
+  task.tf32 = problem.allow_tf32;
 
   RelaidWeight& w = task.weight;
-  w.groups = groups, w.outputs = channels / groups, w.channels = outputs / groups;
-  w.phases = 1, w.phase_channels = w.outputs;
+  w.groups = groups;
+  w.outputs = channels / groups;
+  w.channels = outputs / groups;
+  w.phases = 1;
+  w.phase_channels = w.outputs;
   int64_t last = 0;
   for (int i = 0; i < 3; ++i) {
     last += (weight.size[2 + i] - 1) * weight.stride[2 + i];
-    w.from.tap[i] = -weight.stride[2 + i], w.kernel[i] = w.taps[i] = forward.kernel[i];
+    w.from.tap[i] = -weight.stride[2 + i];
+    w.kernel[i] = w.taps[i] = forward.kernel[i];
   }
   w.from.data = static_cast<const char*>(weight.data) + last * element_size(weight.dtype);
-  w.from.group = w.channels * weight.stride[0], w.from.n = weight.stride[1],
+  w.from.group = w.channels * weight.stride[0];
+  w.from.n = weight.stride[1];
   w.from.channel = weight.stride[0];
 
   Workspace workspace(workspace_base, workspace_bytes);
@@ -172,7 +194,10 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
   if (folds) {
     e.out = workspace.take(s.positions * channels * bytes);
     int64_t stride = channels;
-    for (int i = 3; i > 0; --i) e.out_stride[i] = stride, stride *= s.out[i - 1];
+    for (int i = 3; i > 0; --i) {
+      e.out_stride[i] = stride;
+      stride *= s.out[i - 1];
+    }
     e.out_stride[0] = stride;
   } else {
     const int axes[4] = {0, 2, 3, 4};
@@ -187,11 +212,13 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
   fold.from = e.out;
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   if (grad_x) {
-    fold.first_frame = forward.used_cache, fold.once = forward.once;
+    fold.first_frame = forward.used_cache;
+    fold.once = forward.once;
     VTOK_RETURN_IF_ERROR(launch_fold(fold, grad_x, cuda_stream));
   }
   if (grad_cache) {
-    fold.first_frame = forward.used_cache - forward.cached, fold.once = false;
+    fold.first_frame = forward.used_cache - forward.cached;
+    fold.once = false;
     VTOK_RETURN_IF_ERROR(launch_fold(fold, grad_cache, cuda_stream));
   }
   return Status::Ok();

@@ -32,7 +32,8 @@ ConvTask phase_of(ConvTask task, int axis, int r) {
   // A single first frame lacks u - 1 repetitions.
   int front = s.pad[axis] - (once ? u - 1 : 0), length = s.length[axis], cached = 0;
   if (axis == 0) {
-    front += s.used_cache, cached = s.cached / u;
+    front += s.used_cache;
+    cached = s.cached / u;
     length += (once ? u - 1 : 0) - s.used_cache;
   }
   const int first = floor_divide(r - front, u);
@@ -42,11 +43,16 @@ ConvTask phase_of(ConvTask task, int axis, int r) {
     w.tap_begin[axis][merged + 1] = int8_t(tap + 1);
     s.kernel[axis] = w.kernel[axis] = merged + 1;
   }
-  s.upsample[axis] = 1, s.pad[axis] = -first, s.length[axis] = length / u;
+  s.upsample[axis] = 1;
+  s.pad[axis] = -first;
+  s.length[axis] = length / u;
   if (axis == 0) {
     s.time_taps = s.kernel[0];
-    s.once = false, s.cached = cached, s.used_cache = std::min(cached, std::max(-first, 0));
-    s.pad[0] -= s.used_cache, s.length[0] += s.used_cache;
+    s.once = false;
+    s.cached = cached;
+    s.used_cache = std::min(cached, std::max(-first, 0));
+    s.pad[0] -= s.used_cache;
+    s.length[0] += s.used_cache;
   }
   const int outputs = s.out[axis], bytes = element_size(task.dtype);
   s.out[axis] = (outputs - r + u - 1) / u;
@@ -57,7 +63,8 @@ ConvTask phase_of(ConvTask task, int axis, int r) {
   e.out_stride[at] *= u;
   if (e.residual) {
     const bool upsampled = e.residual_upsample[axis] > 1;
-    const int skipped = !upsampled ? r : once && r > 0 ? 1 : 0;
+    int skipped = r;
+    if (upsampled) skipped = once && r > 0 ? 1 : 0;
     e.residual = static_cast<const char*>(e.residual) + skipped * e.residual_stride[at] * bytes;
     if (!upsampled) e.residual_stride[at] *= u;
     e.residual_upsample[axis] = 1;
@@ -80,7 +87,8 @@ std::vector<ConvTask> merge_taps(const ConvTask& task) {
   if (s.length[0] == 1 && s.kernel[0] > 1 && s.time_mode == PadMode::replicate) {
     whole.weight.folded = true;
     whole.weight.tap_begin[0][1] = int8_t(s.kernel[0]);
-    s.kernel[0] = s.time_taps = whole.weight.kernel[0] = 1, s.pad[0] = 0;
+    s.kernel[0] = s.time_taps = whole.weight.kernel[0] = 1;
+    s.pad[0] = 0;
   }
   for (int axis = 0; axis < 3; ++axis) {
     if (!has_phases(s, axis)) continue;

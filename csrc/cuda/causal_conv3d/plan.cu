@@ -87,8 +87,10 @@ Status make_source(const ConvProblem& p, Source* source) {
   Source& s = *source;
   s.once = p.upsample_first_frame_once && p.upsample[0] > 1 && !p.cache;
   const int64_t cached = p.cache ? p.cache.size[2] * p.upsample[0] : 0, used = std::min(cached, p.pad[0]);
-  s.cached = int(cached), s.used_cache = int(used);
-  s.time_mode = p.time_mode, s.spatial_mode = p.spatial_mode;
+  s.cached = int(cached);
+  s.used_cache = int(used);
+  s.time_mode = p.time_mode;
+  s.spatial_mode = p.spatial_mode;
   s.positions = p.x.size[0];
   for (int axis = 0; axis < 3; ++axis) {
     int64_t length = p.x.size[2 + axis] * p.upsample[axis];
@@ -98,13 +100,18 @@ Status make_source(const ConvProblem& p, Source* source) {
     if (span < 0 || span >= (int64_t(1) << 30) || k > (1 << 15))
       return Status::Invalid("x: axis " + std::to_string(axis) + " of " + std::to_string(length) +
                              " elements does not suit the kernel");
-    s.kernel[axis] = int(k), s.stride[axis] = p.stride[axis], s.dilation[axis] = p.dilation[axis];
-    s.pad[axis] = int(front), s.gap[axis] = 1, s.length[axis] = int(length),
+    s.kernel[axis] = int(k);
+    s.stride[axis] = p.stride[axis];
+    s.dilation[axis] = p.dilation[axis];
+    s.pad[axis] = int(front);
+    s.gap[axis] = 1;
+    s.length[axis] = int(length);
     s.upsample[axis] = p.upsample[axis];
     s.out[axis] = int(span / p.stride[axis] + 1);
     s.positions *= s.out[axis];
   }
-  s.before = s.after = 0, s.time_taps = s.kernel[0];
+  s.before = s.behind = 0;
+  s.time_taps = s.kernel[0];
   if (s.kernel[0] > 32)
     return Status::Unsupported("weight: at most 32 temporal taps, got " + std::to_string(s.kernel[0]));
   return Status::Ok();
@@ -119,11 +126,15 @@ bool bind_source(const Tensor& x, const Tensor& cache, int groups, Source* sourc
   for (int i : {0, 2, 3, 4}) chunks = chunks && (x.size[i] == 1 || x.stride[i] * bytes % 16 == 0);
   if (cache)
     for (int i : {0, 2}) chunks = chunks && (cache.size[i] == 1 || cache.stride[i] * bytes % 16 == 0);
-  s.x = static_cast<const char*>(x.data), s.cache = static_cast<const char*>(cache.data);
-  s.batch_bytes = x.stride[0] * bytes, s.frame_bytes = x.stride[2] * bytes, s.group_bytes = group * bytes;
-  s.cache_batch_bytes = cache ? cache.stride[0] * bytes : 0,
+  s.x = static_cast<const char*>(x.data);
+  s.cache = static_cast<const char*>(cache.data);
+  s.batch_bytes = x.stride[0] * bytes;
+  s.frame_bytes = x.stride[2] * bytes;
+  s.group_bytes = group * bytes;
+  s.cache_batch_bytes = cache ? cache.stride[0] * bytes : 0;
   s.cache_frame_bytes = cache ? cache.stride[2] * bytes : 0;
-  s.unit_bytes = chunks ? 16 : bytes, s.channel_bytes = int(x.stride[1] * bytes);
+  s.unit_bytes = chunks ? 16 : bytes;
+  s.channel_bytes = int(x.stride[1] * bytes);
   s.row_units = x.size[3] == 1 ? 0 : x.stride[3] * bytes / s.unit_bytes;
   s.col_units = x.size[4] == 1 ? 0 : x.stride[4] * bytes / s.unit_bytes;
   return chunks;

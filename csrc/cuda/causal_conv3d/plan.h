@@ -80,7 +80,7 @@ struct ConvTask {
 std::vector<ConvTask> merge_taps(const ConvTask& task);
 Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream);
 
-// The same by the Hopper kernel; Unsupported, with the reason, where it cannot. Reports tile_m, tile_n,
+// The same by the sm90 kernel; Unsupported, with the reason, where it cannot. Reports tile_m, tile_n,
 // splits, cluster, stages of weights, stages of patches, the tile's frames, rows and columns, and the cycles
 // predicted.
 #ifdef VTOK_SM90  // in the build

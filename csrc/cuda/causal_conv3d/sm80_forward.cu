@@ -1,5 +1,5 @@
 // causal_conv3d forward: the tiles, the choice among them, and the launch. The kernel:
-// causal_conv3d_kernel.cuh.
+// sm80_kernel.cuh.
 //
 // Launches: the weights into the kernel's order (O * taps * C elements read and written), the products, and
 // where K is split the sum of the splits. Half precision, as ptxas counts them for sm_80; a 3x3x3 kernel adds
@@ -139,8 +139,10 @@ Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* s
   const Variant& tile = *chosen.tile;
 
   ConvParams p = {};
-  p.source = source, p.epilogue = task.epilogue;
-  p.channels = weight.channels, p.outputs = weight.outputs;
+  p.source = source;
+  p.epilogue = task.epilogue;
+  p.channels = weight.channels;
+  p.outputs = weight.outputs;
   p.k_frame = weight.k_frame;
   p.weight_row_bytes = int64_t(source.time_taps) * weight.k_frame * bytes;
   p.tiles_n = int(divide_up(weight.outputs, tile.n));
@@ -157,7 +159,8 @@ Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* s
   const int64_t last_plane = (source.length[1] / source.upsample[1] - 1) * source.row_units +
                              (source.length[2] / source.upsample[2] - 1) * source.col_units;
   if (last_plane >= kNothing) return Status::Unsupported("x: a frame is too large");
-  p.weight = relaid, p.bias = weight.bias ? bias : nullptr;
+  p.weight = relaid;
+  p.bias = weight.bias ? bias : nullptr;
   VTOK_RETURN_IF_ERROR(relay_weight(weight, task.dtype, relaid, bias, stream_handle));
   const dim3 grid(unsigned(blocks), unsigned(chosen.splits), unsigned(weight.groups));
   VTOK_RETURN_IF_ERROR(
@@ -188,22 +191,32 @@ Status causal_conv3d(const ConvProblem& problem, ConvChoice choice, void* worksp
     return Status::Invalid("out, residual: the channel stride must be 1");
 
   task.chunks = bind_source(x, problem.cache, problem.groups, &s);
-  task.dtype = x.dtype, task.tf32 = problem.allow_tf32;
+  task.dtype = x.dtype;
+  task.tf32 = problem.allow_tf32;
   RelaidWeight& w = task.weight;
-  w.groups = problem.groups, w.outputs = outputs / problem.groups, w.channels = int(weight.size[1]);
-  w.phases = phases, w.phase_channels = w.outputs / phases, w.bias = problem.bias.data;
+  w.groups = problem.groups;
+  w.outputs = outputs / problem.groups;
+  w.channels = int(weight.size[1]);
+  w.phases = phases;
+  w.phase_channels = w.outputs / phases;
+  w.bias = problem.bias.data;
   w.from = {weight.data,
             w.outputs * weight.stride[0],
             weight.stride[0],
             weight.stride[1],
             {weight.stride[2], weight.stride[3], weight.stride[4]}};
-  std::copy(s.kernel, s.kernel + 3, w.kernel), std::copy(s.kernel, s.kernel + 3, w.taps);
+  std::copy(s.kernel, s.kernel + 3, w.kernel);
+  std::copy(s.kernel, s.kernel + 3, w.taps);
 
   Epilogue& e = task.epilogue;
   const int bytes = element_size(x.dtype);
-  e.out = out.data, e.residual = residual.data;
-  e.channels = outputs / phases, e.all_channels = outputs;
-  e.silu = problem.silu, e.blend = problem.has_alpha, e.alpha = problem.alpha;
+  e.out = out.data;
+  e.residual = residual.data;
+  e.channels = outputs / phases;
+  e.all_channels = outputs;
+  e.silu = problem.silu;
+  e.blend = problem.has_alpha;
+  e.alpha = problem.alpha;
   std::copy(spread, spread + 3, e.spread);
   e.vectors = e.channels % 8 == 0 && w.outputs % 8 == 0 && aligned16(out.data) && aligned16(residual.data);
   const int axes[4] = {0, 2, 3, 4};

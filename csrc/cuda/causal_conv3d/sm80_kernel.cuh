@@ -2,7 +2,7 @@
 //
 // A block computes a tile of kM positions by kN channels, in slices of 64 bytes of K through a ring of
 // kStages cp.async stages.
-// The trick: everything the padding rules say is in two tables of addresses (causal_conv3d_source.cuh), made
+// The trick: everything the padding rules say is in two tables of addresses (source.cuh), made
 // once per block; the main loop adds two table entries per 16-byte chunk, and zero padding is cp.async's zero
 // fill. A time tap that no row of the tile reads (zeros before the first frame) is left out of the loop and
 // costs nothing.
@@ -11,7 +11,7 @@
 // bytes of activations. Per slice of a 256x128 tile, 1.05 M multiply-adds: 24 KiB from L2 to shared memory,
 // 64 KiB from there to the registers. At 128 bytes a cycle that is 704 cycles of the memory pipe, against
 // 1024 of an A100's matrix units. Of about 220 instructions that a warp executes per slice 64 are products;
-// see causal_conv3d_fwd.cu for the registers and shared memory of each tile.
+// see sm80_forward.cu for the registers and shared memory of each tile.
 #pragma once
 #include "cuda/causal_conv3d/epilogue.cuh"
 #include "cuda/causal_conv3d/sm80_math.cuh"
@@ -60,7 +60,10 @@ struct ConvTile {
 struct KPlace {
   int channel, tap;
 
-  __device__ void seek(int k, int channels) { tap = k / channels, channel = k - tap * channels; }
+  __device__ void seek(int k, int channels) {
+    tap = k / channels;
+    channel = k - tap * channels;
+  }
   __device__ void advance(int step, int channels) {
     for (channel += step; channel >= channels; channel -= channels) ++tap;
   }
@@ -318,8 +321,14 @@ __global__ void __launch_bounds__(256) reduce_splits_kernel(const ConvParams p, 
     for (int s = 0; s < splits; ++s) {
       const float4* from = reinterpret_cast<const float4*>(first + s * split_stride);
       const float4 lo = ptx::ld_global(from), hi = ptx::ld_global(from + 1);
-      v[0] += lo.x, v[1] += lo.y, v[2] += lo.z, v[3] += lo.w, v[4] += hi.x, v[5] += hi.y, v[6] += hi.z,
-          v[7] += hi.w;
+      v[0] += lo.x;
+      v[1] += lo.y;
+      v[2] += lo.z;
+      v[3] += lo.w;
+      v[4] += hi.x;
+      v[5] += hi.y;
+      v[6] += hi.z;
+      v[7] += hi.w;
     }
     store_eight<T>(p.epilogue, v, row, n);
     return;

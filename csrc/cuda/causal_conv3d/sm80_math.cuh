@@ -34,7 +34,10 @@ __device__ inline void flush(float (&total)[MI][NI][4], float (&acc)[MI][NI][4])
 #pragma unroll
     for (int j = 0; j < NI; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) total[i][j][e] += acc[i][j][e], acc[i][j][e] = 0;
+      for (int e = 0; e < 4; ++e) {
+        total[i][j][e] += acc[i][j][e];
+        acc[i][j][e] = 0;
+      }
 }
 
 // ---- on the matrix units ----------------------------------------------------------------------------------
@@ -113,7 +116,10 @@ struct MatrixUnit {
         uint32_t r[4];
         ptx::ldmatrix_x4_trans(r,
                                tile + swizzled_column<Cols, T>(k0 + lane % 16, n0 + j * 8 + lane / 16 * 8));
-        fb[j][0] = r[0], fb[j][1] = r[1], fb[j + 1][0] = r[2], fb[j + 1][1] = r[3];
+        fb[j][0] = r[0];
+        fb[j][1] = r[1];
+        fb[j + 1][0] = r[2];
+        fb[j + 1][1] = r[3];
       }
     } else {
 #pragma unroll
@@ -170,7 +176,9 @@ struct MultiplyAdd {
 #pragma unroll
         for (int i = 0; i < MI * 2; ++i) {
           float& d = acc[i / 2][j / 2][i % 2 * 2 + j % 2];
-          d = fmaf(fa[i].x, fb.x, d), d = fmaf(fa[i].y, fb.y, d), d = fmaf(fa[i].z, fb.z, d),
+          d = fmaf(fa[i].x, fb.x, d);
+          d = fmaf(fa[i].y, fb.y, d);
+          d = fmaf(fa[i].z, fb.z, d);
           d = fmaf(fa[i].w, fb.w, d);
         }
       }
@@ -193,8 +201,8 @@ struct MultiplyAdd {
 #pragma unroll
         for (int i = 0; i < MI * 2; ++i) {
           float (&d)[4] = acc[i / 2][j];
-          d[i % 2 * 2] = fmaf(fa[i], fb.x, d[i % 2 * 2]),
-                    d[i % 2 * 2 + 1] = fmaf(fa[i], fb.y, d[i % 2 * 2 + 1]);
+          d[i % 2 * 2] = fmaf(fa[i], fb.x, d[i % 2 * 2]);
+          d[i % 2 * 2 + 1] = fmaf(fa[i], fb.y, d[i % 2 * 2 + 1]);
         }
       }
 #pragma unroll

@@ -60,10 +60,12 @@ struct SliceLoader {
       : p(p), table(table) {
     column = threadIdx.x % kWidth * (Tile::kGather ? 1 : kPerChunk);
     row = threadIdx.x / kWidth;
-    grad_exists = m0 + column < p.outputs, x_exists = n0 + column < p.columns;
+    grad_exists = m0 + column < p.outputs;
+    x_exists = n0 + column < p.columns;
     grad_offset = (int64_t(group) * p.outputs + m0 + column) * int(sizeof(T));
     const int all_taps = (n0 + column) / p.channels, taps = p.source.kernel[1] * p.source.kernel[2];
-    dt = x_exists ? all_taps / taps : 0, tap = x_exists ? all_taps % taps : 0;
+    dt = x_exists ? all_taps / taps : 0;
+    tap = x_exists ? all_taps % taps : 0;
     x_offset = int64_t((n0 + column) % p.channels) * p.source.channel_bytes;
   }
 
@@ -138,13 +140,18 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
     Tile::Math::template multiply_transposed<Tile::kSlice, Tile::kM, Tile::kN>(
         acc, bias[0][0], strip, read, read + Tile::kM * kRowBytes, warp_m, warp_n, lane);
     if constexpr (Tile::Math::kTwoLevels)
-      if ((slice - begin) % kSlicesPerBatch == kSlicesPerBatch - 1)
-        flush(total, acc), flush(total_bias, bias);
+      if ((slice - begin) % kSlicesPerBatch == kSlicesPerBatch - 1) {
+        flush(total, acc);
+        flush(total_bias, bias);
+      }
     write = read;
     read = read + Tile::kStageBytes == after_ring ? ring : read + Tile::kStageBytes;
   }
   ptx::cp_async_wait<0>();
-  if constexpr (Tile::Math::kTwoLevels) flush(acc, total), flush(bias, total_bias);
+  if constexpr (Tile::Math::kTwoLevels) {
+    flush(acc, total);
+    flush(bias, total_bias);
+  }
 
   const int64_t rows = int64_t(gridDim.z) * p.outputs;
 #pragma unroll
@@ -215,7 +222,10 @@ Status launch_wgrad(WgradParams p, const WgradResult& result, int groups, bool b
     const double waves = double(divide_up(tiles * groups * s, device.multiprocessors));
     const double cost = waves * (double(slices) / s * 512 + 3000) +
                         8.0 * s * rows * p.columns / (12.0 * device.multiprocessors);
-    if (s == 1 || cost < best) best = cost, splits = s;
+    if (s == 1 || cost < best) {
+      best = cost;
+      splits = s;
+    }
   }
   if (choice.splits) splits = int(std::min<int64_t>(choice.splits, std::max<int64_t>(slices, 1)));
   p.partial = workspace.take<float>(splits * rows * p.columns);
@@ -254,10 +264,14 @@ Status causal_conv3d_wgrad(const ConvProblem& problem, const Tensor& grad, const
   bool chunks = bind_source(problem.x, problem.cache, groups, &s) && aligned16(grad.data) &&
                 outputs / groups * bytes % 16 == 0;
   if (!chunks && s.unit_bytes == 16) {  // x could be read in chunks, grad cannot: then neither is
-    s.row_units *= 16 / bytes, s.col_units *= 16 / bytes, s.unit_bytes = bytes;
+    s.row_units *= 16 / bytes;
+    s.col_units *= 16 / bytes;
+    s.unit_bytes = bytes;
   }
-  p.grad = static_cast<const char*>(grad.data), p.grad_row_bytes = int64_t(outputs) * bytes;
-  p.channels = int(weight.size[1]), p.outputs = outputs / groups;
+  p.grad = static_cast<const char*>(grad.data);
+  p.grad_row_bytes = int64_t(outputs) * bytes;
+  p.channels = int(weight.size[1]);
+  p.outputs = outputs / groups;
   p.columns = s.kernel[0] * s.kernel[1] * s.kernel[2] * p.channels;
   WgradResult r = {grad_weight.data,
                    grad_bias.data,

@@ -1,4 +1,4 @@
-// causal_conv3d for Hopper (sm_90a), forward and the gradient of the input: implicit GEMM, M = output
+// causal_conv3d on sm_90a, forward and the gradient of the input: implicit GEMM, M = output
 // positions, N = output channels, K = (time tap, slab of 64 channels, tap in the plane).
 //
 // A block works off tiles of positions (frames x rows x columns, any shape of at most M) by N channels. Per
@@ -47,18 +47,21 @@ struct Ring {
   uint32_t parity = 0;
 
   __device__ void advance(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
   }
 };
 
 // The shared memory of a block: patches, weights, the finished tile on its way to the output, mbarriers.
 template <int M, int N>
-struct HopperShared {
+struct Sm90Shared {
   static constexpr int kWeightBytes = N * kSlabBytes;
   uint32_t patches, weights, staging, bars;
   int patch_bytes;
 
-  __device__ explicit HopperShared(const HopperParams& p) : patch_bytes(p.patch_bytes) {
+  __device__ explicit Sm90Shared(const Sm90Params& p) : patch_bytes(p.patch_bytes) {
     patches = (ptx::smem_base() + 1023) / 1024 * 1024;
     weights = patches + p.patch_stages * p.patch_bytes;
     staging = weights + p.weight_stages * kWeightBytes;
@@ -78,16 +81,17 @@ struct HopperShared {
 };
 
 // One tile and one range of K, and how a block finds it. All blocks of a cluster do the same steps on
-// neighboring tiles.
-struct HopperUnit {
+// neighbouring tiles.
+struct Sm90Unit {
   int b, t, h, w, n0;  // the first position and channel
   bool exists;
   uint32_t alive;         // bit dt: some block of the cluster reads through time tap dt
   int split, begin, end;  // steps: (time taps that are alive) x slabs
 
-  __device__ HopperUnit(const HopperParams& p, int unit, int rank) {
+  __device__ Sm90Unit(const Sm90Params& p, int unit, int rank) {
     const int pairs = (p.tiles_m + p.cluster - 1) / p.cluster;
-    n0 = unit % p.tiles_n, unit /= p.tiles_n;
+    n0 = unit % p.tiles_n;
+    unit /= p.tiles_n;
     split = unit / pairs;
     const int first = unit % pairs * p.cluster;
     place(p, first + rank);
@@ -95,7 +99,8 @@ struct HopperUnit {
     alive = 1;
     int frames = 1;
     if (p.tile[0] == 1) {
-      alive = 0, frames = 0;
+      alive = 0;
+      frames = 0;
       for (int r = 0; r < p.cluster; ++r) {
         const int at = frame_of(p, first + r);
         for (int dt = 0; dt < p.source.kernel[0]; ++dt)
@@ -104,23 +109,27 @@ struct HopperUnit {
       frames = __popc(alive);
     }
     const int steps = frames * p.slabs;
-    begin = int(int64_t(steps) * split / p.splits), end = int(int64_t(steps) * (split + 1) / p.splits);
+    begin = int(int64_t(steps) * split / p.splits);
+    end = int(int64_t(steps) * (split + 1) / p.splits);
   }
-  __device__ static int frame_of(const HopperParams& p, int m) {
+  __device__ static int frame_of(const Sm90Params& p, int m) {
     return m / (p.tiles[1] * p.tiles[2]) % p.tiles[0] * p.tile[0];
   }
-  __device__ void place(const HopperParams& p, int m) {
-    w = m % p.tiles[2] * p.tile[2], m /= p.tiles[2];
-    h = m % p.tiles[1] * p.tile[1], m /= p.tiles[1];
-    t = m % p.tiles[0] * p.tile[0], b = m / p.tiles[0];
+  __device__ void place(const Sm90Params& p, int m) {
+    w = m % p.tiles[2] * p.tile[2];
+    m /= p.tiles[2];
+    h = m % p.tiles[1] * p.tile[1];
+    m /= p.tiles[1];
+    t = m % p.tiles[0] * p.tile[0];
+    b = m / p.tiles[0];
   }
 };
 
 // A walk over a unit's steps.
-struct HopperStep {
+struct Sm90Step {
   int dt, slab;
 
-  __device__ HopperStep(const HopperUnit& u, int slabs, int step) {
+  __device__ Sm90Step(const Sm90Unit& u, int slabs, int step) {
     dt = -1;
     for (int skip = step / slabs; skip >= 0; --skip) advance_tap(u.alive);
     slab = step % slabs;
@@ -129,21 +138,24 @@ struct HopperStep {
     do ++dt;
     while (!(alive >> dt & 1) && dt < 31);
   }
-  __device__ void advance(const HopperUnit& u, int slabs) {
-    if (++slab == slabs) slab = 0, advance_tap(u.alive);
+  __device__ void advance(const Sm90Unit& u, int slabs) {
+    if (++slab == slabs) {
+      slab = 0;
+      advance_tap(u.alive);
+    }
   }
 };
 
 // ---- the producers: one thread each -----------------------------------------------------------------------
 
 template <class Shared>
-__device__ void load_patches(const HopperMaps& maps, const HopperParams& p, const Shared& shared, int rank) {
+__device__ void load_patches(const Sm90Maps& maps, const Sm90Params& p, const Shared& shared, int rank) {
   Ring ring;
   const Source& s = p.source;
   for (int u = blockIdx.x / p.cluster; u < p.units; u += gridDim.x / p.cluster) {
-    const HopperUnit unit(p, u, rank);
+    const Sm90Unit unit(p, u, rank);
     if (unit.begin == unit.end) continue;
-    HopperStep at(unit, p.slabs, unit.begin);
+    Sm90Step at(unit, p.slabs, unit.begin);
     for (int step = unit.begin; step < unit.end; ++step) {
       const uint32_t full = shared.patch_full(ring.stage);
       ptx::mbarrier_wait(shared.patch_empty(ring.stage), ring.parity ^ 1);
@@ -154,7 +166,8 @@ __device__ void load_patches(const HopperMaps& maps, const HopperParams& p, cons
                           : pad_index(unit.t * s.stride[0] - s.pad[0] + f, s.length[0], s.time_mode);
         const bool cached = i >= 0 && i < s.used_cache;
         // -1: out of bounds, so zeros
-        const int frame = i < 0 ? -1 : cached ? s.cached - s.used_cache + i : i - s.used_cache;
+        int frame = -1;
+        if (i >= 0) frame = cached ? s.cached - s.used_cache + i : i - s.used_cache;
         ptx::tma_load(
             shared.patch(ring.stage) + f * p.frame_rows * kSlabBytes, cached ? &maps.cache : &maps.x, full,
             {at.slab * 64, unit.w * s.stride[2] - s.pad[2], unit.h * s.stride[1] - s.pad[1], frame, unit.b});
@@ -166,13 +179,13 @@ __device__ void load_patches(const HopperMaps& maps, const HopperParams& p, cons
 }
 
 template <int N, class Shared>
-__device__ void load_weights(const HopperMaps& maps, const HopperParams& p, const Shared& shared, int rank) {
+__device__ void load_weights(const Sm90Maps& maps, const Sm90Params& p, const Shared& shared, int rank) {
   Ring ring;
   const int taps = p.taps[0] * p.taps[1] * p.taps[2], rows = N / p.cluster;
   for (int u = blockIdx.x / p.cluster; u < p.units; u += gridDim.x / p.cluster) {
-    const HopperUnit unit(p, u, rank);
+    const Sm90Unit unit(p, u, rank);
     if (unit.begin == unit.end) continue;
-    HopperStep at(unit, p.slabs, unit.begin);
+    Sm90Step at(unit, p.slabs, unit.begin);
     for (int step = unit.begin; step < unit.end; ++step) {
       const int first = p.tile[0] == 1 ? at.dt % p.source.time_taps * taps : 0;
       for (int tap = 0; tap < taps; ++tap) {
@@ -195,12 +208,12 @@ __device__ void load_weights(const HopperMaps& maps, const HopperParams& p, cons
 }
 
 template <int M, int N, int Piece, class Shared>
-__device__ void store_tiles(const HopperMaps& maps, const HopperParams& p, const Shared& shared, int rank) {
+__device__ void store_tiles(const Sm90Maps& maps, const Sm90Params& p, const Shared& shared, int rank) {
   if (p.splits > 1) return;
   uint32_t parity = 0;
   const int rows = p.tile[0] * p.tile[1] * p.tile[2];
   for (int u = blockIdx.x / p.cluster; u < p.units; u += gridDim.x / p.cluster) {
-    const HopperUnit unit(p, u, rank);
+    const Sm90Unit unit(p, u, rank);
     if (!unit.exists) continue;
     const int n0 = unit.n0 * N, pieces = min(N / Piece, (p.outputs - n0 + Piece - 1) / Piece);
     if (p.epilogue.residual) {
@@ -225,24 +238,26 @@ __device__ void store_tiles(const HopperMaps& maps, const HopperParams& p, const
 struct TapShift {
   int rows = 0, h = 0, w = 0;
 
-  __device__ void advance(const HopperParams& p, bool exists) {  // else it stays at the last
+  __device__ void advance(const Sm90Params& p, bool exists) {  // else it stays at the last
     if (!exists) return;
     rows += p.row_step[2];
     if (++w < p.taps[2]) return;
-    w = 0, rows += p.row_step[1] - p.taps[2] * p.row_step[2];
+    w = 0;
+    rows += p.row_step[1] - p.taps[2] * p.row_step[2];
     if (++h < p.taps[1]) return;
-    h = 0, rows += p.row_step[0] - p.taps[1] * p.row_step[1];
+    h = 0;
+    rows += p.row_step[0] - p.taps[1] * p.row_step[1];
   }
 };
 
 // ---- the warpgroups that multiply -------------------------------------------------------------------------
 
 template <class T, int M, int N>
-struct HopperMultiplier {
+struct Sm90Multiplier {
   static constexpr int kBlocks = M / 128;  // of 64 rows, in a warpgroup's half of the tile
-  using Shared = HopperShared<M, N>;
+  using Shared = Sm90Shared<M, N>;
 
-  const HopperParams& p;
+  const Sm90Params& p;
   const Shared& shared;
   const int thread, lane, warp;  // of the warpgroup
   const int first_row;           // of the tile, of this warp
@@ -250,7 +265,7 @@ struct HopperMultiplier {
   Ring patches, weights;
   float acc[kBlocks][N / 2];
 
-  __device__ HopperMultiplier(const HopperParams& p, const Shared& shared, int group)
+  __device__ Sm90Multiplier(const Sm90Params& p, const Shared& shared, int group)
       : p(p), shared(shared), thread(threadIdx.x % 128), lane(threadIdx.x % 32), warp(thread / 32),
         first_row(group * (M / 2) + warp * 16) {
     const Source& s = p.source;
@@ -265,8 +280,10 @@ struct HopperMultiplier {
 
   // Where row r of the tile lies in it; false after the last.
   __device__ bool position(int r, int& t, int& h, int& w) const {
-    w = r % p.tile[2], r /= p.tile[2];
-    h = r % p.tile[1], t = r / p.tile[1];
+    w = r % p.tile[2];
+    r /= p.tile[2];
+    h = r % p.tile[1];
+    t = r / p.tile[1];
     return t < p.tile[0];
   }
 
@@ -358,7 +375,7 @@ struct HopperMultiplier {
     patches.advance(p.patch_stages);
   }
 
-  __device__ void start(const HopperUnit& unit) {
+  __device__ void start(const Sm90Unit& unit) {
     const T* bias = unit.split == 0 ? static_cast<const T*>(p.bias) : nullptr;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j)
@@ -432,7 +449,7 @@ struct HopperMultiplier {
       e.residual ? stage<Piece, false, true>(n0) : stage<Piece, false, false>(n0);
   }
 
-  __device__ void store_partial(const HopperUnit& unit) const {
+  __device__ void store_partial(const Sm90Unit& unit) const {
     const Source& s = p.source;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
@@ -440,7 +457,9 @@ struct HopperMultiplier {
       for (int half = 0; half < 2; ++half) {
         int t, h, w;
         const bool inside = position(first_row + i * 64 + half * 8 + lane / 4, t, h, w);
-        t += unit.t, h += unit.h, w += unit.w;
+        t += unit.t;
+        h += unit.h;
+        w += unit.w;
         if (!inside || !unit.exists || t >= s.out[0] || h >= s.out[1] || w >= s.out[2]) continue;
         const int64_t m = ((int64_t(unit.b) * s.out[0] + t) * s.out[1] + h) * s.out[2] + w;
         const int n = unit.n0 * N + lane % 4 * 2;
@@ -455,11 +474,11 @@ struct HopperMultiplier {
 };
 
 template <class T, int M, int N, int Piece>
-__device__ void multiply_tiles(const HopperParams& p, const HopperShared<M, N>& shared, int group, int rank) {
-  HopperMultiplier<T, M, N> x(p, shared, group);
+__device__ void multiply_tiles(const Sm90Params& p, const Sm90Shared<M, N>& shared, int group, int rank) {
+  Sm90Multiplier<T, M, N> x(p, shared, group);
   uint32_t parity = 0;
   for (int u = blockIdx.x / p.cluster; u < p.units; u += gridDim.x / p.cluster) {
-    const HopperUnit unit(p, u, rank);
+    const Sm90Unit unit(p, u, rank);
     x.start(unit);
     int slab = unit.begin % p.slabs;
     for (int step = unit.begin; step < unit.end; ++step) {
@@ -494,9 +513,9 @@ constexpr int kPieceOf = N % 64 == 0   ? 64
                                        : 16;
 
 template <class T, int M, int N>
-__global__ void __launch_bounds__(kHopperThreads, 1)
-    conv_sm90_kernel(const __grid_constant__ HopperMaps maps, const __grid_constant__ HopperParams p) {
-  const HopperShared<M, N> shared(p);
+__global__ void __launch_bounds__(kSm90Threads, 1)
+    conv_sm90_kernel(const __grid_constant__ Sm90Maps maps, const __grid_constant__ Sm90Params p) {
+  const Sm90Shared<M, N> shared(p);
   const int rank = p.cluster == 1 ? 0 : ptx::cluster_rank(), group = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&maps.x);
@@ -539,16 +558,16 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 }
 
 template <class T, int M, int N>
-constexpr HopperVariant hopper_variant() {
+constexpr Sm90Variant sm90_variant() {
   return {M, N, kPieceOf<N>, conv_sm90_kernel<T, M, N>};
 }
 
 template <class T>
-HopperVariants hopper_variants_of() {
-  static const HopperVariant all[] = {hopper_variant<T, 256, 160>(), hopper_variant<T, 256, 128>(),
-                                      hopper_variant<T, 256, 96>(),  hopper_variant<T, 128, 144>(),
-                                      hopper_variant<T, 128, 128>(), hopper_variant<T, 128, 112>(),
-                                      hopper_variant<T, 128, 96>(),  hopper_variant<T, 128, 64>()};
+Sm90Variants sm90_variants_of() {
+  static const Sm90Variant all[] = {sm90_variant<T, 256, 160>(), sm90_variant<T, 256, 128>(),
+                                    sm90_variant<T, 256, 96>(),  sm90_variant<T, 128, 144>(),
+                                    sm90_variant<T, 128, 128>(), sm90_variant<T, 128, 112>(),
+                                    sm90_variant<T, 128, 96>(),  sm90_variant<T, 128, 64>()};
   return {all, int(std::size(all))};
 }
 

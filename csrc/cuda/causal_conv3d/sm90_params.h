@@ -1,19 +1,19 @@
-// What the Hopper convolution's plan hands to its kernel (causal_conv3d_sm90.cuh). The plan:
-// causal_conv3d_sm90_plan.cu.
+// What the sm90 convolution's plan hands to its kernel (sm90_kernel.cuh). The plan:
+// sm90_plan.cu.
 #pragma once
 #include "cuda/causal_conv3d/epilogue.cuh"
 #include "cuda/tensor_map.cuh"
 
 namespace vtok::cuda {
 
-constexpr int kHopperThreads = 384;  // a warpgroup of producers and two that multiply
+constexpr int kSm90Threads = 384;  // a warpgroup of producers and two that multiply
 // 64 channels: a row of a patch and of the weights, and the width of the swizzle
 constexpr int kSlabBytes = 128;
 constexpr int kMostPatchStages = 8, kMostWeightStages = 8;
-constexpr int kHopperBarrierBytes = 16 * (kMostPatchStages + kMostWeightStages) + 16;
+constexpr int kSm90BarrierBytes = 16 * (kMostPatchStages + kMostWeightStages) + 16;
 
 // Axes are time, height, width.
-struct HopperParams {
+struct Sm90Params {
   Source source;  // of the time axis everything is used, of the others stride, pad and out
   Epilogue epilogue;
   const void* bias;  // in the type of x, or null
@@ -29,27 +29,27 @@ struct HopperParams {
   int slabs, last_steps;  // slices of 64 channels, and steps of 16 in the last of them
 };
 
-struct HopperMaps {  // channels first, then width, height, time, batch; the weights: channels, taps, outputs
+struct Sm90Maps {  // channels first, then width, height, time, batch; the weights: channels, taps, outputs
   TensorMap x, cache, weight, out, residual;
 };
 
 // A tile of M x N: the kernel, and what the plan must know of it.
-struct HopperVariant {
+struct Sm90Variant {
   int m, n;
   int piece;  // channels of a row in a box of the output
-  void (*kernel)(HopperMaps, HopperParams);
+  void (*kernel)(Sm90Maps, Sm90Params);
 };
 
-struct HopperVariants {
-  const HopperVariant* begin;
+struct Sm90Variants {
+  const Sm90Variant* begin;
   int count;
 };
-HopperVariants hopper_variants_bf16();
-HopperVariants hopper_variants_f16();
+Sm90Variants sm90_variants_bf16();
+Sm90Variants sm90_variants_f16();
 
-inline int hopper_shared_bytes(const HopperVariant& v, int patch_bytes, int patch_stages, int weight_stages) {
+inline int sm90_shared_bytes(const Sm90Variant& v, int patch_bytes, int patch_stages, int weight_stages) {
   return 1024 + patch_bytes * patch_stages + v.n * kSlabBytes * weight_stages + v.m * v.n * 2 +
-         kHopperBarrierBytes;
+         kSm90BarrierBytes;
 }
 
 }  // namespace vtok::cuda

@@ -1,5 +1,5 @@
-// The Hopper convolution's plan: whether it can run a task, which tile, and the tensor maps. The kernel and
-// the byte counts of its cost model: sm90_kernel.cuh.
+// The sm90 convolution's plan: whether it can run a task, which tile, and the tensor maps. The kernel and
+// the counts of bytes behind the model of its cost: sm90_kernel.cuh.
 #ifndef VTOK_SM90
 #define VTOK_SM90  // this file is what it stands for
 #endif
@@ -43,9 +43,11 @@ void merge_axes(ConvTask& task, Views& v, int outer) {
   for (View* view : {&v.x, &v.cache, &v.out, &v.residual}) {
     if (!view->data) continue;
     if (view->size[in] == 1) view->stride[in] = view->stride[up];
-    view->size[in] *= view->size[up], view->size[up] = 1;
+    view->size[in] *= view->size[up];
+    view->size[up] = 1;
   }
-  s.out[outer + 1] *= s.out[outer], s.length[outer + 1] *= s.length[outer];
+  s.out[outer + 1] *= s.out[outer];
+  s.length[outer + 1] *= s.length[outer];
   s.out[outer] = s.length[outer] = 1;
 }
 
@@ -70,7 +72,8 @@ Views views_of(const ConvTask& task) {
   v.out = {e.out, {task.weight.outputs, s.out[2], s.out[1], s.out[0], batch}, {}};
   strides(v.out, e.out_stride);
   if (e.residual) {
-    v.residual = v.out, v.residual.data = e.residual;
+    v.residual = v.out;
+    v.residual.data = e.residual;
     strides(v.residual, e.residual_stride);
   }
   return v;
@@ -105,42 +108,45 @@ const char* why_not(const ConvTask& task, const Views& v, const Device& device) 
 
 // ---- the choice -------------------------------------------------------------------------------------------
 
-HopperVariants variants_for(DType dtype) {
-  return dtype == DType::f16 ? hopper_variants_f16() : hopper_variants_bf16();
+Sm90Variants variants_for(DType dtype) {
+  return dtype == DType::f16 ? sm90_variants_f16() : sm90_variants_bf16();
 }
 
 struct Plan {
-  const HopperVariant* variant = nullptr;
+  const Sm90Variant* variant = nullptr;
   int tile[3], cluster, splits, patch_stages, weight_stages;
   int clusters;   // that are there at once
   double cycles;  // predicted
 };
 
 // Everything of a tile's shape that the kernel and the model need.
-void shape_patch(HopperParams& p, const int (&tile)[3]) {
+void shape_patch(Sm90Params& p, const int (&tile)[3]) {
   const Source& s = p.source;
   int size[3];
   for (int i = 0; i < 3; ++i) {
-    p.tile[i] = tile[i], p.tiles[i] = (s.out[i] + tile[i] - 1) / tile[i];
+    p.tile[i] = tile[i];
+    p.tiles[i] = (s.out[i] + tile[i] - 1) / tile[i];
     p.taps[i] = i == 0 && tile[0] == 1 ? 1 : s.kernel[i];
     size[i] = (tile[i] - 1) * s.stride[i] + s.dilation[i] * (p.taps[i] - 1) + 1;
   }
-  p.patch_frames = size[0], p.patch_width = size[2];
+  p.patch_frames = size[0];
+  p.patch_width = size[2];
   p.frame_rows = (size[1] * size[2] + 7) / 8 * 8;
-  p.frame_bytes_loaded = size[1] * size[2] * kSlabBytes,
+  p.frame_bytes_loaded = size[1] * size[2] * kSlabBytes;
   p.patch_bytes = p.patch_frames * p.frame_rows * kSlabBytes;
-  p.row_step[0] = s.dilation[0] * p.frame_rows, p.row_step[1] = s.dilation[1] * p.patch_width,
+  p.row_step[0] = s.dilation[0] * p.frame_rows;
+  p.row_step[1] = s.dilation[1] * p.patch_width;
   p.row_step[2] = s.dilation[2];
 }
 
-int patch_height(const HopperParams& p) { return p.frame_bytes_loaded / kSlabBytes / p.patch_width; }
+int patch_height(const Sm90Params& p) { return p.frame_bytes_loaded / kSlabBytes / p.patch_width; }
 
 // As many stages as fit, where a stage more is worth most: a stage of weights lasts one tap, one of patches
 // all its taps. False where not even the fewest fit.
-bool choose_stages(const HopperVariant& v, const HopperParams& p, int shared_limit, Plan* plan, int wish) {
+bool choose_stages(const Sm90Variant& v, const Sm90Params& p, int shared_limit, Plan* plan, int wish) {
   const int taps = p.taps[0] * p.taps[1] * p.taps[2];
   int patches = 2, weights = wish ? wish : 3;
-  auto fits = [&](int a, int b) { return hopper_shared_bytes(v, p.patch_bytes, a, b) <= shared_limit; };
+  auto fits = [&](int a, int b) { return sm90_shared_bytes(v, p.patch_bytes, a, b) <= shared_limit; };
   if (!fits(patches, weights)) return false;
   while (true) {
     const bool more_patches = patches < kMostPatchStages && fits(patches + 1, weights);
@@ -152,13 +158,14 @@ bool choose_stages(const HopperVariant& v, const HopperParams& p, int shared_lim
     else
       break;
   }
-  plan->patch_stages = patches, plan->weight_stages = weights;
+  plan->patch_stages = patches;
+  plan->weight_stages = weights;
   return true;
 }
 
 // Cycles of one multiprocessor for one unit, and of all for the whole task: see the table of bytes in
-// causal_conv3d_sm90.cuh.
-double predicted_cycles(const HopperVariant& v, const HopperParams& p, const ConvTask& task, int cluster,
+// sm90_kernel.cuh.
+double predicted_cycles(const Sm90Variant& v, const Sm90Params& p, const ConvTask& task, int cluster,
                         int splits, int chip) {
   constexpr double kL2 = 24, kShared = 128, kMemory = 17;  // bytes a cycle and multiprocessor
   // of the peak: what the best matrix products keep under an H200's power limit, 790 TFLOP/s
@@ -197,13 +204,13 @@ std::vector<int> parts_of(int length, int most) {
   return found;
 }
 
-Plan search(HopperParams p, const ConvTask& task, ConvChoice wish, const Device& device) {
+Plan search(Sm90Params p, const ConvTask& task, ConvChoice wish, const Device& device) {
   Plan best;
   const Source& s = p.source;
-  const HopperVariants variants = variants_for(task.dtype);
-  const bool frames_together = s.before == 0 && s.after == 0 && s.out[0] > 1;
+  const Sm90Variants variants = variants_for(task.dtype);
+  const bool frames_together = s.before == 0 && s.behind == 0 && s.out[0] > 1;
   for (int i = 0; i < variants.count; ++i) {
-    const HopperVariant& v = variants.begin[i];
+    const Sm90Variant& v = variants.begin[i];
     if ((wish.tile_m && wish.tile_m != v.m) || (wish.tile_n && wish.tile_n != v.n)) continue;
     std::vector<int> lengths = frames_together ? parts_of(s.out[0], v.m) : std::vector<int>();
     if (lengths.empty() || lengths.back() != 1) lengths.push_back(1);
@@ -224,7 +231,8 @@ Plan search(HopperParams p, const ConvTask& task, ConvChoice wish, const Device&
             if (wish.splits) splits = frames == 1 ? std::min(wish.splits, steps) : wish.splits;
             if (splits > steps) break;
             plan.cycles = predicted_cycles(v, p, task, cluster, splits, device.multiprocessors);
-            plan.cluster = cluster, plan.splits = splits;
+            plan.cluster = cluster;
+            plan.splits = splits;
             std::copy(p.tile, p.tile + 3, plan.tile);
             if (!best.variant || plan.cycles < best.cycles) best = plan;
             if (wish.splits) break;
@@ -237,8 +245,7 @@ Plan search(HopperParams p, const ConvTask& task, ConvChoice wish, const Device&
 }
 
 // The search takes a while, and a program asks for the same few shapes again and again.
-Status choose(const HopperParams& p, const ConvTask& task, ConvChoice wish, const Device& device,
-              Plan* plan) {
+Status choose(const Sm90Params& p, const ConvTask& task, ConvChoice wish, const Device& device, Plan* plan) {
   static std::mutex mutex;
   static std::map<std::vector<int64_t>, Plan> known;
   const Source& s = p.source;
@@ -264,12 +271,12 @@ Status choose(const HopperParams& p, const ConvTask& task, ConvChoice wish, cons
   if (found != known.end()) return *plan = found->second, Status::Ok();
   *plan = search(p, task, wish, device);
   if (!plan->variant) return Status::Unsupported("sm90: no tile whose patches of x fit in shared memory");
-  HopperParams shaped = p;
+  Sm90Params shaped = p;
   shape_patch(shaped, plan->tile);
   const int shared =
-      hopper_shared_bytes(*plan->variant, shaped.patch_bytes, plan->patch_stages, plan->weight_stages);
+      sm90_shared_bytes(*plan->variant, shaped.patch_bytes, plan->patch_stages, plan->weight_stages);
   VTOK_RETURN_IF_ERROR(
-      resident_clusters(plan->variant->kernel, plan->cluster, kHopperThreads, shared, &plan->clusters));
+      resident_clusters(plan->variant->kernel, plan->cluster, kSm90Threads, shared, &plan->clusters));
   if (known.size() >= 4096) known.clear();
   known[key] = *plan;
   return Status::Ok();
@@ -332,9 +339,12 @@ Status encode_weights(TensorMap& map, const WeightRows& rows, const RelaidWeight
 }
 
 template <class T>
-Status sum_splits(const HopperParams& p, cudaStream_t stream) {
+Status sum_splits(const Sm90Params& p, cudaStream_t stream) {
   ConvParams r = {};
-  r.source = p.source, r.epilogue = p.epilogue, r.partial = p.partial, r.partial_stride = p.partial_stride,
+  r.source = p.source;
+  r.epilogue = p.epilogue;
+  r.partial = p.partial;
+  r.partial_stride = p.partial_stride;
   r.outputs = p.outputs;
   const int64_t blocks = divide_up(p.source.positions * (p.partial_stride / 8), 256);
   return VTOK_LAUNCH(reduce_splits_kernel<T>, dim3(unsigned(blocks)), dim3(256), 0, stream, r, p.splits);
@@ -360,21 +370,29 @@ Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, vo
   for (int outer : {1, 0, 1}) merge_axes(merged, v, outer);
 
   const RelaidWeight& w = task.weight;
-  HopperParams p = {};
-  p.source = merged.source, p.epilogue = task.epilogue, p.outputs = w.outputs, p.bias = w.bias;
-  p.slabs = (w.channels + 63) / 64, p.last_steps = ((w.channels - 1) % 64) / 16 + 1;
+  Sm90Params p = {};
+  p.source = merged.source;
+  p.epilogue = task.epilogue;
+  p.outputs = w.outputs;
+  p.bias = w.bias;
+  p.slabs = (w.channels + 63) / 64;
+  p.last_steps = ((w.channels - 1) % 64) / 16 + 1;
   Plan plan;
   VTOK_RETURN_IF_ERROR(choose(p, merged, choice, device, &plan));
   if (choice.report) report(plan, choice.report);
   shape_patch(p, plan.tile);
-  const HopperVariant& variant = *plan.variant;
-  p.cluster = plan.cluster, p.splits = plan.splits, p.patch_stages = plan.patch_stages,
+  const Sm90Variant& variant = *plan.variant;
+  p.cluster = plan.cluster;
+  p.splits = plan.splits;
+  p.patch_stages = plan.patch_stages;
   p.weight_stages = plan.weight_stages;
   const int64_t tiles = v.out.size[4] * p.tiles[0] * p.tiles[1] * p.tiles[2];
   p.tiles_n = int(divide_up(w.outputs, variant.n));
   const int64_t units = divide_up(tiles, p.cluster) * p.tiles_n * p.splits;
   if (units >= int64_t(1) << 31) return Status::Unsupported("sm90: more tiles than the kernel counts");
-  p.tiles_m = int(tiles), p.units = int(units), p.partial_stride = w.outputs;
+  p.tiles_m = int(tiles);
+  p.units = int(units);
+  p.partial_stride = w.outputs;
 
   WeightRows rows;
   const bool direct = read_in_place(w, &rows);
@@ -385,12 +403,13 @@ Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, vo
   if (workspace.only_counts()) return Status::Ok();
   if (!direct) {
     RelaidWeight relay = w;
-    relay.k_frame = w.kernel[1] * w.kernel[2] * w.channels, relay.bias = nullptr;
+    relay.k_frame = w.kernel[1] * w.kernel[2] * w.channels;
+    relay.bias = nullptr;
     VTOK_RETURN_IF_ERROR(relay_weight(relay, task.dtype, relaid, nullptr, stream_handle));
     rows = {relaid, w.channels * 2, taps * w.channels * 2};
   }
 
-  HopperMaps maps = {};
+  Sm90Maps maps = {};
   const int patch[3] = {1, patch_height(p), p.patch_width};
   VTOK_RETURN_IF_ERROR(encode_view(maps.x, v.x, task.dtype, 64, patch));
   maps.cache = maps.out = maps.residual = maps.x;
@@ -402,9 +421,9 @@ Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, vo
 
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   const int clusters = std::min(p.units, std::max(plan.clusters, 1));
-  const int shared = hopper_shared_bytes(variant, p.patch_bytes, p.patch_stages, p.weight_stages);
+  const int shared = sm90_shared_bytes(variant, p.patch_bytes, p.patch_stages, p.weight_stages);
   VTOK_RETURN_IF_ERROR(VTOK_LAUNCH_CLUSTER(dim3(unsigned(p.cluster)), variant.kernel,
-                                           dim3(unsigned(clusters * p.cluster)), dim3(kHopperThreads), shared,
+                                           dim3(unsigned(clusters * p.cluster)), dim3(kSm90Threads), shared,
                                            stream, maps, p));
   if (p.splits == 1) return Status::Ok();
   p.source = task.source;

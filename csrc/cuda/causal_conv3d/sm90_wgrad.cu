@@ -1,4 +1,4 @@
-// causal_conv3d on Hopper, gradient of the weights and the bias: dW[o, tap, c] = sum over positions m of
+// causal_conv3d on sm_90a, gradient of the weights and the bias: dW[o, tap, c] = sum over positions m of
 // grad[m, o] * x[source(m, tap), c], a matrix product with K = positions.
 //
 // Both operands lie in memory with K as the slow axis, channels as the fast one. TMA brings a slice of 8 x 8
@@ -43,11 +43,11 @@ constexpr int kSide = 8, kRows = 128, kThreads = 384;
 constexpr int kLine = 128, kTile = kSide * kSide * kLine;  // bytes of 64 channels; of 64 positions
 constexpr int kMostStages = 8, kOnesBytes = 8 * kLine;
 
-struct HopperWgradMaps {  // channels, width, height, time, batch
+struct Sm90WgradMaps {  // channels, width, height, time, batch
   TensorMap grad, x, cache;
 };
 
-struct HopperWgradParams {
+struct Sm90WgradParams {
   Source source;        // of height and width only stride, dilation, pad and kernel
   float* partial;       // [block][kRows][columns]
   float* partial_bias;  // [block][kRows] or null
@@ -61,7 +61,7 @@ struct HopperWgradParams {
 
 // A box of x has kHigh taps below each other; a tile has kBoxes.
 template <class T_, int High, int Boxes>
-struct HopperWgradTile {
+struct Sm90WgradTile {
   using T = T_;
   static constexpr int kHigh = High, kBoxes = Boxes, kColumns = 64 * High * Boxes;
   // wgmmas per 16 positions, and their columns
@@ -75,12 +75,14 @@ struct Share {
   int first_frame, frames;  // of the output, those to which the time tap gives anything
   int64_t begin, end;       // slices
 
-  __device__ Share(const HopperWgradParams& p, int boxes_per_tile, uint32_t unit, uint32_t rank) {
+  __device__ Share(const Sm90WgradParams& p, int boxes_per_tile, uint32_t unit, uint32_t rank) {
     const Source& s = p.source;
     const int in_rest = int(unit) - p.whole, tile = in_rest < 0 ? int(unit) : p.whole + in_rest % p.rest;
     const int split = in_rest < 0 ? 0 : in_rest / p.rest, splits = in_rest < 0 ? 1 : p.splits;
-    column_tile = tile / p.tiles_m, row_tile = tile % p.tiles_m * p.cluster + int(rank);
-    dt = column_tile / p.tiles_n, first_box = column_tile % p.tiles_n * boxes_per_tile;
+    column_tile = tile / p.tiles_m;
+    row_tile = tile % p.tiles_m * p.cluster + int(rank);
+    dt = column_tile / p.tiles_n;
+    first_box = column_tile % p.tiles_n * boxes_per_tile;
     bias = p.partial_bias && column_tile == (s.kernel[0] - 1) * p.tiles_n;
     first_frame = 0;
     int last = s.out[0] - 1;
@@ -92,13 +94,14 @@ struct Share {
     }
     frames = max(last - first_frame + 1, 0);
     const int64_t slices = int64_t(p.batch) * frames * p.patches[0] * p.patches[1];
-    begin = slices * split / splits, end = slices * (split + 1) / splits;
+    begin = slices * split / splits;
+    end = slices * (split + 1) / splits;
   }
 };
 
 // One thread: fills the ring of stages, each the outputs' two tiles of grad and then the boxes of x.
 template <class Tile>
-__device__ void produce(const HopperWgradMaps& maps, const HopperWgradParams& p, const Share& share,
+__device__ void produce(const Sm90WgradMaps& maps, const Sm90WgradParams& p, const Share& share,
                         uint32_t ring, uint32_t full, uint32_t empty, uint32_t rank) {
   const Source& s = p.source;
   const uint32_t stage_bytes = 2 * kTile + Tile::kBoxes * p.box_bytes;
@@ -138,16 +141,28 @@ __device__ void produce(const HopperWgradMaps& maps, const HopperWgradParams& p,
       else if (j % 2 == int(rank))
         ptx::tma_load_multicast(box, map, bar, {box_c[j], x_w, x_h, frame, b}, 3);
     }
-    if (++stage == p.stages) stage = 0, phase ^= 1;
-    if (++w == p.patches[1]) w = 0, ++h;
-    if (h == p.patches[0]) h = 0, ++t;
-    if (t == share.frames) t = 0, ++b;
+    if (++stage == p.stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+    if (++w == p.patches[1]) {
+      w = 0;
+      ++h;
+    }
+    if (h == p.patches[0]) {
+      h = 0;
+      ++t;
+    }
+    if (t == share.frames) {
+      t = 0;
+      ++b;
+    }
   }
 }
 
 // A warpgroup: 64 outputs by all columns of the tile.
 template <class Tile>
-__device__ void multiply(const HopperWgradParams& p, const Share& share, uint32_t ring, uint32_t full,
+__device__ void multiply(const Sm90WgradParams& p, const Share& share, uint32_t ring, uint32_t full,
                          uint32_t empty, uint32_t ones, int group) {
   using T = typename Tile::T;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
@@ -190,7 +205,10 @@ __device__ void multiply(const HopperWgradParams& p, const Share& share, uint32_
       ptx::wgmma_wait<1>();  // of the slice before
       if (slice > share.begin) release(last);
       last = stage;
-      if (++stage == p.stages) stage = 0, phase ^= 1;
+      if (++stage == p.stages) {
+        stage = 0;
+        phase ^= 1;
+      }
     }
     ptx::wgmma_wait<0>();
     if (share.end > share.begin) release(last);
@@ -217,22 +235,27 @@ __device__ void multiply(const HopperWgradParams& p, const Share& share, uint32_
 
 template <class Tile>
 __global__ void __launch_bounds__(kThreads, 1)
-    wgrad_sm90_kernel(const __grid_constant__ HopperWgradMaps maps,
-                      const __grid_constant__ HopperWgradParams p) {
+    wgrad_sm90_kernel(const __grid_constant__ Sm90WgradMaps maps, const __grid_constant__ Sm90WgradParams p) {
   const uint32_t ring = (ptx::smem_base() + 1023) / 1024 * 1024, t = threadIdx.x;
   const uint32_t ones = ring + p.stages * (2 * kTile + Tile::kBoxes * p.box_bytes), full = ones + kOnesBytes;
   const uint32_t empty = full + 8 * kMostStages, rank = p.cluster == 1 ? 0 : ptx::cluster_rank();
   if (t == 0) {
-    for (int i = 0; i < p.stages; ++i)
-      ptx::mbarrier_init(full + 8 * i, 1), ptx::mbarrier_init(empty + 8 * i, 8 * p.cluster);
+    for (int i = 0; i < p.stages; ++i) {
+      ptx::mbarrier_init(full + 8 * i, 1);
+      ptx::mbarrier_init(empty + 8 * i, 8 * p.cluster);
+    }
     ptx::fence_mbarrier_init();
-    ptx::prefetch_tensor_map(&maps.grad), ptx::prefetch_tensor_map(&maps.x);
+    ptx::prefetch_tensor_map(&maps.grad);
+    ptx::prefetch_tensor_map(&maps.x);
   }
   for (uint32_t i = t; i < kOnesBytes / 2; i += kThreads)
     ptx::st_shared(ones + 2 * i, ptx::from_float<typename Tile::T>(1));
   ptx::fence_proxy_async();
   __syncthreads();
-  if (p.cluster > 1) ptx::cluster_arrive(), ptx::cluster_wait();
+  if (p.cluster > 1) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
   const Share share(p, Tile::kBoxes, blockIdx.x / p.cluster, rank);
   if (t < 128) {
     ptx::setmaxnreg_dec<40>();
@@ -243,10 +266,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncwarp();
   // neither ends while the other signals its barriers
-  if (p.cluster > 1) ptx::cluster_arrive(), ptx::cluster_wait();
+  if (p.cluster > 1) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
 }
 
-struct HopperWgradResult {
+struct Sm90WgradResult {
   void* weight;
   void* bias;  // or null
   int64_t stride_o, stride_c, stride_tap[3];
@@ -256,7 +282,7 @@ struct HopperWgradResult {
 // the bias.
 template <class Tile>
 __global__ void __launch_bounds__(256)
-    wgrad_sm90_reduce_kernel(const HopperWgradParams p, const HopperWgradResult r) {
+    wgrad_sm90_reduce_kernel(const Sm90WgradParams p, const Sm90WgradResult r) {
   using T = typename Tile::T;
   const int all_tiles = p.source.kernel[0] * p.tiles_n, column = blockIdx.x * blockDim.x + threadIdx.x;
   const bool is_bias = column == all_tiles * Tile::kColumns;
@@ -298,7 +324,8 @@ Status channels_last_map(TensorMap& map, const Tensor& t, int rows, int row_step
                           128};
   const int axes[5] = {1, 4, 3, 2, 0};
   for (int i = 0; i < 5; ++i) {
-    shape.size[i] = uint64_t(t.size[axes[i]]), shape.stride[i] = uint64_t(t.stride[axes[i]]) * 2;
+    shape.size[i] = uint64_t(t.size[axes[i]]);
+    shape.stride[i] = uint64_t(t.stride[axes[i]]) * 2;
     if (i && t.size[axes[i]] == 1)
       shape.stride[i] = std::max<uint64_t>(shape.stride[i - 1] * shape.size[i - 1], 16) / 16 * 16;
   }
@@ -315,7 +342,7 @@ Status check_tensor(const Tensor& t, const char* name) {
 
 Status check(const ConvProblem& problem, const Source& s, const Tensor& grad, const Device& device) {
   const int* up = problem.upsample;
-  if (device.capability != 90) return Status::Unsupported("sm90: the GPU is not a Hopper");
+  if (device.capability != 90) return Status::Unsupported("sm90: the GPU's compute capability is not 9.0");
   if (problem.x.dtype == DType::f32) return Status::Unsupported("sm90: bfloat16 and float16 only");
   if (problem.groups != 1) return Status::Unsupported("sm90: no groups");
   if (up[0] != 1 || up[1] != 1 || up[2] != 1) return Status::Unsupported("sm90: no upsampling");
@@ -333,9 +360,9 @@ Status check(const ConvProblem& problem, const Source& s, const Tensor& grad, co
 }
 
 template <class Tile>
-Status plan_and_launch(const ConvProblem& problem, HopperWgradParams p, const HopperWgradResult& result,
-                       const Tensor& grad, HopperWgradChoice choice, const Device& device,
-                       Workspace workspace, cudaStream_t stream, double* best_cost, bool only_cost) {
+Status plan_and_launch(const ConvProblem& problem, Sm90WgradParams p, const Sm90WgradResult& result,
+                       const Tensor& grad, Sm90WgradChoice choice, const Device& device, Workspace workspace,
+                       cudaStream_t stream, double* best_cost, bool only_cost) {
   const Source& s = p.source;
   const bool tall = Tile::kHigh > 1;
   const int box_rows = tall ? (kSide - 1) * s.stride[1] + (Tile::kHigh - 1) * s.dilation[1] + 1 : kSide;
@@ -352,7 +379,7 @@ Status plan_and_launch(const ConvProblem& problem, HopperWgradParams p, const Ho
   const int row_tiles = int(divide_up(p.outputs, kRows)), columns = s.kernel[0] * p.tiles_n;
   const double slices = double(p.batch) * s.out[0] * p.patches[0] * p.patches[1];
   double best = 0;
-  HopperWgradParams chosen = p;
+  Sm90WgradParams chosen = p;
   for (p.cluster = 1; p.cluster <= 2; ++p.cluster) {
     if (row_tiles % p.cluster || (choice.cluster && choice.cluster != p.cluster)) continue;
     p.tiles_m = row_tiles / p.cluster;
@@ -363,15 +390,24 @@ Status plan_and_launch(const ConvProblem& problem, HopperWgradParams p, const Ho
     for (int waves = std::max(tiles / at_once - 1, 0); waves <= tiles / at_once; ++waves)
       for (int splits :
            {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24, 28, 32, 40, 48, 64}) {
-        p.whole = waves * at_once, p.rest = tiles - p.whole, p.splits = splits;
-        if (choice.splits) p.whole = 0, p.rest = tiles, p.splits = choice.splits;
+        p.whole = waves * at_once;
+        p.rest = tiles - p.whole;
+        p.splits = splits;
+        if (choice.splits) {
+          p.whole = 0;
+          p.rest = tiles;
+          p.splits = choice.splits;
+        }
         if (!choice.splits && splits > 1 && (p.rest == 0 || splits * 4 > slices)) break;
         const double shares = double(p.whole) + double(p.rest) * p.splits,
                      more = std::ceil(double(p.rest) * p.splits / at_once);
         const double cycles =
             p.whole / at_once * (slices * slice + 3000) + more * (slices / p.splits * slice + 3000) +
             8 * shares * p.cluster * kRows * Tile::kColumns / (20.0 * device.multiprocessors);
-        if (!best || cycles < best) best = cycles, chosen = p;
+        if (!best || cycles < best) {
+          best = cycles;
+          chosen = p;
+        }
         if (choice.splits) break;
       }
   }
@@ -380,14 +416,14 @@ Status plan_and_launch(const ConvProblem& problem, HopperWgradParams p, const Ho
   if (only_cost) return Status::Ok();
   p = chosen;
   if (choice.report) {
-    const double report[kHopperWgradReport] = {double(Tile::kColumns),
-                                               double(p.splits),
-                                               double(p.cluster),
-                                               double(p.whole),
-                                               double(p.rest),
-                                               double(p.stages),
-                                               best};
-    std::copy(report, report + kHopperWgradReport, choice.report);
+    const double report[kSm90WgradReport] = {double(Tile::kColumns),
+                                             double(p.splits),
+                                             double(p.cluster),
+                                             double(p.whole),
+                                             double(p.rest),
+                                             double(p.stages),
+                                             best};
+    std::copy(report, report + kSm90WgradReport, choice.report);
   }
   p.rest = std::max(p.rest, 1);  // a divisor
   const int64_t blocks = (int64_t(p.whole) + int64_t(chosen.rest) * p.splits) * p.cluster;
@@ -395,7 +431,7 @@ Status plan_and_launch(const ConvProblem& problem, HopperWgradParams p, const Ho
   p.partial_bias = result.bias ? workspace.take<float>(blocks * kRows) : nullptr;
   if (workspace.only_counts()) return Status::Ok();
   if (blocks >= (int64_t(1) << 31)) return Status::Unsupported("weight: more tiles than a grid holds");
-  HopperWgradMaps maps;
+  Sm90WgradMaps maps;
   VTOK_RETURN_IF_ERROR(channels_last_map(maps.grad, grad, kSide, 1, 1));
   VTOK_RETURN_IF_ERROR(channels_last_map(maps.x, problem.x, box_rows, tall ? 1 : s.stride[1], s.stride[2]));
   maps.cache = maps.x;
@@ -412,8 +448,8 @@ Status plan_and_launch(const ConvProblem& problem, HopperWgradParams p, const Ho
 
 // The cheaper of two tiles by the plan's own model.
 template <class T>
-Status launch(const ConvProblem& problem, const HopperWgradParams& p, const HopperWgradResult& result,
-              const Tensor& grad, HopperWgradChoice choice, const Device& device, const Workspace& workspace,
+Status launch(const ConvProblem& problem, const Sm90WgradParams& p, const Sm90WgradResult& result,
+              const Tensor& grad, Sm90WgradChoice choice, const Device& device, const Workspace& workspace,
               cudaStream_t stream) {
   auto with = [&](auto tile, double* cost, bool only_cost) {
     return plan_and_launch<decltype(tile)>(problem, p, result, grad, choice, device, workspace, stream, cost,
@@ -426,19 +462,18 @@ Status launch(const ConvProblem& problem, const HopperWgradParams& p, const Hopp
     const bool take_wide = first.ok() && (!second.ok() || wide_cost <= narrow_cost);
     return take_wide ? with(wide, &wide_cost, false) : with(narrow, &narrow_cost, false);
   };
-  const Status tall = p.source.kernel[1] == 3
-                          ? cheaper(HopperWgradTile<T, 3, 2>(), HopperWgradTile<T, 3, 1>())
-                          : Status::Unsupported("");
+  const Status tall = p.source.kernel[1] == 3 ? cheaper(Sm90WgradTile<T, 3, 2>(), Sm90WgradTile<T, 3, 1>())
+                                              : Status::Unsupported("");
   if (tall.code != Code::unsupported) return tall;
-  return cheaper(HopperWgradTile<T, 1, 4>(), HopperWgradTile<T, 1, 2>());
+  return cheaper(Sm90WgradTile<T, 1, 4>(), Sm90WgradTile<T, 1, 2>());
 }
 
 }  // namespace
 
 Status causal_conv3d_sm90_wgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_weight,
-                                const Tensor& grad_bias, HopperWgradChoice choice, void* workspace_base,
+                                const Tensor& grad_bias, Sm90WgradChoice choice, void* workspace_base,
                                 int64_t* workspace_bytes, void* stream_handle) {
-  HopperWgradParams p = {};
+  Sm90WgradParams p = {};
   Source& s = p.source;
   Device device;
   VTOK_RETURN_IF_ERROR(make_source(problem, &s));
@@ -447,15 +482,16 @@ Status causal_conv3d_sm90_wgrad(const ConvProblem& problem, const Tensor& grad, 
   for (int i = 0; i < 5; ++i)
     if (grad_weight.rank != 5 || grad_weight.size[i] != problem.weight.size[i])
       return Status::Invalid("grad_weight: must have the weight's shape");
-  p.batch = int(problem.x.size[0]), p.channels = int(problem.x.size[1]),
+  p.batch = int(problem.x.size[0]);
+  p.channels = int(problem.x.size[1]);
   p.outputs = int(problem.weight.size[0]);
   p.channel_blocks = int(divide_up(p.channels, 64));
   for (int i : {0, 1}) p.patches[i] = int(divide_up(s.out[1 + i], kSide));
-  const HopperWgradResult result = {grad_weight.data,
-                                    grad_bias.data,
-                                    grad_weight.stride[0],
-                                    grad_weight.stride[1],
-                                    {grad_weight.stride[2], grad_weight.stride[3], grad_weight.stride[4]}};
+  const Sm90WgradResult result = {grad_weight.data,
+                                  grad_bias.data,
+                                  grad_weight.stride[0],
+                                  grad_weight.stride[1],
+                                  {grad_weight.stride[2], grad_weight.stride[3], grad_weight.stride[4]}};
   const Workspace workspace(workspace_base, workspace_bytes);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   if (problem.x.dtype == DType::f16)

@@ -49,13 +49,19 @@ __device__ inline Position position_of(int64_t m, const int (&size)[3]) {
   Position p;
   if (m < (int64_t(1) << 31)) {  // 32-bit division is several times cheaper
     uint32_t r = uint32_t(m);
-    p.w = r % uint32_t(size[2]), r /= uint32_t(size[2]);
-    p.h = r % uint32_t(size[1]), r /= uint32_t(size[1]);
-    p.t = r % uint32_t(size[0]), p.b = r / uint32_t(size[0]);
+    p.w = r % uint32_t(size[2]);
+    r /= uint32_t(size[2]);
+    p.h = r % uint32_t(size[1]);
+    r /= uint32_t(size[1]);
+    p.t = r % uint32_t(size[0]);
+    p.b = r / uint32_t(size[0]);
   } else {
-    p.w = int(m % size[2]), m /= size[2];
-    p.h = int(m % size[1]), m /= size[1];
-    p.t = int(m % size[0]), p.b = m / size[0];
+    p.w = int(m % size[2]);
+    m /= size[2];
+    p.h = int(m % size[1]);
+    m /= size[1];
+    p.t = int(m % size[0]);
+    p.b = m / size[0];
   }
   return p;
 }
@@ -87,7 +93,8 @@ __device__ inline int timeline_index(const Source& s, int t, int dt) {
   if (dt >= s.time_taps) {
     const int extra = dt / s.time_taps - 1;
     if (t != (extra < s.before ? 0 : s.out[0] - 1)) return -1;
-    t = extra < s.before ? extra - s.before : s.out[0] + extra - s.before, dt %= s.time_taps;
+    t = extra < s.before ? extra - s.before : s.out[0] + extra - s.before;
+    dt %= s.time_taps;
   }
   return tap_index(s, 0, t, dt);
 }
@@ -100,7 +107,9 @@ __device__ inline uint64_t frame_address(const Source& s, const Position& p, int
     return reinterpret_cast<uint64_t>(s.cache) + p.b * s.cache_batch_bytes +
            divided(s.cached - s.used_cache + i, s.upsample[0]) * s.cache_frame_bytes;
   i -= s.used_cache;
-  const int frame = !s.once ? divided(i, s.upsample[0]) : i == 0 ? 0 : 1 + divided(i - 1, s.upsample[0]);
+  // where the first frame is there once, the second one starts at 1
+  const int shift = s.once && i > 0 ? s.upsample[0] - 1 : 0;
+  const int frame = divided(i + shift, s.upsample[0]);
   return reinterpret_cast<uint64_t>(s.x) + p.b * s.batch_bytes + frame * s.frame_bytes;
 }
 

@@ -222,8 +222,10 @@ Status fill(Levels& to, const std::vector<int64_t>& levels, int pitch, const Ten
     to.basis[c] = int(codebook);
     if (level > int64_t(1) << 31 || (codebook *= level) > int64_t(1) << 31)
       return Status::Invalid("levels: the codebook exceeds 2**31");
-    to.first[c] = next, to.count[c] = int(level) - 1;
-    to.half[c] = float(level / 2), to.inverse[c] = 1 / to.half[c];
+    to.first[c] = next;
+    to.count[c] = int(level) - 1;
+    to.half[c] = float(level / 2);
+    to.inverse[c] = 1 / to.half[c];
     if (!thresholds) continue;
     next += pitch ? pitch : to.count[c];
     if (next > kFsqThresholds)

@@ -57,7 +57,8 @@ inline FsqPositions fsq_positions(const Tensor& a, const Tensor& b, const Tensor
     std::copy(step, step + 3, p.step[at]);
   }
   if (p.axes == 0) {  // a single position, which is next to itself in every way
-    p.axes = 1, p.size[0] = 1;
+    p.axes = 1;
+    p.size[0] = 1;
     for (int t = 0; t < 3; ++t) p.step[0][t] = t == without || p.channel_step[t] != 1 ? 1 : shape.size[dim];
   }
   return p;

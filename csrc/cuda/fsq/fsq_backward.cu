@@ -41,7 +41,10 @@ __global__ void __launch_bounds__(kFsqThreads)
   int channel = int(run % s.channels);
   auto next = [&](float g, float value) {
     const float2 of = ptx::ld_shared<float2>(table + 8 * channel);
-    if (++in_run == channel_step) in_run = 0, channel = channel + 1 == s.channels ? 0 : channel + 1;
+    if (++in_run == channel_step) {
+      in_run = 0;
+      channel = channel + 1 == s.channels ? 0 : channel + 1;
+    }
     return ptx::from_float<T>(gradient(g, value, of.x, of.y));
   };
   if (count - first >= kV) {

@@ -29,7 +29,7 @@ from vtok_fast.bench.harness import Candidate, Settings, Trial, backend_of, dtyp
 from vtok_fast.bench.own import Own
 from vtok_fast.dispatch import native
 from vtok_fast.ops.causal_conv3d import causal_conv3d
-from vtok_fast.ops.causal_conv3d.call import MODES
+from vtok_fast.ops.causal_conv3d.call import Geometry
 from vtok_fast.reference import causal_conv3d as reference
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -282,20 +282,9 @@ def _algorithm(layer: Layer, x: Tensor, w: Tensor, mode: str) -> str:
         return "reference"
     out = torch.empty(1, layer.cout, *layer.out_size, memory_format=CL3D)
     (top, bottom), (left, right) = layer.spatial_pad
-    pad = (layer.front, 0, top, bottom, left, right)
+    geometry = Geometry(layer.stride, pad=(layer.front, 0, top, bottom, left, right), time_mode=mode)
     return native.lib().causal_conv3d_choice(
-        native.arg(x),
-        native.arg(w),
-        native.arg(out),
-        layer.stride,
-        (1, 1, 1),
-        1,
-        pad,
-        MODES.index(mode),
-        MODES.index("zeros"),
-        (1, 1, 1),
-        False,
-        native.threads(),
+        native.arg(x), native.arg(w), native.arg(out), geometry.native(), native.threads()
     )
 
 

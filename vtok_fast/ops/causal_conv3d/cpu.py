@@ -28,7 +28,7 @@ def _choice(x: tuple, weight: tuple, geometry: Geometry, threads: int, isa: str)
     size = geometry.output_size(x[2][2:], weight[2][2:])
     o, h, w = weight[2][0], size[1], size[2]
     out = (0, x[1], (x[2][0], o, *size), (o * size[0] * h * w, 1, o * h * w, o * w, o))
-    return native.lib().causal_conv3d_choice(x, weight, out, *geometry.native(), threads)
+    return native.lib().causal_conv3d_choice(x, weight, out, geometry.native(), threads)
 
 
 def why_slower(call: ConvCall) -> Reason:
@@ -62,9 +62,9 @@ def run(call: ConvCall) -> Tensor:
         native.arg(call.cache),
         native.arg(residual),
         native.arg(y),
-        *call.geometry.native(),
+        call.geometry.native(),
         call.alpha if plain else None,
-        1 if call.activation else 0,
+        call.activation == "silu",
         _ALGORITHM_CODES[_algorithm(call)],
         native.threads(),
     )

@@ -18,7 +18,7 @@ from vtok_fast.dispatch import backends, native
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import sm80, sm90, sm90_wgrad
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall, Geometry, Gradients, Triple, run
-from vtok_fast.ops.causal_conv3d.launch import LAST, inputs, why_not_hopper
+from vtok_fast.ops.causal_conv3d.launch import LAST, inputs, why_not_machine
 from vtok_fast.reference import causal_conv3d as reference
 
 # ---- adjoints ----------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def _run_cpu(call: ConvBackwardCall) -> Gradients:
 
 
 def _why_not_sm90(call: ConvBackwardCall) -> Reason:
-    if (reason := why_not_hopper(call.x) or sm80.why_not(call)) is not None:
+    if (reason := why_not_machine(call.x) or sm80.why_not(call)) is not None:
         return reason
     call = _as_read(call)
     of_weight = sm90_wgrad.why_not(call) if call.wanted[1] or call.wanted[2] else None

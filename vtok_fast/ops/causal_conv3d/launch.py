@@ -82,9 +82,9 @@ def ask(launcher: Any, args: tuple, choice: tuple[int, ...], numbers: int) -> li
 
 
 def why_refused(x: Tensor, launcher: str, args: tuple, choice: tuple[int, ...], numbers: int) -> Reason:
-    """The reason why a Hopper launcher of the native module cannot run these arguments on the device of x, or
+    """The reason why an sm90 launcher of the native module cannot run these arguments on the device of x, or
     None; remembered."""
-    if (reason := why_not_hopper(x)) is not None:
+    if (reason := why_not_machine(x)) is not None:
         return reason
     with torch.cuda.device(x.device):
         return _why_refused(x.device.index, launcher, _without_addresses(args), choice, numbers)
@@ -114,8 +114,8 @@ def _without_addresses(args: tuple) -> tuple:
     )
 
 
-def why_not_hopper(x: Tensor) -> Reason:
-    """The reason why the Hopper kernels cannot run on this tensor's device, or None."""
+def why_not_machine(x: Tensor) -> Reason:
+    """The reason why the sm90 kernels cannot run on this tensor's device, or None."""
     if (reason := native.why_no_cuda(x)) is not None:
         return reason
     capability = torch.cuda.get_device_capability(x.device)

@@ -1,4 +1,4 @@
-"""The Hopper kernels of ``causal_conv3d``: which calls they take, which tile, and how a call becomes a
+"""The sm90 kernels of ``causal_conv3d``: which calls they take, which tile, and how a call becomes a
 launch.
 
 A plan is a tile of the output (rows x columns of the product), K splits, blocks per cluster and stages. The
@@ -16,7 +16,14 @@ from vtok_fast.dispatch import native
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import tuned
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall
-from vtok_fast.ops.causal_conv3d.launch import ask, channels_last, inputs, launch, why_not_hopper, why_refused
+from vtok_fast.ops.causal_conv3d.launch import (
+    ask,
+    channels_last,
+    inputs,
+    launch,
+    why_not_machine,
+    why_refused,
+)
 
 # Rows and columns of the tile, K splits, cluster, stages of weights; 0: the plan's
 Choice = tuple[int, int, int, int, int]
@@ -48,7 +55,7 @@ class Plan(NamedTuple):
 
 def why_not(call: ConvCall) -> Reason:
     """The reason why the kernel cannot run a checked call, or None."""
-    if (reason := why_not_hopper(call.x)) is not None:
+    if (reason := why_not_machine(call.x)) is not None:
         return reason
     args, _ = _forward_args(call, call.empty_output(device="meta"))
     return why_refused(call.x, "causal_conv3d_sm90", args, ANY, len(Plan._fields))
@@ -74,8 +81,7 @@ def _forward_args(call: ConvCall, out: Tensor) -> tuple[tuple, list[Tensor | Non
         arg(x),
         arg(call.weight),
         arg(cache),
-        *call.geometry.native(),
-        False,
+        call.geometry.native(),
         arg(bias),
         arg(residual),
         arg(out),
@@ -112,8 +118,7 @@ def _dgrad_args(call: ConvBackwardCall, grad_x: Tensor | None, grad_cache: Tenso
         arg(call.x),
         arg(call.weight),
         arg(call.cache),
-        *call.geometry.native(),
-        False,
+        call.geometry.native(),
         arg(call.grad),
         arg(grad_x),
         arg(grad_cache),

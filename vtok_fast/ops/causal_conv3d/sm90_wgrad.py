@@ -1,4 +1,4 @@
-"""The Hopper kernel of ``causal_conv3d``'s gradient of weights and bias: which calls it takes, and how a call
+"""The sm90 kernel of ``causal_conv3d``'s gradient of weights and bias: which calls it takes, and how a call
 becomes a launch."""
 
 from __future__ import annotations
@@ -31,17 +31,15 @@ class Plan(NamedTuple):
 
 
 def _args(call: ConvBackwardCall, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple:
-    """The launcher's arguments. Where the others take the weights, it gets their gradient: it reads no
-    weight, and the native module's problem wants a tensor of that shape."""
+    """The launcher's arguments. Where the others take the weights, it gets their gradient: it does not read
+    the weights, and needs only their shape."""
     arg = native.arg_on(call.x.device)
     return (
         arg(call.x),
         arg(grad_weight),
         arg(call.cache),
-        *call.geometry.native(),
-        False,
+        call.geometry.native(),
         arg(call.grad),
-        arg(grad_weight),
         arg(grad_bias),
     )
 

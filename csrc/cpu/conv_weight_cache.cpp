@@ -1,4 +1,4 @@
-#include "cpu/weight_cache.h"
+#include "cpu/conv_weight_cache.h"
 
 #include <algorithm>
 #include <mutex>
@@ -61,7 +61,10 @@ bool has_room(const Cache& c, const WeightKey& key, int64_t bytes) {
 
 WeightKey weight_key(const Tensor& weight, int m, int panel) {
   WeightKey key;
-  key.dtype = weight.dtype, key.m = m, key.panel = panel, key.address = weight.data;
+  key.dtype = weight.dtype;
+  key.m = m;
+  key.panel = panel;
+  key.address = weight.data;
   std::copy(weight.size, weight.size + 5, key.size);
   std::copy(weight.stride, weight.stride + 5, key.stride);
   return key;
@@ -86,7 +89,8 @@ void checksum_weights(const Tensor& w, int threads, uint64_t sum[2]) {
                                                  i * w.stride[3] + j * w.stride[4]);
               packed.insert(packed.end(), at, at + element);
             }
-    data = packed.data(), bytes = int64_t(packed.size());
+    data = packed.data();
+    bytes = int64_t(packed.size());
   }
   const int64_t segments = (bytes + kSegment - 1) / kSegment;
   std::vector<uint64_t> sums(2 * segments);

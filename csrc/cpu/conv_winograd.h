@@ -1,6 +1,6 @@
 // Winograd convolution on a CPU, F(m x m, 3 x 3) with m = 2 or 4. See simd/conv_winograd.h for the algorithm.
 #pragma once
-#include "cpu/conv_problem.h"
+#include "cpu/conv_plan.h"
 
 namespace vtok::cpu {
 
