@@ -190,7 +190,7 @@ def write(out: Path, variants: list[str], natives: list[Path], version: int = 1)
         for path in sorted((ROOT / PACKAGE / "ops").glob("*"))
         if not path.stem.startswith("_")
     ]
-    sources = needed(ops)
+    sources = needed([*ops, f"{PACKAGE}.dispatch.available"])
     nn = {f"{PACKAGE}.nn.{file}": (ROOT / PACKAGE / "nn" / f"{file}.py").read_text() for file in LAYERS}
     home, api = template("home.py"), template("api.py")
     tables = sorted(TABLES.glob("*.json"))

@@ -1,7 +1,8 @@
 """What `vtok_fast` exports. Importing this imports torch, and registers the ops with it."""
 
 from vtok_fast import models, nn
-from vtok_fast.dispatch.backends import BackendError, algorithm, available_backends, backend, fallbacks
+from vtok_fast.dispatch.available import available_backends
+from vtok_fast.dispatch.backends import BackendError, algorithm, backend, fallbacks
 from vtok_fast.io.token_windows import TokenWindows
 from vtok_fast.io.tokens import Tokens
 from vtok_fast.ops.causal_conv3d import causal_conv3d

@@ -142,7 +142,7 @@ NormPlan make_plan(const NormProblem& p) {
   }
   merge_rows(plan);
   plan.channels_last = p.channels_last;
-  plan.centred = p.centred;
+  plan.centered = p.centered;
   plan.silu = p.silu;
   plan.per_frame = p.per_frame;
   plan.groups = p.groups;

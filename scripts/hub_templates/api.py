@@ -1,7 +1,8 @@
 """What the repository offers."""
 
 from . import layers
-from .dispatch.backends import BackendError, available_backends, backend, fallbacks
+from .dispatch.available import available_backends
+from .dispatch.backends import BackendError, backend, fallbacks
 from .ops.causal_conv3d import causal_conv3d
 from .ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
 from .ops.norm_act import norm_act

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from vtok_fast.dispatch import backends, native
+from vtok_fast.dispatch import native
+from vtok_fast.dispatch.available import available_backends
 from vtok_fast.ops.fsq import fsq_decode, fsq_quantize
 from vtok_fast.reference import fsq as reference
 
@@ -31,7 +32,7 @@ def test_refusals_name_their_reason():
     z = torch.randn(1, 5, 2)
     with pytest.raises(backends.BackendError, match="the tensors are on cpu"):
         fsq_quantize(z, [8] * 5, backend="sm80")
-    reasons = backends.available_backends()
+    reasons = available_backends()
     for op in ("fsq", "fsq_decode", "fsq_backward"):
         assert reasons[op]["sm80"] == WHY and reasons[op]["reference"] is None
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from vtok_fast import parity
-from vtok_fast.dispatch.backends import BackendError, available_backends
+from vtok_fast.dispatch.available import available_backends
+from vtok_fast.dispatch.backends import BackendError
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import fsq_quantize
 from vtok_fast.ops.norm_act import norm_act

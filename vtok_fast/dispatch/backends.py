@@ -209,22 +209,13 @@ def why_no_triton() -> Reason:
     return None
 
 
+def backends_of_ops() -> dict[str, tuple[Backend, ...]]:
+    """Every registered op with its backends, in order of preference."""
+    return dict(_ops)
+
+
 def why_not_triton_on(tensor: torch.Tensor) -> Reason:
     """Why a Triton kernel cannot take this tensor, or None where it can: a GPU that Triton compiles for."""
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device}"
     return why_no_triton()
-
-
-def available_backends() -> dict[str, dict[str, str | None]]:
-    """Per op, each backend of this version with None where it can run here at all, or the reason why not."""
-    from vtok_fast.dispatch import native
-
-    def reason(candidate: Backend) -> str | None:
-        if candidate.name == "triton":
-            return why_no_triton() or (None if torch.cuda.is_available() else "there is no GPU")
-        if candidate.name in ("sm90", "sm80"):
-            return native.why_no_cuda()
-        return native.why_missing() if candidate.name == "cpu" and candidate.needs_native else None
-
-    return {op: {b.name: reason(b) for b in candidates} for op, candidates in _ops.items()}

@@ -233,8 +233,8 @@ void moments_rows(const NormPlan& p, NormTask k, Moments* out, float* scratch) {
       d += sums[c];
       q += squares[c];
     }
-    out[g].m2 = p.centred ? q - d * d / n : q;
-    if (p.centred) out[g].mean += d / n;
+    out[g].m2 = p.centered ? q - d * d / n : q;
+    if (p.centered) out[g].mean += d / n;
   }
 }
 
