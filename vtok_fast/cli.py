@@ -1,4 +1,4 @@
-"""The command `vtok-fast`: info, doctor, demo, check, bench (in commands/bench.py), tune, tokenize,
+"""The command `vtok-fast`: info, doctor, demo, check, bench (in commands/bench.py), tune, probe, tokenize,
 detokenize, score.
 
 Whatever needs torch is imported inside the commands, so that `doctor` and `--help` work without it.
@@ -137,6 +137,73 @@ Dtype = Annotated[
 ]
 
 
+Fps = Annotated[
+    float | None,
+    typer.Option(help="Resample to this constant rate, by time. Default: every frame, at its own time."),
+]
+Deinterlace = Annotated[
+    bool, typer.Option("--deinterlace", help="Make whole frames of the fields of interlaced video (bwdif).")
+]
+Deinterlacer = Annotated[str, typer.Option(help="What --deinterlace takes: bwdif or yadif.")]
+Hdr = Annotated[str, typer.Option(help="PQ and HLG: tonemap (as on a standard display) or error.")]
+Background = Annotated[str, typer.Option(help="Under what is transparent: black, white, gray or RRGGBB.")]
+OnError = Annotated[
+    str,
+    typer.Option(
+        help="Of damage: stop, skip (leave out what cannot be right) or conceal (keep what the decoder "
+        "makes of it)."
+    ),
+]
+Stream = Annotated[int | None, typer.Option(help="Which video stream, from 0. Default: as a player chooses.")]
+
+
+def _reading(fps: float | None, deinterlace: bool, deinterlacer: str, hdr: str, background: str,
+             on_error: str, stream: int | None) -> dict[str, Any]:  # fmt: skip
+    """The options of reading, for `vtok_fast.io.video.Reading`, without those that are as usual."""
+    from vtok_fast.commands.probe import rgb_of
+
+    given = {
+        "fps": fps,
+        "deinterlace": deinterlacer if deinterlace else None,
+        "hdr": hdr,
+        "background": rgb_of(background),
+        "on_error": on_error,
+        "stream": stream,
+    }
+    usual = {"hdr": "tonemap", "background": (0, 0, 0), "on_error": "stop"}
+    return {name: value for name, value in given.items() if value != usual.get(name)}
+
+
+@app.command()
+def probe(
+    video: Annotated[Path, typer.Argument(help="A video file.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw a contact sheet of the frames as they are read (PNG).")
+    ] = None,
+    fps: Fps = None,
+    deinterlace: Deinterlace = False,
+    deinterlacer: Deinterlacer = "bwdif",
+    hdr: Hdr = "tonemap",
+    background: Background = "black",
+    on_error: OnError = "stop",
+    stream: Stream = None,
+    as_json: Json = False,
+) -> None:
+    """Print how a video would be read: streams, size, rotation, times, colors, and what is dropped and
+    why."""
+    from vtok_fast.commands import probe as prober
+
+    reading = _reading(fps, deinterlace, deinterlacer, hdr, background, on_error, stream)
+    found = prober.probe(video, **reading)
+    if plot is not None:
+        prober.contact_sheet(video, plot, **reading)
+    if as_json:
+        print_json(found)
+    else:
+        prober.show(found)
+    raise typer.Exit(0 if found["readable"] else 1)
+
+
 @app.command()
 def tokenize(
     video: Annotated[Path, typer.Argument(help="A video file.")],
@@ -189,6 +256,13 @@ def tokenize(
             "this video, found in a pass of its own."
         ),
     ] = None,
+    fps: Fps = None,
+    deinterlace: Deinterlace = False,
+    deinterlacer: Deinterlacer = "bwdif",
+    hdr: Hdr = "tonemap",
+    background: Background = "black",
+    on_error: OnError = "stop",
+    stream: Stream = None,
     device: Device = None,
     dtype: Dtype = "fp32",
     accelerate: Accelerate = True,
@@ -196,8 +270,11 @@ def tokenize(
 ) -> None:
     """Write the tokens of a video, in memory for one window. A run that was stopped goes on where it was."""
     from vtok_fast.commands import tokenize as video_tokens
+    from vtok_fast.io.files import check_distinct
 
     scaled = None if size is None else pixels(size)
+    reading = _reading(fps, deinterlace, deinterlacer, hdr, background, on_error, stream)
+    check_distinct(output, video=video, checkpoint=checkpoint)
     chosen, weights = _model(device, dtype, accelerate, model, checkpoint)
     with _progress(as_json, "windows") as progress:
         windows = video_tokens.tokenize(
@@ -213,6 +290,7 @@ def tokenize(
             router=router,
             rate_strategy=rate_strategy,
             elbo_mean=elbo_mean,
+            **reading,
         )
     count = sum(
         int((tokens.data >= 0).sum()) if tokens.latents is None else tokens.data[:, 0].numel()
@@ -226,6 +304,8 @@ def tokenize(
         "windows": len(windows),
         "tokens": count,
         "bytes": output.stat().st_size,
+        "left_out": sum(one["count"] for one in windows.info.get("left_out", ())),
+        "concealed": sum(one["count"] for one in windows.info.get("concealed", ())),
     }
     if as_json:
         print_json(facts)
@@ -234,6 +314,11 @@ def tokenize(
         print(
             f"{facts['frames']} frames of {size_text} as {facts['tokens']:,} tokens of {windows.model} in "
             f"{output}"
+            + "".join(
+                f"; {facts[name]} frames {what}, listed there"
+                for name, what in (("left_out", "left out"), ("concealed", "concealed"))
+                if windows.info.get(name)
+            )
         )
 
 
@@ -259,8 +344,10 @@ def detokenize(
     """Write the video (MP4) of a file of tokens, in memory for one window. A run that was stopped goes on
     where it was."""
     from vtok_fast.commands import tokenize as video_tokens
+    from vtok_fast.io.files import check_distinct
     from vtok_fast.io.token_windows import TokenWindows
 
+    check_distinct(output, tokens=tokens, checkpoint=checkpoint)
     windows = TokenWindows(tokens)
     config = windows.config if model is None else None
     chosen, weights = _model(device, dtype, accelerate, model or windows.model, checkpoint, config)
@@ -295,11 +382,20 @@ def score(
         Path | None,
         typer.Option(help="A TorchScript network (I3D) of yours: FVD of the clips of 16 frames too."),
     ] = None,
+    fps: Fps = None,
+    deinterlace: Deinterlace = False,
+    deinterlacer: Deinterlacer = "bwdif",
+    hdr: Hdr = "tonemap",
+    background: Background = "black",
+    on_error: OnError = "stop",
+    stream: Stream = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a reconstructed video with its original: PSNR, SSIM, LPIPS where its weights are, and what the
-    tokens cost."""
+    """Compare a reconstructed video with its original, by time: PSNR, SSIM, LPIPS where its weights are, and
+    what the tokens cost."""
     from vtok_fast.commands.score import score as measure
+
+    reading = _reading(fps, deinterlace, deinterlacer, hdr, background, on_error, stream)
 
     with _progress(as_json, "frames") as progress:
         found = measure(
@@ -309,6 +405,7 @@ def score(
             size=None if size is None else pixels(size),
             fvd_network=fvd_network,
             progress=progress,
+            **reading,
         )
     if as_json:
         print_json(found)

@@ -1,4 +1,4 @@
-"""Colours, against the formulas of the standards: matrix, range, depth, transparency, HDR; and what we
+"""Colors, against the formulas of the standards: matrix, range, depth, transparency, HDR; and what we
 write."""
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ KR_KB = {
 }  # ITU-T H.273, table 4
 
 
-def codes(colour, matrix: int, bits: int, full: bool) -> list[int]:
+def codes(color, matrix: int, bits: int, full: bool) -> list[int]:
     """Y'CbCr of R'G'B' in [0, 1], ITU-T H.273 (8.3)."""
     kr, kb = KR_KB[matrix]
-    y = kr * colour[0] + (1 - kr - kb) * colour[1] + kb * colour[2]
-    u, v = (colour[2] - y) / (2 * (1 - kb)), (colour[0] - y) / (2 * (1 - kr))
+    y = kr * color[0] + (1 - kr - kb) * color[1] + kb * color[2]
+    u, v = (color[2] - y) / (2 * (1 - kb)), (color[0] - y) / (2 * (1 - kr))
     step, top = 1 << (bits - 8), (1 << bits) - 1
     if full:
         values = [y * top, u * top + 128 * step, v * top + 128 * step]
@@ -39,7 +39,7 @@ def codes(colour, matrix: int, bits: int, full: bool) -> list[int]:
     return [min(max(round(value), 0), top) for value in values]
 
 
-def colour_of(values, matrix: int, bits: int, full: bool) -> np.ndarray:
+def color_of(values, matrix: int, bits: int, full: bool) -> np.ndarray:
     """R'G'B' in [0, 255] of Y'CbCr codes."""
     kr, kb = KR_KB[matrix]
     step, top = 1 << (bits - 8), (1 << bits) - 1
@@ -56,7 +56,7 @@ def colour_of(values, matrix: int, bits: int, full: bool) -> np.ndarray:
     return np.array([r, (y - kr * r - kb * b) / (1 - kr - kb), b]).clip(0, 1) * 255
 
 
-COLOURS = [
+COLORS = [
     (1, 1, 1),
     (0, 0, 0),
     (0.5, 0.5, 0.5),
@@ -92,10 +92,10 @@ def test_yuv_is_unbiased_at_every_depth_and_size(form, bits, full, size):
     white, and PyAV before 17 another matrix (PyAV-Org/PyAV #2230, #2149, #1431)."""
     errors = []
     for matrix in KR_KB:
-        for colour in COLOURS:
-            values = codes(colour, matrix, bits, full)
+        for color in COLORS:
+            values = codes(color, matrix, bits, full)
             frame = plane_frame(form, 16, 16, values, colorspace=matrix, color_range=2 if full else 1)
-            errors.append(pixel(frame, *size) - colour_of(values, matrix, bits, full))
+            errors.append(pixel(frame, *size) - color_of(values, matrix, bits, full))
     assert np.abs(errors).max() < 0.56  # half a code, and libswscale's coefficients of 16 bits
     assert abs(np.mean(errors)) < 0.08
 
@@ -109,7 +109,7 @@ def test_untagged_is_taken_by_lines(height, matrix):
 @pytest.mark.parametrize(
     ("form", "bits"), [("gray", 8), ("gray10le", 10), ("gray12le", 12), ("gray16le", 16)]
 )
-def test_grey_is_full_range_unless_tagged(form, bits):
+def test_gray_is_full_range_unless_tagged(form, bits):
     top = (1 << bits) - 1
     for level in (0, 0.25, 0.5, 1):
         assert np.abs(pixel(plane_frame(form, 16, 16, (round(level * top),))) - level * 255).max() <= 0.51
@@ -123,8 +123,8 @@ def test_grey_is_full_range_unless_tagged(form, bits):
 )
 def test_planar_rgb(form, bits):
     top = (1 << bits) - 1
-    for colour in COLOURS:
-        r, g, b = (round(value * top) for value in colour)
+    for color in COLORS:
+        r, g, b = (round(value * top) for value in color)
         frame = plane_frame(form, 16, 16, (g, b, r))
         assert np.abs(pixel(frame) - np.array((r, g, b)) * 255 / top).max() <= (0.51 if bits == 8 else 0.6)
 
@@ -159,12 +159,12 @@ def test_packed_rgb(form):
     ],
 )
 def test_formats_in_files(tmp_path, codec, form, name):
-    """White, grey and black come back, whatever holds them."""
+    """White, gray and black come back, whatever holds them."""
     path = tmp_path / name
     frames = [np.full((32, 48, 3), value, np.uint8) for value in (0, 128, 255)]
     if form == "pal8":
-        grey = [av.VideoFrame.from_ndarray(x, format="rgb24").reformat(format="rgb8") for x in frames]
-        form, frames = "rgb24", [x.reformat(format="rgb24") for x in grey]
+        gray = [av.VideoFrame.from_ndarray(x, format="rgb24").reformat(format="rgb8") for x in frames]
+        form, frames = "rgb24", [x.reformat(format="rgb24") for x in gray]
     encode(path, frames, codec, form)
     found = read_video(path, dtype=torch.uint8).video[:, :, 16, 24]
     expected = torch.tensor([0, 128, 255])
@@ -189,7 +189,7 @@ def test_ycgco():
         ({"color_primaries": 10}, "XYZ"),
     ],
 )
-def test_colours_that_cannot_be_converted_are_named(tmp_path, tags, message):
+def test_colors_that_cannot_be_converted_are_named(tmp_path, tags, message):
     path = encode(tmp_path / "a.mkv", moving(2), tags=tags)
     with pytest.raises(VideoError, match=rf"a\.mkv has .*{message}"):
         read_video(path)
@@ -216,7 +216,7 @@ def with_alpha(count=3):
         ("ffv1", "yuva444p10le", "b.mkv"),
     ],
 )
-def test_transparency_is_over_a_stated_colour(tmp_path, codec, form, name):
+def test_transparency_is_over_a_stated_color(tmp_path, codec, form, name):
     """renpy/renpy #3324, mpv-player/mpv #3256: what is not seen must not show."""
     options = (
         {"crf": "4", "b": "4000000", "auto-alt-ref": "0"}
@@ -233,13 +233,13 @@ def test_transparency_is_over_a_stated_colour(tmp_path, codec, form, name):
             tuple(round(127 / 255 * b + 128 / 255 * c) for b, c in zip(background, (0, 255, 0))),
             (0, 255, 0),
         ]
-        for x, colour in zip((6, 24, 42), expected, strict=True):
-            assert (video[:, 16, x] - torch.tensor(colour)).abs().max() <= 12, (x, background)
+        for x, color in zip((6, 24, 42), expected, strict=True):
+            assert (video[:, 16, x] - torch.tensor(color)).abs().max() <= 12, (x, background)
         shrunk = read_video(path, dtype=torch.uint8, background=background, size=8).video[:, 1].int()
         assert (shrunk[:, 4, 1] - torch.tensor(background)).abs().max() <= 12
 
 
-def test_hidden_colours_make_no_difference(tmp_path):
+def test_hidden_colors_make_no_difference(tmp_path):
     """Two files that look the same give the same pixels, at every size."""
     frames = with_alpha()
     other = [frame.copy() for frame in frames]
@@ -259,7 +259,7 @@ def pq(nits: float) -> float:
 
 
 def method_c(nits: float) -> float:
-    """ITU-R BT.2446-1, method C, grey, as a code of BT.1886."""
+    """ITU-R BT.2446-1, method C, gray, as a code of BT.1886."""
     knee = 58.5 / 0.83802
     sdr = 0.83802 * nits if nits < knee else 15.09968 * np.log(nits / knee - 0.74204) + 78.99439
     return 255 * (min(sdr, 100) / 100) ** (1 / 2.4)
@@ -267,7 +267,7 @@ def method_c(nits: float) -> float:
 
 @pytest.mark.parametrize("nits", [0, 1, 26, 100, 203, 300, 1000])
 def test_pq_is_tone_mapped(nits):
-    """PyAV-Org/PyAV #2192, #2034: reference white, 203 nits, is nearly white and not grey."""
+    """PyAV-Org/PyAV #2192, #2034: reference white, 203 nits, is nearly white and not gray."""
     tags = {"colorspace": 9, "color_primaries": 9, "color_trc": 16, "color_range": 1}
     code = round((16 + 219 * pq(nits)) * 4) if nits else 64
     found = pixel(plane_frame("yuv420p10le", 16, 16, (code, 512, 512), **tags))
@@ -289,7 +289,7 @@ def test_hlg_is_tone_mapped(signal):
     assert np.abs(found - method_c(nits)).max() <= 2
 
 
-def test_hdr_colours_come_to_bt709():
+def test_hdr_colors_come_to_bt709():
     """BT.709 red inside BT.2020 (BT.2087) at 50 nits is red alone."""
     linear = np.array((0.6274, 0.0691, 0.0164)) * 50
     values = codes([pq(value) for value in linear], 9, 10, False)
@@ -299,7 +299,7 @@ def test_hdr_colours_come_to_bt709():
 
 
 def test_wide_gamut_of_standard_range_comes_to_bt709():
-    """The same colour, coded with the gamma of BT.1886 in BT.2020 and in P3."""
+    """The same color, coded with the gamma of BT.1886 in BT.2020 and in P3."""
     for primaries, linear in ((9, (0.6274, 0.0691, 0.0164)), (12, (0.8225, 0.0332, 0.0171))):
         values = codes([value ** (1 / 2.4) for value in linear], 9, 10, False)
         tags = {"colorspace": 9, "color_primaries": primaries, "color_trc": 14, "color_range": 1}
@@ -321,10 +321,10 @@ def test_hdr_can_be_refused(tmp_path):
 @pytest.mark.parametrize(("height", "matrix"), [(480, 6), (576, 6), (720, 1), (1080, 1), (2160, 1)])
 def test_what_is_written_is_tagged_and_is_what_the_tag_says(tmp_path, height, matrix):
     """CyberAgentGameEntertainment/InstantReplay #173, Kosinkadink/ComfyUI-VideoHelperSuite #591."""
-    colours = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (37, 180, 90))
-    for colour in colours[: 5 if height < 2000 else 1]:
+    colors = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (37, 180, 90))
+    for color in colors[: 5 if height < 2000 else 1]:
         video = (
-            torch.tensor(colour, dtype=torch.uint8)[:, None, None, None].expand(3, 1, height, 64).contiguous()
+            torch.tensor(color, dtype=torch.uint8)[:, None, None, None].expand(3, 1, height, 64).contiguous()
         )
         write_video(tmp_path / "a.mp4", video)
         frame = next(av.open(str(tmp_path / "a.mp4")).decode(video=0))
@@ -340,7 +340,7 @@ def test_what_is_written_is_tagged_and_is_what_the_tag_says(tmp_path, height, ma
             planes[height + height // 8, 16],
             planes[height + height // 4 + height // 8, 16],
         ]
-        wanted = codes([value / 255 for value in colour], matrix, 8, False)
+        wanted = codes([value / 255 for value in color], matrix, 8, False)
         assert np.abs(np.array(found, int) - wanted).max() <= 1
 
 

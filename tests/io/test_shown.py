@@ -22,6 +22,7 @@ from support.video_files import (  # noqa: E402
     moving,
     picture,
     pixel_crop,
+    two_streams,
 )
 
 from vtok_fast.io.video import VideoError, open_video, read_video  # noqa: E402
@@ -110,7 +111,7 @@ def test_crop_of_the_container(tmp_path, suffix):
     frames = moving(3)
     path = encode(tmp_path / f"a.{suffix}", frames, "libx264rgb", "rgb24", options={"qp": "0"})
     data = path.read_bytes()
-    if suffix == "mp4":  # centre moved by (5, -2): 17 on the left, 7 on the right, 4 above, 8 below
+    if suffix == "mp4":  # center moved by (5, -2): 17 on the left, 7 on the right, 4 above, 8 below
         path.write_bytes(add_box(data, SAMPLE_ENTRY, clap(40, 36, 10, -4)))
         rows, columns = slice(4, 40), slice(17, 57)
     else:
@@ -134,23 +135,8 @@ def test_crop_of_the_codec(tmp_path):
 
 def test_the_default_stream(tmp_path):
     """bytedeco/javacv #1876: of two streams the one marked as default, else the larger one."""
-    sizes = (32, 96)
     for marked, expected in ((0, 32), (1, 96), (None, 96)):
-        path = tmp_path / f"{marked}.mkv"
-        with av.open(str(path), "w") as container:
-            streams = []
-            for size in sizes:
-                stream = container.add_stream("libx264", rate=10)
-                stream.width = stream.height = size
-                stream.pix_fmt = "yuv420p"
-                streams.append(stream)
-            for index, stream in enumerate(streams):
-                stream.disposition = 1 if index == marked else 0
-            for stream, size in zip(streams, sizes, strict=True):
-                for image in moving(3, size, size):
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            for stream in streams:
-                container.mux(stream.encode())
+        path = two_streams(tmp_path / f"{marked}.mkv", (32, 96), marked)
         assert bytes_of(path).shape[1] == expected, marked
         assert bytes_of(path, stream=0).shape[1] == 32
     with pytest.raises(VideoError, match="stream=2: .* has 2 video streams"):

@@ -12,7 +12,7 @@ import torch
 
 av = pytest.importorskip("av")
 
-from support.video_files import encode, grey_levels, moving  # noqa: E402
+from support.video_files import encode, gray_levels, moving  # noqa: E402
 
 from vtok_fast.io.video import Times, join_videos, open_video, read_video, write_video  # noqa: E402
 from vtok_fast.io.video.timing import near, resample  # noqa: E402
@@ -22,7 +22,7 @@ VARIABLE = [0, 42, 83, 125, 1000, 1017, 1300]
 
 
 def levels(path, **options):
-    """Which of `grey_levels` each frame is."""
+    """Which of `gray_levels` each frame is."""
     video = read_video(path, dtype=torch.uint8, **options).video.float().mean((0, 2, 3))
     return ((video - 16) / 8).round().int().tolist()
 
@@ -93,7 +93,7 @@ def edit_list(data: bytes, duration: int, media_time: int) -> bytes:
 
 def test_an_edit_list_cuts(tmp_path):
     """Frames before the cut are decoded and not shown; the header still counts them."""
-    path = encode(tmp_path / "a.mp4", grey_levels(12), fps=10, options={"bf": "0", "g": "30", "qp": "10"})
+    path = encode(tmp_path / "a.mp4", gray_levels(12), fps=10, options={"bf": "0", "g": "30", "qp": "10"})
     track = av.open(str(path)).streams.video[0].time_base.denominator
     path.write_bytes(edit_list(path.read_bytes(), 700, 5 * track // 10))
     assert levels(path) == list(range(5, 12))
@@ -102,13 +102,13 @@ def test_an_edit_list_cuts(tmp_path):
 
 def test_avi_with_reordered_frames(tmp_path):
     """AVI stamps pictures in the order of decoding; they come in the order of showing."""
-    path = encode(tmp_path / "a.avi", grey_levels(12), options={"bf": "3", "qp": "10"})
+    path = encode(tmp_path / "a.avi", gray_levels(12), options={"bf": "3", "qp": "10"})
     assert levels(path) == list(range(12))
     assert read_video(path).times.seconds == pytest.approx([n / 10 for n in range(12)])
 
 
 def test_a_raw_stream_has_a_rate(tmp_path):
-    path = encode(tmp_path / "a.h264", grey_levels(6), fps=30, fmt="h264", options={"bf": "0", "qp": "10"})
+    path = encode(tmp_path / "a.h264", gray_levels(6), fps=30, fmt="h264", options={"bf": "0", "qp": "10"})
     clip = read_video(path)
     assert clip.times.rate == 30 and levels(path) == list(range(6))
 
@@ -116,7 +116,7 @@ def test_a_raw_stream_has_a_rate(tmp_path):
 def test_joined_recordings_go_on(tmp_path):
     """The clock jumps back where two recordings are put together; their frames follow one another."""
     parts = [
-        encode(tmp_path / f"{n}.ts", grey_levels(5), options={"qp": "10"}).read_bytes() for n in range(2)
+        encode(tmp_path / f"{n}.ts", gray_levels(5), options={"qp": "10"}).read_bytes() for n in range(2)
     ]
     (tmp_path / "both.ts").write_bytes(b"".join(parts))
     assert levels(tmp_path / "both.ts") == [*range(5), *range(5)]
@@ -132,7 +132,7 @@ def fps_filter(times, end, fps):
 
 @pytest.mark.parametrize("fps", [1, 5, 10, 24, Fraction(30000, 1001), 60])
 def test_resampling_is_by_time(tmp_path, fps):
-    path = encode(tmp_path / "a.mkv", grey_levels(7), pts=VARIABLE, options={"bf": "0", "qp": "10"})
+    path = encode(tmp_path / "a.mkv", gray_levels(7), pts=VARIABLE, options={"bf": "0", "qp": "10"})
     clip = read_video(path)
     times = [pts * clip.times.base for pts in clip.times.pts]
     expected = fps_filter(times, clip.times.end * clip.times.base, Fraction(fps))
@@ -144,7 +144,7 @@ def test_resampling_is_by_time(tmp_path, fps):
 @FFMPEG
 @pytest.mark.parametrize("fps", ["5", "24", "30000/1001"])
 def test_resampling_as_ffmpeg(tmp_path, fps):
-    path = encode(tmp_path / "a.mp4", grey_levels(7), pts=VARIABLE, options={"bf": "0", "qp": "10"})
+    path = encode(tmp_path / "a.mp4", gray_levels(7), pts=VARIABLE, options={"bf": "0", "qp": "10"})
     command = [
         "ffmpeg",
         "-v",

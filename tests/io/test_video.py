@@ -18,13 +18,13 @@ from vtok_fast.io.video import VideoError, read_video, to_float, to_uint8, write
 
 
 def moving_disc(frames: int = 6, height: int = 48, width: int = 80) -> torch.Tensor:
-    """(3, T, H, W) in [-1, 1]: a soft red disc that moves right by 4 pixels a frame on a grey ramp."""
+    """(3, T, H, W) in [-1, 1]: a soft red disc that moves right by 4 pixels a frame on a gray ramp."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     video = (x / width - 0.5).expand(3, frames, height, width).clone()
     for t in range(frames):
         disc = torch.sigmoid((10.0 - ((x - 20 - 4 * t) ** 2 + (y - 24) ** 2).sqrt()) / 2)
-        colour = torch.tensor([0.8, -0.5, -0.5])[:, None, None]
-        video[:, t] = video[:, t] * (1 - disc) + colour * disc
+        color = torch.tensor([0.8, -0.5, -0.5])[:, None, None]
+        video[:, t] = video[:, t] * (1 - disc) + color * disc
     return video
 
 
@@ -40,11 +40,11 @@ def test_what_is_written_is_read(clip):
     assert (video.shape, video.dtype, fps) == ((3, 6, 48, 80), torch.float32, 12.5)
     assert (video - moving_disc()).square().mean().sqrt() < 0.06  # lossy, and half the chroma resolution
     red = video[0] - video[1]
-    centres = [
+    centers = [
         (red[t].clamp(min=0.4) - 0.4).sum(0).mul(torch.arange(80)).sum() / (red[t].clamp(min=0.4) - 0.4).sum()
         for t in range(6)
     ]
-    np.testing.assert_allclose(centres, [20 + 4 * t for t in range(6)], atol=0.7)
+    np.testing.assert_allclose(centers, [20 + 4 * t for t in range(6)], atol=0.7)
 
 
 def test_a_range_of_frames(clip):
@@ -57,7 +57,7 @@ def test_sizes(clip):
     assert read_video(clip, size=(32, 32)).video.shape == (3, 6, 32, 32)
     assert read_video(clip, size=24).video.shape == (3, 6, 24, 40)
     assert read_video(clip, size=(96, 16)).video.shape == (3, 6, 96, 16)
-    # The centre is kept: the ramp of the background is 0 in the middle.
+    # The center is kept: the ramp of the background is 0 in the middle.
     corner = read_video(clip, size=(32, 32), frames=1).video[:, 0, :6, 16]
     assert corner.abs().max() < 0.1
 

@@ -80,8 +80,23 @@ def add(
     return stream
 
 
+def two_streams(path: Path, sizes: tuple[int, int], marked: int | None = None) -> Path:
+    """Square videos of these sizes in one file, of which one may be marked as default."""
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("libx264", rate=10) for _ in sizes]
+        for index, (stream, size) in enumerate(zip(streams, sizes, strict=True)):
+            stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+            stream.disposition = int(index == marked)
+        for stream, size in zip(streams, sizes, strict=True):
+            for image in moving(3, size, size):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    return path
+
+
 def plane_frame(form: str, width: int, height: int, values: tuple[int, ...], **tags: int) -> av.VideoFrame:
-    """A frame of one colour: a code for each plane, of a planar format."""
+    """A frame of one color: a code for each plane, of a planar format."""
     frame = av.VideoFrame(width, height, form)
     for plane, component, value in zip(frame.planes, frame.format.components, values, strict=True):
         kind = np.uint8 if component.bits <= 8 else np.uint16
@@ -113,8 +128,8 @@ def moving(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
     ]
 
 
-def grey_levels(count: int, height: int = 32, width: int = 32) -> list[np.ndarray]:
-    """Frame t is of the grey 16 + 8 * t, which tells frames apart whatever a codec does to them."""
+def gray_levels(count: int, height: int = 32, width: int = 32) -> list[np.ndarray]:
+    """Frame t is of the gray 16 + 8 * t, which tells frames apart whatever a codec does to them."""
     return [np.full((height, width, 3), 16 + 8 * t, np.uint8) for t in range(count)]
 
 
@@ -144,7 +159,7 @@ SAMPLE_ENTRY = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1")
 
 
 def clap(width: int, height: int, right: int, down: int) -> bytes:
-    """A clean aperture of whole pixels, its centre moved by (right, down) / 2."""
+    """A clean aperture of whole pixels, its center moved by (right, down) / 2."""
     return struct.pack(">I4s8i", 40, b"clap", width, 1, height, 1, right, 2, down, 2)
 
 

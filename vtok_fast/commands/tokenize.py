@@ -127,8 +127,23 @@ def tokenize(
     weights = weights or fingerprint(model)
     check_distinct(output, video=video)
     with open_video(video, **reading) as source:
-        height, width = _frame(source.height, source.width, size, model.config.spatial_factor)
-        count, how = source.count, _noted(source.reading)
+        return _tokenize(source, output, model, size, window, overlap, weights, progress, choice)
+
+
+def _tokenize(
+    source: open_video,
+    output: Path,
+    model: nn.Module,
+    size: int | tuple[int, int] | None,
+    window: int,
+    overlap: int,
+    weights: str,
+    progress: Progress,
+    choice: dict[str, Any],
+) -> TokenWindows:
+    """`tokenize` of a video that is open, with everything chosen."""
+    video, count, how = source.path, source.count, _noted(source.reading)
+    height, width = _frame(source.height, source.width, size, model.config.spatial_factor)
     job = Parts(
         output,
         {
@@ -156,18 +171,17 @@ def tokenize(
         # What follows the parts that are there is read from the one before it, which may be the last.
         first = max(first - 1, 0)
         parts = [job.part(index, suffix) for index in range(first)]
-        with open_video(video, **reading) as source:
-            windows = source.windows(
-                window, size, overlap, first=first, wanted=lambda index: not job.part(index, suffix).is_file()
-            )
-            with contextlib.closing(windows):
-                for index, frames in enumerate(windows, first):
-                    parts.append(job.part(index, suffix))
-                    if not parts[-1].is_file():
-                        made = _filled(to_float(center(frames.read(), height, width)), model)
-                        parameter = next(model.parameters())
-                        make(made.to(parameter.device, parameter.dtype)[None], frames, parts[-1])
-                    progress(done + len(parts), total and passes * total)
+        windows = source.windows(
+            window, size, overlap, first=first, wanted=lambda index: not job.part(index, suffix).is_file()
+        )
+        with contextlib.closing(windows):
+            for index, frames in enumerate(windows, first):
+                parts.append(job.part(index, suffix))
+                if not parts[-1].is_file():
+                    made = _filled(to_float(center(frames.read(), height, width)), model)
+                    parameter = next(model.parameters())
+                    make(made.to(parameter.device, parameter.dtype)[None], frames, parts[-1])
+                progress(done + len(parts), total and passes * total)
         if not parts:
             raise VideoError(f"path: {video} has no frames")
         return parts

@@ -35,7 +35,7 @@ def guess(frame: Any) -> tuple[int, int]:
         matrix = 1 if frame.height >= HD_LINES else 5
     spread = int(frame.color_range)
     if spread not in (LIMITED, FULL):
-        spread = FULL if is_grey(frame) or name.startswith("yuvj") else LIMITED
+        spread = FULL if is_gray(frame) or name.startswith("yuvj") else LIMITED
     return matrix, spread
 
 
@@ -62,7 +62,7 @@ def has_alpha(frame: Any) -> bool:
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
-def is_grey(frame: Any) -> bool:
+def is_gray(frame: Any) -> bool:
     return frame.format.name.startswith(("gray", "ya8", "ya16", "monow", "monob"))
 
 
@@ -84,8 +84,8 @@ def _convert(frame: Any, height: int, width: int) -> list[np.ndarray]:
         primaries = 9
     light = transfer in (hdr.PQ, hdr.HLG, *hdr.LIGHT) or primaries in hdr.WIDE
     bits = depth(frame)
-    if is_grey(frame):
-        codes = _grey(frame, height, width, spread)
+    if is_gray(frame):
+        codes = _gray(frame, height, width, spread)
     elif matrix == 8:
         codes = _ycgco(frame, height, width, spread)
     elif not light and (bits <= 8 or (spread == LIMITED and matrix)):
@@ -124,7 +124,7 @@ def _planes(frame: Any, kind: Any) -> list[np.ndarray]:
     return [red, green, blue]
 
 
-def _grey(frame: Any, height: int, width: int, spread: int) -> np.ndarray:
+def _gray(frame: Any, height: int, width: int, spread: int) -> np.ndarray:
     """RGB codes in 16 bits of a gray frame."""
     bits = depth(frame)
     form = "gray16le" if bits == 16 else f"gray{bits}le" if bits > 8 else "gray"

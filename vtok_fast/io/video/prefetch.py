@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def ahead(make: Callable[[], Iterator[Item]], depth: int = 1) -> Iterator[Item]:
+def ahead(make: Callable[[], Iterator[Item]], depth: int = 1) -> Generator[Item, None, None]:
     """What `make()` yields, made in a thread that is at most `depth` finished items ahead.
 
     An exception there is raised here, in its place. The thread ends when this iterator does, or is closed.
@@ -47,11 +47,11 @@ def ahead(make: Callable[[], Iterator[Item]], depth: int = 1) -> Iterator[Item]:
         while True:
             done, value = items.get()
             if not done:
-                yield value  # type: ignore[misc]
+                yield value
             elif value is None:
                 return
             else:
-                raise value  # type: ignore[misc]
+                raise value
     finally:
         stop.set()
         thread.join()

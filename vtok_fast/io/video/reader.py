@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain
@@ -160,15 +160,18 @@ class open_video:
         self.reading, self.path = Reading(**reading), Path(path)
         self.problems: list[Problem] = []
         self._container: Any = None
+        self._fresh = False
+        self._begun: Generator[Picture, None, None] | None = None
+        self._decoding: Any = None
         self._open()
         try:
             rate = self.stream.guessed_rate or self.stream.average_rate or Fraction(25)
             self.fps = float(self.reading.rate or self._usual_rate(rate))
             self.count = 0 if self.reading.fps else self.stream.frames
             shown = self._shown()
-            first = next(shown)
-            self.view = first.view
-            self._begun: Iterator[Picture] | None = chain((first,), shown)
+            self._first: Picture | None = next(shown)
+            self.view = self._first.view
+            self._begun = shown
         except BaseException:
             self.close()
             raise
@@ -185,12 +188,24 @@ class open_video:
         self.close()
 
     def close(self) -> None:
+        """Give back what the decoder holds, at once: it is large."""
+        begun, self._begun, self._decoding = self._begun, None, None
+        if begun is not None:
+            begun.close()
         if self._container is not None:
             self._container.close()
 
+    def _rewind(self) -> None:
+        """To the start of the file; a container that was just opened is there."""
+        if not self._fresh:
+            self._open()
+        self._fresh = False
+
     def _open(self) -> None:
-        self.close()
+        if self._container is not None:
+            self._container.close()
         self._container = open_container(self.path)
+        self._fresh = True
         self.stream = choose(self._container, self.path, self.reading.stream)
         self.said = said(self._container, self.stream)
         if self.said.dolby_vision == 5:
@@ -209,9 +224,15 @@ class open_video:
             yield from pictures_from(self, start)
             return
         begun, self._begun = self._begun, None
-        for number, picture in enumerate(begun or self._shown()):
-            if number >= start:
-                yield picture
+        pictures = chain((self._first,), begun) if begun else self._shown()
+        self._first = None
+        try:
+            for number, picture in enumerate(pictures):
+                if number >= start:
+                    yield picture
+        finally:
+            if begun is not None:
+                begun.close()
 
     def windows(
         self,
@@ -222,7 +243,7 @@ class open_video:
         first: int = 0,
         wanted: Callable[[int], bool] = lambda index: True,
         prefetch: bool = True,
-    ) -> Iterator[Window]:
+    ) -> Generator[Window, None, None]:
         """Windows of `length` frames, each beginning with the last `overlap` frames of the one before, the
         last one perhaps of fewer.
 
@@ -233,14 +254,14 @@ class open_video:
             prefetch: decode the next window in a thread, while the caller works on one.
         """
 
-        def make() -> Iterator[Window]:
+        def make() -> Generator[Window, None, None]:
             return self._windows(length, size, overlap, first, wanted)
 
         return ahead(make) if prefetch else make()
 
     def _windows(
         self, length: int, size: Size, overlap: int, first: int, wanted: Callable[[int], bool]
-    ) -> Iterator[Window]:
+    ) -> Generator[Window, None, None]:
         step, index, noted = length - overlap, first, len(self.problems)
         held: list[tuple[Picture, list[np.ndarray] | None]] = []
         shared = 0
@@ -263,7 +284,7 @@ class open_video:
         video = _video(pixels) if wanted else None
         return Window(_times(pictures), list(self.problems[noted:]), video)
 
-    def _shown(self) -> Iterator[Picture]:
+    def _shown(self) -> Generator[Picture, None, None]:
         """All frames, from the first one on, resampled if that is asked for."""
         rate = self.reading.rate
         if rate is None:
@@ -279,7 +300,7 @@ class open_video:
         given, exact = 0, self.reading.on_error != "stop"
         self.problems.clear()
         if not exact:
-            self._open()
+            self._rewind()
             self._decoding = self._decode(exact=False)
             try:
                 for timed in self._decoding.frames():
@@ -288,7 +309,7 @@ class open_video:
                 return
             except Damaged:
                 pass
-        self._open()
+        self._rewind()
         self._decoding = self._decode(exact=True)
         for number, timed in enumerate(self._decoding.frames()):
             if number >= given:

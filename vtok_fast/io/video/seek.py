@@ -13,12 +13,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vtok_fast.io.video.decode import Damaged, Decoding, Timed
+from vtok_fast.io.video.decode import Decoding, Timed
 from vtok_fast.io.video.errors import VideoError
 
 if TYPE_CHECKING:
     from vtok_fast.io.video.reader import Picture, open_video
 
+# Containers that give each packet its time. Of MPEG-TS and -PS a parser guesses it, after a seek wrongly.
+STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
 KEYS = 3  # key frames that are tried
 
 
@@ -29,22 +31,28 @@ class Elsewhere(Exception):
 def pictures_from(source: open_video, start: int) -> Iterator[Picture]:
     """The frames of a source from number `start` on."""
     times, keys = scan(source)
+    given = 0
     if start < len(times):
-        target = times[start]
-        for key in reversed(keys[max(0, bisect_right(keys, target) - KEYS) : bisect_right(keys, target)]):
-            timed = _from(source, key, target, times)
+        before = bisect_right(keys, times[start])
+        for key in reversed(keys[max(0, before - KEYS) : before]):
             try:
-                first = next(timed)
-            except (Elsewhere, VideoError, StopIteration):
-                continue
-            yield from source._pictures(_again(first, timed))
-            return
-    yield from (picture for number, picture in enumerate(source._shown()) if number >= start)
+                for picture in source._pictures(_from(source, key, times[start], times)):
+                    yield picture
+                    given += 1
+                return
+            except (Elsewhere, VideoError):
+                # A decoder may also miss what lies before the key frame; whether there is damage is seen from
+                # the start.
+                if given:
+                    break
+    yield from (picture for number, picture in enumerate(source._shown()) if number >= start + given)
 
 
 def scan(source: open_video) -> tuple[list[int], list[int]]:
     """The times of the frames in order, and those of the key frames; empty where the packets do not tell."""
-    source._open()
+    source._rewind()
+    if source._container.format.name not in STAMPED:
+        return [], []
     decoding = Decoding(source.path, source._container, source.stream, "stop", exact=True)
     times, keys = [], []
     for packet, joins, _ in decoding._packets():
@@ -63,32 +71,15 @@ def scan(source: open_video) -> tuple[list[int], list[int]]:
 def _from(source: open_video, key: int, target: int, times: list[int]) -> Iterator[Timed]:
     """Frames from the one at `target` on. Raises Elsewhere if the first ones are not those that they should
     be."""
-    for exact in (False, True):
-        given = 0
-        source._open()
-        source._container.seek(key, stream=source.stream)
-        source._decoding = source._decode(exact)
-        number: int | None = None
-        try:
-            for timed in source._decoding.frames():
-                if number is None:
-                    number = bisect_left(times, timed.pts)
-                    if timed.pts > target:
-                        raise Elsewhere
-                if timed.pts <= target and (number >= len(times) or times[number] != timed.pts):
-                    raise Elsewhere
-                number += 1
-                if timed.pts >= target:
-                    if not given and timed.pts != target:
-                        raise Elsewhere
-                    given += 1
-                    yield timed
-            return
-        except Damaged:
-            if exact or given:
-                raise
-
-
-def _again(first: Timed, rest: Iterator[Timed]) -> Iterator[Timed]:
-    yield first
-    yield from rest
+    wanted, reached = bisect_left(times, target), False
+    source._rewind()
+    source._container.seek(key, stream=source.stream)
+    source._decoding = source._decode(exact=False)
+    number: int | None = None
+    for timed in source._decoding.frames():
+        number = bisect_left(times, timed.pts) if number is None else number + 1
+        if number >= len(times) or times[number] != timed.pts or (number > wanted and not reached):
+            raise Elsewhere
+        reached = reached or number == wanted
+        if reached:
+            yield timed
