@@ -126,6 +126,23 @@ def test_work_ahead_is_bounded_and_ends():
         next(items)
 
 
+def test_frames_are_given_back_at_once(tmp_path):
+    """Decoded frames are large; none may wait for the garbage collector."""
+    import gc
+
+    path = encode(tmp_path / "a.mp4", moving(60), prepare=lambda stream: stream.set_display_rotation(90))
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(one, av.VideoFrame) for one in gc.get_objects())
+        with open_video(path) as source:
+            for window in source.windows(8):
+                assert window.read().shape[2:] == (64, 48)
+        assert sum(isinstance(one, av.VideoFrame) for one in gc.get_objects()) <= before + 3
+    finally:
+        gc.enable()
+
+
 def test_memory_does_not_grow_with_length(tmp_path):
     """The peak of what Python and NumPy hold, over ten times as many frames."""
     import tracemalloc

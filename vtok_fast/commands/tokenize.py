@@ -40,10 +40,10 @@ from vtok_fast.io.video import (
     join_videos,
     open_video,
     to_float,
-    writable,
     write_video,
 )
 from vtok_fast.io.video.geometry import fit
+from vtok_fast.io.video.writer import writable
 from vtok_fast.models.common.windows import WindowStream
 
 Progress = Callable[[int, int | None], None]  # windows done, windows in all if that is known

@@ -8,7 +8,7 @@ from vtok_fast.io.video.errors import VideoError
 from vtok_fast.io.video.pixels import to_float, to_uint8
 from vtok_fast.io.video.reader import Clip, Picture, Reading, Window, open_video, read_video
 from vtok_fast.io.video.timing import Times
-from vtok_fast.io.video.writer import join_videos, writable, write_video
+from vtok_fast.io.video.writer import join_videos, write_video
 
 __all__ = [
     "Clip",
@@ -23,6 +23,5 @@ __all__ = [
     "read_video",
     "to_float",
     "to_uint8",
-    "writable",
     "write_video",
 ]

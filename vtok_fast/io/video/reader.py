@@ -327,9 +327,12 @@ class open_video:
         start = clock_start(self._container, self.stream)
         filters = Filters(self.stream, self.reading.deinterlacer, self.said.crop)
         first: View | None = None
-        number = 0
+        number, kind = 0, None
         for shown, decoded in filters(self._checked(timed)):
-            view = self._view(shown.frame, decoded)
+            # Only where something has changed: side data keep their frame until garbage is collected.
+            changed = (decoded.width, decoded.height, decoded.rotation)
+            if kind != changed:
+                kind, view = changed, self._view(shown.frame, decoded)
             first = first or view
             pts = shown.pts - start
             if view.shown != first.shown:
