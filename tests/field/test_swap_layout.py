@@ -266,3 +266,58 @@ def test_training_and_compiling_keep_the_layout():
     y.sum().backward()
     for p, grad in zip(model.parameters(), want):
         assert (p.grad - grad).norm() <= 1e-4 * grad.norm()
+
+
+BLIND = {
+    "activation": nn.functional.silu,
+    "arithmetic": lambda h: h * 2 + 1,
+    "padding": lambda h: nn.functional.pad(h, (1, 1)),
+    "concatenation": lambda h: torch.cat([h, h], 2),
+    "RMS norm": lambda h: h * torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-6),
+    "channels last": lambda h: (h.movedim(1, -1) * 2).movedim(-1, 1),
+    "frames": lambda h: torch.cat([h[:, :, :1], h[:, :, 1:]], 2),
+    "upsampling": lambda h: nn.functional.interpolate(h, scale_factor=2.0, mode="nearest"),
+}
+READING = {
+    "view": lambda h: h.view(-1).view(h.shape),
+    "view of a result": lambda h: nn.functional.silu(h)[:1].view(-1).view(h.shape),
+    "numpy": lambda h: torch.from_numpy(h.detach().numpy()),
+    "dlpack": lambda h: torch.from_dlpack(h.detach()),
+    "strides": lambda h: h + (0 if h.stride(1) == h[0, 0].numel() else 1),
+    "is_contiguous": lambda h: h if h.is_contiguous() else -h,
+    "an address": lambda h: h + float(h.data_ptr() == 0),
+    "GroupNorm": lambda h: nn.functional.group_norm(h, 4),
+    "attention": lambda h: nn.functional.scaled_dot_product_attention(h, h, h),
+    "an operator of somebody else": lambda h: torch.ops.aten.clone.default(h),
+}
+
+
+class Between(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.function = nn.Conv3d(3, 16, 3, padding=1), nn.Conv3d(16, 4, 1), function
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize("example", (True, False), ids=("example", "no example"))
+@pytest.mark.parametrize("what", [*BLIND, *READING])
+def test_what_an_example_shows_to_be_blind_to_strides_stays_channels_last(what, example):
+    """Between two layers of a model that no adapter knows, a result stays channels-last only where the
+    example met nothing that may look at strides."""
+    torch.manual_seed(0)
+    model, x = Between((BLIND | READING)[what]).eval(), torch.randn(1, 3, 4, 8, 8)
+    with torch.no_grad():
+        want = model(x)
+        report = vtok_fast.accelerate(model, **({"example": x} if example else {}))
+        handed_on = []
+        handle = model.second.register_forward_pre_hook(
+            lambda m, args: handed_on.append(is_channels_last(args[0]))
+        )
+        got = model(x)
+        handle.remove()
+    assert {e.path for e in report.swapped} == {"first", "second"} and not report.notes
+    assert handed_on == [example and what in BLIND]
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -31,6 +31,7 @@ from vtok_fast.swap.adapters import (
     vector_quantize,
     vidtok,
 )
+from vtok_fast.swap.flow import followed
 from vtok_fast.swap.guard import by_whom, is_replaced
 from vtok_fast.swap.layout import Place
 from vtok_fast.swap.live_memory import peak_bytes
@@ -111,6 +112,8 @@ def accelerate(
             _install(c, measured.get(c), report)
         if report._patches:
             report._on_revert.append(_share_weight_cache(model))
+        if check and arguments is not None and report._patches:
+            _let_flow(model, arguments, report)
         if arguments is not None and whole is not None and report._patches:
             _measure_end_to_end(model, arguments, whole, report)
     except BaseException:
@@ -437,6 +440,20 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
         setattr(clone, name, type(getattr(module, name))())
     return clone
+
+
+def _let_flow(model: nn.Module, args: tuple, report: Report) -> None:
+    """Lets results stay channels-last where nothing looked at their strides on the example."""
+    try:
+        with torch.no_grad(), followed(report._patches) as flow:
+            unread = flow.unread(model(*args))
+    except Exception as error:  # code that cannot be followed keeps PyTorch's layout
+        report.notes.append(f"the layout of results was not followed: {described(error)}")
+        return
+    for patch in flow.fed_by(unread):
+        patch.switch.place = Place.EDGE
+    for patch in unread:
+        patch.switch.place = Place.INSIDE
 
 
 def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Report) -> None:

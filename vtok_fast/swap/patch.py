@@ -107,10 +107,11 @@ class Calls:
 
 
 class _Switch:
-    """Whether a patch is over for its own module; what was wrapped around it meanwhile may still call it."""
+    """What may change of a patch: who gets the result, and whether the patch is over for its own module (what
+    was wrapped around it meanwhile may still call it)."""
 
-    def __init__(self, module: nn.Module):
-        self.over, self._module = False, ref(module)
+    def __init__(self, module: nn.Module, place: Place):
+        self.over, self.place, self._module = False, place, ref(module)
 
     def is_off_for(self, module: nn.Module) -> bool:
         return self._module() is module
@@ -130,15 +131,15 @@ class Patch:
     ) -> None:
         self.module, self.swap = module, swap
         self.calls = Calls() if calls is None else calls
-        self._switch = _Switch(module)
-        method = _method(swap, Guard(module, swap.covers), self.calls, self._switch, place)
+        self.switch = _Switch(module, place)
+        method = _method(swap, Guard(module, swap.covers), self.calls, self.switch)
         self.method = MethodType(method, module)
         self._previous: Any = _ABSENT
         self.installed = False
 
     def install(self) -> None:
         if not self.installed:
-            self._switch.over = False
+            self.switch.over = False
             self._previous = self.module.__dict__.get(self.swap.attribute, _ABSENT)
             self.module.__dict__[self.swap.attribute] = self.method
             self.installed = True
@@ -147,7 +148,7 @@ class Patch:
         """Takes the swap out. Something that was put over it in the meantime stays, and finds the class's own
         method under it."""
         if self.installed:
-            self._switch.over = True
+            self.switch.over = True
             if self.module.__dict__.get(self.swap.attribute) is self.method:
                 if self._previous is _ABSENT:
                     del self.module.__dict__[self.swap.attribute]
@@ -156,7 +157,7 @@ class Patch:
         self._previous, self.installed = _ABSENT, False
 
 
-def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch, place: Place) -> Callable[..., Any]:
+def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable[..., Any]:
     """What takes the place of a method, for a module and its deep copies: the swap's function, or the class's
     own method where that has to take the call.
 
@@ -174,14 +175,14 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch, place: Plac
             if type(result) is not Skip:
                 if not torch.compiler.is_dynamo_compiling():
                     calls.ran += 1
-                if place is Place.INSIDE and not module._forward_hooks:
+                if switch.place is Place.INSIDE and not module._forward_hooks:
                     return result
-                given = first_tensor(args, kwargs) if place is Place.ANYWHERE else None
+                given = first_tensor(args, kwargs) if switch.place is Place.ANYWHERE else None
                 return as_pytorch(result, given, module)
             why = result.why
         if not torch.compiler.is_dynamo_compiling():
             calls.bypass(why)
-        if place is not Place.ANYWHERE:
+        if switch.place is not Place.ANYWHERE:
             args = tuple(map(from_channels_last, args))
             kwargs = {name: from_channels_last(value) for name, value in kwargs.items()}
         return getattr(type(module), attribute)(module, *args, **kwargs)
