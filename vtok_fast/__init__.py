@@ -30,8 +30,9 @@ else:
             import torch  # noqa: F401
         except ImportError as error:
             raise ImportError(f"vtok_fast.{name} needs torch, which cannot be imported: {error}") from error
-        if importlib.util.find_spec(f"vtok_fast.{name}") is not None:  # else the import of a part would end in
-            return importlib.import_module(f"vtok_fast.{name}")  # itself: the API imports that part
+        # A part that is imported before the API, which imports that part.
+        if importlib.util.find_spec(f"vtok_fast.{name}") is not None:
+            return importlib.import_module(f"vtok_fast.{name}")
         api = importlib.import_module("vtok_fast.api")
         # While vtok_fast.api is being imported, it asks here for submodules, which Python then finds itself.
         if hasattr(api, "__all__"):
