@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -164,6 +165,16 @@ def test_one_part_cast_by_hand_raises_what_the_model_raises():
             run(model, INPUT)
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
+
+
+def test_weights_that_were_moved_away_are_freed():
+    """huggingface/accelerate #3617, huggingface/diffusers #7448: offloading has to give the memory back."""
+    model = wan()
+    vtok_fast.accelerate(model, check=False)
+    run(model, INPUT)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    model.to("meta")
+    assert not any(weight() is not None for weight in weights)
 
 
 def sharded(rank, folder):

@@ -11,7 +11,8 @@ and where one of them does more than its class does, the call goes to the class'
 from __future__ import annotations
 
 import itertools
-from operator import is_, itemgetter
+from operator import itemgetter
+from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -135,6 +136,7 @@ class Guard:
         watch = self._watches.get(module)
         if watch is None or not watch.same(x):
             if why := self._review(module, x):
+                self._watches.pop(module, None)  # which would keep what was replaced
                 return why
             self._watches[module] = _Watch(module, [part_at(module, path) for path, _, _ in self._parts])
         return None
@@ -168,12 +170,11 @@ class Guard:
 
 
 class _Watch:
-    """What one module's parts were when they were last read."""
+    """What one module's parts were when they were last read. It keeps no weight alive."""
 
     __slots__ = ("_parts", "_kinds", "_hooks", "_dicts", "_sizes", "_children", "_convs", "_settings") + (
         "_parameters",
-        "_seen",
-        "_weights",
+        "_types",
     )
 
     def __init__(self, module: nn.Module, parts: list[nn.Module]):
@@ -188,8 +189,7 @@ class _Watch:
         self._convs = tuple(part.__dict__ for part in parts if isinstance(part, _ConvNd))
         self._settings = tuple(map(_SETTINGS, self._convs))
         self._parameters = tuple(m._parameters.values() for m in (module, *parts) if m._parameters)
-        self._seen = tuple(itertools.chain(*self._parameters))
-        self._weights = tuple(w for w in self._seen if w is not None)
+        self._types = tuple(map(type, itertools.chain(*self._parameters)))
 
     def same(self, x: Tensor | None) -> bool:
         """Whether the parts are the same objects with the same classes, attributes, settings and weights and
@@ -204,12 +204,15 @@ class _Watch:
         for children, seen in self._children:
             if tuple(children.values()) != seen:
                 return False
-        if not self._weights:
+        if not self._types:
             return True
-        if x is None or not all(map(is_, itertools.chain(*self._parameters), self._seen)):
+        weights = [*itertools.chain(*self._parameters)]
+        if x is None or tuple(map(type, weights)) != self._types or not (x.is_cpu or x.is_cuda):
             return False
-        dtypes = set(map(_dtype, self._weights))
-        return dtypes == {x.dtype} or torch.is_autocast_enabled(x.device.type) and dtypes <= _DTYPES
+        if NoneType in self._types:
+            weights = [weight for weight in weights if weight is not None]
+        dtypes = set(map(_dtype, weights))
+        return dtypes <= {x.dtype} or torch.is_autocast_enabled(x.device.type) and dtypes <= _DTYPES
 
 
 def _settings(part: nn.Module) -> tuple | None:
