@@ -49,16 +49,56 @@ def _place(instance, q, frames, span, plane, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _at(pointer, b, c, t, p, sb, sc, st, sp):
+def _at(pointer, b, c, t, p, batch_stride, channel_stride, frame_stride, position_stride):
     """Pointers (positions, channels) into a tensor (B, C, T, P)."""
-    return pointer + b * sb + (t * st + p * sp)[:, None] + (c.to(tl.int64) * sc)[None, :]
+    return (
+        pointer
+        + b * batch_stride
+        + (t * frame_stride + p * position_stride)[:, None]
+        + (c.to(tl.int64) * channel_stride)[None, :]
+    )
 
 
 @triton.jit
-def _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, CHAIN: tl.constexpr):
-    v = tl.load(_at(x, b, c, t, p, xb, xc, xt, xp), mask=mask, other=0.0).to(tl.float32)
+def _input(
+    x,
+    residual,
+    b,
+    c,
+    t,
+    p,
+    mask,
+    x_batch_stride,
+    x_channel_stride,
+    x_frame_stride,
+    x_position_stride,
+    residual_batch_stride,
+    residual_channel_stride,
+    residual_frame_stride,
+    residual_position_stride,
+    CHAIN: tl.constexpr,
+):
+    v = tl.load(
+        _at(x, b, c, t, p, x_batch_stride, x_channel_stride, x_frame_stride, x_position_stride),
+        mask=mask,
+        other=0.0,
+    ).to(tl.float32)
     if residual is not None:
-        v += tl.load(_at(residual, b, c, t, p, rb, rc, rt, rp), mask=mask, other=0.0).to(tl.float32)
+        v += tl.load(
+            _at(
+                residual,
+                b,
+                c,
+                t,
+                p,
+                residual_batch_stride,
+                residual_channel_stride,
+                residual_frame_stride,
+                residual_position_stride,
+            ),
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
         if CHAIN:
             v = v.to(x.dtype.element_ty).to(tl.float32)
     return v
@@ -83,14 +123,14 @@ def _affine(
     mask,
     inside,
     channels,
-    sb,
-    sc,
-    st,
-    sp,
-    hb,
-    hc,
-    ht,
-    hp,
+    scale_batch_stride,
+    scale_channel_stride,
+    scale_frame_stride,
+    scale_position_stride,
+    shift_batch_stride,
+    shift_channel_stride,
+    shift_frame_stride,
+    shift_position_stride,
     SILU: tl.constexpr,
     CHAIN: tl.constexpr,
     AFTER_NORM: tl.constexpr,
@@ -113,11 +153,39 @@ def _affine(
         if CHAIN:
             v = v.to(AFTER_BIAS).to(tl.float32)
     if scale is not None:
-        v = v * tl.load(_at(scale, b, c, t, p, sb, sc, st, sp), mask=mask, other=0.0).to(tl.float32)
+        v = v * tl.load(
+            _at(
+                scale,
+                b,
+                c,
+                t,
+                p,
+                scale_batch_stride,
+                scale_channel_stride,
+                scale_frame_stride,
+                scale_position_stride,
+            ),
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
         if CHAIN:
             v = v.to(AFTER_SCALE).to(tl.float32)
     if shift is not None:
-        v = v + tl.load(_at(shift, b, c, t, p, hb, hc, ht, hp), mask=mask, other=0.0).to(tl.float32)
+        v = v + tl.load(
+            _at(
+                shift,
+                b,
+                c,
+                t,
+                p,
+                shift_batch_stride,
+                shift_channel_stride,
+                shift_frame_stride,
+                shift_position_stride,
+            ),
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
         if CHAIN:
             v = v.to(AFTER_SHIFT).to(tl.float32)
     if SILU:
@@ -128,14 +196,47 @@ def _affine(
 
 
 @triton.jit
-def _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first, plane, FLAT: tl.constexpr):
+def _store(
+    v,
+    y,
+    tail,
+    b,
+    c,
+    t,
+    p,
+    mask,
+    y_batch_stride,
+    y_channel_stride,
+    y_frame_stride,
+    y_position_stride,
+    tail_batch_stride,
+    tail_channel_stride,
+    tail_frame_stride,
+    tail_first,
+    plane,
+    FLAT: tl.constexpr,
+):
     """The result, and once more where it belongs to the last frames: ``tail_first`` is the first of them."""
-    tl.store(_at(y, b, c, t, p, yb, yc, yt, yp), v.to(y.dtype.element_ty), mask=mask)
+    tl.store(
+        _at(y, b, c, t, p, y_batch_stride, y_channel_stride, y_frame_stride, y_position_stride),
+        v.to(y.dtype.element_ty),
+        mask=mask,
+    )
     if tail is not None:
         behind = p - tail_first * plane if FLAT else p
         late = (behind >= 0) if FLAT else (t >= tail_first)
         tl.store(
-            _at(tail, b, c, t * 0 if FLAT else t - tail_first, behind, tb, tc, tt, yp),
+            _at(
+                tail,
+                b,
+                c,
+                t * 0 if FLAT else t - tail_first,
+                behind,
+                tail_batch_stride,
+                tail_channel_stride,
+                tail_frame_stride,
+                y_position_stride,
+            ),
             v.to(tail.dtype.element_ty),
             mask=mask & late[:, None],
         )
@@ -157,29 +258,29 @@ def position_kernel(
     groups,
     eps,
     tail_first,
-    xb,
-    xc,
-    xt,
-    xp,
-    rb,
-    rc,
-    rt,
-    rp,
-    sb,
-    sc,
-    st,
-    sp,
-    hb,
-    hc,
-    ht,
-    hp,
-    yb,
-    yc,
-    yt,
-    yp,
-    tb,
-    tc,
-    tt,
+    x_batch_stride,
+    x_channel_stride,
+    x_frame_stride,
+    x_position_stride,
+    residual_batch_stride,
+    residual_channel_stride,
+    residual_frame_stride,
+    residual_position_stride,
+    scale_batch_stride,
+    scale_channel_stride,
+    scale_frame_stride,
+    scale_position_stride,
+    shift_batch_stride,
+    shift_channel_stride,
+    shift_frame_stride,
+    shift_position_stride,
+    y_batch_stride,
+    y_channel_stride,
+    y_frame_stride,
+    y_position_stride,
+    tail_batch_stride,
+    tail_channel_stride,
+    tail_frame_stride,
     CENTER: tl.constexpr,
     SILU: tl.constexpr,
     CHAIN: tl.constexpr,
@@ -202,7 +303,24 @@ def position_kernel(
     c = tl.program_id(1) * size + k
     inside = k < size
     mask = (q < positions)[:, None] & inside[None, :]
-    v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, CHAIN)
+    v = _input(
+        x,
+        residual,
+        b,
+        c,
+        t,
+        p,
+        mask,
+        x_batch_stride,
+        x_channel_stride,
+        x_frame_stride,
+        x_position_stride,
+        residual_batch_stride,
+        residual_channel_stride,
+        residual_frame_stride,
+        residual_position_stride,
+        CHAIN,
+    )
     if CENTER:
         v = tl.where(inside[None, :], v - (tl.sum(v, 1) / size)[:, None], 0.0)
     square = tl.sum(v * v, 1)
@@ -223,14 +341,14 @@ def position_kernel(
         mask,
         inside,
         channels,
-        sb,
-        sc,
-        st,
-        sp,
-        hb,
-        hc,
-        ht,
-        hp,
+        scale_batch_stride,
+        scale_channel_stride,
+        scale_frame_stride,
+        scale_position_stride,
+        shift_batch_stride,
+        shift_channel_stride,
+        shift_frame_stride,
+        shift_position_stride,
         SILU,
         CHAIN,
         AFTER_NORM,
@@ -239,7 +357,26 @@ def position_kernel(
         AFTER_SCALE,
         AFTER_SHIFT,
     )
-    _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first, plane, FLAT)
+    _store(
+        v,
+        y,
+        tail,
+        b,
+        c,
+        t,
+        p,
+        mask,
+        y_batch_stride,
+        y_channel_stride,
+        y_frame_stride,
+        y_position_stride,
+        tail_batch_stride,
+        tail_channel_stride,
+        tail_frame_stride,
+        tail_first,
+        plane,
+        FLAT,
+    )
 
 
 @triton.jit
@@ -254,14 +391,14 @@ def sums_kernel(
     plane,
     channels,
     parts,
-    xb,
-    xc,
-    xt,
-    xp,
-    rb,
-    rc,
-    rt,
-    rp,
+    x_batch_stride,
+    x_channel_stride,
+    x_frame_stride,
+    x_position_stride,
+    residual_batch_stride,
+    residual_channel_stride,
+    residual_frame_stride,
+    residual_position_stride,
     CENTER: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -285,7 +422,24 @@ def sums_kernel(
         q = first + tl.arange(0, BLOCK)
         b, t, p = _place(instance, q, frames, span, plane, FLAT)
         mask = (q < end)[:, None] & (c < channels)[None, :]
-        v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
+        v = _input(
+            x,
+            residual,
+            b,
+            c,
+            t,
+            p,
+            mask,
+            x_batch_stride,
+            x_channel_stride,
+            x_frame_stride,
+            x_position_stride,
+            residual_batch_stride,
+            residual_channel_stride,
+            residual_frame_stride,
+            residual_position_stride,
+            0,
+        )
         if CENTER:
             if first == begin:  # any value near the mean will do
                 origin = tl.sum(v, 0) / tl.minimum(count, BLOCK)
@@ -376,29 +530,29 @@ def group_kernel(
     channels,
     groups,
     tail_first,
-    xb,
-    xc,
-    xt,
-    xp,
-    rb,
-    rc,
-    rt,
-    rp,
-    sb,
-    sc,
-    st,
-    sp,
-    hb,
-    hc,
-    ht,
-    hp,
-    yb,
-    yc,
-    yt,
-    yp,
-    tb,
-    tc,
-    tt,
+    x_batch_stride,
+    x_channel_stride,
+    x_frame_stride,
+    x_position_stride,
+    residual_batch_stride,
+    residual_channel_stride,
+    residual_frame_stride,
+    residual_position_stride,
+    scale_batch_stride,
+    scale_channel_stride,
+    scale_frame_stride,
+    scale_position_stride,
+    shift_batch_stride,
+    shift_channel_stride,
+    shift_frame_stride,
+    shift_position_stride,
+    y_batch_stride,
+    y_channel_stride,
+    y_frame_stride,
+    y_position_stride,
+    tail_batch_stride,
+    tail_channel_stride,
+    tail_frame_stride,
     SILU: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -413,7 +567,24 @@ def group_kernel(
     b, t, p = _place(instance, q, frames, span, plane, FLAT)
     inside = c < channels
     mask = (q < positions)[:, None] & inside[None, :]
-    v = _input(x, residual, b, c, t, p, mask, xb, xc, xt, xp, rb, rc, rt, rp, 0)
+    v = _input(
+        x,
+        residual,
+        b,
+        c,
+        t,
+        p,
+        mask,
+        x_batch_stride,
+        x_channel_stride,
+        x_frame_stride,
+        x_position_stride,
+        residual_batch_stride,
+        residual_channel_stride,
+        residual_frame_stride,
+        residual_position_stride,
+        0,
+    )
     group = instance * groups + c // (channels // groups)
     v = (v - _per_channel(origin, group, inside) - _per_channel(mean, group, inside)) * _per_channel(
         rstd, group, inside
@@ -431,14 +602,14 @@ def group_kernel(
         mask,
         inside,
         channels,
-        sb,
-        sc,
-        st,
-        sp,
-        hb,
-        hc,
-        ht,
-        hp,
+        scale_batch_stride,
+        scale_channel_stride,
+        scale_frame_stride,
+        scale_position_stride,
+        shift_batch_stride,
+        shift_channel_stride,
+        shift_frame_stride,
+        shift_position_stride,
         SILU,
         0,
         None,
@@ -447,7 +618,26 @@ def group_kernel(
         None,
         None,
     )
-    _store(v, y, tail, b, c, t, p, mask, yb, yc, yt, yp, tb, tc, tt, tail_first, plane, FLAT)
+    _store(
+        v,
+        y,
+        tail,
+        b,
+        c,
+        t,
+        p,
+        mask,
+        y_batch_stride,
+        y_channel_stride,
+        y_frame_stride,
+        y_position_stride,
+        tail_batch_stride,
+        tail_channel_stride,
+        tail_frame_stride,
+        tail_first,
+        plane,
+        FLAT,
+    )
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from torch import Tensor
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.kernels import on_device_of
 
-LOG2_E = 1.4426950408889634
-STRIDE_UNIT = 8
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+STRIDE_UNIT = tl.constexpr(8)  # elements, in which strides are counted
 LARGEST_WHOLE_HEAD = 128
 
 # ---- kernels -----------------------------------------------------------------------------------------------
@@ -33,14 +34,14 @@ LARGEST_WHOLE_HEAD = 128
 
 @triton.jit
 def _load(
-    x, stride, rows, columns, there, D: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
+    x, stride, rows, columns, in_bounds, D: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
 ):
     """A tile of rows of a tensor; zero where a row is not there, or a column beyond the head."""
-    pointers = x + (rows[:, None] * (stride * 8) + columns[None, :])
+    pointers = x + (rows[:, None] * (stride * STRIDE_UNIT) + columns[None, :])
     if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(pointers, mask=there[:, None] & (columns < D)[None, :], other=0.0)
+        return tl.load(pointers, mask=in_bounds[:, None] & (columns < D)[None, :], other=0.0)
     if MASK_ROWS:
-        return tl.load(pointers, mask=there[:, None], other=0.0)
+        return tl.load(pointers, mask=in_bounds[:, None], other=0.0)
     if MASK_COLUMNS:
         return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
     return tl.load(pointers)
@@ -51,11 +52,11 @@ def _over_head(
     a,
     a_stride,
     a_rows,
-    a_there,
+    a_in_bounds,
     b,
     b_stride,
     b_rows,
-    b_there,
+    b_in_bounds,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     MASK_A: tl.constexpr,
@@ -65,8 +66,8 @@ def _over_head(
     product = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
     for c in range(0, D, CHUNK):
         columns = c + tl.arange(0, CHUNK)
-        x = _load(a, a_stride, a_rows, columns, a_there, D, MASK_A, D % CHUNK != 0)
-        y = _load(b, b_stride, b_rows, columns, b_there, D, MASK_B, D % CHUNK != 0)
+        x = _load(a, a_stride, a_rows, columns, a_in_bounds, D, MASK_A, D % CHUNK != 0)
+        y = _load(b, b_stride, b_rows, columns, b_in_bounds, D, MASK_B, D % CHUNK != 0)
         product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
     return product
 
@@ -94,13 +95,13 @@ def _forward_step(
     top,
     q_tile,
     q,
-    qs,
+    q_row_stride,
     rows,
-    there,
+    in_bounds,
     k,
-    ks,
+    k_row_stride,
     v,
-    vs,
+    v_row_stride,
     n,
     hi,
     scale,
@@ -113,29 +114,45 @@ def _forward_step(
     MASK: tl.constexpr,
 ):
     keys = tl.arange(0, BLOCK_N)
-    seen = keys < hi - n
-    k += n * ks.to(tl.int64) * 8
-    v += n * vs.to(tl.int64) * 8
+    keys_in_bounds = keys < hi - n
+    k += n * k_row_stride.to(tl.int64) * STRIDE_UNIT
+    v += n * v_row_stride.to(tl.int64) * STRIDE_UNIT
     if SPLIT:
-        s = _over_head(q, qs, rows, there, k, ks, keys, seen, D, CHUNK, True, MASK)
+        s = _over_head(
+            q, q_row_stride, rows, in_bounds, k, k_row_stride, keys, keys_in_bounds, D, CHUNK, True, MASK
+        )
     else:
-        k_tile = _load(k, ks, keys, columns, seen, D, MASK, BLOCK_D > D)
+        k_tile = _load(k, k_row_stride, keys, columns, keys_in_bounds, D, MASK, BLOCK_D > D)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     s *= scale
     if MASK:
-        s = tl.where(seen[None, :], s, -float("inf"))
+        s = tl.where(keys_in_bounds[None, :], s, -float("inf"))
     higher = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - higher[:, None])
     shrink = tl.exp2(top - higher)
-    v_tile = _load(v, vs, keys, columns, seen, D, MASK, BLOCK_D > D)
+    v_tile = _load(v, v_row_stride, keys, columns, keys_in_bounds, D, MASK, BLOCK_D > D)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
     return acc, total * shrink + tl.sum(p, 1), higher
 
 
-_INTEGERS = ["qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs", "q_len", "batch_heads", "heads", "group"]
+_INTEGERS = [
+    "q_batch_stride",
+    "q_head_stride",
+    "q_row_stride",
+    "k_batch_stride",
+    "k_head_stride",
+    "k_row_stride",
+    "v_batch_stride",
+    "v_head_stride",
+    "v_row_stride",
+    "q_len",
+    "batch_heads",
+    "heads",
+    "group",
+]
 
 
-@triton.jit(do_not_specialize=[*_INTEGERS, "ob", "oh", "os"])
+@triton.jit(do_not_specialize=[*_INTEGERS, "out_batch_stride", "out_head_stride", "out_row_stride"])
 def forward_kernel(
     q,
     k,
@@ -144,18 +161,18 @@ def forward_kernel(
     lse,
     blocks,
     ranges,
-    qb,
-    qh,
-    qs,
-    kb,
-    kh,
-    ks,
-    vb,
-    vh,
-    vs,
-    ob,
-    oh,
-    os,
+    q_batch_stride,
+    q_head_stride,
+    q_row_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_row_stride,
+    v_batch_stride,
+    v_head_stride,
+    v_row_stride,
+    out_batch_stride,
+    out_head_stride,
+    out_row_stride,
     q_len,
     batch_heads,
     heads,
@@ -173,13 +190,13 @@ def forward_kernel(
     if start >= end:
         return
     b, h = (bh // heads).to(tl.int64), bh % heads
-    q += (b * qb + h * qh + start.to(tl.int64) * qs) * 8
-    k += (b * kb + h // group * kh) * 8
-    v += (b * vb + h // group * vh) * 8
+    q += (b * q_batch_stride + h * q_head_stride + start.to(tl.int64) * q_row_stride) * STRIDE_UNIT
+    k += (b * k_batch_stride + h // group * k_head_stride) * STRIDE_UNIT
+    v += (b * v_batch_stride + h // group * v_head_stride) * STRIDE_UNIT
     rows, columns = tl.arange(0, BLOCK_M), chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-    there = rows < end - start
+    in_bounds = rows < end - start
     # Of no use to a split head, and then removed
-    q_tile = _load(q, qs, rows, columns, there, D, True, BLOCK_D > D)
+    q_tile = _load(q, q_row_stride, rows, columns, in_bounds, D, True, BLOCK_D > D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -193,13 +210,13 @@ def forward_kernel(
                 top,
                 q_tile,
                 q,
-                qs,
+                q_row_stride,
                 rows,
-                there,
+                in_bounds,
                 k,
-                ks,
+                k_row_stride,
                 v,
-                vs,
+                v_row_stride,
                 n,
                 hi,
                 scale,
@@ -218,13 +235,13 @@ def forward_kernel(
                 top,
                 q_tile,
                 q,
-                qs,
+                q_row_stride,
                 rows,
-                there,
+                in_bounds,
                 k,
-                ks,
+                k_row_stride,
                 v,
-                vs,
+                v_row_stride,
                 whole,
                 hi,
                 scale,
@@ -237,27 +254,38 @@ def forward_kernel(
                 True,
             )
     acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)  # a query that sees nothing gives zeros
-    out += (b * ob + h * oh + start.to(tl.int64) * os) * 8
+    out += (b * out_batch_stride + h * out_head_stride + start.to(tl.int64) * out_row_stride) * STRIDE_UNIT
     tl.store(
-        out + rows[:, None] * (os * 8) + columns[None, :],
+        out + rows[:, None] * (out_row_stride * STRIDE_UNIT) + columns[None, :],
         acc.to(out.dtype.element_ty),
-        mask=there[:, None] & (columns < D)[None, :],
+        mask=in_bounds[:, None] & (columns < D)[None, :],
     )
     lse += bh.to(tl.int64) * q_len + start
-    tl.store(lse + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=there & (chunk == 0))
+    tl.store(lse + rows, (top + tl.log2(total)) * LN_2, mask=in_bounds & (chunk == 0))
 
 
-@triton.jit(do_not_specialize=["ob", "oh", "os", "gb", "gh", "gs", "q_len", "heads"])
+@triton.jit(
+    do_not_specialize=[
+        "out_batch_stride",
+        "out_head_stride",
+        "out_row_stride",
+        "grad_batch_stride",
+        "grad_head_stride",
+        "grad_row_stride",
+        "q_len",
+        "heads",
+    ]
+)
 def delta_kernel(
     out,
     grad,
     delta,
-    ob,
-    oh,
-    os,
-    gb,
-    gh,
-    gs,
+    out_batch_stride,
+    out_head_stride,
+    out_row_stride,
+    grad_batch_stride,
+    grad_head_stride,
+    grad_row_stride,
     q_len,
     heads,
     D: tl.constexpr,
@@ -269,13 +297,33 @@ def delta_kernel(
     bh, start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
     b, h = (bh // heads).to(tl.int64), bh % heads
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    there = rows < q_len - start
-    x = _load(out + (b * ob + h * oh + start.to(tl.int64) * os) * 8, os, rows, columns, there, D, True, True)
-    y = _load(grad + (b * gb + h * gh + start.to(tl.int64) * gs) * 8, gs, rows, columns, there, D, True, True)
+    in_bounds = rows < q_len - start
+    x = _load(
+        out
+        + (b * out_batch_stride + h * out_head_stride + start.to(tl.int64) * out_row_stride) * STRIDE_UNIT,
+        out_row_stride,
+        rows,
+        columns,
+        in_bounds,
+        D,
+        True,
+        True,
+    )
+    y = _load(
+        grad
+        + (b * grad_batch_stride + h * grad_head_stride + start.to(tl.int64) * grad_row_stride) * STRIDE_UNIT,
+        grad_row_stride,
+        rows,
+        columns,
+        in_bounds,
+        D,
+        True,
+        True,
+    )
     tl.store(
         delta + bh.to(tl.int64) * q_len + start + rows,
         tl.sum(x.to(tl.float32) * y.to(tl.float32), 1),
-        mask=there,
+        mask=in_bounds,
     )
 
 
@@ -285,17 +333,17 @@ def _queries_step(
     q_tile,
     g_tile,
     q,
-    qs,
+    q_row_stride,
     g,
-    gs,
+    grad_row_stride,
     rows,
-    there,
+    in_bounds,
     top,
     delta,
     k,
-    ks,
+    k_row_stride,
     v,
-    vs,
+    v_row_stride,
     n,
     hi,
     scale,
@@ -308,26 +356,42 @@ def _queries_step(
     MASK: tl.constexpr,
 ):
     keys = tl.arange(0, BLOCK_N)
-    seen = keys < hi - n
-    k += n * ks.to(tl.int64) * 8
-    v += n * vs.to(tl.int64) * 8
-    k_tile = _load(k, ks, keys, columns, seen, D, MASK, BLOCK_D > D)
+    keys_in_bounds = keys < hi - n
+    k += n * k_row_stride.to(tl.int64) * STRIDE_UNIT
+    v += n * v_row_stride.to(tl.int64) * STRIDE_UNIT
+    k_tile = _load(k, k_row_stride, keys, columns, keys_in_bounds, D, MASK, BLOCK_D > D)
     if SPLIT:
-        s = _over_head(q, qs, rows, there, k, ks, keys, seen, D, CHUNK, True, MASK)
-        dp = _over_head(g, gs, rows, there, v, vs, keys, seen, D, CHUNK, True, MASK)
+        s = _over_head(
+            q, q_row_stride, rows, in_bounds, k, k_row_stride, keys, keys_in_bounds, D, CHUNK, True, MASK
+        )
+        dp = _over_head(
+            g, grad_row_stride, rows, in_bounds, v, v_row_stride, keys, keys_in_bounds, D, CHUNK, True, MASK
+        )
     else:
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         dp = tl.dot(
-            g_tile, tl.trans(_load(v, vs, keys, columns, seen, D, MASK, BLOCK_D > D)), input_precision="ieee"
+            g_tile,
+            tl.trans(_load(v, v_row_stride, keys, columns, keys_in_bounds, D, MASK, BLOCK_D > D)),
+            input_precision="ieee",
         )
     p = tl.exp2(s * scale - top[:, None])
     if MASK:
-        p = tl.where(seen[None, :], p, 0.0)
+        p = tl.where(keys_in_bounds[None, :], p, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=[*_INTEGERS, "gb", "gh", "gs", "dqb", "dqh", "dqs"])
+@triton.jit(
+    do_not_specialize=[
+        *_INTEGERS,
+        "grad_batch_stride",
+        "grad_head_stride",
+        "grad_row_stride",
+        "dq_batch_stride",
+        "dq_head_stride",
+        "dq_row_stride",
+    ]
+)
 def queries_kernel(
     q,
     k,
@@ -338,21 +402,21 @@ def queries_kernel(
     dq,
     blocks,
     ranges,
-    qb,
-    qh,
-    qs,
-    kb,
-    kh,
-    ks,
-    vb,
-    vh,
-    vs,
-    gb,
-    gh,
-    gs,
-    dqb,
-    dqh,
-    dqs,
+    q_batch_stride,
+    q_head_stride,
+    q_row_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_row_stride,
+    v_batch_stride,
+    v_head_stride,
+    v_row_stride,
+    grad_batch_stride,
+    grad_head_stride,
+    grad_row_stride,
+    dq_batch_stride,
+    dq_head_stride,
+    dq_row_stride,
     q_len,
     batch_heads,
     heads,
@@ -370,17 +434,19 @@ def queries_kernel(
     if start >= end:
         return
     b, h = (bh // heads).to(tl.int64), bh % heads
-    q += (b * qb + h * qh + start.to(tl.int64) * qs) * 8
-    grad += (b * gb + h * gh + start.to(tl.int64) * gs) * 8
-    k += (b * kb + h // group * kh) * 8
-    v += (b * vb + h // group * vh) * 8
+    q += (b * q_batch_stride + h * q_head_stride + start.to(tl.int64) * q_row_stride) * STRIDE_UNIT
+    grad += (
+        b * grad_batch_stride + h * grad_head_stride + start.to(tl.int64) * grad_row_stride
+    ) * STRIDE_UNIT
+    k += (b * k_batch_stride + h // group * k_head_stride) * STRIDE_UNIT
+    v += (b * v_batch_stride + h // group * v_head_stride) * STRIDE_UNIT
     rows, columns = tl.arange(0, BLOCK_M), chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-    there = rows < end - start
+    in_bounds = rows < end - start
     row = bh.to(tl.int64) * q_len + start
-    top = tl.load(lse + row + rows, mask=there, other=0.0) * 1.4426950408889634
-    delta_rows = tl.load(delta + row + rows, mask=there, other=0.0)
-    q_tile = _load(q, qs, rows, columns, there, D, True, BLOCK_D > D)
-    g_tile = _load(grad, gs, rows, columns, there, D, True, BLOCK_D > D)
+    top = tl.load(lse + row + rows, mask=in_bounds, other=0.0) * LOG2_E
+    delta_rows = tl.load(delta + row + rows, mask=in_bounds, other=0.0)
+    q_tile = _load(q, q_row_stride, rows, columns, in_bounds, D, True, BLOCK_D > D)
+    g_tile = _load(grad, grad_row_stride, rows, columns, in_bounds, D, True, BLOCK_D > D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for r in range(first, last):
         lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
@@ -391,17 +457,17 @@ def queries_kernel(
                 q_tile,
                 g_tile,
                 q,
-                qs,
+                q_row_stride,
                 grad,
-                gs,
+                grad_row_stride,
                 rows,
-                there,
+                in_bounds,
                 top,
                 delta_rows,
                 k,
-                ks,
+                k_row_stride,
                 v,
-                vs,
+                v_row_stride,
                 n,
                 hi,
                 scale,
@@ -419,17 +485,17 @@ def queries_kernel(
                 q_tile,
                 g_tile,
                 q,
-                qs,
+                q_row_stride,
                 grad,
-                gs,
+                grad_row_stride,
                 rows,
-                there,
+                in_bounds,
                 top,
                 delta_rows,
                 k,
-                ks,
+                k_row_stride,
                 v,
-                vs,
+                v_row_stride,
                 whole,
                 hi,
                 scale,
@@ -441,15 +507,28 @@ def queries_kernel(
                 SPLIT,
                 True,
             )
-    dq += (b * dqb + h * dqh + start.to(tl.int64) * dqs) * 8
+    dq += (b * dq_batch_stride + h * dq_head_stride + start.to(tl.int64) * dq_row_stride) * STRIDE_UNIT
     tl.store(
-        dq + rows[:, None] * (dqs * 8) + columns[None, :],
-        (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty),
-        mask=there[:, None] & (columns < D)[None, :],
+        dq + rows[:, None] * (dq_row_stride * STRIDE_UNIT) + columns[None, :],
+        (acc * (scale * LN_2)).to(dq.dtype.element_ty),
+        mask=in_bounds[:, None] & (columns < D)[None, :],
     )
 
 
-@triton.jit(do_not_specialize=[*_INTEGERS, "gb", "gh", "gs", "dkb", "dkh", "dks", "dvb", "dvh", "dvs"])
+@triton.jit(
+    do_not_specialize=[
+        *_INTEGERS,
+        "grad_batch_stride",
+        "grad_head_stride",
+        "grad_row_stride",
+        "dk_batch_stride",
+        "dk_head_stride",
+        "dk_row_stride",
+        "dv_batch_stride",
+        "dv_head_stride",
+        "dv_row_stride",
+    ]
+)
 def keys_kernel(
     q,
     k,
@@ -461,24 +540,24 @@ def keys_kernel(
     dv,
     blocks,
     ranges,
-    qb,
-    qh,
-    qs,
-    kb,
-    kh,
-    ks,
-    vb,
-    vh,
-    vs,
-    gb,
-    gh,
-    gs,
-    dkb,
-    dkh,
-    dks,
-    dvb,
-    dvh,
-    dvs,
+    q_batch_stride,
+    q_head_stride,
+    q_row_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_row_stride,
+    v_batch_stride,
+    v_head_stride,
+    v_row_stride,
+    grad_batch_stride,
+    grad_head_stride,
+    grad_row_stride,
+    dk_batch_stride,
+    dk_head_stride,
+    dk_row_stride,
+    dv_batch_stride,
+    dv_head_stride,
+    dv_row_stride,
     q_len,
     batch_heads,
     heads,
@@ -497,51 +576,91 @@ def keys_kernel(
     if start >= end:
         return
     b, h = (bh // heads).to(tl.int64), bh % heads
-    k += (b * kb + h * kh + start.to(tl.int64) * ks) * 8
-    v += (b * vb + h * vh + start.to(tl.int64) * vs) * 8
+    k += (b * k_batch_stride + h * k_head_stride + start.to(tl.int64) * k_row_stride) * STRIDE_UNIT
+    v += (b * v_batch_stride + h * v_head_stride + start.to(tl.int64) * v_row_stride) * STRIDE_UNIT
     keys, rows, columns = (
         tl.arange(0, BLOCK_N),
         tl.arange(0, BLOCK_M),
         chunk * BLOCK_D + tl.arange(0, BLOCK_D),
     )
-    there = keys < end - start
-    k_tile = _load(k, ks, keys, columns, there, D, True, BLOCK_D > D)
-    v_tile = _load(v, vs, keys, columns, there, D, True, BLOCK_D > D)
+    in_bounds = keys < end - start
+    k_tile = _load(k, k_row_stride, keys, columns, in_bounds, D, True, BLOCK_D > D)
+    v_tile = _load(v, v_row_stride, keys, columns, in_bounds, D, True, BLOCK_D > D)
     dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for i in range(group):
         q_head = h * group + i
-        qi, gi = q + (b * qb + q_head * qh) * 8, grad + (b * gb + q_head * gh) * 8
+        qi, gi = (
+            q + (b * q_batch_stride + q_head * q_head_stride) * STRIDE_UNIT,
+            grad + (b * grad_batch_stride + q_head * grad_head_stride) * STRIDE_UNIT,
+        )
         row = (b * heads * group + q_head) * q_len
         for r in range(first, last):
             lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
             # Every block is masked, whole or not: a second copy of the loop would cost more, in registers,
             # than one select.
             for m in range(lo, hi, BLOCK_M):
-                seeing = rows < hi - m
-                qm, gm = qi + m * qs.to(tl.int64) * 8, gi + m * gs.to(tl.int64) * 8
-                top = tl.load(lse + row + m + rows, mask=seeing, other=0.0) * 1.4426950408889634
-                delta_rows = tl.load(delta + row + m + rows, mask=seeing, other=0.0)
-                q_tile = _load(qm, qs, rows, columns, seeing, D, True, BLOCK_D > D)
-                g_tile = _load(gm, gs, rows, columns, seeing, D, True, BLOCK_D > D)
+                queries_in_bounds = rows < hi - m
+                qm, gm = (
+                    qi + m * q_row_stride.to(tl.int64) * STRIDE_UNIT,
+                    gi + m * grad_row_stride.to(tl.int64) * STRIDE_UNIT,
+                )
+                top = tl.load(lse + row + m + rows, mask=queries_in_bounds, other=0.0) * LOG2_E
+                delta_rows = tl.load(delta + row + m + rows, mask=queries_in_bounds, other=0.0)
+                q_tile = _load(qm, q_row_stride, rows, columns, queries_in_bounds, D, True, BLOCK_D > D)
+                g_tile = _load(gm, grad_row_stride, rows, columns, queries_in_bounds, D, True, BLOCK_D > D)
                 if SPLIT:
-                    s = _over_head(k, ks, keys, there, qm, qs, rows, seeing, D, CHUNK, True, True)
+                    s = _over_head(
+                        k,
+                        k_row_stride,
+                        keys,
+                        in_bounds,
+                        qm,
+                        q_row_stride,
+                        rows,
+                        queries_in_bounds,
+                        D,
+                        CHUNK,
+                        True,
+                        True,
+                    )
                 else:
                     s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-                p = tl.where(seeing[None, :], tl.exp2(s * scale - top[None, :]), 0.0)
+                p = tl.where(queries_in_bounds[None, :], tl.exp2(s * scale - top[None, :]), 0.0)
                 dv_acc = tl.dot(p.to(g_tile.dtype), g_tile, dv_acc, input_precision="ieee")
                 if SPLIT:
-                    dp = _over_head(v, vs, keys, there, gm, gs, rows, seeing, D, CHUNK, True, True)
+                    dp = _over_head(
+                        v,
+                        v_row_stride,
+                        keys,
+                        in_bounds,
+                        gm,
+                        grad_row_stride,
+                        rows,
+                        queries_in_bounds,
+                        D,
+                        CHUNK,
+                        True,
+                        True,
+                    )
                 else:
                     dp = tl.dot(v_tile, tl.trans(g_tile), input_precision="ieee")
                 ds = p * (dp - delta_rows[None, :])
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
-    mask = there[:, None] & (columns < D)[None, :]
-    dk += (b * dkb + h * dkh + start.to(tl.int64) * dks) * 8
-    dv += (b * dvb + h * dvh + start.to(tl.int64) * dvs) * 8
-    dk_acc *= scale * 0.6931471805599453
-    tl.store(dk + keys[:, None] * (dks * 8) + columns[None, :], dk_acc.to(dk.dtype.element_ty), mask=mask)
-    tl.store(dv + keys[:, None] * (dvs * 8) + columns[None, :], dv_acc.to(dv.dtype.element_ty), mask=mask)
+    mask = in_bounds[:, None] & (columns < D)[None, :]
+    dk += (b * dk_batch_stride + h * dk_head_stride + start.to(tl.int64) * dk_row_stride) * STRIDE_UNIT
+    dv += (b * dv_batch_stride + h * dv_head_stride + start.to(tl.int64) * dv_row_stride) * STRIDE_UNIT
+    dk_acc *= scale * LN_2
+    tl.store(
+        dk + keys[:, None] * (dk_row_stride * STRIDE_UNIT) + columns[None, :],
+        dk_acc.to(dk.dtype.element_ty),
+        mask=mask,
+    )
+    tl.store(
+        dv + keys[:, None] * (dv_row_stride * STRIDE_UNIT) + columns[None, :],
+        dv_acc.to(dv.dtype.element_ty),
+        mask=mask,
+    )
 
 
 # ---- configurations ----------------------------------------------------------------------------------------
@@ -692,12 +811,16 @@ def variants(kernel: str, c: Config) -> list[Config]:
 
 def aligned(x: Tensor) -> Tensor:
     """The tensor, or a copy in strides that the kernels read: 1 in the head, multiples of 8 elsewhere."""
-    fits = x.stride(3) == 1 and not any(n > 1 and s % STRIDE_UNIT for n, s in zip(x.shape, x.stride()[:3]))
+    fits = x.stride(3) == 1 and not any(
+        n > 1 and s % STRIDE_UNIT.value for n, s in zip(x.shape, x.stride()[:3])
+    )
     return x if fits else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    return [0 if n == 1 else s // STRIDE_UNIT for x in tensors for n, s in zip(x.shape[:3], x.stride()[:3])]
+    return [
+        0 if n == 1 else s // STRIDE_UNIT.value for x in tensors for n, s in zip(x.shape[:3], x.stride()[:3])
+    ]
 
 
 def _launch(kernel: str, c: Config, blocks: Tensor, batch_heads: int, x: Tensor, *args: object) -> None:
@@ -750,7 +873,7 @@ def attend(
         b * h,
         h,
         h // k.shape[1],
-        scale * LOG2_E,
+        scale * LOG2_E.value,
     )
 
 
@@ -803,7 +926,7 @@ def queries_gradient(
         b * h,
         h,
         h // k.shape[1],
-        scale * LOG2_E,
+        scale * LOG2_E.value,
     )
 
 
@@ -846,5 +969,5 @@ def keys_gradient(
         b * kv_heads,
         kv_heads,
         h // kv_heads,
-        scale * LOG2_E,
+        scale * LOG2_E.value,
     )

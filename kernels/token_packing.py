@@ -39,16 +39,16 @@ def scores_kernel(
     video,
     other,
     scores,
-    vb,
-    vc,
-    vt,
-    vh,
-    vw,
-    ob,
-    oc,
-    ot,
-    oh,
-    ow,
+    video_batch_stride,
+    video_channel_stride,
+    video_frame_stride,
+    video_row_stride,
+    video_column_stride,
+    other_batch_stride,
+    other_channel_stride,
+    other_frame_stride,
+    other_row_stride,
+    other_column_stride,
     channels,
     frames,
     t,
@@ -79,14 +79,28 @@ def scores_kernel(
             for k in range(0, COLUMNS, BLOCK_COLUMNS):
                 row = (r + tl.arange(0, BLOCK_ROWS))[:, None, None]
                 column = (k + tl.arange(0, BLOCK_COLUMNS))[None, None, :]
-                there = (row < ROWS) & (x[None, :, None] < w) & (column < COLUMNS)
+                in_bounds = (row < ROWS) & (x[None, :, None] < w) & (column < COLUMNS)
                 along = (x[None, :, None] * COLUMNS + column).to(tl.int64)
                 down = y * ROWS + row
                 p = tl.load(
-                    video + b * vb + c * vc + f * vt + down * vh + along * vw, mask=there, other=0.0
+                    video
+                    + b * video_batch_stride
+                    + c * video_channel_stride
+                    + f * video_frame_stride
+                    + down * video_row_stride
+                    + along * video_column_stride,
+                    mask=in_bounds,
+                    other=0.0,
                 ).to(tl.float32)
                 q = tl.load(
-                    other + b * ob + c * oc + f * ot + down * oh + along * ow, mask=there, other=0.0
+                    other
+                    + b * other_batch_stride
+                    + c * other_channel_stride
+                    + f * other_frame_stride
+                    + down * other_row_stride
+                    + along * other_column_stride,
+                    mask=in_bounds,
+                    other=0.0,
                 ).to(tl.float32)
                 difference = tl.abs(p - q)
                 total += _fixed(difference)

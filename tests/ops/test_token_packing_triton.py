@@ -28,11 +28,30 @@ def test_results_under_the_interpreter():
 @pytest.mark.parametrize("cc", CAPABILITIES)
 @pytest.mark.parametrize("element", ("fp32", "bf16", "fp16"))
 def test_scores_compile(cc, element):
-    constants = {"vw": 1, "ow": 1, "ROWS": 8, "COLUMNS": 8, "BLOCK_ROWS": 8, "CELLS": 32, "BLOCK_COLUMNS": 8}
+    constants = {
+        "video_column_stride": 1,
+        "other_column_stride": 1,
+        "ROWS": 8,
+        "COLUMNS": 8,
+        "BLOCK_ROWS": 8,
+        "CELLS": 32,
+        "BLOCK_COLUMNS": 8,
+    }
     signature = types(
         kernels.scores_kernel, constants, video=f"*{element}", other=f"*{element}", scores="*fp32"
     )
-    aligned = "video", "other", "vb", "vc", "vt", "vh", "ob", "oc", "ot", "oh"
+    aligned = (
+        "video",
+        "other",
+        "video_batch_stride",
+        "video_channel_stride",
+        "video_frame_stride",
+        "video_row_stride",
+        "other_batch_stride",
+        "other_channel_stride",
+        "other_frame_stride",
+        "other_row_stride",
+    )
     resources = compile_for(kernels.scores_kernel, signature, constants, cc, aligned=aligned)
     assert_fits(resources, cc)
     assert resources.has(r"ld\.global[.\w]*\.v[24]")

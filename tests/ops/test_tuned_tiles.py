@@ -85,8 +85,8 @@ def test_tiles_of_packing_fit(cc):
         )
     for cells, warps in tiles_near((32, 4))[1:]:
         constants = {
-            "vw": 1,
-            "ow": 1,
+            "video_column_stride": 1,
+            "other_column_stride": 1,
             "ROWS": 8,
             "COLUMNS": 8,
             "BLOCK_ROWS": 8,
@@ -103,7 +103,18 @@ def test_tiles_of_packing_fit(cc):
                 constants,
                 cc,
                 num_warps=warps,
-                aligned=("video", "other", "vb", "vc", "vt", "vh", "ob", "oc", "ot", "oh"),
+                aligned=(
+                    "video",
+                    "other",
+                    "video_batch_stride",
+                    "video_channel_stride",
+                    "video_frame_stride",
+                    "video_row_stride",
+                    "other_batch_stride",
+                    "other_channel_stride",
+                    "other_frame_stride",
+                    "other_row_stride",
+                ),
             ),
             cc,
         )

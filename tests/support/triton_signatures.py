@@ -44,7 +44,10 @@ def compiled(
         constants["groups"] = 1
     constants = {"FLAT": True, "BLOCK": block, "BLOCK_C": width} | constants
     constants |= {name: None for name in OPTIONAL if name in kernel.arg_names and name not in present}
-    constants |= {f"{letter}{'p' if planar else 'c'}": 1 for letter in "xrgshyo"}
+    unit = "position" if planar else "channel"
+    constants |= {
+        name: 1 for name in kernel.arg_names if name.endswith(f"_{unit}_stride") and "tail" not in name
+    }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, aligned = {}, []
     for name in kernel.arg_names:
@@ -59,7 +62,7 @@ def compiled(
                 if name == "eps"
                 else "i32"
             )
-            if video or name in ("plane", "channels") or (len(name) == 2 and name[0] in "xrgshyot"):
+            if video or name in ("plane", "channels") or name.endswith("_stride"):
                 aligned.append(name)
     resources = compile_for(kernel, signature, constants, cc, num_warps=warps or usual, aligned=aligned)
     assert_fits(resources, cc)
