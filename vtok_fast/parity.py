@@ -6,8 +6,9 @@
   half an eps of the output's dtype where that is narrower (64 eps of float64 in float64). The same bound
   holds for each frame and for the outermost rows, columns and frames alone, relative to the share of the norm
   that a region of its size has on average where it is smaller than that: one wrong border pixel cannot hide,
-  and a region that happens to be almost zero does not fail for
-      nothing.
+  and a region that happens to be almost zero does not fail for nothing. What these norms average over,
+  `close_locally` measures for `causal_conv3d`: the error of every output against what it and its neighbors
+  read.
 """
 
 from __future__ import annotations
