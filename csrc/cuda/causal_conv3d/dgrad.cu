@@ -141,21 +141,21 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
     const int back = int(problem.pad[2 * i + 1]);
     bool padded = mode != PadMode::zeros && (forward.pad[i] > 0 || back > 0);
     if (i == 0) {
-      s.before = s.behind = 0;
+      s.before = s.after = 0;
       s.time_taps = forward.kernel[0];
       const int groups_of_taps = 1 + forward.pad[0] + back;
       if (padded && mode == PadMode::replicate && forward.upsample[0] == 1 && !problem.cache &&
           groups_of_taps * forward.kernel[0] <= kMostFrames) {
         padded = false;
         s.before = forward.pad[0];
-        s.behind = back;
+        s.after = back;
       }
     }
     folds = folds || padded || forward.upsample[i] > 1;
     const int front = padded ? forward.pad[i] : 0;
     const int domain = forward.length[i] + (padded ? front + back : 0);
     fold.axis[i] = {front, forward.length[i], domain, forward.upsample[i], mode};
-    s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.behind : 1);
+    s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.after : 1);
     s.stride[i] = 1;
     s.dilation[i] = forward.dilation[i];
     s.gap[i] = forward.stride[i];

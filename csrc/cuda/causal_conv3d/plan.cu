@@ -110,7 +110,7 @@ Status make_source(const ConvProblem& p, Source* source) {
     s.out[axis] = int(span / p.stride[axis] + 1);
     s.positions *= s.out[axis];
   }
-  s.before = s.behind = 0;
+  s.before = s.after = 0;
   s.time_taps = s.kernel[0];
   if (s.kernel[0] > 32)
     return Status::Unsupported("weight: at most 32 temporal taps, got " + std::to_string(s.kernel[0]));

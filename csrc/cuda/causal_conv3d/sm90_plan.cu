@@ -1,5 +1,5 @@
 // The sm90 convolution's plan: whether it can run a task, which tile, and the tensor maps. The kernel and
-// the counts of bytes behind the model of its cost: sm90_kernel.cuh.
+// the counts of bytes of the model of its cost: sm90_kernel.cuh.
 #ifndef VTOK_SM90
 #define VTOK_SM90  // this file is what it stands for
 #endif
@@ -208,7 +208,7 @@ Plan search(Sm90Params p, const ConvTask& task, ConvChoice wish, const Device& d
   Plan best;
   const Source& s = p.source;
   const Sm90Variants variants = variants_for(task.dtype);
-  const bool frames_together = s.before == 0 && s.behind == 0 && s.out[0] > 1;
+  const bool frames_together = s.before == 0 && s.after == 0 && s.out[0] > 1;
   for (int i = 0; i < variants.count; ++i) {
     const Sm90Variant& v = variants.begin[i];
     if ((wish.tile_m && wish.tile_m != v.m) || (wish.tile_n && wish.tile_n != v.n)) continue;
