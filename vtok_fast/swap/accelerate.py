@@ -89,7 +89,7 @@ def accelerate(
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: ``contract`` is unknown.
-        Whatever the model raises on ``example``. The model is then as it was.
+        Exception: whatever the model raises on ``example``; the model is then as it was.
 
     A module that cannot be measured (its weights are on the meta device, sharded or quantized, it cannot be
     copied or run in float64, its result holds no tensors) is left alone with that reason.
