@@ -287,7 +287,7 @@ Status conv_winograd(const ConvProblem& p, const ConvPlan& plan, int m) {
 }
 
 // Constants per thread, measured on one core of a Zen 5 server in CPU time; the rates are those of the direct
-// convolution's model but for AVX-512, whose larger matrices wait for the last-level cache a little.
+// convolution's model except for AVX-512, whose larger matrices wait for the last-level cache a little.
 double winograd_seconds(const ConvProblem& p, const ConvPlan& plan, int m) {
   // flop/s of the products; seconds per pixel and channel of one plane's transform
   double rate = 41e9, move = 0.9e-9;

@@ -81,7 +81,7 @@ struct Sm90Shared {
 };
 
 // One tile and one range of K, and how a block finds it. All blocks of a cluster do the same steps on
-// neighbouring tiles.
+// neighboring tiles.
 struct Sm90Unit {
   int b, t, h, w, n0;  // the first position and channel
   bool exists;

@@ -1,5 +1,5 @@
 // The sm90 convolution's plan: whether it can run a task, which tile, and the tensor maps. The kernel and
-// the counts of bytes of the model of its cost: sm90_kernel.cuh.
+// the byte counts of its cost model: sm90_kernel.cuh.
 #ifndef VTOK_SM90
 #define VTOK_SM90  // this file is what it stands for
 #endif
