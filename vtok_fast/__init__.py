@@ -8,7 +8,6 @@ chunk by chunk. ``backend``, ``algorithm``, ``available_backends`` and ``fallbac
 ``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is measured.
 """
 
-import importlib
 import importlib.util
 import sys
 from typing import TYPE_CHECKING
@@ -30,13 +29,12 @@ else:
             import torch  # noqa: F401
         except ImportError as error:
             raise ImportError(f"vtok_fast.{name} needs torch, which cannot be imported: {error}") from error
-        # A part that is imported before the API, which imports that part.
-        if importlib.util.find_spec(f"vtok_fast.{name}") is not None:
+        # A submodule needs no more than itself: the package's own files ask here for those, and vtok_fast.api
+        # imports the files.
+        if importlib.util.find_spec(f"vtok_fast.{name}"):
             return importlib.import_module(f"vtok_fast.{name}")
         api = importlib.import_module("vtok_fast.api")
-        # While vtok_fast.api is being imported, it asks here for submodules, which Python then finds itself.
-        if hasattr(api, "__all__"):
-            globals().update({exported: getattr(api, exported) for exported in (*api.__all__, "__all__")})
+        globals().update({exported: getattr(api, exported) for exported in (*api.__all__, "__all__")})
         if name not in globals():
             raise AttributeError(f"module 'vtok_fast' has no attribute {name!r}")
         return globals()[name]
