@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from vtok_fast.dispatch import native
+from vtok_fast.dispatch import backends, native
 from vtok_fast.dispatch.available import available_backends
 from vtok_fast.ops.fsq import fsq_decode, fsq_quantize
 from vtok_fast.reference import fsq as reference
