@@ -188,3 +188,46 @@ def test_problems_come_with_their_window(tmp_path):
 def test_unknown_policies(tmp_path):
     with pytest.raises(ValueError, match="on_error='ignore'"):
         read_video(os.devnull, on_error="ignore")
+
+
+def test_a_codec_that_is_not_known(tmp_path):
+    path = encode(tmp_path / "a.mp4", moving(3))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zz?1").replace(b"avcC", b"zzzC"))
+    with pytest.raises(VideoError, match=r"a\.mp4 has a video stream, but no decoder for it is known"):
+        read_video(path)
+
+
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [
+        ("libx264", "a.mp4"),
+        ("libx264", "a.mkv"),
+        ("libx264", "a.ts"),
+        ("mpeg4", "a.avi"),
+        ("libvpx", "a.webm"),
+        ("ffv1", "b.mkv"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_damaged_ends_in_a_video_error(tmp_path, codec, name, seed):
+    """Random bytes changed, or a random length: never another exception, and never a crash."""
+    data, values = encode(tmp_path / name, moving(12), codec).read_bytes(), np.random.default_rng(seed)
+    for turn in range(4):
+        broken = bytearray(data)
+        for at in values.integers(0, len(data), 6):
+            broken[at] = values.integers(0, 256)
+        (tmp_path / name).write_bytes(broken[: int(values.integers(1, len(data)))] if turn % 2 else broken)
+        for on_error in ("stop", "skip", "conceal"):
+            try:
+                clip = read_video(tmp_path / name, on_error=on_error)
+            except VideoError as error:
+                assert name in str(error)
+            else:
+                assert len(clip.times) == clip.video.shape[1]
+
+
+def test_titles_that_are_not_utf8(tmp_path):
+    path = encode(tmp_path / "a.mkv", moving(3))
+    assert b"Lavf" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"Lavf", b"\xa8avf"))
+    assert read_video(path).video.shape[1] == 3

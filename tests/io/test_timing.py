@@ -110,7 +110,7 @@ def test_avi_with_reordered_frames(tmp_path):
 def test_a_raw_stream_has_a_rate(tmp_path):
     path = encode(tmp_path / "a.h264", gray_levels(6), fps=30, fmt="h264", options={"bf": "0", "qp": "10"})
     clip = read_video(path)
-    assert clip.times.rate == 30 and levels(path) == list(range(6))
+    assert clip.times.rate == 30 and levels(path) == list(range(6)) and clip.times.pts[0] == 0
 
 
 def test_joined_recordings_go_on(tmp_path):

@@ -14,7 +14,8 @@ from vtok_fast.io.video.errors import VideoError, pyav
 
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ones leave the transparency out
 STRICT = {"h264": {"err_detect": "explode+aggressive"}}  # without, H.264 hides what is damaged, unmarked
-BROADCAST = ("mpegts", "mpeg")  # streams whose clock starts anywhere
+# Containers whose clock starts anywhere, and raw streams, of which FFmpeg makes the times up.
+UNANCHORED = ("mpegts", "mpeg", "h264", "hevc", "vvc", "mpegvideo", "m4v", "vc1", "obu", "h261", "h263")
 BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"wide", b"skip", b"styp", b"sidx", b"uuid", b"mfra")
 _LEVEL = threading.Lock()
 
@@ -34,7 +35,7 @@ def open_container(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"path: no video at {path}")
     try:
-        return av.open(str(path))
+        return av.open(str(path), metadata_errors="replace")  # titles are not always UTF-8
     except (av.error.FFmpegError, OSError) as error:
         raise VideoError(f"path: {path} cannot be read as a video ({error})") from error
 
@@ -55,11 +56,16 @@ def choose(container: Any, path: Path, index: int | None = None) -> Any:
     Raises VideoError if there is none.
     """
     streams = list(container.streams.video)
+    known = [stream for stream in streams if stream.codec_context is not None]
+    if streams and not known:
+        raise VideoError(f"path: {path} has a video stream, but no decoder for it is known")
     if index is not None:
         if not 0 <= index < len(streams):
             raise VideoError(f"stream={index}: {path} has {len(streams)} video streams")
+        if streams[index] not in known:
+            raise VideoError(f"stream={index}: no decoder is known for that stream of {path}")
         return streams[index]
-    real = [stream for stream in streams if not is_picture(stream)]
+    real = [stream for stream in known if not is_picture(stream)]
     if not real:
         pictures = f" except {len(streams)} of cover art" if streams else ""
         raise VideoError(f"path: {path} has no video stream{pictures}")
@@ -106,9 +112,9 @@ def said(container: Any, stream: Any) -> Said:
 
 
 def clock_start(container: Any, stream: Any) -> int:
-    """What to subtract from a stream's timestamps: 0, or of a broadcast, whose clock starts anywhere, the
-    start of the file's earliest stream."""
-    if container.format.name not in BROADCAST or container.start_time is None:
+    """What to subtract from a stream's timestamps: 0, or where the clock starts anywhere, the start of the
+    file's earliest stream."""
+    if container.format.name not in UNANCHORED or container.start_time is None:
         return 0
     start = Fraction(container.start_time, 1_000_000)
     own = stream.start_time
