@@ -8,9 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TOP = {"__init__.py", "api.py", "cli.py", "metrics.py", "parity.py", "py.typed"}
 LAZY_CIRCLES = [  # of imports within a function
-    {"vtok_fast.dispatch.backends", "vtok_fast.dispatch.native"},  # why a backend cannot run
     {"vtok_fast.io.token_windows", "vtok_fast.io.tokens"},  # Tokens.load
-    {"vtok_fast.io.video.reader", "vtok_fast.io.video.seek"},  # for a type checker alone
     {"vtok_fast.models.vidtok.model", "vtok_fast.models.vidtok.stream"},  # VidTok.stream
 ]
 # What a room does not import, at whatever place in a file.

@@ -10,14 +10,33 @@ chunk by chunk. ``backend``, ``algorithm``, ``available_backends`` and ``fallbac
 
 import importlib.util
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# The names are imported from vtok_fast.api: at once if torch is loaded already, so that its registry has the
-# ops after `import vtok_fast`; otherwise when the first one is used, so that the command line can answer
-# --help or report a mistake without waiting for torch, and the doctor works if torch cannot be imported.
-if TYPE_CHECKING or sys.modules.get("torch") is not None:
+
+def _is_the_command() -> bool:
+    """Whether this process is `vtok-fast` or `python -m vtok_fast...`: it answers --help, or reports a
+    mistake, without waiting for torch, so the names are imported when the first one is used."""
+    words = sys.orig_argv[1:]
+    module = words[words.index("-m") + 1 :][:1] if "-m" in words else []
+    return any(Path(word).stem == "vtok-fast" for word in words[:2]) or any(
+        name.split(".")[0] == "vtok_fast" for name in module
+    )
+
+
+def _why_no_torch() -> str | None:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:  # the command's doctor then still has something to say
+        return str(error)
+    return None
+
+
+# Every other program has the ops in torch's registry after `import vtok_fast`: to load an exported model it
+# needs nothing else of the package.
+if TYPE_CHECKING or "torch" in sys.modules or not _is_the_command() and _why_no_torch() is None:
     from vtok_fast.api import *  # noqa: F403
     from vtok_fast.api import __all__ as __all__
 else:
@@ -25,10 +44,8 @@ else:
     def __getattr__(name: str) -> object:
         if name.startswith("__") and name != "__all__":
             raise AttributeError(f"module 'vtok_fast' has no attribute {name!r}")
-        try:
-            import torch  # noqa: F401
-        except ImportError as error:
-            raise ImportError(f"vtok_fast.{name} needs torch, which cannot be imported: {error}") from error
+        if (why := _why_no_torch()) is not None:
+            raise ImportError(f"vtok_fast.{name} needs torch, which cannot be imported: {why}")
         # A submodule needs no more than itself: the package's own files ask here for those, and vtok_fast.api
         # imports the files.
         if importlib.util.find_spec(f"vtok_fast.{name}"):

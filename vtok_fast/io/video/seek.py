@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from vtok_fast.io.video.decode import Decoding, Timed
 from vtok_fast.io.video.errors import VideoError
-
-if TYPE_CHECKING:
-    from vtok_fast.io.video.reader import Picture, open_video
 
 # Containers that give each packet its time. Of MPEG-TS and -PS a parser guesses it, after a seek wrongly.
 STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
@@ -28,8 +25,8 @@ class Elsewhere(Exception):
     """A seek that did not lead where it should."""
 
 
-def pictures_from(source: open_video, start: int) -> Iterator[Picture]:
-    """The frames of a source from number `start` on."""
+def pictures_from(source: Any, start: int) -> Iterator[Any]:
+    """The pictures of a source, an `open_video`, from number `start` on."""
     times, keys = scan(source)
     given = 0
     if start < len(times):
@@ -48,7 +45,7 @@ def pictures_from(source: open_video, start: int) -> Iterator[Picture]:
     yield from (picture for number, picture in enumerate(source._shown()) if number >= start + given)
 
 
-def scan(source: open_video) -> tuple[list[int], list[int]]:
+def scan(source: Any) -> tuple[list[int], list[int]]:
     """The times of the frames in order, and those of the key frames; empty where the packets do not tell."""
     source._rewind()
     if source._container.format.name not in STAMPED:
@@ -68,7 +65,7 @@ def scan(source: open_video) -> tuple[list[int], list[int]]:
     return times, sorted(keys)
 
 
-def _from(source: open_video, key: int, target: int, times: list[int]) -> Iterator[Timed]:
+def _from(source: Any, key: int, target: int, times: list[int]) -> Iterator[Timed]:
     """Frames from the one at `target` on. Raises Elsewhere if the first ones are not those that they should
     be."""
     wanted, reached = bisect_left(times, target), False
