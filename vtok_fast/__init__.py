@@ -36,7 +36,7 @@ def _why_no_torch() -> str | None:
 
 # Every other program has the ops in torch's registry after `import vtok_fast`: to load an exported model it
 # needs nothing else of the package.
-if TYPE_CHECKING or "torch" in sys.modules or not _is_the_command() and _why_no_torch() is None:
+if TYPE_CHECKING or sys.modules.get("torch") is not None or not _is_the_command() and _why_no_torch() is None:
     from vtok_fast.api import *  # noqa: F403
     from vtok_fast.api import __all__ as __all__
 else:

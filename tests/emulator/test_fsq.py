@@ -212,6 +212,11 @@ def test_backward(fsq, levels, dtype):
             assert torch.all(error <= bound)
 
 
+def strides(tensor):
+    """Of the dimensions that have more than one element: those of the others mean nothing."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape) if size > 1]
+
+
 def test_the_op_on_these_kernels(fsq):
     """What vtok_fast.ops.fsq does on a GPU, with the emulator in place of the native module."""
     lib = SimpleNamespace(
@@ -226,10 +231,10 @@ def test_the_op_on_these_kernels(fsq):
         for value, dim in layouts(z).values():
             call = calls.FSQCall(value, tuple(levels), "vidtok", dim % value.dim())
             for got, want in zip(sm80.run(call, lib), op.run_reference(call)):
-                assert same(got, want) and got.stride() == want.stride()
+                assert same(got, want) and strides(got) == strides(want)
             decode = calls.FSQDecodeCall(want, *call[1:2], dtype, call.dim)
             got, want = sm80.decode(decode, lib), op.decode_reference(decode)
-            assert same(got, want) and got.stride() == want.stride()
+            assert same(got, want) and strides(got) == strides(want)
             backward = calls.FSQBackwardCall(torch.randn_like(value), *call)
             got, want = sm80.backward(backward, lib), gradient.run_reference(backward)
             torch.testing.assert_close(

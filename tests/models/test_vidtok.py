@@ -401,7 +401,7 @@ def test_a_file_that_is_no_file_is_not_replaced(tmp_path):
     VidTok("tiny").save(link)
     assert link.is_symlink() and (tmp_path / "real.safetensors").stat().st_size > 1000
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         VidTok("tiny").save(tmp_path / "pipe")
 
 

@@ -84,7 +84,7 @@ def _forward_args(call: ConvCall, out: Tensor) -> tuple[tuple, list[Tensor | Non
         call.geometry.native(),
         arg(bias),
         arg(residual),
-        arg(out),
+        native.arg(out, out.device),  # a plan is asked for with an output on the meta device
         call.alpha,
         call.activation == "silu",
         call.depth_to_space,
