@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 
 import vtok_fast
@@ -150,6 +151,19 @@ def test_weights_in_a_dtype_without_kernels(dtype, check):
     report = vtok_fast.accelerate(model, check=check)
     name = str(dtype).removeprefix("torch.")
     assert {e.why for e in report.skipped} == {f"its weights are {name}, which no kernel takes"}
+
+
+@pytest.mark.parametrize("convolution", (nn.Conv2d, nn.Conv3d))
+def test_fake_tensors_are_not_measured(convolution):
+    """Nothing runs under a fake mode, so there is nothing to time or to compare; the swap is installed."""
+    with FakeTensorMode():
+        model = nn.Sequential(convolution(3, 4, 3, padding=1))
+        x = torch.randn(2, 3, *(8,) * (convolution(1, 1, 1).weight.dim() - 2))
+        report = vtok_fast.accelerate(model, example=x)
+        assert model(x).shape == (2, 4, *x.shape[2:])
+    assert [entry.error for entry in report.swapped] == [None] and "Nothing was measured" in report.notes[0]
+    report.revert()
+    assert "forward" not in vars(model[0])
 
 
 def test_lazy_weights():

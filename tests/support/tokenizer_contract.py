@@ -194,8 +194,8 @@ def check_acceleration(model, video: torch.Tensor) -> vtok_fast.Report:
         }
         for outputs in (fast, eager)
     )
-    # What is compared here are gradients: each passes every swap twice, forward and backward, and each pass may
-    # be off by the floor of its contract; independent errors add up as a root of their number.
+    # What is compared here are gradients: each passes every swap twice, forward and backward, and each pass
+    # may be off by the floor of its contract; independent errors add up as a root of their number.
     passes = 2 * max(1, len(report.swapped))
     bound = max(2 * max(eager_errors.values()), parity.floor(video.dtype) * passes**0.5)
     worst = max(errors, key=errors.get)

@@ -92,13 +92,20 @@ def accelerate(
         Exception: whatever the model raises on ``example``; the model is then as it was.
 
     A module that cannot be measured (its weights are on the meta device, sharded or quantized, it cannot be
-    copied or run in float64, its result holds no tensors) is left alone with that reason.
+    copied or run in float64, its result holds no tensors) is left alone with that reason. Under a dispatch
+    mode, such as that of fake tensors, nothing is measured, as with ``check=False``; `Report.notes` says so.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if contract not in parity.CONTRACTS:
         raise ValueError(f"contract: expected one of {', '.join(parity.CONTRACTS)}, got {contract!r}")
     report = Report(contract)
+    if check and _is_simulated():
+        report.notes.append(
+            "Nothing was measured: a dispatch mode is active (fake tensors, for example), under which "
+            "operations do not run."
+        )
+        check, example = False, None
     arguments = None if example is None else example if isinstance(example, tuple) else (example,)
     try:
         candidates = _propose(model, report, sharded=not check)
@@ -120,6 +127,14 @@ def accelerate(
         report.revert()
         raise
     return report
+
+
+def _is_simulated() -> bool:
+    """Whether what runs now is a dispatch mode's and not PyTorch's: the copies, timings and bytes that a
+    measurement takes would be of its making."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 @contextmanager
