@@ -5,7 +5,8 @@ import functools
 from support import emulator
 
 SOURCES = [
-    f"csrc/cuda/causal_conv3d/{part}.cu" for part in ("sm80_forward", "dgrad", "sm80_wgrad", "plan", "phases")
+    f"csrc/cuda/causal_conv3d/{part}.cu"
+    for part in ("sm80_forward", "forward", "dgrad", "sm80_wgrad", "plan", "phases")
 ]
 
 

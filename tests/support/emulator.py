@@ -2,8 +2,8 @@
 
     from support.emulator import build, EmulatorError
 
-    conv = build("csrc/cuda/causal_conv3d.cu", includes=["cuda/causal_conv3d/causal_conv3d.h"],
-                 exports={"forward": "vtok::cuda::causal_conv3d"})
+    conv = build("csrc/cuda/causal_conv3d/sm80_forward.cu", ..., includes=["cuda/causal_conv3d/call.h"],
+                 exports={"forward": "vtok::cuda::causal_conv3d_sm80_call"})
     for seed in (0, 1, 2):
         conv.forward(x, weight, None, out, [1, 1, 1], 0, None, seed=seed)      # fills `out`, a CPU tensor
 

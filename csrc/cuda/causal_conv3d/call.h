@@ -16,7 +16,7 @@ inline void* stream_of(uint64_t handle) { return reinterpret_cast<void*>(handle)
 
 // ---- every GPU from sm_80 on ------------------------------------------------------------------------------
 
-inline ConvChoice sm80_choice(const Triple& c) { return {c[0], c[1], c[2]}; }
+inline Sm80Choice sm80_choice(const Triple& c) { return {c[0], c[1], c[2]}; }
 
 inline Status causal_conv3d_sm80_call(Tensor x, Tensor weight, Tensor cache, ConvGeometry geometry, bool tf32,
                                       Tensor bias, Tensor residual, Tensor out, std::optional<float> alpha,
@@ -25,8 +25,8 @@ inline Status causal_conv3d_sm80_call(Tensor x, Tensor weight, Tensor cache, Con
   ConvProblem p = with_epilogue(conv_problem(x, weight, cache, geometry), bias, residual, out, alpha, silu,
                                 depth_to_space);
   p.allow_tf32 = tf32;
-  return causal_conv3d(p, sm80_choice(choice), workspace.data, only_bytes(workspace, need),
-                       stream_of(stream));
+  return causal_conv3d_sm80(p, sm80_choice(choice), workspace.data, only_bytes(workspace, need),
+                            stream_of(stream));
 }
 
 // The input's and the weights' gradients run one after the other and share the scratch memory.
@@ -38,43 +38,44 @@ inline Status causal_conv3d_sm80_backward_call(Tensor x, Tensor weight, Tensor c
   p.allow_tf32 = tf32;
   int64_t dgrad = 0, wgrad = 0;
   if (grad_x || grad_cache)
-    VTOK_RETURN_IF_ERROR(causal_conv3d_dgrad(p, grad, grad_x, grad_cache, sm80_choice(choice), workspace.data,
-                                             workspace ? nullptr : &dgrad, stream_of(stream)));
+    VTOK_RETURN_IF_ERROR(causal_conv3d_sm80_dgrad(p, grad, grad_x, grad_cache, sm80_choice(choice),
+                                                  workspace.data, workspace ? nullptr : &dgrad,
+                                                  stream_of(stream)));
   if (grad_weight)
-    VTOK_RETURN_IF_ERROR(causal_conv3d_wgrad(p, grad, grad_weight, grad_bias, sm80_choice(choice),
-                                             workspace.data, workspace ? nullptr : &wgrad,
-                                             stream_of(stream)));
+    VTOK_RETURN_IF_ERROR(causal_conv3d_sm80_wgrad(p, grad, grad_weight, grad_bias, sm80_choice(choice),
+                                                  workspace.data, workspace ? nullptr : &wgrad,
+                                                  stream_of(stream)));
   if (!workspace) *static_cast<int64_t*>(need.data) = std::max(dgrad, wgrad);
   return Status::Ok();
 }
 
 // ---- sm_90a only ------------------------------------------------------------------------------------------
 
-using Sm90Choice = std::array<int, 5>;  // rows and columns of the tile, splits, cluster, stages
+using Quintuple = std::array<int, 5>;  // rows and columns of the tile, splits, cluster, stages
 
 // `need` may have room for the plan after the number of bytes: that of the last of several launches.
-inline ConvChoice sm90_choice(const Sm90Choice& c, const Tensor& need) {
-  ConvChoice choice = {c[0], c[1], c[2], true, c[3], c[4]};
+inline Sm90Choice sm90_choice(const Quintuple& c, const Tensor& need) {
+  Sm90Choice choice = {c[0], c[1], c[2], c[3], c[4]};
   if (need.size[0] == 1 + kSm90Report) choice.report = static_cast<int64_t*>(need.data) + 1;
   return choice;
 }
 
 inline Status causal_conv3d_sm90_call(Tensor x, Tensor weight, Tensor cache, ConvGeometry geometry,
                                       Tensor bias, Tensor residual, Tensor out, std::optional<float> alpha,
-                                      bool silu, Triple depth_to_space, Sm90Choice choice, Tensor workspace,
+                                      bool silu, Triple depth_to_space, Quintuple choice, Tensor workspace,
                                       Tensor need, uint64_t stream) {
   const ConvProblem p = with_epilogue(conv_problem(x, weight, cache, geometry), bias, residual, out, alpha,
                                       silu, depth_to_space);
-  return causal_conv3d(p, sm90_choice(choice, need), workspace.data, only_bytes(workspace, need),
-                       stream_of(stream));
+  return causal_conv3d_sm90(p, sm90_choice(choice, need), workspace.data, only_bytes(workspace, need),
+                            stream_of(stream));
 }
 
 inline Status causal_conv3d_sm90_dgrad_call(Tensor x, Tensor weight, Tensor cache, ConvGeometry geometry,
-                                            Tensor grad, Tensor grad_x, Tensor grad_cache, Sm90Choice choice,
+                                            Tensor grad, Tensor grad_x, Tensor grad_cache, Quintuple choice,
                                             Tensor workspace, Tensor need, uint64_t stream) {
-  return causal_conv3d_dgrad(conv_problem(x, weight, cache, geometry), grad, grad_x, grad_cache,
-                             sm90_choice(choice, need), workspace.data, only_bytes(workspace, need),
-                             stream_of(stream));
+  return causal_conv3d_sm90_dgrad(conv_problem(x, weight, cache, geometry), grad, grad_x, grad_cache,
+                                  sm90_choice(choice, need), workspace.data, only_bytes(workspace, need),
+                                  stream_of(stream));
 }
 
 }  // namespace vtok::cuda

@@ -8,35 +8,47 @@
 
 namespace vtok::cuda {
 
-// A tile shape and a number of K splits to insist on, for tests and for tuning; 0 leaves the choice to the
+// What to insist on, for tests and for tuning: a tile shape, a number of K splits. 0 leaves the choice to the
 // plan.
-struct ConvChoice {
+struct Sm80Choice {
   int tile_m = 0, tile_n = 0, splits = 0;
-  // The sm90 kernel instead of the one for every GPU; and its blocks per cluster and stages of weights.
-  bool sm90 = false;
-  int cluster = 0, stages = 0;
-  int64_t* report = nullptr;  // takes the sm90 plan: kSm90Report numbers, see run_conv_sm90
+};
+
+struct Sm90Choice {
+  int tile_m = 0, tile_n = 0, splits = 0, cluster = 0, stages = 0;  // blocks per cluster, stages of weights
+  // takes the plan, kSm90Report numbers: tile_m, tile_n, splits, cluster, stages of weights, stages of patches,
+  // the tile's frames, rows and columns, and the cycles predicted
+  int64_t* report = nullptr;
 };
 constexpr int kSm90Report = 10;
 
+// Which of the two runs a call is the caller's choice. Those of sm90 are only in a build that has 90a, and
+// return Unsupported, with the reason, where their kernel cannot run a call.
+//
 // x: float32, bfloat16 or float16; channel stride 1, or any strides through a slower gather. cache: the strides
 // of x except for batch and time. bias: the type of x. residual and out: channel stride 1.
 //
 // Each launcher with `workspace_bytes` set only reports how much scratch memory (16-byte aligned) the call
 // needs.
-Status causal_conv3d(const ConvProblem& problem, ConvChoice choice, void* workspace, int64_t* workspace_bytes,
-                     void* stream);
+Status causal_conv3d_sm80(const ConvProblem& problem, Sm80Choice choice, void* workspace,
+                          int64_t* workspace_bytes, void* stream);
+Status causal_conv3d_sm90(const ConvProblem& problem, Sm90Choice choice, void* workspace,
+                          int64_t* workspace_bytes, void* stream);
 
 // grad: (B, O, To, Ho, Wo), channel stride 1, the gradient of the convolution's own result (before bias,
 // SiLU, blend and depth-to-space). The gradients are written, not accumulated; an absent one is not computed.
 // problem.x and problem.cache give shapes only here; their gradients have channel stride 1.
-Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_x,
-                           const Tensor& grad_cache, ConvChoice choice, void* workspace,
-                           int64_t* workspace_bytes, void* stream);
+Status causal_conv3d_sm80_dgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_x,
+                                const Tensor& grad_cache, Sm80Choice choice, void* workspace,
+                                int64_t* workspace_bytes, void* stream);
+Status causal_conv3d_sm90_dgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_x,
+                                const Tensor& grad_cache, Sm90Choice choice, void* workspace,
+                                int64_t* workspace_bytes, void* stream);
 
-// grad_weight: the shape of problem.weight, any strides; grad_bias: (O), contiguous, or absent.
-Status causal_conv3d_wgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_weight,
-                           const Tensor& grad_bias, ConvChoice choice, void* workspace,
-                           int64_t* workspace_bytes, void* stream);
+// grad_weight: the shape of problem.weight, any strides; grad_bias: (O), contiguous, or absent. That of sm90:
+// sm90_wgrad.h.
+Status causal_conv3d_sm80_wgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_weight,
+                                const Tensor& grad_bias, Sm80Choice choice, void* workspace,
+                                int64_t* workspace_bytes, void* stream);
 
 }  // namespace vtok::cuda

@@ -113,27 +113,25 @@ Status launch_fold(FoldParams p, const Tensor& target, cudaStream_t stream) {
   return VTOK_LAUNCH(fold_kernel<float>, grid, block, 0, stream, p, vectors);
 }
 
-}  // namespace
+// ---- the task ---------------------------------------------------------------------------------------------
 
-Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_x,
-                           const Tensor& grad_cache, ConvChoice choice, void* workspace_base,
-                           int64_t* workspace_bytes, void* stream) {
-  Source forward;
-  VTOK_RETURN_IF_ERROR(make_source(problem, &forward));
-  const Tensor& weight = problem.weight;
-  const int outputs = int(weight.size[0]), groups = problem.groups, channels = int(problem.x.size[1]);
-  const int64_t expected[5] = {problem.x.size[0], outputs, forward.out[0], forward.out[1], forward.out[2]};
+Status check_gradients(const ConvProblem& problem, const Source& forward, const Tensor& grad,
+                       const Tensor& grad_x, const Tensor& grad_cache) {
+  const int64_t expected[5] = {problem.x.size[0], problem.weight.size[0], forward.out[0], forward.out[1],
+                               forward.out[2]};
   for (int i = 0; i < 5; ++i)
     if (grad.rank != 5 || grad.size[i] != expected[i])
       return Status::Invalid("grad: must have the convolution's shape");
-  if (channels > 1 && ((grad_x && grad_x.stride[1] != 1) || (grad_cache && grad_cache.stride[1] != 1)))
+  if (problem.x.size[1] > 1 &&
+      ((grad_x && grad_x.stride[1] != 1) || (grad_cache && grad_cache.stride[1] != 1)))
     return Status::Invalid("grad_x, grad_cache: the channel stride must be 1");
+  return Status::Ok();
+}
 
-  // The domain of each axis, and the convolution over it.
-  ConvTask task = {};
-  Source& s = task.source;
-  FoldParams fold = {};
-  bool folds = forward.used_cache > 0 || grad_cache || forward.once;
+// The domain of each axis, and the convolution over it. True where an axis must be folded.
+bool make_domain(const ConvProblem& problem, const Source& forward, Source* source, FoldParams* fold) {
+  Source& s = *source;
+  bool folds = forward.used_cache > 0 || forward.once;
   s.positions = problem.x.size[0];
   s.time_mode = s.spatial_mode = PadMode::zeros;
   for (int i = 0; i < 3; ++i) {
@@ -154,7 +152,7 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
     folds = folds || padded || forward.upsample[i] > 1;
     const int front = padded ? forward.pad[i] : 0;
     const int domain = forward.length[i] + (padded ? front + back : 0);
-    fold.axis[i] = {front, forward.length[i], domain, forward.upsample[i], mode};
+    fold->axis[i] = {front, forward.length[i], domain, forward.upsample[i], mode};
     s.kernel[i] = forward.kernel[i] * (i == 0 ? 1 + s.before + s.after : 1);
     s.stride[i] = 1;
     s.dilation[i] = forward.dilation[i];
@@ -165,14 +163,15 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
     s.out[i] = domain;
     s.positions *= domain;
   }
-  task.chunks = bind_source(grad, {}, groups, &s);
-  task.dtype = problem.x.dtype;
-  task.tf32 = problem.allow_tf32;
+  return folds;
+}
 
-  RelaidWeight& w = task.weight;
-  w.groups = groups;
-  w.outputs = channels / groups;
-  w.channels = outputs / groups;
+RelaidWeight mirrored_weight(const ConvProblem& problem, const Source& forward) {
+  const Tensor& weight = problem.weight;
+  RelaidWeight w = {};
+  w.groups = problem.groups;
+  w.outputs = int(problem.x.size[1]) / w.groups;
+  w.channels = int(weight.size[0]) / w.groups;
   w.phases = 1;
   w.phase_channels = w.outputs;
   int64_t last = 0;
@@ -185,13 +184,21 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
   w.from.group = w.channels * weight.stride[0];
   w.from.n = weight.stride[1];
   w.from.channel = weight.stride[0];
+  return w;
+}
 
-  Workspace workspace(workspace_base, workspace_bytes);
-  Epilogue& e = task.epilogue;
+// Where the convolution's results go: to the domain in scratch memory, or to the gradient itself.
+Epilogue results_to(const Tensor* grad_x, const ConvTask& task, int channels, Workspace& workspace) {
+  const Source& s = task.source;
+  const int bytes = element_size(task.dtype);
+  Epilogue e = {};
   e.channels = e.all_channels = channels;
   for (int i = 0; i < 3; ++i) e.spread[i] = e.residual_upsample[i] = 1;
-  const int bytes = element_size(task.dtype);
-  if (folds) {
+  if (grad_x) {
+    const int axes[4] = {0, 2, 3, 4};
+    for (int i = 0; i < 4; ++i) e.out_stride[i] = grad_x->stride[axes[i]];
+    e.out = grad_x->data;
+  } else {
     e.out = workspace.take(s.positions * channels * bytes);
     int64_t stride = channels;
     for (int i = 3; i > 0; --i) {
@@ -199,17 +206,33 @@ Status causal_conv3d_dgrad(const ConvProblem& problem, const Tensor& grad, const
       stride *= s.out[i - 1];
     }
     e.out_stride[0] = stride;
-  } else {
-    const int axes[4] = {0, 2, 3, 4};
-    for (int i = 0; i < 4; ++i) e.out_stride[i] = grad_x.stride[axes[i]];
-    e.out = grad_x.data;
   }
-  e.vectors = w.outputs % 8 == 0 && aligned16(e.out);
+  e.vectors = task.weight.outputs % 8 == 0 && aligned16(e.out);
   for (int64_t stride : e.out_stride) e.vectors = e.vectors && stride * bytes % 16 == 0;
-  VTOK_RETURN_IF_ERROR(run_chosen(task, choice, workspace, stream));
+  return e;
+}
+
+}  // namespace
+
+Status run_dgrad(const RunTask& run, const ConvProblem& problem, const Tensor& grad, const Tensor& grad_x,
+                 const Tensor& grad_cache, void* workspace_base, int64_t* workspace_bytes, void* stream) {
+  Source forward;
+  VTOK_RETURN_IF_ERROR(make_source(problem, &forward));
+  VTOK_RETURN_IF_ERROR(check_gradients(problem, forward, grad, grad_x, grad_cache));
+
+  ConvTask task = {};
+  FoldParams fold = {};
+  const bool folds = make_domain(problem, forward, &task.source, &fold) || grad_cache;
+  task.chunks = bind_source(grad, {}, problem.groups, &task.source);
+  task.dtype = problem.x.dtype;
+  task.tf32 = problem.allow_tf32;
+  task.weight = mirrored_weight(problem, forward);
+  Workspace workspace(workspace_base, workspace_bytes);
+  task.epilogue = results_to(folds ? nullptr : &grad_x, task, int(problem.x.size[1]), workspace);
+  VTOK_RETURN_IF_ERROR(run(task, workspace));
   if (workspace_bytes || !folds) return Status::Ok();
 
-  fold.from = e.out;
+  fold.from = task.epilogue.out;
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   if (grad_x) {
     fold.first_frame = forward.used_cache;

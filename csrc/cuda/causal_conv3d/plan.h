@@ -1,6 +1,7 @@
 // Host side of the convolutions on a GPU: checks, the tables of the problem that every kernel takes, and
 // scratch memory.
 #pragma once
+#include <functional>
 #include <vector>
 
 #include "cuda/causal_conv3d/epilogue.cuh"
@@ -78,23 +79,12 @@ struct ConvTask {
 // The task as several with fewer taps, where taps read the same elements (an upsampled input, a single
 // replicated frame).
 std::vector<ConvTask> merge_taps(const ConvTask& task);
-Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream);
 
-// The same by the sm90 kernel; Unsupported, with the reason, where it cannot. Reports tile_m, tile_n,
-// splits, cluster, stages of weights, stages of patches, the tile's frames, rows and columns, and the cycles
-// predicted.
-#ifdef VTOK_SM90  // in the build
-Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream);
-#else
-inline Status run_conv_sm90(ConvTask&, ConvChoice, Workspace&, void*) {
-  return Status::Unsupported(
-      "sm90: the native module was built without it; VTOK_FAST_CUDA_ARCHS chooses GPUs at build time");
-}
-#endif
-
-inline Status run_chosen(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream) {
-  return choice.sm90 ? run_conv_sm90(task, choice, workspace, stream)
-                     : run_conv(task, choice, workspace, stream);
-}
+// What sm80 and sm90 share of a call: forward.cu and dgrad.cu check it, make the tasks, and leave each to `run`,
+// which only counts its scratch memory where the workspace only counts.
+using RunTask = std::function<Status(ConvTask&, Workspace&)>;
+Status run_forward(const RunTask& run, const ConvProblem& problem, void* workspace, int64_t* workspace_bytes);
+Status run_dgrad(const RunTask& run, const ConvProblem& problem, const Tensor& grad, const Tensor& grad_x,
+                 const Tensor& grad_cache, void* workspace, int64_t* workspace_bytes, void* stream);
 
 }  // namespace vtok::cuda

@@ -1,5 +1,5 @@
-// causal_conv3d forward: the tiles, the choice among them, and the launch. The kernel:
-// sm80_kernel.cuh.
+// The convolution on every GPU from sm_80 on, for forward and dgrad: the tiles, the choice among them, and the
+// launch. The kernel: sm80_kernel.cuh.
 //
 // Launches: the weights into the kernel's order (O * taps * C elements read and written), the products, and
 // where K is split the sum of the splits. Half precision, as ptxas counts them for sm_80; a 3x3x3 kernel adds
@@ -82,7 +82,7 @@ struct Chosen {
 // The cheapest tile and number of K splits under a simple model, in cycles: the multiprocessor with the most
 // blocks works them off one after another at the speed of its matrix unit; a split writes and reads float32
 // sums. A model, not a measurement.
-Chosen choose(const Variants& variants, const ConvTask& task, int groups, ConvChoice wish,
+Chosen choose(const Variants& variants, const ConvTask& task, int groups, Sm80Choice wish,
               const Device& device) {
   constexpr double kProductsPerCycle = 1024, kBlockCycles = 3000, kReduceCycles = 6000, kBytesPerCycle = 12;
   Chosen best;
@@ -116,11 +116,9 @@ Status reduce_splits(const ConvParams& params, int splits, cudaStream_t stream) 
   return VTOK_LAUNCH(reduce_splits_kernel<T>, dim3(unsigned(blocks)), dim3(256), 0, stream, params, splits);
 }
 
-}  // namespace
-
 // ---- the launch -------------------------------------------------------------------------------------------
 
-Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream_handle) {
+Status run_task(ConvTask& task, Sm80Choice choice, Workspace& workspace, void* stream_handle) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   RelaidWeight& weight = task.weight;
   Source& source = task.source;
@@ -171,82 +169,19 @@ Status run_conv(ConvTask& task, ConvChoice choice, Workspace& workspace, void* s
   return reduce_splits<float>(p, chosen.splits, stream);
 }
 
-Status causal_conv3d(const ConvProblem& problem, ConvChoice choice, void* workspace_base,
-                     int64_t* workspace_bytes, void* stream) {
-  ConvTask task = {};
-  Source& s = task.source;
-  VTOK_RETURN_IF_ERROR(make_source(problem, &s));
-  const Tensor &x = problem.x, &weight = problem.weight, &out = problem.out, &residual = problem.residual;
-  const int* spread = problem.depth_to_space;
-  const int phases = spread[0] * spread[1] * spread[2], outputs = int(weight.size[0]);
-  if (phases > 1 && problem.groups > 1) return Status::Unsupported("depth_to_space: with groups");
-  const int64_t expected[5] = {x.size[0], outputs / phases, int64_t(s.out[0]) * spread[0],
-                               int64_t(s.out[1]) * spread[1], int64_t(s.out[2]) * spread[2]};
-  for (int i = 0; i < 5; ++i)
-    if (out.rank != 5 || out.size[i] != expected[i])
-      return Status::Invalid("out: dimension " + std::to_string(i) + " must be " +
-                             std::to_string(expected[i]));
-  auto adjacent = [](const Tensor& t) { return t.size[1] <= 1 || t.stride[1] == 1; };
-  if (!adjacent(out) || !adjacent(residual))
-    return Status::Invalid("out, residual: the channel stride must be 1");
+}  // namespace
 
-  task.chunks = bind_source(x, problem.cache, problem.groups, &s);
-  task.dtype = x.dtype;
-  task.tf32 = problem.allow_tf32;
-  RelaidWeight& w = task.weight;
-  w.groups = problem.groups;
-  w.outputs = outputs / problem.groups;
-  w.channels = int(weight.size[1]);
-  w.phases = phases;
-  w.phase_channels = w.outputs / phases;
-  w.bias = problem.bias.data;
-  w.from = {weight.data,
-            w.outputs * weight.stride[0],
-            weight.stride[0],
-            weight.stride[1],
-            {weight.stride[2], weight.stride[3], weight.stride[4]}};
-  std::copy(s.kernel, s.kernel + 3, w.kernel);
-  std::copy(s.kernel, s.kernel + 3, w.taps);
+Status causal_conv3d_sm80(const ConvProblem& problem, Sm80Choice choice, void* workspace,
+                          int64_t* workspace_bytes, void* stream) {
+  const RunTask run = [&](ConvTask& task, Workspace& from) { return run_task(task, choice, from, stream); };
+  return run_forward(run, problem, workspace, workspace_bytes);
+}
 
-  Epilogue& e = task.epilogue;
-  const int bytes = element_size(x.dtype);
-  e.out = out.data;
-  e.residual = residual.data;
-  e.channels = outputs / phases;
-  e.all_channels = outputs;
-  e.silu = problem.silu;
-  e.blend = problem.has_alpha;
-  e.alpha = problem.alpha;
-  std::copy(spread, spread + 3, e.spread);
-  e.vectors = e.channels % 8 == 0 && w.outputs % 8 == 0 && aligned16(out.data) && aligned16(residual.data);
-  const int axes[4] = {0, 2, 3, 4};
-  for (int i = 0; i < 4; ++i) {
-    e.out_stride[i] = out.stride[axes[i]];
-    e.vectors = e.vectors && out.stride[axes[i]] * bytes % 16 == 0;
-    if (residual) {
-      e.residual_stride[i] = residual.stride[axes[i]];
-      e.vectors = e.vectors && (residual.size[axes[i]] == 1 || residual.stride[axes[i]] * bytes % 16 == 0);
-    }
-  }
-  for (int axis = 0; axis < 3; ++axis) {
-    const bool same = !residual || residual.size[2 + axis] == out.size[2 + axis];
-    e.residual_upsample[axis] = same ? 1 : problem.upsample[axis];
-    if (axis == 0) e.residual_once = !same && s.once;
-    const int64_t single = axis == 0 && e.residual_once ? problem.upsample[0] - 1 : 0;
-    if (residual && (residual.size[0] != out.size[0] || residual.size[1] != out.size[1] ||
-                     residual.size[2 + axis] * e.residual_upsample[axis] - single != out.size[2 + axis]))
-      return Status::Invalid("residual: must have the output's shape, before or after upsampling");
-  }
-  // One after the other on the stream, and so in the same scratch memory.
-  int64_t most = 0;
-  for (ConvTask& part : merge_taps(task)) {
-    int64_t bytes_of_part = 0;
-    Workspace workspace(workspace_base, workspace_bytes ? &bytes_of_part : nullptr);
-    VTOK_RETURN_IF_ERROR(run_chosen(part, choice, workspace, stream));
-    most = std::max(most, bytes_of_part);
-  }
-  if (workspace_bytes) *workspace_bytes = most;
-  return Status::Ok();
+Status causal_conv3d_sm80_dgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_x,
+                                const Tensor& grad_cache, Sm80Choice choice, void* workspace,
+                                int64_t* workspace_bytes, void* stream) {
+  const RunTask run = [&](ConvTask& task, Workspace& from) { return run_task(task, choice, from, stream); };
+  return run_dgrad(run, problem, grad, grad_x, grad_cache, workspace, workspace_bytes, stream);
 }
 
 }  // namespace vtok::cuda

@@ -174,54 +174,58 @@ struct Loader {
   }
 };
 
+// Where a thread works: the corner of its warp in the tile and of the tile in the product, its block's share of
+// K, and the block's shared memory.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_kernel(const ConvParams p) {
-  using T = typename Tile::T;
-  constexpr int MI = Tile::kWarpM / 16, NI = Tile::kWarpN / 8;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_m = warp / Tile::kWarpsN * Tile::kWarpM, warp_n = warp % Tile::kWarpsN * Tile::kWarpN;
-  // neighboring blocks share their positions, which L2 then holds
-  const int n0 = int(blockIdx.x % p.tiles_n) * Tile::kN;
-  const int64_t m0 = int64_t(blockIdx.x / p.tiles_n) * Tile::kM;
-  const int split = blockIdx.y, splits = gridDim.y, group = blockIdx.z;
-  const Epilogue& e = p.epilogue;
+struct Corner {
+  int lane, warp, warp_m, warp_n;
+  int n0;
+  int64_t m0;
+  int split, splits, group;
+  uint32_t ring, after_ring;  // the stages; the tables, and then the offsets of the tile's rows
 
-  const uint32_t ring = ptx::smem_base(), after_ring = ring + Tile::kStages * Tile::kStageBytes;
-  const typename Tile::Table table(after_ring, p.source);
-  table.build(p.source, m0, group);
-  __syncthreads();
-  uint32_t alive = table.alive(p.source.kernel[0], lane);
-  int time_taps = 0;
-  for (int dt = 0; dt < p.source.kernel[0]; ++dt) time_taps += alive >> dt & 1;
+  __device__ __forceinline__ explicit Corner(int tiles_n)
+      : lane(threadIdx.x % 32), warp(threadIdx.x / 32), warp_m(warp / Tile::kWarpsN * Tile::kWarpM),
+        warp_n(warp % Tile::kWarpsN * Tile::kWarpN),
+        // neighboring blocks share their positions, which L2 then holds
+        n0(int(blockIdx.x % tiles_n) * Tile::kN), m0(int64_t(blockIdx.x / tiles_n) * Tile::kM),
+        split(blockIdx.y), splits(gridDim.y), group(blockIdx.z), ring(ptx::smem_base()),
+        after_ring(ring + Tile::kStages * Tile::kStageBytes) {}
+};
 
-  Loader<Tile> loader(p, table, alive, group, n0);
-  const int64_t all = int64_t(time_taps) * loader.slices;
-  const int begin = int(all * split / splits), end = int(all * (split + 1) / splits);
+template <class Tile>
+using Sums = float[Tile::kWarpM / 16][Tile::kWarpN / 8][4];
 
-  float acc[MI][NI][4];
+// The first share of K starts from the bias, the others from zero.
+template <class Tile>
+__device__ __forceinline__ void start_sums(const ConvParams& p, const Corner<Tile>& at, Sums<Tile>& acc) {
 #pragma unroll
-  for (int j = 0; j < NI; ++j)
+  for (int j = 0; j < Tile::kWarpN / 8; ++j)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int n = n0 + warp_n + j * 8 + lane % 4 * 2 + h;
+      const int n = at.n0 + at.warp_n + j * 8 + at.lane % 4 * 2 + h;
       const float bias =
-          p.bias && split == 0 && n < p.outputs ? ptx::ld_global(p.bias + group * p.outputs + n) : 0;
+          p.bias && at.split == 0 && n < p.outputs ? ptx::ld_global(p.bias + at.group * p.outputs + n) : 0;
 #pragma unroll
-      for (int i = 0; i < MI; ++i) acc[i][j][h] = acc[i][j][2 + h] = bias;
+      for (int i = 0; i < Tile::kWarpM / 16; ++i) acc[i][j][h] = acc[i][j][2 + h] = bias;
     }
+}
 
-  float total[MI][NI][4] = {};  // no registers where Math sums in one level
-
+// The main loop over slices `begin` to `end` - 1 of K, kStages - 1 of them on their way.
+template <class Tile>
+__device__ __forceinline__ void multiply_slices(Loader<Tile>& loader, const Corner<Tile>& at, int begin,
+                                                int end, Sums<Tile>& acc) {
+  Sums<Tile> total = {};  // no registers where Math sums in one level
   if (begin < end) loader.seek(begin);
 #pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
     if (begin + s < end) {
-      loader.load(ring + s * Tile::kStageBytes);
+      loader.load(at.ring + s * Tile::kStageBytes);
       loader.advance();
     }
     ptx::cp_async_commit();
   }
-  uint32_t read = ring, write = ring + (Tile::kStages - 1) * Tile::kStageBytes;
+  uint32_t read = at.ring, write = at.ring + (Tile::kStages - 1) * Tile::kStageBytes;
   for (int it = begin; it < end; ++it) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     // this slice has arrived, and all warps are done with the slice before it, whose stage is now written
@@ -231,79 +235,122 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_kernel(con
       loader.advance();
     }
     ptx::cp_async_commit();
-    Tile::Math::multiply(acc, read + warp_m * kRowBytes, read + (Tile::kM + warp_n) * kRowBytes, lane);
+    Tile::Math::multiply(acc, read + at.warp_m * kRowBytes, read + (Tile::kM + at.warp_n) * kRowBytes,
+                         at.lane);
     if constexpr (Tile::Math::kTwoLevels)
       if (it % 16 == 15) flush(total, acc);
     write = read;
-    read = read + Tile::kStageBytes == after_ring ? ring : read + Tile::kStageBytes;
+    read = read + Tile::kStageBytes == at.after_ring ? at.ring : read + Tile::kStageBytes;
   }
   ptx::cp_async_wait<0>();
   if constexpr (Tile::Math::kTwoLevels) flush(acc, total);
+}
 
-  if (splits > 1) {
+// One share of K as float32, for reduce_splits_kernel.
+template <class Tile>
+__device__ __forceinline__ void store_partial(const ConvParams& p, const Corner<Tile>& at, Sums<Tile>& acc) {
 #pragma unroll
-    for (int i = 0; i < MI; ++i)
+  for (int i = 0; i < Tile::kWarpM / 16; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t m = m0 + warp_m + i * 16 + lane / 4 + h * 8;
-        float* to =
-            p.partial + (split * p.source.positions + m) * p.partial_stride + n0 + warp_n + lane % 4 * 2;
+    for (int h = 0; h < 2; ++h) {
+      const int64_t m = at.m0 + at.warp_m + i * 16 + at.lane / 4 + h * 8;
+      float* to = p.partial + (at.split * p.source.positions + m) * p.partial_stride + at.n0 + at.warp_n +
+                  at.lane % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < NI; ++j)
-          if (m < p.source.positions && n0 + warp_n + j * 8 < p.partial_stride)
-            ptx::st_global(reinterpret_cast<float2*>(to + j * 8),
-                           make_float2(acc[i][j][h * 2], acc[i][j][h * 2 + 1]));
-      }
-    return;
-  }
+      for (int j = 0; j < Tile::kWarpN / 8; ++j)
+        if (m < p.source.positions && at.n0 + at.warp_n + j * 8 < p.partial_stride)
+          ptx::st_global(reinterpret_cast<float2*>(to + j * 8),
+                         make_float2(acc[i][j][h * 2], acc[i][j][h * 2 + 1]));
+    }
+}
 
-  __syncthreads();  // the tables are free, also where the loop had nothing to do
+// Where the tile's rows begin in the output and the residual, in the place of the tables.
+template <class Tile>
+__device__ __forceinline__ void place_rows(const ConvParams& p, const Corner<Tile>& at) {
   for (int r = threadIdx.x; r < Tile::kM; r += Tile::kThreads) {
-    const int64_t m = m0 + r;
-    const RowOffsets offsets = row_offsets(e, position_of(m < p.source.positions ? m : 0, p.source.out));
-    ptx::st_shared<int64_t>(after_ring + r * 16, offsets.out);
-    ptx::st_shared<int64_t>(after_ring + r * 16 + 8, offsets.residual);
+    const int64_t m = at.m0 + r;
+    const RowOffsets offsets =
+        row_offsets(p.epilogue, position_of(m < p.source.positions ? m : 0, p.source.out));
+    ptx::st_shared<int64_t>(at.after_ring + r * 16, offsets.out);
+    ptx::st_shared<int64_t>(at.after_ring + r * 16 + 8, offsets.residual);
   }
-  __syncthreads();  // so is the ring
-  // Sixteen rows of a warp at a time pass through shared memory, from the layout of the products to rows of
-  // eight channels.
-  const uint32_t staging = ring + warp * 16 * Tile::kStagingStride * 4;
+}
+
+// Finishes and stores sixteen rows of a warp, from row `row` of the tile on, that lie at `staging`.
+template <class Tile>
+__device__ __forceinline__ void store_rows(const ConvParams& p, const Corner<Tile>& at, uint32_t staging,
+                                           int row) {
+  using T = typename Tile::T;
+  constexpr int NI = Tile::kWarpN / 8;
+  auto offsets = [&](int r) {
+    const uint32_t from = at.after_ring + (row + r) * 16;
+    return RowOffsets{ptx::ld_shared<int64_t>(from), ptx::ld_shared<int64_t>(from + 8)};
+  };
+  if (p.epilogue.vectors) {
+#pragma unroll 1
+    for (int q = at.lane; q < 16 * NI; q += 32) {
+      const int r = q / NI, c = q % NI * 8, n = at.n0 + at.warp_n + c;
+      if (at.m0 + row + r < p.source.positions && n < p.outputs) {
+        const uint32_t from = staging + (r * Tile::kStagingStride + c) * 4;
+        const float4 lo = ptx::ld_shared<float4>(from), hi = ptx::ld_shared<float4>(from + 16);
+        store_eight<T>(p.epilogue, {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w}, offsets(r),
+                       at.group * p.outputs + n);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int q = at.lane; q < 16 * Tile::kWarpN; q += 32) {
+      const int r = q / Tile::kWarpN, c = q % Tile::kWarpN, n = at.n0 + at.warp_n + c;
+      if (at.m0 + row + r < p.source.positions && n < p.outputs)
+        store_one<T>(p.epilogue, ptx::ld_shared<float>(staging + (r * Tile::kStagingStride + c) * 4),
+                     offsets(r), at.group * p.outputs + n);
+    }
+  }
+}
+
+// Sixteen rows of a warp at a time pass through shared memory, from the layout of the products to rows of eight
+// channels.
+template <class Tile>
+__device__ __forceinline__ void store_tile(const ConvParams& p, const Corner<Tile>& at, Sums<Tile>& acc) {
+  const uint32_t staging = at.ring + at.warp * 16 * Tile::kStagingStride * 4;
 #pragma unroll
-  for (int i = 0; i < MI; ++i) {
+  for (int i = 0; i < Tile::kWarpM / 16; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int j = 0; j < NI; ++j)
-        ptx::st_shared(staging + ((lane / 4 + h * 8) * Tile::kStagingStride + j * 8 + lane % 4 * 2) * 4,
+      for (int j = 0; j < Tile::kWarpN / 8; ++j)
+        ptx::st_shared(staging + ((at.lane / 4 + h * 8) * Tile::kStagingStride + j * 8 + at.lane % 4 * 2) * 4,
                        make_float2(acc[i][j][h * 2], acc[i][j][h * 2 + 1]));
     __syncwarp();
-    const int row = warp_m + i * 16;
-    auto offsets = [&](int r) {
-      const uint32_t from = after_ring + (row + r) * 16;
-      return RowOffsets{ptx::ld_shared<int64_t>(from), ptx::ld_shared<int64_t>(from + 8)};
-    };
-    if (e.vectors) {
-#pragma unroll 1
-      for (int q = lane; q < 16 * NI; q += 32) {
-        const int r = q / NI, c = q % NI * 8, n = n0 + warp_n + c;
-        if (m0 + row + r < p.source.positions && n < p.outputs) {
-          const uint32_t from = staging + (r * Tile::kStagingStride + c) * 4;
-          const float4 lo = ptx::ld_shared<float4>(from), hi = ptx::ld_shared<float4>(from + 16);
-          store_eight<T>(e, {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w}, offsets(r),
-                         group * p.outputs + n);
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (int q = lane; q < 16 * Tile::kWarpN; q += 32) {
-        const int r = q / Tile::kWarpN, c = q % Tile::kWarpN, n = n0 + warp_n + c;
-        if (m0 + row + r < p.source.positions && n < p.outputs)
-          store_one<T>(e, ptx::ld_shared<float>(staging + (r * Tile::kStagingStride + c) * 4), offsets(r),
-                       group * p.outputs + n);
-      }
-    }
+    store_rows<Tile>(p, at, staging, at.warp_m + i * 16);
     __syncwarp();
   }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_kernel(const ConvParams p) {
+  const Corner<Tile> at(p.tiles_n);
+  const typename Tile::Table table(at.after_ring, p.source);
+  table.build(p.source, at.m0, at.group);
+  __syncthreads();
+  const uint32_t alive = table.alive(p.source.kernel[0], at.lane);
+  int time_taps = 0;
+  for (int dt = 0; dt < p.source.kernel[0]; ++dt) time_taps += alive >> dt & 1;
+
+  Loader<Tile> loader(p, table, alive, at.group, at.n0);
+  const int64_t all = int64_t(time_taps) * loader.slices;
+  const int begin = int(all * at.split / at.splits), end = int(all * (at.split + 1) / at.splits);
+  Sums<Tile> acc;
+  start_sums<Tile>(p, at, acc);
+  multiply_slices<Tile>(loader, at, begin, end, acc);
+  if (at.splits > 1) {
+    store_partial<Tile>(p, at, acc);
+    return;
+  }
+  __syncthreads();  // the tables are free, also where the loop had nothing to do
+  place_rows<Tile>(p, at);
+  __syncthreads();  // so is the ring
+  store_tile<Tile>(p, at, acc);
 }
 
 // Sums the K splits of eight channels of one position, always in the same order, and finishes them.

@@ -95,42 +95,57 @@ struct SliceLoader {
   }
 };
 
+// Where a thread works: the corner of its warp in the tile and of the tile in the product, and its block's share
+// of the positions, in slices.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 ? 2 : 1)
-    wgrad_kernel(const WgradParams p) {
-  constexpr int MI = Tile::kWarpM / 16, NI = Tile::kWarpN / 8, kSlicesPerBatch = Tile::kBatch / Tile::kSlice;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_m = warp / Tile::kWarpsN * Tile::kWarpM, warp_n = warp % Tile::kWarpsN * Tile::kWarpN;
-  const int n0 = int(blockIdx.x % p.tiles_n) * Tile::kN, m0 = int(blockIdx.x / p.tiles_n) * Tile::kM;
-  const int split = blockIdx.y, splits = gridDim.y, group = blockIdx.z;
-  const int64_t slices = (p.source.positions + Tile::kSlice - 1) / Tile::kSlice;
-  const int64_t begin = slices * split / splits, end = slices * (split + 1) / splits;
-  // the warps of a row share its bias gradient
-  const int strip = p.partial_bias && n0 == 0 ? warp % Tile::kWarpsN : -1;
-  static_assert(Tile::kWarpsN == MI);
+struct WgradCorner {
+  int lane, warp_m, warp_n, n0, m0, split, group;
+  int strip;  // the row of accumulators whose bias gradient this warp sums; -1 for none
+  int64_t begin, end;
 
+  __device__ __forceinline__ explicit WgradCorner(const WgradParams& p)
+      : lane(threadIdx.x % 32), warp_m(threadIdx.x / 32 / Tile::kWarpsN * Tile::kWarpM),
+        warp_n(threadIdx.x / 32 % Tile::kWarpsN * Tile::kWarpN), n0(int(blockIdx.x % p.tiles_n) * Tile::kN),
+        m0(int(blockIdx.x / p.tiles_n) * Tile::kM), split(blockIdx.y), group(blockIdx.z),
+        // the warps of a row share its bias gradient
+        strip(p.partial_bias && n0 == 0 ? int(threadIdx.x) / 32 % Tile::kWarpsN : -1) {
+    static_assert(Tile::kWarpsN == Tile::kWarpM / 16);
+    const int64_t slices = (p.source.positions + Tile::kSlice - 1) / Tile::kSlice;
+    begin = slices * split / gridDim.y;
+    end = slices * (split + 1) / gridDim.y;
+  }
+};
+
+template <class Tile>
+using WgradSums = float[Tile::kWarpM / 16][Tile::kWarpN / 8][4];
+using BiasSums = float[1][1][4];
+
+// The main loop over the block's slices, kStages - 1 of them on their way.
+template <class Tile>
+__device__ __forceinline__ void sum_slices(const WgradParams& p, const WgradCorner<Tile>& at,
+                                           WgradSums<Tile>& acc, BiasSums& bias) {
+  constexpr int kSlicesPerBatch = Tile::kBatch / Tile::kSlice;
   const uint32_t ring = ptx::smem_base(), after_ring = ring + Tile::kStages * Tile::kStageBytes;
   const typename Tile::Table table(after_ring, p.source);
-  table.build(p.source, begin * Tile::kSlice, group);
+  table.build(p.source, at.begin * Tile::kSlice, at.group);
   __syncthreads();
-  const SliceLoader<Tile> loader(p, table, group, m0, n0);
-
-  float acc[MI][NI][4] = {}, bias[1][1][4] = {};
-  float total[MI][NI][4] = {}, total_bias[1][1][4] = {};  // no registers where Math sums in one level
+  const SliceLoader<Tile> loader(p, table, at.group, at.m0, at.n0);
+  WgradSums<Tile> total = {};  // no registers where Math sums in one level
+  BiasSums total_bias = {};
 #pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
-    if (begin + s < end) loader.load(ring + s * Tile::kStageBytes, begin + s, s * Tile::kSlice);
+    if (at.begin + s < at.end) loader.load(ring + s * Tile::kStageBytes, at.begin + s, s * Tile::kSlice);
     ptx::cp_async_commit();
   }
   uint32_t read = ring, write = ring + (Tile::kStages - 1) * Tile::kStageBytes;
   int in_batch = Tile::kStages - 1;  // the next slice to load, counted within its batch
-  for (int64_t slice = begin; slice < end; ++slice) {
+  for (int64_t slice = at.begin; slice < at.end; ++slice) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();
     const int64_t next = slice + Tile::kStages - 1;
-    if (next < end) {
+    if (next < at.end) {
       if (in_batch == kSlicesPerBatch) {
-        table.build(p.source, next * Tile::kSlice, group);
+        table.build(p.source, next * Tile::kSlice, at.group);
         __syncthreads();
         in_batch = 0;
       }
@@ -138,9 +153,9 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
     }
     ptx::cp_async_commit();
     Tile::Math::template multiply_transposed<Tile::kSlice, Tile::kM, Tile::kN>(
-        acc, bias[0][0], strip, read, read + Tile::kM * kRowBytes, warp_m, warp_n, lane);
+        acc, bias[0][0], at.strip, read, read + Tile::kM * kRowBytes, at.warp_m, at.warp_n, at.lane);
     if constexpr (Tile::Math::kTwoLevels)
-      if ((slice - begin) % kSlicesPerBatch == kSlicesPerBatch - 1) {
+      if ((slice - at.begin) % kSlicesPerBatch == kSlicesPerBatch - 1) {
         flush(total, acc);
         flush(total_bias, bias);
       }
@@ -152,25 +167,40 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 
     flush(acc, total);
     flush(bias, total_bias);
   }
+}
 
+// The block's share of the sums as float32, for wgrad_reduce_kernel.
+template <class Tile>
+__device__ __forceinline__ void store_shares(const WgradParams& p, const WgradCorner<Tile>& at,
+                                             WgradSums<Tile>& acc, BiasSums& bias) {
   const int64_t rows = int64_t(gridDim.z) * p.outputs;
 #pragma unroll
-  for (int i = 0; i < MI; ++i)
+  for (int i = 0; i < Tile::kWarpM / 16; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int o = m0 + warp_m + i * 16 + lane / 4 + h * 8;
+      const int o = at.m0 + at.warp_m + i * 16 + at.lane / 4 + h * 8;
       if (o >= p.outputs) continue;
-      const int64_t row = split * rows + int64_t(group) * p.outputs + o;
-      if (i == strip && lane % 4 == 0) ptx::st_global(p.partial_bias + row, bias[0][0][h * 2]);
+      const int64_t row = at.split * rows + int64_t(at.group) * p.outputs + o;
+      if (i == at.strip && at.lane % 4 == 0) ptx::st_global(p.partial_bias + row, bias[0][0][h * 2]);
       float* to = p.partial + row * p.columns;
 #pragma unroll
-      for (int j = 0; j < NI; ++j)
+      for (int j = 0; j < Tile::kWarpN / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int n = n0 + warp_n + j * 8 + lane % 4 * 2 + e;
+          const int n = at.n0 + at.warp_n + j * 8 + at.lane % 4 * 2 + e;
           if (n < p.columns) ptx::st_global(to + n, acc[i][j][h * 2 + e]);
         }
     }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, sizeof(typename Tile::T) == 2 ? 2 : 1)
+    wgrad_kernel(const WgradParams p) {
+  const WgradCorner<Tile> at(p);
+  WgradSums<Tile> acc = {};
+  BiasSums bias = {};
+  sum_slices<Tile>(p, at, acc, bias);
+  store_shares<Tile>(p, at, acc, bias);
 }
 
 struct WgradResult {
@@ -203,7 +233,7 @@ __global__ void __launch_bounds__(256)
 }
 
 template <class Tile>
-Status launch_wgrad(WgradParams p, const WgradResult& result, int groups, bool bias, ConvChoice choice,
+Status launch_wgrad(WgradParams p, const WgradResult& result, int groups, bool bias, Sm80Choice choice,
                     Workspace& workspace, cudaStream_t stream) {
   const int shared = Tile::kStages * Tile::kStageBytes + Tile::Table::bytes(p.source.kernel);
   Device device;
@@ -242,9 +272,9 @@ Status launch_wgrad(WgradParams p, const WgradResult& result, int groups, bool b
 
 }  // namespace
 
-Status causal_conv3d_wgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_weight,
-                           const Tensor& grad_bias, ConvChoice choice, void* workspace_base,
-                           int64_t* workspace_bytes, void* stream_handle) {
+Status causal_conv3d_sm80_wgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_weight,
+                                const Tensor& grad_bias, Sm80Choice choice, void* workspace_base,
+                                int64_t* workspace_bytes, void* stream_handle) {
   WgradParams p = {};
   Source& s = p.source;
   VTOK_RETURN_IF_ERROR(make_source(problem, &s));

@@ -1,8 +1,5 @@
 // The sm90 convolution's plan: whether it can run a task, which tile, and the tensor maps. The kernel and
 // the byte counts of its cost model: sm90_kernel.cuh.
-#ifndef VTOK_SM90
-#define VTOK_SM90  // this file is what it stands for
-#endif
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -204,7 +201,7 @@ std::vector<int> parts_of(int length, int most) {
   return found;
 }
 
-Plan search(Sm90Params p, const ConvTask& task, ConvChoice wish, const Device& device) {
+Plan search(Sm90Params p, const ConvTask& task, Sm90Choice wish, const Device& device) {
   Plan best;
   const Source& s = p.source;
   const Sm90Variants variants = variants_for(task.dtype);
@@ -245,7 +242,7 @@ Plan search(Sm90Params p, const ConvTask& task, ConvChoice wish, const Device& d
 }
 
 // The search takes a while, and a program asks for the same few shapes again and again.
-Status choose(const Sm90Params& p, const ConvTask& task, ConvChoice wish, const Device& device, Plan* plan) {
+Status choose(const Sm90Params& p, const ConvTask& task, Sm90Choice wish, const Device& device, Plan* plan) {
   static std::mutex mutex;
   static std::map<std::vector<int64_t>, Plan> known;
   const Source& s = p.source;
@@ -357,9 +354,7 @@ void report(const Plan& plan, int64_t* to) {
   std::copy(std::begin(numbers), std::end(numbers), to);
 }
 
-}  // namespace
-
-Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, void* stream_handle) {
+Status run_task(ConvTask& task, Sm90Choice choice, Workspace& workspace, void* stream_handle) {
   Device device;
   VTOK_RETURN_IF_ERROR(current_device(device));
   ConvTask merged = task;  // the sum of splits takes the original axes
@@ -428,6 +423,21 @@ Status run_conv_sm90(ConvTask& task, ConvChoice choice, Workspace& workspace, vo
   if (p.splits == 1) return Status::Ok();
   p.source = task.source;
   return task.dtype == DType::f16 ? sum_splits<__half>(p, stream) : sum_splits<__nv_bfloat16>(p, stream);
+}
+
+}  // namespace
+
+Status causal_conv3d_sm90(const ConvProblem& problem, Sm90Choice choice, void* workspace,
+                          int64_t* workspace_bytes, void* stream) {
+  const RunTask run = [&](ConvTask& task, Workspace& from) { return run_task(task, choice, from, stream); };
+  return run_forward(run, problem, workspace, workspace_bytes);
+}
+
+Status causal_conv3d_sm90_dgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_x,
+                                const Tensor& grad_cache, Sm90Choice choice, void* workspace,
+                                int64_t* workspace_bytes, void* stream) {
+  const RunTask run = [&](ConvTask& task, Workspace& from) { return run_task(task, choice, from, stream); };
+  return run_dgrad(run, problem, grad, grad_x, grad_cache, workspace, workspace_bytes, stream);
 }
 
 }  // namespace vtok::cuda

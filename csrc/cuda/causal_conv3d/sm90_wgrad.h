@@ -13,7 +13,7 @@ struct Sm90WgradChoice {
 };
 constexpr int kSm90WgradReport = 7;
 
-// As causal_conv3d_wgrad; Unsupported, with the reason, where the kernel cannot run it. Only in a build that
+// As causal_conv3d_sm80_wgrad; Unsupported, with the reason, where the kernel cannot run it. Only in a build that
 // has 90a.
 Status causal_conv3d_sm90_wgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_weight,
                                 const Tensor& grad_bias, Sm90WgradChoice choice, void* workspace,
