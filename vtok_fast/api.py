@@ -1,10 +1,14 @@
-"""What `vtok_fast` exports. Importing this imports torch, and registers the ops with it."""
+"""What `vtok_fast` exports. Importing this imports torch, and registers the ops with it: all folders of
+vtok_fast/ops, whether or not something of theirs is exported."""
+
+import importlib
 
 from vtok_fast import models, nn
 from vtok_fast.dispatch.available import available_backends
 from vtok_fast.dispatch.backends import BackendError, algorithm, backend, fallbacks
 from vtok_fast.io.token_windows import TokenWindows
 from vtok_fast.io.tokens import Tokens
+from vtok_fast.ops import FOLDERS
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import FSQOutput, fsq_decode, fsq_entropy_loss, fsq_quantize
 from vtok_fast.ops.norm_act import norm_act
@@ -19,6 +23,9 @@ from vtok_fast.ops.token_packing import (
     unpack_tokens,
 )
 from vtok_fast.swap import Report, accelerate, accelerated, stream
+
+for _folder in FOLDERS:
+    importlib.import_module(f"vtok_fast.ops.{_folder}")
 
 __all__ = [
     "BackendError",

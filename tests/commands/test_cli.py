@@ -197,12 +197,13 @@ def test_check(capsys):
 
 def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys):
     from vtok_fast.commands import check
+    from vtok_fast.commands.checks import norm_act as norms
 
     def wrong(*args, backend=None, **options):
         return norm_act(*args, backend="reference", **options) * (1.0 if backend == "reference" else 1.001)
 
-    norm_act = check.norm_act
-    monkeypatch.setattr(check, "norm_act", wrong)
+    norm_act = norms.norm_act
+    monkeypatch.setattr(norms, "norm_act", wrong)
     monkeypatch.setattr(check, "available_backends", lambda: {"norm_act": {"cpu": None}})
     monkeypatch.setattr(check, "_vidtok", lambda: iter(()))
     assert run_here("check", "--json") == 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-OPS = ("causal_conv3d", "norm_act", "fsq", "scope_attention", "token_packing")
+from vtok_fast.ops import FOLDERS
+
+OPS = FOLDERS
 SECTIONS = (*OPS, "vidtok", "models")
 
 

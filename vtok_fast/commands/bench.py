@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from vtok_fast.bench.sections import SECTIONS
 from vtok_fast.commands import options
 from vtok_fast.commands.options import Json
 
@@ -38,9 +39,7 @@ app = typer.Typer(
 def run(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="causal_conv3d, norm_act, fsq, scope_attention, token_packing, vidtok, models. Default: all."
-        ),
+        typer.Argument(help=f"{', '.join(SECTIONS)}. Default: all."),
     ] = None,
     op: Annotated[
         str | None, typer.Option(help="The same as a name; with --shape a workload of your own.")
