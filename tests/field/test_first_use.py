@@ -19,7 +19,6 @@ import torch
 import vtok_fast
 from vtok_fast.dispatch import lasting, native
 from vtok_fast.ops.fsq.call import threshold_table
-from vtok_fast.ops.token_packing import packed_tokens
 
 LEVELS = (8, 5, 5)
 
@@ -143,27 +142,6 @@ def test_no_pointer_of_another_device_reaches_a_kernel():
         native.arg(torch.empty(2, device="meta"))
     with pytest.raises(ValueError, match="reads memory on meta was given a tensor on cpu"):
         native.arg_on(torch.device("meta"))(torch.empty(2))
-
-
-def test_nothing_is_kept_while_a_graph_is_recorded(monkeypatch):
-    """The memory of a recording belongs to its graph. Stand-ins for a GPU: a device that says "cuda"."""
-    device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="flag for errors must be made on cuda:0 before a CUDA graph"):
-        packed_tokens.error_flag(device)
-    assert device not in packed_tokens._flags
-    scope = vtok_fast.Scope.block_causal(2, 3)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 7}))
-    for _ in range(2):
-        assert scope.cached("what", lambda: [], device) == []
-    assert not any(key[0] == "what" for key in scope.cache)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    kept = scope.cached("what", list, device)
-    assert scope.cached("what", list, device) is kept
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 8}))
-    assert scope.cached("what", list, device) is not kept, (
-        "another stream may not have what the first one fills"
-    )
 
 
 def test_tables_are_ordinary_tensors():

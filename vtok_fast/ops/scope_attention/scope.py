@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vtok_fast.dispatch.lasting import is_recording, lasting, stream_key
+from vtok_fast.dispatch.lasting import is_recording, keep, lasting, refuse_recording
 
 PATCHES_SEE = ("slice", "patches", "all")
 
@@ -278,7 +278,7 @@ class Scope:
             )
 
         scope, back = make(cu_q, cu_k, *lengths), make(cu_k, cu_q, *reversed(lengths))
-        scope.cache["transposed"], back.cache["transposed"] = back, weakref.ref(scope)
+        scope.cache["back"], back.cache["back"] = back, weakref.ref(scope)
         return scope
 
     @classmethod
@@ -336,10 +336,12 @@ class Scope:
                 f"{', '.join(sorted({str(scope.device) for scope in scopes}))}"
             )
         whole = cls._cat(scopes)
-        if whole.device.type != "cpu" and all(s.cache.keys() & {"transposed", "origin"} for s in scopes):
+        if whole.device.type != "cpu" and all(
+            s.cache.keys() & {"back", "transposed", "origin"} for s in scopes
+        ):
             # What the builders know need not be found out on the device.
             back = cls._cat([s.transposed() for s in scopes])
-            whole.cache["transposed"], back.cache["transposed"] = back, weakref.ref(whole)
+            whole.cache["back"], back.cache["back"] = back, weakref.ref(whole)
         return whole
 
     @classmethod
@@ -395,16 +397,9 @@ class Scope:
         )
 
     def cached(self, key: Any, make: Any, device: torch.device | None = None) -> Any:
-        """``make()``, kept for the next time on the same stream; not while a CUDA graph is recorded."""
-        on = self.device if device is None else device
-        key = (key, stream_key(on))
-        if key in self.cache:
-            return self.cache[key]
-        with lasting():
-            value = make()
-        if not is_recording(on):
-            self.cache[key] = value
-        return value
+        """``make()``, kept for the next time, on any stream; not while a CUDA graph is recorded. A graph that
+        was recorded with the scope reads what is kept, so the scope must live as long as the graph."""
+        return keep(self.cache, key, self.device if device is None else device, make)
 
     def pairs(self) -> int:
         """How many pairs of a query and a key there are. Waits for the device."""
@@ -437,25 +432,25 @@ class Scope:
     def transposed(self) -> Scope:
         """Which queries see each key: segments of keys, with ranges of queries. Cached; never waits for a
         device."""
-        made_here = ("transposed", stream_key(self.device))
-        known = self.cache.get("transposed", self.cache.get(made_here))
+        known = self.cache.get("back")
         known = known() if isinstance(known, weakref.ref) else known
         if known is None:
-            if "origin" in self.cache:
-                known = self.cache["origin"].transposed().to(self.device)
-            else:
-                with lasting():
-                    known = _transpose_host(self) if self.device.type == "cpu" else _transpose_device(self)
-            known.cache["transposed"] = weakref.ref(self)
-            if not is_recording(self.device):
-                self.cache[made_here] = known
+            known = self.cached("transposed", self._transpose)
+            known.cache["back"] = weakref.ref(self)
         return known
+
+    def _transpose(self) -> Scope:
+        if "origin" in self.cache and not is_recording(self.device):
+            return self.cache["origin"].transposed().to(self.device)
+        return _transpose_host(self) if self.device.type == "cpu" else _transpose_device(self)
 
     def to(self, device: torch.device | str) -> Scope:
         """The scope on another device; this one where it is there already."""
         device = torch.empty(0, device=device).device
         if device == self.device:
             return self
+        if self.device.type == "cpu":
+            refuse_recording(device, "a scope of the host")
         csr = CSR(*(t.to(device, non_blocking=True) for t in self.csr))
         moved = Scope._make(*csr, self.q_len, self.k_len, self.validated)
         if self.device.type == "cpu":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtok_fast.dispatch import backends, tuning
 from vtok_fast.dispatch.backends import Reason
+from vtok_fast.dispatch.lasting import refuse_recording
 from vtok_fast.ops.scope_attention.call import ScopeBackwardCall, ScopeCall
 from vtok_fast.ops.scope_attention.scope import CSR, Scope
 from vtok_fast.ops.token_packing.packed_tokens import SCOPE, note_error
@@ -56,9 +57,14 @@ def safe_mask(scope: Scope, device: torch.device) -> Tensor:
 
 
 def prepared(scope: Scope, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The work list and the ranges of a scope on the device of the tensors, cached on the scope."""
+    """The work list and the ranges of a scope on the device of the tensors, cached on the scope.
+
+    Raises RuntimeError where the plan of a scope on the host would have to be made while a CUDA graph is
+    recorded."""
 
     def make() -> tuple[Tensor, Tensor]:
+        if scope.device.type == "cpu":
+            refuse_recording(device, "the plan of a scope on the host")
         work = work_list(scope, block, exact=scope.device.type == "cpu")
         return work.to(device, non_blocking=True), clamped(scope).ranges.to(device, non_blocking=True)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, native, tuning
-from vtok_fast.dispatch.lasting import lasting, refuse_recording, stream_key
+from vtok_fast.dispatch.lasting import keep, lasting, refuse_recording
 from vtok_fast.ops.fsq import VARIANTS, check_levels, fsq_quantize, threshold_table
 from vtok_fast.ops.token_packing.packed_tokens import (
     CAPACITY,
@@ -344,7 +344,7 @@ def _triton_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.capacity is None and not keep.is_cpu:
         raise_device_errors(device)
     if call.levels is not None:
-        tables = _fsq_tables(call.levels, call.variant, device, stream_key(device))
+        tables = _fsq_tables(call.levels, call.variant, device)
         return kernels.pack_tokens(tokens, keep, call.capacity, error_flag(device), *tables)
     tokens = tokens.view(_INTEGERS[tokens.dtype.itemsize])
     values, indices, cu_seqlens = kernels.pack_tokens(tokens, keep, call.capacity, error_flag(device))
@@ -352,17 +352,22 @@ def _triton_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     return values if call.tokens.dim() > call.keep.dim() else values.squeeze(1), indices, cu_seqlens
 
 
-@functools.lru_cache(maxsize=64)
-def _fsq_tables(
-    levels: tuple[int, ...], variant: str, device: torch.device, stream: Any
-) -> tuple[Tensor, Tensor]:
+_tables: dict[tuple, Any] = {}  # a recorded CUDA graph reads them, so none is ever dropped
+
+
+def _fsq_tables(levels: tuple[int, ...], variant: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The thresholds of each channel, and what a level of it adds to the index, on the device. Do not write
-    to them."""
-    refuse_recording(device, "the tables of FSQ")
-    basis = [math.prod(levels[:i]) for i in range(len(levels))]
-    with lasting():
+    to them. Raises RuntimeError where they would have to be made while a CUDA graph is recorded."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        basis = [math.prod(levels[:i]) for i in range(len(levels))]
         steps = torch.tensor(basis, dtype=torch.int32)
         return threshold_table(levels, variant).to(device), steps.to(device)
+
+    key = (levels, variant, device)
+    if key not in _tables:
+        refuse_recording(device, "the tables of FSQ")
+    return keep(_tables, key, device, make)
 
 
 @tuning.guarded("token_packing")

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import math
 import struct
-import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vtok_fast.dispatch.lasting import lasting, refuse_recording
+from vtok_fast.dispatch.lasting import keep, refuse_recording
 
 MAGIC = b"VTKP"
 VERSION = 1
@@ -30,8 +30,7 @@ _MESSAGES = {
     POSITION: "keep: a position was outside its clip, and was left out",
     SCOPE: "scope: a range was outside the keys, out of order or overlapped another, and was clamped",
 }
-_flags: dict[torch.device, Tensor] = {}
-_making = threading.Lock()
+_flags: dict[torch.device, Any] = {}
 
 
 def error_flag(device: torch.device) -> Tensor:
@@ -41,13 +40,7 @@ def error_flag(device: torch.device) -> Tensor:
     """
     if device not in _flags:
         refuse_recording(device, "the flag for errors")
-        with _making, lasting():
-            if device not in _flags:
-                flag = torch.zeros(1, dtype=torch.int32, device=device)
-                if flag.is_cuda:  # once for a device: any stream may write to it from now on
-                    torch.cuda.current_stream(device).synchronize()
-                _flags[device] = flag
-    return _flags[device]
+    return keep(_flags, device, device, lambda: torch.zeros(1, dtype=torch.int32, device=device))
 
 
 def note_error(wrong: Tensor, error: int) -> None:
@@ -62,9 +55,10 @@ def raise_device_errors(device: torch.device) -> None:
     """Waits for the device and raises ValueError for what calls since the last time had to clamp."""
     if device not in _flags:
         return
-    found = int(_flags[device])
+    flag = error_flag(device)
+    found = int(flag)
     if found:
-        _flags[device].zero_()
+        flag.zero_()
         raise ValueError("; ".join(message for bit, message in _MESSAGES.items() if found & bit))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, native, tuning
+from vtok_fast.dispatch.lasting import is_recording, to_device
 from vtok_fast.ops.token_packing.packed_tokens import BUDGET, error_flag, note_error
 from vtok_fast.reference import token_packing as reference
 
@@ -202,7 +203,7 @@ def _budget_call(
             raise ValueError(
                 f"rate: expected one or ({scores.shape[0]},) values, got shape {tuple(rate.shape)}"
             )
-        rate = rate.reshape(-1).to(scores.device, torch.float64, non_blocking=rate.is_cpu)
+        rate = to_device(rate.reshape(-1), scores.device, torch.float64, "rate")
     elif not 0 <= rate <= 1:
         raise ValueError(f"rate: expected 0 to 1, got {rate!r}")
     else:  # one that decides by itself stays on the host
@@ -312,7 +313,7 @@ def _quantile_call(scores: Tensor, rate: float | Tensor, stride: int) -> SelectC
     if isinstance(rate, Tensor):
         if rate.numel() != 1 and rate.shape != (clips,):
             raise ValueError(f"rate: expected one or ({clips},) values, got shape {tuple(rate.shape)}")
-        rates = rate.reshape(-1).to(scores.device, torch.float32, non_blocking=rate.is_cpu)
+        rates = to_device(rate.reshape(-1), scores.device, torch.float32, "rate")
         rates = rates.clamp(0, 1).expand(clips).contiguous()
     elif not 0 <= rate <= 1:
         raise ValueError(f"rate: expected 0 to 1, got {rate!r}")
@@ -343,7 +344,12 @@ def _checked_budget(
             )
     if given.dim() == 0 and not isinstance(budget, Tensor):  # a copy from the host would wait
         given = torch.full(scores.shape[:1], cast(int, budget), dtype=torch.int64, device=scores.device)
-    given = given.to(scores.device, torch.int64, non_blocking=given.is_cpu)
+    elif not isinstance(budget, Tensor) and is_recording(
+        scores.device
+    ):  # numbers, which replays may not read
+        fills = [torch.full((), n, dtype=torch.int64, device=scores.device) for n in given.flatten().tolist()]
+        given = torch.stack(fills).view(given.shape) if fills else given.new_empty(0, device=scores.device)
+    given = to_device(given, scores.device, torch.int64, "budget")
     if given.dim() == 0:
         given = given.expand(scores.shape[0])
     return given.contiguous()
