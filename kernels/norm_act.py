@@ -27,9 +27,20 @@ from vtok_fast.dispatch.tuning import power_of_two
 from vtok_fast.kernels import on_device_of, tuned_tile
 
 SUMS = 4096  # values of a tile whose sums stay in registers
+STATISTICS = 1024  # sums that one step of the statistics reads: eight for each thread
 MAX_CHANNELS = 8192  # of a group of kind layer or rms: one tile holds them
 CHAINS = {"once": 0, "wan": 1, "ltx": 2}
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+_VIDEOS = ("x", "residual", "scale", "shift", "y", "tail", "grad", "grad_x")
+# Integers that differ from call to call, or are counted in units: nothing is compiled anew for one that
+# happens to be 1 or a multiple of 16.
+LENGTHS = [
+    *("frames", "span", "plane", "tail_first", "parts", "steps", "positions", "programs", "clips"),
+    *("channels", "size", "columns"),
+    *(f"{name}_{of}_stride" for name in _VIDEOS for of in ("batch", "channel", "frame", "position")),
+]
 
 # ---- kernels -----------------------------------------------------------------------------------------------
 
@@ -49,14 +60,45 @@ def _place(instance, q, frames, span, plane, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _at(pointer, b, c, t, p, batch_stride, channel_stride, frame_stride, position_stride):
-    """Pointers (positions, channels) into a tensor (B, C, T, P)."""
-    return (
-        pointer
-        + b * batch_stride
-        + (t * frame_stride + p * position_stride)[:, None]
-        + (c.to(tl.int64) * channel_stride)[None, :]
-    )
+def _at(pointer, b, c, t, p, batch_stride, channel_stride, frame_stride, position_stride, HOW: tl.constexpr):
+    """Pointers (positions, channels) into a tensor (B, C, T, P) that is laid out as `how` says: strides are
+    counted in units that the compiler knows, so that it knows what is aligned whatever the lengths."""
+    UNIT: tl.constexpr = 1 << ((HOW >> 2) & 3)
+    at = pointer + b * batch_stride * UNIT
+    channel = c.to(tl.int64)[None, :]
+    if (HOW & 3) == 3:
+        at += channel
+    elif (HOW & 3) == 2:
+        at += (t * frame_stride * UNIT + p)[:, None] + channel * channel_stride * UNIT
+    elif (HOW & 3) == 1:
+        at += (t * frame_stride * UNIT + p * position_stride * UNIT)[:, None] + channel
+    else:
+        at += (t * frame_stride * UNIT + p * position_stride * UNIT)[:, None]
+        at += channel * channel_stride * UNIT
+    return at
+
+
+@triton.jit
+def _modulation(pointer, b, c, t, p, mask, inside, batch, channel, frame, position, HOW: tl.constexpr):
+    """Scale or shift in float32: a row of channels where it is the same at all positions."""
+    at = _at(pointer, b, c, t, p, batch, channel, frame, position, HOW)
+    return tl.load(at, mask=inside[None, :] if (HOW & 3) == 3 else mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sigmoid(v, FAST: tl.constexpr):
+    """FAST: in two instructions of NVIDIA's, within 4 units of the last place of 1 + exp(-v); what is less
+    than 2**-126 is 0."""
+    if FAST:
+        grown = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [v * -LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+        )
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + grown], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = 1.0 / (1.0 + tl.exp(-v))
+    return result
 
 
 @triton.jit
@@ -76,10 +118,11 @@ def _input(
     residual_channel_stride,
     residual_frame_stride,
     residual_position_stride,
+    HOW: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
     v = tl.load(
-        _at(x, b, c, t, p, x_batch_stride, x_channel_stride, x_frame_stride, x_position_stride),
+        _at(x, b, c, t, p, x_batch_stride, x_channel_stride, x_frame_stride, x_position_stride, HOW),
         mask=mask,
         other=0.0,
     ).to(tl.float32)
@@ -95,6 +138,7 @@ def _input(
                 residual_channel_stride,
                 residual_frame_stride,
                 residual_position_stride,
+                HOW >> 4,
             ),
             mask=mask,
             other=0.0,
@@ -131,7 +175,9 @@ def _affine(
     shift_channel_stride,
     shift_frame_stride,
     shift_position_stride,
+    HOW: tl.constexpr,
     SILU: tl.constexpr,
+    FAST: tl.constexpr,
     CHAIN: tl.constexpr,
     AFTER_NORM: tl.constexpr,
     AFTER_WEIGHT: tl.constexpr,
@@ -153,43 +199,41 @@ def _affine(
         if CHAIN:
             v = v.to(AFTER_BIAS).to(tl.float32)
     if scale is not None:
-        v = v * tl.load(
-            _at(
-                scale,
-                b,
-                c,
-                t,
-                p,
-                scale_batch_stride,
-                scale_channel_stride,
-                scale_frame_stride,
-                scale_position_stride,
-            ),
-            mask=mask,
-            other=0.0,
-        ).to(tl.float32)
+        v = v * _modulation(
+            scale,
+            b,
+            c,
+            t,
+            p,
+            mask,
+            inside,
+            scale_batch_stride,
+            scale_channel_stride,
+            scale_frame_stride,
+            scale_position_stride,
+            HOW >> 8,
+        )
         if CHAIN:
             v = v.to(AFTER_SCALE).to(tl.float32)
     if shift is not None:
-        v = v + tl.load(
-            _at(
-                shift,
-                b,
-                c,
-                t,
-                p,
-                shift_batch_stride,
-                shift_channel_stride,
-                shift_frame_stride,
-                shift_position_stride,
-            ),
-            mask=mask,
-            other=0.0,
-        ).to(tl.float32)
+        v = v + _modulation(
+            shift,
+            b,
+            c,
+            t,
+            p,
+            mask,
+            inside,
+            shift_batch_stride,
+            shift_channel_stride,
+            shift_frame_stride,
+            shift_position_stride,
+            HOW >> 12,
+        )
         if CHAIN:
             v = v.to(AFTER_SHIFT).to(tl.float32)
     if SILU:
-        v = v / (1.0 + tl.exp(-v))
+        v = v * _sigmoid(v, True) if FAST else v / (1.0 + tl.exp(-v))
         if CHAIN:
             v = v.to(AFTER_SHIFT).to(tl.float32)
     return v
@@ -212,13 +256,15 @@ def _store(
     tail_batch_stride,
     tail_channel_stride,
     tail_frame_stride,
+    tail_position_stride,
     tail_first,
     plane,
+    HOW: tl.constexpr,
     FLAT: tl.constexpr,
 ):
     """The result, and once more where it belongs to the last frames: ``tail_first`` is the first of them."""
     tl.store(
-        _at(y, b, c, t, p, y_batch_stride, y_channel_stride, y_frame_stride, y_position_stride),
+        _at(y, b, c, t, p, y_batch_stride, y_channel_stride, y_frame_stride, y_position_stride, HOW >> 16),
         v.to(y.dtype.element_ty),
         mask=mask,
     )
@@ -235,14 +281,15 @@ def _store(
                 tail_batch_stride,
                 tail_channel_stride,
                 tail_frame_stride,
-                y_position_stride,
+                tail_position_stride,
+                HOW >> 20,
             ),
             v.to(tail.dtype.element_ty),
             mask=mask & late[:, None],
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def position_kernel(
     x,
     residual,
@@ -255,7 +302,7 @@ def position_kernel(
     frames,
     plane,
     channels,
-    groups,
+    size,
     eps,
     tail_first,
     x_batch_stride,
@@ -281,8 +328,13 @@ def position_kernel(
     tail_batch_stride,
     tail_channel_stride,
     tail_frame_stride,
+    tail_position_stride,
+    HOW: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
     CENTER: tl.constexpr,
     SILU: tl.constexpr,
+    FAST: tl.constexpr,
     CHAIN: tl.constexpr,
     AFTER_NORM: tl.constexpr,
     AFTER_WEIGHT: tl.constexpr,
@@ -293,12 +345,14 @@ def position_kernel(
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Statistics over the channels of each position. Programs (clips x blocks of positions, groups)."""
+    """Statistics over the channels of each position. Programs (clips x blocks of positions, groups).
+    ``plane`` is counted in PLANE_UNIT, ``size``, the channels of a group, in CHANNEL_UNIT."""
+    plane *= PLANE_UNIT
+    size *= CHANNEL_UNIT
     positions = frames * plane
     blocks = tl.cdiv(positions, BLOCK)
     q = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     b, t, p = _place(tl.program_id(0) // blocks, q, frames, frames, plane, FLAT)
-    size = channels // groups
     k = tl.arange(0, BLOCK_C)
     c = tl.program_id(1) * size + k
     inside = k < size
@@ -319,6 +373,7 @@ def position_kernel(
         residual_channel_stride,
         residual_frame_stride,
         residual_position_stride,
+        HOW,
         CHAIN,
     )
     if CENTER:
@@ -349,7 +404,9 @@ def position_kernel(
         shift_channel_stride,
         shift_frame_stride,
         shift_position_stride,
+        HOW,
         SILU,
+        FAST,
         CHAIN,
         AFTER_NORM,
         AFTER_WEIGHT,
@@ -373,13 +430,68 @@ def position_kernel(
         tail_batch_stride,
         tail_channel_stride,
         tail_frame_stride,
+        tail_position_stride,
         tail_first,
         plane,
+        HOW,
         FLAT,
     )
 
 
 @triton.jit
+def _differences(
+    x,
+    residual,
+    origin,
+    instance,
+    c,
+    first,
+    end,
+    frames,
+    span,
+    plane,
+    channels,
+    x_batch_stride,
+    x_channel_stride,
+    x_frame_stride,
+    x_position_stride,
+    residual_batch_stride,
+    residual_channel_stride,
+    residual_frame_stride,
+    residual_position_stride,
+    HOW: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A tile less the origin of each channel, if there is one; 0 where nothing is."""
+    q = first + tl.arange(0, BLOCK)
+    b, t, p = _place(instance, q, frames, span, plane, FLAT)
+    mask = (q < end)[:, None] & (c < channels)[None, :]
+    v = _input(
+        x,
+        residual,
+        b,
+        c,
+        t,
+        p,
+        mask,
+        x_batch_stride,
+        x_channel_stride,
+        x_frame_stride,
+        x_position_stride,
+        residual_batch_stride,
+        residual_channel_stride,
+        residual_frame_stride,
+        residual_position_stride,
+        HOW,
+        0,
+    )
+    if origin is not None:
+        v = tl.where(mask, v - origin[None, :], 0.0)
+    return v
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def sums_kernel(
     x,
     residual,
@@ -399,14 +511,20 @@ def sums_kernel(
     residual_channel_stride,
     residual_frame_stride,
     residual_position_stride,
+    HOW: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
     CENTER: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Per channel over a part of an instance's positions: an origin, the mean less that, and the sum of
-    squared differences from the mean (without CENTER the sum of squares). Programs (instances x parts, blocks
-    of channels)."""
+    """Per WIDTH channels of one group, over a part of an instance's positions: an origin, the mean less that,
+    and the sum of squared differences from the mean (without CENTER the sum of squares). Programs (instances
+    x parts, blocks of channels)."""
+    plane *= PLANE_UNIT
+    channels *= CHANNEL_UNIT
     instance = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -417,19 +535,19 @@ def sums_kernel(
     count = tl.maximum(end - begin, 1)
     origin = tl.zeros((BLOCK_C,), tl.float32)
     total = tl.zeros((BLOCK, BLOCK_C), tl.float32)
-    square = tl.zeros((BLOCK, BLOCK_C), tl.float32)
-    for first in range(begin, end, BLOCK):
-        q = first + tl.arange(0, BLOCK)
-        b, t, p = _place(instance, q, frames, span, plane, FLAT)
-        mask = (q < end)[:, None] & (c < channels)[None, :]
-        v = _input(
+    if CENTER:  # any value near the mean will do: that of the first tile, which then is in a cache
+        v = _differences(
             x,
             residual,
-            b,
+            None,
+            instance,
             c,
-            t,
-            p,
-            mask,
+            begin,
+            end,
+            frames,
+            span,
+            plane,
+            channels,
             x_batch_stride,
             x_channel_stride,
             x_frame_stride,
@@ -438,22 +556,58 @@ def sums_kernel(
             residual_channel_stride,
             residual_frame_stride,
             residual_position_stride,
-            0,
+            HOW,
+            FLAT,
+            BLOCK,
+        )
+        origin = tl.sum(v, 0) / tl.minimum(count, BLOCK)
+    square = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    for first in tl.range(begin, end, BLOCK, num_stages=3):
+        v = _differences(
+            x,
+            residual,
+            origin,
+            instance,
+            c,
+            first,
+            end,
+            frames,
+            span,
+            plane,
+            channels,
+            x_batch_stride,
+            x_channel_stride,
+            x_frame_stride,
+            x_position_stride,
+            residual_batch_stride,
+            residual_channel_stride,
+            residual_frame_stride,
+            residual_position_stride,
+            HOW,
+            FLAT,
+            BLOCK,
         )
         if CENTER:
-            if first == begin:  # any value near the mean will do
-                origin = tl.sum(v, 0) / tl.minimum(count, BLOCK)
-            v = tl.where(mask, v - origin[None, :], 0.0)
             total += v
         square += v * v
     mean = tl.sum(total, 0) / count
-    at = tl.program_id(0).to(tl.int64) * channels + c
-    tl.store(origins + at, origin, mask=c < channels)
-    tl.store(means + at, mean, mask=c < channels)
-    tl.store(squares + at, tl.sum(square, 0) - mean * mean * count, mask=c < channels)
+    squared = tl.sum(square, 0) - mean * mean * count
+    if WIDTH > 1:  # all count the same, so the mean of means is the mean
+        each = tl.reshape(origin, (BLOCK_C // WIDTH, WIDTH))
+        origin = tl.sum(each, 1) / WIDTH
+        away = each - origin[:, None] + tl.reshape(mean, (BLOCK_C // WIDTH, WIDTH))
+        mean = tl.sum(away, 1) / WIDTH
+        away -= mean[:, None]
+        squared = tl.sum(tl.reshape(squared, (BLOCK_C // WIDTH, WIDTH)) + away * away * count, 1)
+    columns = channels // WIDTH
+    column = tl.program_id(1) * (BLOCK_C // WIDTH) + tl.arange(0, BLOCK_C // WIDTH)
+    at = tl.program_id(0).to(tl.int64) * columns + column
+    tl.store(origins + at, origin, mask=column < columns)
+    tl.store(means + at, mean, mask=column < columns)
+    tl.store(squares + at, squared, mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def statistics_kernel(
     origins,
     means,
@@ -464,21 +618,22 @@ def statistics_kernel(
     parts,
     steps,
     positions,
-    channels,
+    columns,
     groups,
     eps,
     CENTER: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Per instance and group: the parts' sums as one origin, one mean less that, and one reciprocal
-    deviation."""
+    """Per instance and group: the parts' sums, each of WIDTH channels, as one origin, one mean less that, and
+    one reciprocal deviation."""
     instance = (tl.program_id(0) // groups).to(tl.int64)
-    size = channels // groups
+    size = columns // groups
     first_c = tl.program_id(0) % groups * size
-    elements = tl.full((), positions, tl.float32) * size
-    base = tl.load(origins + instance * parts * channels + first_c)
+    elements = tl.full((), positions, tl.float32) * (size * WIDTH)
+    base = tl.load(origins + instance * parts * columns + first_c)
     average = tl.zeros((), tl.float32)
     deviation = tl.zeros((), tl.float32)
     for phase in tl.static_range(2 if CENTER else 1):
@@ -488,9 +643,9 @@ def statistics_kernel(
                 part = first + tl.arange(0, BLOCK_PARTS)
                 c = k + tl.arange(0, BLOCK_C)
                 mask = (part < parts)[:, None] & (c < size)[None, :]
-                at = (instance * parts + part)[:, None] * channels + (first_c + c)[None, :]
+                at = (instance * parts + part)[:, None] * columns + (first_c + c)[None, :]
                 begin = tl.minimum(part * steps * BLOCK, positions)
-                count = (tl.minimum(begin + steps * BLOCK, positions) - begin).to(tl.float32)[:, None]
+                count = (tl.minimum(begin + steps * BLOCK, positions) - begin).to(tl.float32)[:, None] * WIDTH
                 if CENTER:
                     away = (tl.load(origins + at, mask=mask, other=0.0) - base) + tl.load(
                         means + at, mask=mask, other=0.0
@@ -511,7 +666,7 @@ def statistics_kernel(
     tl.store(rstd + tl.program_id(0), tl.rsqrt(deviation + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def group_kernel(
     x,
     residual,
@@ -553,12 +708,19 @@ def group_kernel(
     tail_batch_stride,
     tail_channel_stride,
     tail_frame_stride,
+    tail_position_stride,
+    HOW: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
     SILU: tl.constexpr,
+    FAST: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The result, given the statistics. Programs (instances x blocks of positions, blocks of channels)."""
+    plane *= PLANE_UNIT
+    channels *= CHANNEL_UNIT
     positions = span * plane
     blocks = tl.cdiv(positions, BLOCK)
     instance = tl.program_id(0) // blocks
@@ -583,6 +745,7 @@ def group_kernel(
         residual_channel_stride,
         residual_frame_stride,
         residual_position_stride,
+        HOW,
         0,
     )
     group = instance * groups + c // (channels // groups)
@@ -610,7 +773,9 @@ def group_kernel(
         shift_channel_stride,
         shift_frame_stride,
         shift_position_stride,
+        HOW,
         SILU,
+        FAST,
         0,
         None,
         None,
@@ -634,8 +799,10 @@ def group_kernel(
         tail_batch_stride,
         tail_channel_stride,
         tail_frame_stride,
+        tail_position_stride,
         tail_first,
         plane,
+        HOW,
         FLAT,
     )
 
@@ -648,6 +815,7 @@ class View(NamedTuple):
 
     tensor: Tensor | None
     strides: tuple[int, ...] = (0, 0, 0, 0)
+    constant: bool = False  # may be the same at all positions
 
 
 def view(tensor: Tensor | None, shape: torch.Size | None = None) -> View:
@@ -658,7 +826,45 @@ def view(tensor: Tensor | None, shape: torch.Size | None = None) -> View:
     if shape is not None:
         tensor = tensor.expand(shape)
     flat = tensor.flatten(3)
-    return View(flat, flat.stride())
+    return View(flat, flat.stride(), shape is not None)
+
+
+def how(flat: bool, groups: int, *views: View) -> tuple[int, list[int], int, int]:
+    """How the kernels find their way in tensors (B, C, T, P): four bits for each, the strides in the units
+    that these name, and the units of channels and planes.
+
+    The lower two bits say what follows what: 1, channels; 2, positions; 3, channels, the same ones at all
+    positions, where `view` was told to broadcast; 0, anything. The upper two are log2 of the unit, which
+    divides all other strides. The other units divide the channels of a group, and the plane.
+    """
+    bits, strides = 0, []
+    near = [0 if v.tensor is None else _near(v) for v in views]
+    sizes = next(v.tensor.shape for v in views if v.tensor is not None)
+    channel_unit = _unit(sizes[1] // groups) if {1, 3} & set(near) else 1
+    plane_unit = _unit(sizes[3]) if 2 in near else 1
+    for i, (v, kind) in enumerate(zip(views, near)):
+        if v.tensor is None:
+            strides += [0, 0, 0, 0]
+            continue
+        own = [0 if n == 1 else s for n, s in zip(v.tensor.shape, v.strides)]
+        own[1] *= kind not in (1, 3)
+        own[3] *= kind != 2
+        own[2] *= not flat
+        unit = _unit(*own)
+        strides += [s // unit for s in own]
+        bits |= (kind | (unit.bit_length() - 1) << 2) << 4 * i
+    return bits, strides, channel_unit, plane_unit
+
+
+def _near(v: View) -> int:
+    channel, frame, position = (0 if n == 1 else s for n, s in zip(v.tensor.shape[1:], v.strides[1:]))
+    if channel == 1:
+        return 3 if v.constant and frame == position == 0 else 1
+    return 2 if position == 1 else 0
+
+
+def _unit(*sizes: int) -> int:
+    return next(unit for unit in (8, 4, 1) if not any(n % unit for n in sizes))
 
 
 def is_flat(frames: int, plane: int, *views: View) -> bool:
@@ -726,8 +932,10 @@ def statistics(
     wanted = max(1, 1024 // max(1, instances * triton.cdiv(channels, block_c)))
     steps = triton.cdiv(blocks, min(blocks, wanted))
     parts = triton.cdiv(blocks, steps)
-    device = vx.tensor.device
-    sums = torch.empty(3, instances, parts, channels, dtype=torch.float32, device=device)
+    device, width = vx.tensor.device, joined(channels // groups, block_c)
+    columns = channels // width
+    bits, strides, channel_unit, plane_unit = how(flat, 1, vx, vr)
+    sums = torch.empty(3, instances, parts, columns, dtype=torch.float32, device=device)
     result = torch.empty(3, instances, groups, dtype=torch.float32, device=device)
     sums_kernel[(instances * parts, triton.cdiv(channels, block_c))](
         vx.tensor,
@@ -735,32 +943,49 @@ def statistics(
         *sums,
         frames,
         span,
-        plane,
-        channels,
+        plane // plane_unit,
+        channels // channel_unit,
         parts,
-        *vx.strides,
-        *vr.strides,
+        *strides,
+        bits,
+        channel_unit,
+        plane_unit,
         center,
         flat,
         block,
         block_c,
+        width,
         num_warps=warps,
     )
+    wide = min(triton.next_power_of_2(columns // groups), 32)
     statistics_kernel[(instances * groups,)](
         *sums,
         *result,
         parts,
         steps,
         positions,
-        channels,
+        columns,
         groups,
         eps,
         center,
         block,
-        min(triton.next_power_of_2(parts), 32),
-        min(triton.next_power_of_2(channels // groups), 32),
+        STATISTICS // wide,
+        wide,
+        width,
     )
     return tuple(result)
+
+
+def joined(size: int, block_c: int) -> int:
+    """Channels of a group of ``size`` whose sums leave a block of ``block_c`` channels as one: all that the
+    block has of them, where that is always the same number."""
+    whole = min(size, block_c)
+    return whole if size % whole == 0 and block_c % whole == 0 else 1
+
+
+def is_fast(x: Tensor, silu: bool) -> bool:
+    """Whether SiLU may be two instructions that only NVIDIA's GPUs have."""
+    return silu and x.is_cuda and torch.version.hip is None
 
 
 def norm_act(
@@ -794,7 +1019,8 @@ def norm_act(
     flat = is_flat(frames, plane, vx, vr, vs, vh, vy, vt)
     planar = vx.strides[1] != 1
     tail_first = 0 if tail is None else frames - tail.shape[2]
-    strides = (*vx.strides, *vr.strides, *vs.strides, *vh.strides, *vy.strides, *vt.strides[:3])
+    each = groups if kind in ("layer", "rms") else 1
+    bits, strides, channel_unit, plane_unit = how(flat, each, vx, vr, vs, vh, vy, vt)
     center = kind in ("layer", "group")
     with on_device_of(x):
         if kind in ("layer", "rms"):
@@ -812,20 +1038,26 @@ def norm_act(
                 vy.tensor,
                 vt.tensor,
                 frames,
-                plane,
+                plane // plane_unit,
                 channels,
-                groups,
+                channels // groups // channel_unit,
                 eps,
                 tail_first,
                 *strides,
+                bits,
+                channel_unit,
+                plane_unit,
                 center,
                 silu,
+                is_fast(x, silu) and not chain,
                 chain,
                 *types,
                 flat,
                 block,
                 block_c,
                 num_warps=warps,
+                # A library rounds between a product and a sum; in float32 no cast keeps them apart.
+                enable_fp_fusion=tl.float32 not in types,
             )
             return
         found = statistics(vx, vr, x.shape, center, groups, per_frame, eps, flat)
@@ -844,12 +1076,16 @@ def norm_act(
             vt.tensor,
             frames,
             span,
-            plane,
-            channels,
+            plane // plane_unit,
+            channels // channel_unit,
             groups,
             tail_first,
             *strides,
+            bits,
+            channel_unit,
+            plane_unit,
             silu,
+            is_fast(x, silu),
             flat,
             block,
             block_c,

@@ -15,11 +15,16 @@ from torch import Tensor
 
 from vtok_fast.kernels import on_device_of
 from vtok_fast.kernels.norm_act import (
+    LENGTHS,
     View,
     _at,
     _input,
+    _modulation,
     _per_channel,
     _place,
+    _sigmoid,
+    how,
+    is_fast,
     is_flat,
     statistics,
     tile,
@@ -64,13 +69,24 @@ def _upstream(
     grad_x_channel_stride,
     grad_x_frame_stride,
     grad_x_position_stride,
+    HOW: tl.constexpr,
     SILU: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """The gradient with respect to the output of the affine step; those of scale and shift are written on the
     way."""
     g = tl.load(
         _at(
-            grad, b, c, t, p, grad_batch_stride, grad_channel_stride, grad_frame_stride, grad_position_stride
+            grad,
+            b,
+            c,
+            t,
+            p,
+            grad_batch_stride,
+            grad_channel_stride,
+            grad_frame_stride,
+            grad_position_stride,
+            HOW >> 16,
         ),
         mask=mask,
         other=0.0,
@@ -81,42 +97,40 @@ def _upstream(
     if bias is not None:
         u = u + _per_channel(bias, c, inside)
     if scale is not None:
-        factor = tl.load(
-            _at(
-                scale,
-                b,
-                c,
-                t,
-                p,
-                scale_batch_stride,
-                scale_channel_stride,
-                scale_frame_stride,
-                scale_position_stride,
-            ),
-            mask=mask,
-            other=0.0,
-        ).to(tl.float32)
+        factor = _modulation(
+            scale,
+            b,
+            c,
+            t,
+            p,
+            mask,
+            inside,
+            scale_batch_stride,
+            scale_channel_stride,
+            scale_frame_stride,
+            scale_position_stride,
+            HOW >> 8,
+        )
     if SILU:
         m = u
         if scale is not None:
             m = m * factor
         if shift is not None:
-            m = m + tl.load(
-                _at(
-                    shift,
-                    b,
-                    c,
-                    t,
-                    p,
-                    shift_batch_stride,
-                    shift_channel_stride,
-                    shift_frame_stride,
-                    shift_position_stride,
-                ),
-                mask=mask,
-                other=0.0,
-            ).to(tl.float32)
-        sigmoid = 1.0 / (1.0 + tl.exp(-m))
+            m = m + _modulation(
+                shift,
+                b,
+                c,
+                t,
+                p,
+                mask,
+                inside,
+                shift_batch_stride,
+                shift_channel_stride,
+                shift_frame_stride,
+                shift_position_stride,
+                HOW >> 12,
+            )
+        sigmoid = _sigmoid(m, FAST)
         g = g * (sigmoid * (1.0 + m * (1.0 - sigmoid)))
     if grad_shift is not None:
         tl.store(
@@ -130,6 +144,7 @@ def _upstream(
                 grad_x_channel_stride,
                 grad_x_frame_stride,
                 grad_x_position_stride,
+                HOW >> 20,
             ),
             g.to(grad_shift.dtype.element_ty),
             mask=mask,
@@ -146,6 +161,7 @@ def _upstream(
                 grad_x_channel_stride,
                 grad_x_frame_stride,
                 grad_x_position_stride,
+                HOW >> 20,
             ),
             (g * u).to(grad_scale.dtype.element_ty),
             mask=mask,
@@ -155,7 +171,7 @@ def _upstream(
     return tl.where(mask, g, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def position_backward_kernel(
     x,
     residual,
@@ -173,7 +189,7 @@ def position_backward_kernel(
     frames,
     plane,
     channels,
-    groups,
+    size,
     eps,
     programs,
     x_batch_stride,
@@ -184,10 +200,6 @@ def position_backward_kernel(
     residual_channel_stride,
     residual_frame_stride,
     residual_position_stride,
-    grad_batch_stride,
-    grad_channel_stride,
-    grad_frame_stride,
-    grad_position_stride,
     scale_batch_stride,
     scale_channel_stride,
     scale_frame_stride,
@@ -196,12 +208,20 @@ def position_backward_kernel(
     shift_channel_stride,
     shift_frame_stride,
     shift_position_stride,
+    grad_batch_stride,
+    grad_channel_stride,
+    grad_frame_stride,
+    grad_position_stride,
     grad_x_batch_stride,
     grad_x_channel_stride,
     grad_x_frame_stride,
     grad_x_position_stride,
+    HOW: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
     CENTER: tl.constexpr,
     SILU: tl.constexpr,
+    FAST: tl.constexpr,
     WAN: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -209,9 +229,10 @@ def position_backward_kernel(
 ):
     """Programs (programs, groups); each walks over blocks of positions and leaves its sums of weight and bias
     gradients."""
+    plane *= PLANE_UNIT
+    size *= CHANNEL_UNIT
     positions = frames * plane
     blocks = tl.cdiv(positions, BLOCK)
-    size = channels // groups
     k = tl.arange(0, BLOCK_C)
     inside = k < size
     c = tl.program_id(1) * size + k
@@ -237,6 +258,7 @@ def position_backward_kernel(
             residual_channel_stride,
             residual_frame_stride,
             residual_position_stride,
+            HOW,
             0,
         )
         if CENTER:
@@ -279,7 +301,9 @@ def position_backward_kernel(
             grad_x_channel_stride,
             grad_x_frame_stride,
             grad_x_position_stride,
+            HOW,
             SILU,
+            FAST,
         )
         sum_weight += tl.sum(g * xhat, 0)
         sum_bias += tl.sum(g, 0)
@@ -302,6 +326,7 @@ def position_backward_kernel(
                 grad_x_channel_stride,
                 grad_x_frame_stride,
                 grad_x_position_stride,
+                HOW >> 20,
             ),
             result.to(grad_x.dtype.element_ty),
             mask=mask,
@@ -335,6 +360,7 @@ def _normalized(
     residual_channel_stride,
     residual_frame_stride,
     residual_position_stride,
+    HOW: tl.constexpr,
 ):
     v = _input(
         x,
@@ -352,6 +378,7 @@ def _normalized(
         residual_channel_stride,
         residual_frame_stride,
         residual_position_stride,
+        HOW,
         0,
     )
     group = instance * groups + c // (channels // groups)
@@ -359,7 +386,7 @@ def _normalized(
     return (v - _per_channel(origin, group, inside) - _per_channel(mean, group, inside)) * r, r, group
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def group_sums_kernel(
     x,
     residual,
@@ -389,10 +416,6 @@ def group_sums_kernel(
     residual_channel_stride,
     residual_frame_stride,
     residual_position_stride,
-    grad_batch_stride,
-    grad_channel_stride,
-    grad_frame_stride,
-    grad_position_stride,
     scale_batch_stride,
     scale_channel_stride,
     scale_frame_stride,
@@ -401,11 +424,19 @@ def group_sums_kernel(
     shift_channel_stride,
     shift_frame_stride,
     shift_position_stride,
+    grad_batch_stride,
+    grad_channel_stride,
+    grad_frame_stride,
+    grad_position_stride,
     grad_x_batch_stride,
     grad_x_channel_stride,
     grad_x_frame_stride,
     grad_x_position_stride,
+    HOW: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
     SILU: tl.constexpr,
+    FAST: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -414,6 +445,8 @@ def group_sums_kernel(
     parts, channels)."""
     instance = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
+    plane *= PLANE_UNIT
+    channels *= CHANNEL_UNIT
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     positions = span * plane
@@ -449,6 +482,7 @@ def group_sums_kernel(
             residual_channel_stride,
             residual_frame_stride,
             residual_position_stride,
+            HOW,
         )
         g = _upstream(
             xhat,
@@ -481,7 +515,9 @@ def group_sums_kernel(
             grad_x_channel_stride,
             grad_x_frame_stride,
             grad_x_position_stride,
+            HOW,
             SILU,
+            FAST,
         )
         total += tl.sum(g, 0)
         along += tl.sum(g * xhat, 0)
@@ -490,7 +526,7 @@ def group_sums_kernel(
     tl.store(sums_along + at, along, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def group_backward_kernel(
     x,
     residual,
@@ -518,10 +554,6 @@ def group_backward_kernel(
     residual_channel_stride,
     residual_frame_stride,
     residual_position_stride,
-    grad_batch_stride,
-    grad_channel_stride,
-    grad_frame_stride,
-    grad_position_stride,
     scale_batch_stride,
     scale_channel_stride,
     scale_frame_stride,
@@ -530,17 +562,27 @@ def group_backward_kernel(
     shift_channel_stride,
     shift_frame_stride,
     shift_position_stride,
+    grad_batch_stride,
+    grad_channel_stride,
+    grad_frame_stride,
+    grad_position_stride,
     grad_x_batch_stride,
     grad_x_channel_stride,
     grad_x_frame_stride,
     grad_x_position_stride,
+    HOW: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
     CENTER: tl.constexpr,
     SILU: tl.constexpr,
+    FAST: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The gradient with respect to the input, given the means of g and g x^ per group."""
+    plane *= PLANE_UNIT
+    channels *= CHANNEL_UNIT
     positions = span * plane
     blocks = tl.cdiv(positions, BLOCK)
     instance = tl.program_id(0) // blocks
@@ -572,6 +614,7 @@ def group_backward_kernel(
         residual_channel_stride,
         residual_frame_stride,
         residual_position_stride,
+        HOW,
     )
     g = _upstream(
         xhat,
@@ -604,7 +647,9 @@ def group_backward_kernel(
         grad_x_channel_stride,
         grad_x_frame_stride,
         grad_x_position_stride,
+        HOW,
         SILU,
+        FAST,
     )
     if weight is not None:
         g = g * _per_channel(weight, c, inside)
@@ -622,6 +667,7 @@ def group_backward_kernel(
             grad_x_channel_stride,
             grad_x_frame_stride,
             grad_x_position_stride,
+            HOW >> 20,
         ),
         (r * g).to(grad_x.dtype.element_ty),
         mask=mask,
@@ -675,7 +721,10 @@ def norm_act_backward(
     vo, vos, voh = view(grad_x), view(grad_scale), view(grad_shift)
     flat = is_flat(frames, plane, vx, vr, vg, vs, vh, vo)
     planar = vx.strides[1] != 1
-    strides = (*vx.strides, *vr.strides, *vg.strides, *vs.strides, *vh.strides, *vo.strides)
+    each = groups if kind in ("layer", "rms") else 1
+    bits, strides, channel_unit, plane_unit = how(flat, each, vx, vr, vs, vh, vg, vo)
+    layout_of = (*strides, bits, channel_unit, plane_unit)
+    fast = is_fast(x, silu) and rounding == "once"
     inputs = vx.tensor, vr.tensor, vg.tensor, weight, bias, vs.tensor, vh.tensor
     with on_device_of(x):
         if kind in ("layer", "rms"):
@@ -691,14 +740,15 @@ def norm_act_backward(
                 *sums,
                 b,
                 frames,
-                plane,
+                plane // plane_unit,
                 channels,
-                groups,
+                channels // groups // channel_unit,
                 eps,
                 programs,
-                *strides,
+                *layout_of,
                 center,
                 silu,
+                fast,
                 rounding == "wan",
                 flat,
                 block,
@@ -708,7 +758,7 @@ def norm_act_backward(
             grad_weight, grad_bias = sums.sum(1)
         else:
             grad_weight, grad_bias = _group_backward(
-                inputs, vx, vr, vo, vos, voh, strides, x.shape, center, silu, groups, span, eps, flat
+                inputs, vx, vr, vo, vos, voh, layout_of, x.shape, center, silu, fast, groups, span, eps, flat
             )
     grad_scale, grad_shift = (
         None if g is None else g.sum_to_size(t.shape).to(t.dtype)
@@ -731,10 +781,11 @@ def _group_backward(
     vo: View,
     vos: View,
     voh: View,
-    strides: tuple,
+    layout_of: tuple,
     shape: torch.Size,
     center: bool,
     silu: bool,
+    fast: bool,
     groups: int,
     span: int,
     eps: float,
@@ -744,6 +795,7 @@ def _group_backward(
     b, channels, frames, h, w = shape
     plane, instances = h * w, b * (frames // span)
     positions = span * plane
+    channel_unit, plane_unit = layout_of[-2:]
     found = statistics(vx, vr, shape, center, groups, span == 1, eps, flat)
     block_c = min(triton.next_power_of_2(channels), 16 if vx.strides[1] != 1 else 128)
     block, warps = tile(block_c, positions, vx.strides[1] != 1, VALUES["groups"])
@@ -759,12 +811,13 @@ def _group_backward(
         *sums,
         frames,
         span,
-        plane,
-        channels,
+        plane // plane_unit,
+        channels // channel_unit,
         groups,
         parts,
-        *strides,
+        *layout_of,
         silu,
+        fast,
         flat,
         block,
         block_c,
@@ -781,12 +834,13 @@ def _group_backward(
         vo.tensor,
         frames,
         span,
-        plane,
-        channels,
+        plane // plane_unit,
+        channels // channel_unit,
         groups,
-        *strides,
+        *layout_of,
         center,
         silu,
+        fast,
         flat,
         block,
         block_c,

@@ -24,37 +24,78 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = (80, 90, 100, 120)
+AMD = ("gfx942", "gfx950")  # MI300, MI350
 # Bytes of shared memory that one block may have: CUDA C++ Programming Guide, technical specifications per
 # compute capability.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_LIMIT |= dict.fromkeys(AMD, 64 << 10)  # of LDS; gfx950 has 160 KB, but two blocks are to fit
 
 
 @dataclass(frozen=True)
 class Resources:
     """What a compiled kernel takes: ``registers`` per thread, ``stack`` bytes per thread (spilled registers;
-    0 where there are none), ``shared`` bytes per block, ``num_warps``; and its ``ptx``."""
+    0 where there are none), ``shared`` bytes per block, ``num_warps``; its ``ptx`` (of AMD the assembly) and
+    the machine code of NVIDIA's."""
 
     registers: int
     stack: int
     shared: int
     num_warps: int
     ptx: str
+    cubin: bytes = b""
 
     def has(self, pattern: str) -> bool:
         """Whether the PTX has a line that matches, such as ``wgmma`` or ``cp\\.async``."""
         return re.search(pattern, self.ptx) is not None
+
+    def loops(self) -> list[list[str]]:
+        """The instructions of each innermost loop of the machine code, the longest first. What is between
+        a backward jump and its target is a loop; it is innermost where no other lies within."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(self.cubin)
+            cubin.flush()
+            command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        code, labels = [], {}
+        for line in said.splitlines():
+            if found := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[found[1]] = len(code)
+            elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+                code.append(found[1])
+        jumps = [
+            (labels[found[1]], i + 1)
+            for i, line in enumerate(code)
+            if (found := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and labels.get(found[1], i + 1) < i
+        ]
+        innermost = [
+            (a, b) for a, b in jumps if not any((a, b) != (c, d) and a <= c and d <= b for c, d in jumps)
+        ]
+        return sorted((code[a:b] for a, b in innermost), key=len, reverse=True)
+
+
+def source(kernel, types: dict, constants: dict, aligned: Iterable[str]) -> ASTSource:
+    """The kernel with its types, for the Triton that is installed: 3.2 still had attributes of its own."""
+    places = [kernel.arg_names.index(name) for name in aligned]
+    try:
+        from triton.backends.compiler import AttrsDescriptor
+    except ImportError:
+        attributes = {(place,): [["tt.divisibility", 16]] for place in places}
+        return ASTSource(kernel, types, dict(constants), attributes)
+    run_time = {name: kind for name, kind in types.items() if kind != "constexpr"}
+    return ASTSource(kernel, run_time, dict(constants), AttrsDescriptor.from_hints(dict.fromkeys(places, 16)))
 
 
 def compile_for(
     kernel,
     signature: Mapping[str, str],
     constants: Mapping[str, object],
-    cc: int,
+    cc: int | str,
     num_warps: int = 4,
     num_stages: int = 3,
     aligned: Iterable[str] = (),
+    options: Mapping[str, object] | None = None,
 ) -> Resources:
-    """Compiles a kernel for compute capability ``cc`` (80, 90, ...) without a GPU.
+    """Compiles a kernel for compute capability ``cc`` (80, 90, ...) or for AMD's "gfx942", without a GPU.
 
     Args:
         kernel: the ``@triton.jit`` function.
@@ -62,15 +103,23 @@ def compile_for(
             ``constants`` may be left out.
         constants: the values of the ``tl.constexpr`` arguments; None for a pointer that is absent.
         aligned: arguments that are multiples of 16, as the launcher finds and tells the compiler at run time.
+        options: others of Triton's, such as ``enable_fp_fusion``.
     """
     # In the order of the kernel's own arguments: Triton counts positions.
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    amd = isinstance(cc, str)
     compiled = triton.compile(
-        ASTSource(kernel, types, dict(constants), attributes),
-        target=GPUTarget("cuda", cc, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        source(kernel, types, dict(constants), aligned),
+        target=GPUTarget("hip", cc, 64) if amd else GPUTarget("cuda", cc, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages, **(options or {})},
     )
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    if amd:
+        assembly = compiled.asm["amdgcn"]
+        usage = {
+            name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)
+        }
+        return Resources(usage["vgpr_count"], 4 * usage["vgpr_spill_count"], shared, warps, assembly)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -81,22 +130,23 @@ def compile_for(
             check=True,
         ).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
-    # Warp specialisation adds warps to those asked for.
+    # Warp specialization adds warps to those asked for.
     return Resources(
         int(usage["REG"]),
         int(usage["STACK"]) + int(usage["LOCAL"]),
-        compiled.metadata.shared,
-        compiled.metadata.num_warps,
+        shared,
+        warps,
         compiled.asm["ptx"],
+        compiled.asm["cubin"],
     )
 
 
-def assert_fits(resources: Resources, cc: int, spills: int = 0) -> None:
+def assert_fits(resources: Resources, cc: int | str, spills: int = 0) -> None:
     """Fails where registers spill (more than ``spills`` bytes) or a block of this GPU has less shared
     memory."""
-    assert resources.stack <= spills, f"sm_{cc}: {resources.stack} bytes of registers spill"
+    assert resources.stack <= spills, f"{cc}: {resources.stack} bytes of registers spill"
     assert resources.shared <= SHARED_LIMIT[cc], (
-        f"sm_{cc}: {resources.shared} bytes of shared memory, {SHARED_LIMIT[cc]} exist"
+        f"{cc}: {resources.shared} bytes of shared memory, {SHARED_LIMIT[cc]} exist"
     )
 
 
