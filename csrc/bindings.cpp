@@ -11,6 +11,7 @@ PYBIND11_MODULE(_C, m) {
   vtok::bind_norm_act(m);
   vtok::bind_fsq(m);
   vtok::bind_token_packing(m);
+  vtok::bind_watch(m);
 
   m.def(
       "isa", [] { return vtok::cpu::isa_name(vtok::cpu::active_isa()); },

@@ -70,6 +70,7 @@ void bind_causal_conv3d(pybind11::module_& m);
 void bind_norm_act(pybind11::module_& m);
 void bind_fsq(pybind11::module_& m);
 void bind_token_packing(pybind11::module_& m);
+void bind_watch(pybind11::module_& m);
 
 // Only in a module built for GPUs (VTOK_FAST_CUDA_ARCHS).
 void bind_cuda(pybind11::module_& m);

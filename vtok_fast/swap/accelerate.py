@@ -35,9 +35,10 @@ from vtok_fast.swap.flow import followed
 from vtok_fast.swap.guard import by_whom, is_replaced
 from vtok_fast.swap.layout import Place
 from vtok_fast.swap.live_memory import peak_bytes
-from vtok_fast.swap.patch import Calls, Patch, Skip, Swap, described, is_swapped, why_hooked
+from vtok_fast.swap.patch import Calls, Patch, Skip, Swap, described, why_hooked
 from vtok_fast.swap.report import Entry, Report
 from vtok_fast.swap.results import Incomparable, close, equal
+from vtok_fast.swap.watch import is_swapped
 
 
 class Adapter(Protocol):
@@ -206,7 +207,7 @@ def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candid
             why, swaps = reason, []
             covered.update(module.modules())
         for swap in swaps:
-            if reason := why_hooked(module, swap.covers, sharded=sharded):
+            if reason := why_hooked(module, swap.covers, swap.attribute, sharded=sharded):
                 why, swaps = reason, []
                 break
             parts = [module] if swap.covers is None else [module.get_submodule(name) for name in swap.covers]

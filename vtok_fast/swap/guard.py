@@ -2,19 +2,17 @@
 what it was made for.
 
 Adapters, hooks, casts and offloading are attached to a model at any time, also after ``accelerate``. A swap
-that does not call its children would ignore them. So before each call the parts are compared with what they
-were at the last look: their classes, children, instance attributes and hooks, and the types and dtypes of
-their weights. That takes a few dictionary look-ups. Only where something differs are they read one by one,
-and where one of them does more than its class does, the call goes to the class's own method.
+that does not call its children would ignore them, and one that takes a setting for what the constructor made
+of it would ignore another. So before each call the module and its parts are compared with what they were at
+the last look: their classes and what these run, children, instance attributes and hooks, and the classes and
+dtypes of their weights (`vtok_fast.swap.watch`). Only where something differs are they read one by one, and
+where one of them does more than its class did when the swap was made, the call goes to the class's own method.
 """
 
 from __future__ import annotations
 
-import itertools
-from operator import itemgetter
-from types import NoneType
+from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +22,24 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.conv import _ConvNd
 
 from vtok_fast.dispatch.backends import Reason
+from vtok_fast.swap.watch import (
+    BASE,
+    CALLED,
+    HOOKS,
+    Tree,
+    frozen,
+    function_of,
+    functions,
+    look,
+    patched,
+    settings,
+)
+from vtok_fast.swap.watch import watch as watched
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
-_SETTINGS = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
 _PLAIN = {Tensor, nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor}
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-_dtype = Tensor.dtype.__get__
+_ABSENT = object()
 
 Path = tuple[str, ...]
 
@@ -63,11 +72,18 @@ def why_bypassed(name: str, part: nn.Module) -> Reason:
         return f"{name} has hooks, which a fused block would not call"
     if is_replaced(part, "forward"):
         return f"{name}.forward was replaced{by_whom(part)}"
-    if "_conv_forward" in part.__dict__:
-        return f"{name}._conv_forward was replaced"
+    for key in part.__dict__:
+        if key not in BASE and key != "forward" and isinstance(function_of(type(part), key), FunctionType):
+            return f"{name}.{key} was replaced"
     if "parametrizations" in part._modules:
         return f"{name} is parametrized"
     return None
+
+
+def why_patched(name: str, part: nn.Module, called: tuple[str, ...] = CALLED) -> Reason:
+    """Why the class of a part, or of a module itself, is not what its library made."""
+    function = patched(type(part), called)
+    return function and f"{type(part).__name__}.{function}{' of ' + name if name else ''} was replaced"
 
 
 def is_replaced(module: nn.Module, attribute: str) -> bool:
@@ -117,12 +133,34 @@ def _parametrized(module: nn.Module) -> bool:
 
 
 class Guard:
-    """What a swap of one module asks before each call. Copies of the module share it: what was seen of each
-    module is kept by module."""
+    """What a swap of one module asks before each call. Copies of the module share it.
 
-    def __init__(self, module: nn.Module, covers: tuple[str, ...] | None):
-        self._parts = tuple((path, type(part), _settings(part)) for path, part in parts_of(module, covers))
-        self._watches: WeakKeyDictionary[nn.Module, _Watch] = WeakKeyDictionary()
+    Args:
+        module, covers: what is swapped, and its children that are gone past (None: all).
+        attribute: the method that is swapped.
+        state: attributes that the swap's function reads at each call, or that change from call to call; "*" for all of the module's own.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        covers: tuple[str, ...] | None,
+        attribute: str = "forward",
+        state: tuple[str, ...] = (),
+    ):
+        self._called = (attribute, "_conv_forward")
+        self._ignored = frozenset((attribute, *HOOKS, *state))
+        parts = parts_of(module, covers)
+        self._parts = tuple(self._seen(path, part, CALLED) for path, part in parts)
+        if "*" not in state:
+            self._parts = (self._seen((), module, self._called), *self._parts)
+        self._tree = Tree([path for path, *_ in self._parts])
+        self._hooks = _GLOBAL_HOOKS if parts else ()
+        self._watch: Any = None
+
+    def _seen(self, path: Path, part: nn.Module, called: tuple[str, ...]) -> tuple:
+        kind = type(part)
+        return path, kind, functions(kind, called), settings(part, self._ignored)
 
     def why_not(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Reason:
         """Why the class's own method has to take this call, or None."""
@@ -131,94 +169,71 @@ class Guard:
             x = first_tensor(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
             return self._review(module, x)
-        if x is not None and not x.numel():
-            return "its input is empty"
-        watch = self._watches.get(module)
-        if watch is None or not watch.same(x):
-            if why := self._review(module, x):
-                self._watches.pop(module, None)  # which would keep what was replaced
-                return why
-            self._watches[module] = _Watch(module, [part_at(module, path) for path, _, _ in self._parts])
+        watch = self._watch
+        if x is None:
+            if watch is not None and watch.same(module, None) is not False:
+                return None
+        else:
+            if not x.numel():
+                return "its input is empty"
+            if watch is not None and (x.is_cpu or x.is_cuda) and watch.same(module, x.dtype):
+                return None
+        if why := self._review(module, x):
+            return why
+        self._watch = watched(look(module, self._tree, self._called, self._ignored), self._hooks)
         return None
 
     def _review(self, module: nn.Module, x: Tensor | None) -> Reason:
         """Reads the parts one by one."""
-        weights: list[tuple[str, nn.Module]] = [("", module)]
-        for path, kind, settings in self._parts:
+        weights: list[tuple[str, nn.Module]] = []
+        for path, kind, called, known in self._parts:
             part, name = part_at(module, path), ".".join(path)
-            if type(part) is not kind:
-                return f"{name} is a {type(part).__name__}, and was a {kind.__name__}"
-            if why := why_bypassed(name, part):
+            if type(part) is not kind and (path or not _only_wraps(type(part), kind)):
+                return f"{name or 'it'} is a {type(part).__name__}, and was a {kind.__name__}"
+            if path and (why := why_bypassed(name, part)):
                 return why
-            if settings is not None and _settings(part) != settings:
-                return f"the settings of {name} were changed"
+            if why := self._why_changed(part, name, called, known):
+                return why
             weights.append((name, part))
-        if self._parts and any(_GLOBAL_HOOKS):
+        if any(self._hooks):
             return "a hook on all modules is registered, which a fused block would not call"
-        if x is None:
-            return None
-        if x.device.type not in ("cpu", "cuda"):
-            return f"the input is on {x.device}"
-        autocast = torch.is_autocast_enabled(x.device.type)
-        for name, part in weights:
-            if why := why_weights(part, name):
-                return why
-            for key, weight in part._parameters.items():
-                if weight is not None and weight.dtype != x.dtype and not autocast and x.is_floating_point():
-                    return f"{name or 'its'} {key} is {weight.dtype}, the input {x.dtype}"
+        return None if x is None else _why_dtypes(weights, x)
+
+    def _why_changed(
+        self, part: nn.Module, name: str, called: tuple[tuple[str, Any], ...], known: dict[str, Any]
+    ) -> Reason:
+        """What of a part's class or of its own settings is not as it was when the swap was made."""
+        if torch.compiler.is_dynamo_compiling():  # which looks at no classes
+            same = all(frozen(getattr(part, key, None)) == value for key, value in known.items())
+            return None if same else f"the settings of {name or 'the module'} were changed"
+        for attribute, function in called:
+            if function_of(type(part), attribute) is not function:
+                return f"{type(part).__name__}.{attribute} was replaced"
+        now = settings(part, self._ignored)
+        for key in known.keys() | now.keys():
+            missing = _ABSENT if key not in known and hasattr(type(part), key) else None
+            if known.get(key, missing) != now.get(key):
+                return f"the settings of {name or 'the module'} were changed ({key})"
         return None
 
 
-class _Watch:
-    """What one module's parts were when they were last read. It keeps no weight alive."""
-
-    __slots__ = ("_parts", "_kinds", "_hooks", "_dicts", "_sizes", "_children", "_convs", "_settings") + (
-        "_parameters",
-        "_types",
-    )
-
-    def __init__(self, module: nn.Module, parts: list[nn.Module]):
-        self._parts = tuple(parts)
-        self._kinds = tuple(map(type, parts))
-        self._hooks = tuple(getattr(part, name) for part in parts for name in _HOOKS)
-        self._hooks += _GLOBAL_HOOKS if parts else ()
-        self._dicts = tuple(part.__dict__ for part in parts)
-        self._sizes = tuple(map(len, self._dicts))
-        parents = [module, *(part for part in parts if part._modules)]
-        self._children = tuple((parent._modules, tuple(parent._modules.values())) for parent in parents)
-        self._convs = tuple(part.__dict__ for part in parts if isinstance(part, _ConvNd))
-        self._settings = tuple(map(_SETTINGS, self._convs))
-        self._parameters = tuple(m._parameters.values() for m in (module, *parts) if m._parameters)
-        self._types = tuple(map(type, itertools.chain(*self._parameters)))
-
-    def same(self, x: Tensor | None) -> bool:
-        """Whether the parts are the same objects with the same classes, attributes, settings and weights and
-        without hooks, and the weights of the input's dtype."""
-        if (
-            any(self._hooks)
-            or tuple(map(type, self._parts)) != self._kinds
-            or tuple(map(len, self._dicts)) != self._sizes
-            or tuple(map(_SETTINGS, self._convs)) != self._settings
-        ):
-            return False
-        for children, seen in self._children:
-            if tuple(children.values()) != seen:
-                return False
-        if not self._types:
-            return True
-        weights = [*itertools.chain(*self._parameters)]
-        if x is None or tuple(map(type, weights)) != self._types or not (x.is_cpu or x.is_cuda):
-            return False
-        if NoneType in self._types:
-            weights = [weight for weight in weights if weight is not None]
-        dtypes = set(map(_dtype, weights))
-        return dtypes <= {x.dtype} or torch.is_autocast_enabled(x.device.type) and dtypes <= _DTYPES
+def _only_wraps(kind: type, before: type) -> bool:
+    """Whether a class is another with more of torch.distributed's behavior around it, as FSDP2 makes them."""
+    added = [base for base in kind.__mro__ if base not in before.__mro__]
+    return before in kind.__mro__ and all(b.__module__.startswith("torch.distributed.") for b in added)
 
 
-def _settings(part: nn.Module) -> tuple | None:
-    if not isinstance(part, _ConvNd):
-        return None
-    return part.stride, part.padding, part.dilation, part.groups, part.padding_mode  # those of _SETTINGS
+def _why_dtypes(weights: list[tuple[str, nn.Module]], x: Tensor) -> Reason:
+    if x.device.type not in ("cpu", "cuda"):
+        return f"the input is on {x.device}"
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, part in weights:
+        if why := why_weights(part, name):
+            return why
+        for key, weight in part._parameters.items():
+            if weight is not None and weight.dtype != x.dtype and not autocast and x.is_floating_point():
+                return f"{name or 'its'} {key} is {weight.dtype}, the input {x.dtype}"
+    return None
 
 
 def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

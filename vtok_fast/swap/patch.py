@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.parity import Parity
-from vtok_fast.swap.guard import Guard, first_tensor, parts_of, why_bypassed, why_weights
+from vtok_fast.swap.guard import Guard, first_tensor, parts_of, why_bypassed, why_patched, why_weights
 from vtok_fast.swap.layout import Place, as_pytorch, from_channels_last
 
 _ABSENT = object()
+EVERYTHING = ("*",)  # the state of a swap that knows nothing of the module itself
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a network of diffusers
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Swap:
         exact_where: for which modules of the class there is.
         why_not: why this swap was not made for a module of its class, or None where it was.
         inner: whether only the module's own code calls the method.
+        state: attributes of the module and its parts that the function reads at each call, or that change from
+            call to call. Where another one changes, the class's own method takes the call.
     """
 
     what: str
@@ -61,6 +65,7 @@ class Swap:
     exact_where: Callable[[nn.Module], bool] = lambda module: True
     why_not: Callable[[nn.Module], Reason] = lambda module: None
     inner: bool = False
+    state: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,8 @@ class Patch:
         self.module, self.swap = module, swap
         self.calls = Calls() if calls is None else calls
         self.switch = _Switch(module, place)
-        method = _method(swap, Guard(module, swap.covers), self.calls, self.switch)
+        guard = Guard(module, swap.covers, swap.attribute, swap.state)
+        method = _method(swap, guard, self.calls, self.switch)
         self.method = MethodType(method, module)
         self._previous: Any = _ABSENT
         self.installed = False
@@ -193,11 +199,6 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable
     return method
 
 
-def is_swapped(method: Any) -> bool:
-    """Whether a bound method is one that a `Patch` put there."""
-    return hasattr(getattr(method, "__func__", None), "__guard__")
-
-
 def runs(module: nn.Module, function: Callable[..., Any], x: Tensor, attribute: str = "forward") -> bool:
     """Whether a module called with ``x`` would run this swap function, and no hook would see ``x``."""
     method = getattr(module.__dict__.get(attribute), "__func__", None)
@@ -208,11 +209,19 @@ def runs(module: nn.Module, function: Callable[..., Any], x: Tensor, attribute: 
     )
 
 
-def why_hooked(module: nn.Module, parts: tuple[str, ...] | None = None, *, sharded: bool = False) -> Reason:
+def why_hooked(
+    module: nn.Module,
+    parts: tuple[str, ...] | None = None,
+    attribute: str = "forward",
+    *,
+    sharded: bool = False,
+) -> Reason:
     """Why a module's children (or only these, with theirs) cannot be bypassed: a hook or a replaced forward
-    on one of them would not run any more, or no kernel takes their weights. ``sharded`` ones may be whole
-    when they are used."""
+    on one of them would not run any more, the class of one or of the module does something that its library
+    does not know of, or no kernel takes their weights. ``sharded`` ones may be whole when they are used."""
     inside = [(".".join(path), part) for path, part in parts_of(module, parts)]
+    own = why_patched("", module, (attribute, "_conv_forward"))
+    classes = (own, *(why_patched(name, part) for name, part in inside))
     hooks = (why_bypassed(name, part) for name, part in inside)
     weights = (why_weights(part, name, sharded=sharded) for name, part in [("", module), *inside])
-    return next((why for why in (*hooks, *weights) if why), None)
+    return next((why for whys in (classes, hooks, weights) for why in whys if why), None)

@@ -33,7 +33,7 @@ from vtok_fast.swap.adapters.layers import (
 )
 from vtok_fast.swap.adapters.pad_conv import own_rule
 from vtok_fast.swap.adapters.padding import Rule, exact, virtual
-from vtok_fast.swap.patch import Swap
+from vtok_fast.swap.patch import CHECKPOINTING, Swap
 
 LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_cogvideox"
 Cache = dict
@@ -302,6 +302,7 @@ def _network_swap(function: Callable[..., Any]) -> Swap:
         "norm + SiLU in one pass before conv_out",
         function,
         covers=("norm_out", "conv_act"),
+        state=CHECKPOINTING,
         why_not=lambda network: (
             why_unlike(network, norm_out=("GroupNorm", "CogVideoXSpatialNorm3D"), conv_act="SiLU")
             or _why_not_norm(network.norm_out)
@@ -330,6 +331,7 @@ _SWAPS: Table = {
         exact=conv_exact,
         exact_where=lambda layer: not any(layer.conv.padding) and not any(layer.time_causal_padding),
         why_not=_why_not_conv,
+        state=("pad_mode",),
     ),
     "CogVideoXSafeConv3d": Swap(
         "conv with virtual padding", safe_conv, sample=lambda m: (_video(m, m.in_channels, 3),)
@@ -345,6 +347,7 @@ _SWAPS: Table = {
         resnet_block,
         sample=_block_sample,
         why_not=_why_not_block,
+        state=("pad_mode",),
     ),
     "CogVideoXEncoder3D": _network_swap(encoder),
     "CogVideoXDecoder3D": _network_swap(decoder),

@@ -27,7 +27,7 @@ from vtok_fast.swap.adapters.layers import (
 )
 from vtok_fast.swap.adapters.pad_conv import own_rule
 from vtok_fast.swap.adapters.padding import MODES, Rule, exact, virtual
-from vtok_fast.swap.patch import Skip, Swap
+from vtok_fast.swap.patch import CHECKPOINTING, Skip, Swap
 
 LIBRARY = "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video"
 NETWORKS = {"HunyuanVideoEncoder3D": "conv_out", "HunyuanVideoDecoder3D": "conv_out"}
@@ -170,6 +170,7 @@ def _propose_mid_block(block: nn.Module) -> Answer:
             "frame-causal attention without a mask",
             mid_block,
             covers=covers,
+            state=CHECKPOINTING,
             sample=lambda m: (_video(m, m.resnets[0].norm1.num_channels),),
         )
     ]
@@ -180,6 +181,7 @@ def _network_swap(function: Callable[..., Tensor]) -> Swap:
         "norm + SiLU in one pass before conv_out",
         function,
         covers=("conv_norm_out", "conv_act"),
+        state=CHECKPOINTING,
         why_not=lambda network: why_unlike(network, conv_norm_out="GroupNorm", conv_act="SiLU"),
     )
 

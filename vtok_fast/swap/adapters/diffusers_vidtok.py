@@ -35,14 +35,13 @@ from vtok_fast.swap.adapters.layers import (
     why_unlike,
 )
 from vtok_fast.swap.adapters.padding import MODES
-from vtok_fast.swap.patch import Skip, Swap, runs
+from vtok_fast.swap.patch import CHECKPOINTING, EVERYTHING, Skip, Swap, runs
 
 LIBRARY = "diffusers.models.autoencoders.autoencoder_vidtok"
 CONVS_3D, CONVS_1D = ("VidTokCausalConv3d", "Conv3d"), ("VidTokCausalConv1d", "Conv1d")
 
-_local = (
-    threading.local()
-)  # .whole: the clip is processed whole in this thread, so that no cache will be read
+_local = threading.local()  # .whole: the clip is processed whole in this thread, so that no cache is read
+_CHUNK = ("causal_cache", "is_first_chunk", "cache_offset", "enable_cached")  # read at each call
 NETWORKS = {"VidTokEncoder3D": "conv_out", "VidTokDecoder3D": "conv_out"}
 
 
@@ -399,6 +398,7 @@ def _network_swap(function: Callable[..., Tensor]) -> Swap:
         "levels without relayouts, norm + SiLU in one pass before conv_out",
         function,
         covers=("norm_out", "nonlinearity"),
+        state=CHECKPOINTING,
         why_not=lambda network: why_unlike(network, norm_out="VidTokLayerNorm", nonlinearity="SiLU"),
     )
 
@@ -432,6 +432,7 @@ _CONV = Swap(
     _conv_forward,
     sample=_conv_sample,
     why_not=_why_not_causal_conv,
+    state=_CHUNK,
 )
 _SWAPS: Table = {
     "VidTokCausalConv1d": _CONV,
@@ -441,26 +442,36 @@ _SWAPS: Table = {
         resnet_block,
         sample=_block_sample,
         why_not=_why_not_block,
+        state=_CHUNK,
     ),
     "VidTokAttnBlock": Swap(
         "norm, projections and residual fused",
         attention,
         sample=lambda m: (random(m, 1, m.norm.norm.normalized_shape[0], 2, 10, 14),),
         why_not=_why_not_attention,
+        state=_CHUNK,
     ),
     "VidTokDownsample2D": _space_swap("strided conv with virtual padding", space_down),
     "VidTokUpsample2D": _space_swap("upsampling folded into the conv", space_up),
     "VidTokDownsample3D": Swap(
-        "pool folded into the conv", time_down, sample=_time_sample, why_not=_why_not_time_down
+        "pool folded into the conv",
+        time_down,
+        sample=_time_sample,
+        why_not=_why_not_time_down,
+        state=_CHUNK,
     ),
     "VidTokUpsample3D": Swap(
-        "interpolation without relayouts, blend fused", time_up, sample=_time_sample, why_not=_why_not_time
+        "interpolation without relayouts, blend fused",
+        time_up,
+        sample=_time_sample,
+        why_not=_why_not_time,
+        state=_CHUNK,
     ),
     "VidTokEncoder3D": _network_swap(encoder),
     "VidTokDecoder3D": _network_swap(decoder),
     "AutoencoderVidTok": (
-        Swap("no cache kept that is not read", encode, "_encode", covers=(), exact=encode),
-        Swap("no cache kept that is not read", decode, "_decode", covers=(), exact=decode),
+        Swap("no cache kept that is not read", encode, "_encode", covers=(), exact=encode, state=EVERYTHING),
+        Swap("no cache kept that is not read", decode, "_decode", covers=(), exact=decode, state=EVERYTHING),
     ),
     "FSQRegularizer": _propose_fsq,
 }
