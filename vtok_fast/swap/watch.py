@@ -113,10 +113,10 @@ def look(module: nn.Module, tree: Tree, called: tuple[str, ...], ignored: frozen
 
 
 def _entry(key: str, value: Any, ignored: frozenset[str]) -> tuple[str, int, Any]:
-    if key in ignored or key in ("training", "_is_full_backward_hook"):
-        return key, ANY, None
-    if key in HOOKS:
+    if key in HOOKS and key not in ignored:
         return key, EMPTY, None
+    if key in BASE or key in ignored:
+        return key, ANY, None
     if type(value) is list and all(type(v) in _ATOMS for v in value):
         return key, LIST, tuple(value)
     return (key, IS, value) if _is_plain(value) else (key, TYPE, type(value))
@@ -162,7 +162,12 @@ class PythonWatch:
             dtypes |= {self._dtype_of.__get__(p) for p in parameters.values() if p is not None}
         for name, below in children:
             part = module._modules.get(name, ...)
-            if part is ... or (part is None) != (below is None) or below and not self._is(part, below, dtypes):
+            if (
+                part is ...
+                or (part is None) != (below is None)
+                or below
+                and not self._is(part, below, dtypes)
+            ):
                 return False
         return True
 
