@@ -26,6 +26,7 @@ from vtok_fast.swap.adapters import (
     diffusers_vidtok,
     diffusers_wan,
     infotok,
+    norms,
     pad_conv,
     promag,
     vector_quantize,
@@ -65,7 +66,7 @@ LIBRARIES: tuple[Adapter, ...] = (
     diffusers_vidtok,
     vector_quantize,
 )
-ADAPTERS: tuple[Adapter, ...] = (vidtok, cosmos, infotok, promag, *LIBRARIES, pad_conv)
+ADAPTERS: tuple[Adapter, ...] = (vidtok, cosmos, infotok, promag, *LIBRARIES, norms, pad_conv)
 
 _cache_shares: dict[int, int] = {}  # accelerated model -> bytes of the weight cache it pays for
 
