@@ -32,7 +32,7 @@ help: ## this list
 	@echo "  make wheels WHEELS='--family cpu'          (scripts/wheels.py --help)"
 
 demo: setup $(if $(VIDEO),,data/bikes.mp4) ## a real clip through VidTok, plain and accelerated; the result is in demo/
-	@$(RUN) -m vtok_fast.cli demo $(DEMO_OPTIONS)
+	@$(RUN) -m vtok_fast.cli demo --force $(DEMO_OPTIONS)
 
 test: setup ## the tests, but for the slow ones
 	@$(TESTS) -m "not slow"
@@ -108,6 +108,6 @@ $(BUILT): $(SOURCES) $(VENV)/.installed
 	@rm -f $(VENV)/.built-*
 	@touch $@
 
-data/bikes.mp4: scripts/fetch_clip.py | $(BUILT)
-	@$(RUN) scripts/fetch_clip.py data
+data/bikes.mp4: vtok_fast/commands/clips.py | $(BUILT)
+	@$(RUN) -m vtok_fast.commands.clips data
 	@touch $@

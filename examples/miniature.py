@@ -2,7 +2,7 @@
 docs/results.md with its picture.
 
 Everything is small on purpose, so that each claim is tried in some minutes on one core. Steps and seeds are
-fixed, the clips are those of `scripts/fetch_clip.py`; with the same versions on the same processor the
+fixed, the clips are those of `vtok_fast.commands.clips`; with the same versions on the same processor the
 numbers come out the same.
 """
 
@@ -37,7 +37,10 @@ def arguments(description: str, argv: Sequence[str] | None = None) -> argparse.N
         description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--data", type=Path, default=ROOT / "data", help="folder of the demo's clips (scripts/fetch_clip.py)"
+        "--data",
+        type=Path,
+        default=ROOT / "data",
+        help="folder of the demo's clips (vtok_fast.commands.clips)",
     )
     parser.add_argument(
         "--docs", type=Path, default=ROOT / "docs", help="where results.md and its pictures are"

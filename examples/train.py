@@ -1,6 +1,6 @@
 """Train a small tokenizer on a folder of clips.
 
-    python scripts/fetch_clip.py data
+    python -m vtok_fast.commands.clips data
     python examples/train.py --model vidtok --data data --hold-out bikes.mp4:0-137 --bf16 --threads 1
     --minutes 70
 

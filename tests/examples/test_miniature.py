@@ -107,6 +107,6 @@ def test_frames_sampled_at_the_same_cost(frames, tokens, every):
 def test_every_script_runs(name, tmp_path):
     pytest.importorskip("transformers")
     if not (ROOT / "data" / "bikes.mp4").is_file():
-        pytest.skip("the clips are not here: scripts/fetch_clip.py")
+        pytest.skip("the clips are not here: vtok_fast.commands.clips")
     assert importlib.import_module(f"claims_{name}").main(["--docs", str(tmp_path), "--scale", "0.004"]) == 0
     assert f"<!-- end of {name} -->" in (tmp_path / "results.md").read_text()

@@ -11,8 +11,9 @@ import typer
 from typer.core import TyperGroup
 
 from vtok_fast.bench.sections import SECTIONS
+from vtok_fast.commands import names as names_of_files
 from vtok_fast.commands import options
-from vtok_fast.commands.options import Json
+from vtok_fast.commands.options import Force, Json
 
 
 class _RunByDefault(TyperGroup):
@@ -114,10 +115,13 @@ def run(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture to write: roofline and speed-up bars.")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Time ops and models beside their strongest peers, in one run; exit code 1 if a result of ours is
     wrong."""
+    if plot is not None:
+        names_of_files.check_output(plot, names_of_files.PICTURES, force=force, what="a picture")
     import torch
 
     from vtok_fast.bench import harness, report

@@ -25,15 +25,15 @@ from torch import Tensor
 import vtok_fast
 from vtok_fast import parity
 from vtok_fast.bench import process_memory
+from vtok_fast.commands import demo_picture
+from vtok_fast.commands.clips import DEMO_CLIP, HERE, demo_clip
 from vtok_fast.io.files import write_atomically
 from vtok_fast.io.tokens import Tokens
 from vtok_fast.io.video import VideoError, read_video, write_video
 from vtok_fast.models import VidTok
 
-DEFAULT_VIDEO = Path("data/bikes.mp4")  # scripts/fetch_clip.py puts it there
-DEFAULT_START = (
-    76  # where the scene with the cyclist begins; the default model saw none of the first 137 frames
-)
+DEFAULT_VIDEO = HERE
+DEFAULT_START = {DEMO_CLIP: 76}  # a scene with a cyclist; the demo model saw none of the first 137 frames
 DEFAULT_CONFIG = "tiny"
 WEIGHTS = Path(__file__).resolve().parents[1] / "models" / "weights" / "vidtok_tiny.safetensors"
 SMALL = 5_000_000  # parameters; a larger model gets one chunk and fewer rounds unless asked for more
@@ -44,8 +44,8 @@ class Options:
     """What to run. None: as suits the clip and the model.
 
     Attributes:
-        video: a file. config: a VidTok configuration by name. checkpoint: its weights; None: those of the
-            package for "tiny", else random ones (time and parity mean something then, the picture does not).
+        video: a file; None: the demo's clip. config: a VidTok configuration by name.
+        checkpoint: its weights; None: the demo weights of the package for "tiny", else random ones (time and parity mean something then, the picture does not).
         output: the folder to write.
         size: height and width, pixels; the frame is scaled and its center taken.
         start: the first frame. chunks: how many chunks of 17 frames (16 where the model is not causal), each
@@ -72,11 +72,17 @@ def run(options: Options, say: Callable[[Any], None] = lambda text: None) -> dic
     for name in ("chunks", "rounds", "size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
+    demo_picture.need_matplotlib()
     model, trained = load_model(options)
+    if options.video is None:
+        video = demo_clip(say)
+        start = DEFAULT_START.get(video.name, 0) if options.start is None else options.start
+        options = replace(options, video=video, start=start)
     parameters = sum(p.numel() for p in model.parameters())
+    demo_weights = ", the package's demo weights" if trained and options.checkpoint is None else ""
     say(
-        f"VidTok {model.config.name}: {parameters:,} parameters, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}"
+        f"VidTok {model.config.name}: {parameters:,} parameters{demo_weights}, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}"
     )
     if not trained:
         say(
@@ -87,7 +93,7 @@ def run(options: Options, say: Callable[[Any], None] = lambda text: None) -> dic
     clips, fps = load_clips(options, model, few=parameters > SMALL)
     options.output.mkdir(parents=True, exist_ok=True)
     count, _, frames, height, width = clips.shape
-    say(f"{count} x {frames} frames of {height}x{width} from {_video(options)}")
+    say(f"{count} x {frames} frames of {height}x{width} from {options.video}")
 
     with torch.inference_mode():
         eager = copy.deepcopy(model)
@@ -99,7 +105,7 @@ def run(options: Options, say: Callable[[Any], None] = lambda text: None) -> dic
             "model": model.config.name,
             "parameters": parameters,
             "trained": trained,
-            "video": str(_video(options)),
+            "video": str(options.video),
             "shape": list(clips.shape),
             "fps": fps,
             "threads": torch.get_num_threads(),
@@ -120,9 +126,7 @@ def run(options: Options, say: Callable[[Any], None] = lambda text: None) -> dic
 
     fast_tokens.save(options.output / "tokens.safetensors")
     write_video(options.output / "reconstruction.mp4", fast_video.transpose(0, 1).flatten(1, 2), fps)
-    from vtok_fast.commands.demo_picture import draw
-
-    draw(options.output / "demo.png", clips, fast_video, result)
+    demo_picture.draw(options.output / "demo.png", clips, fast_video, result)
     result["report"] = report.to_dict()
     write_atomically(
         options.output / "demo.json",
@@ -144,13 +148,8 @@ def load_model(options: Options) -> tuple[VidTok, bool]:
 
 def load_clips(options: Options, model: VidTok, *, few: bool) -> tuple[Tensor, float]:
     """(chunks, 3, T, size, size) and the frames per second."""
-    path = _video(options)
-    if options.video is None and not path.is_file():
-        raise FileNotFoundError(
-            f"video: {path} is not there; `python scripts/fetch_clip.py` puts it there, or name a video of "
-            "your own"
-        )
-    start = options.start if options.start is not None else DEFAULT_START if options.video is None else 0
+    path = demo_clip() if options.video is None else options.video
+    start = options.start if options.start is not None else 0
     chunks = options.chunks or (1 if few else 3)
     factor, causal = model.config.time_downsample_factor, model.config.causal
     length = 16 + causal
@@ -167,10 +166,6 @@ def load_clips(options: Options, model: VidTok, *, few: bool) -> tuple[Tensor, f
     return clip.video[:, : chunks * length].unflatten(1, (chunks, length)).transpose(
         0, 1
     ).contiguous(), clip.fps
-
-
-def _video(options: Options) -> Path:
-    return DEFAULT_VIDEO if options.video is None else options.video
 
 
 def encode(model: VidTok, clips: Tensor) -> Tokens:

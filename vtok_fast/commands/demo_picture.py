@@ -25,13 +25,10 @@ def draw(path: str | os.PathLike, clips: Tensor, reconstruction: Tensor, result:
 
     Raises ImportError without matplotlib, OSError if the file cannot be written.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f'drawing the picture needs matplotlib ({error}): pip install "vtok-fast[demo]"'
-        ) from error
+    need_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(
         {
             "font.family": "sans-serif",
@@ -47,6 +44,16 @@ def draw(path: str | os.PathLike, clips: Tensor, reconstruction: Tensor, result:
         _frames(figure, clips, reconstruction)
         _costs(figure, result)
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=140))
+
+
+def need_matplotlib() -> None:
+    """Raises ImportError without it, saying how to install it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'drawing the picture needs matplotlib ({error}): pip install "vtok-fast[demo]"'
+        ) from error
 
 
 def _header(figure: Any, result: dict[str, Any]) -> None:

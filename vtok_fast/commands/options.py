@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what is there already.")]
+
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))

@@ -47,8 +47,8 @@ def score(
             say, where they are given.
 
     Returns ``frames``, ``size``, ``psnr`` (dB), ``ssim``, ``lpips`` (or ``no_lpips``, why there is none);
-    ``fvd`` and ``clips``; and of tokens ``tokens``, ``bits_per_pixel``, and with a codebook
-    ``codebook_size``, ``codebook_used`` and ``perplexity``.
+    ``fvd`` and ``clips``; and of tokens ``tokens``, ``bits_per_pixel``, that of the whole file
+    ``file_bits_per_pixel``, and with a codebook ``codebook_size``, ``codebook_used`` and ``perplexity``.
 
     Raises ImportError without PyAV or torchmetrics; FileNotFoundError; VideoError; ValueError for videos of
     different durations, a reconstruction that is larger than the frame, or tokens of another video.
@@ -104,14 +104,18 @@ def cost(windows: TokenWindows, frames: int, height: int, width: int) -> dict[st
     if windows[0].indices is not None:
         with torch.device("meta"):  # the codebook's size needs no weights
             size = systems()[windows.model.partition("/")[0]](windows.config).codebook_size
-    bits = sum(metrics.bits(tokens, size) for tokens in windows) / (frames * height * width)
+    pixels = frames * height * width
+    costs = {
+        "bits_per_pixel": sum(metrics.bits(tokens, size) for tokens in windows) / pixels,
+        "file_bits_per_pixel": 8 * windows.path.stat().st_size / pixels,
+    }
     if size is None:
-        return {"tokens": sum(tokens.data[:, 0].numel() for tokens in windows), "bits_per_pixel": bits}
+        return {"tokens": sum(tokens.data[:, 0].numel() for tokens in windows), **costs}
     kept = torch.cat([tokens.data[tokens.data >= 0] for tokens in windows])
     use = metrics.codebook_use(kept, size)
     return {
         "tokens": len(kept),
-        "bits_per_pixel": bits,
+        **costs,
         "codebook_size": size,
         "codebook_used": use.used,
         "perplexity": use.perplexity,

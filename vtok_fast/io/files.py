@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from vtok_fast.io.paths import check_distinct as check_distinct
 
 
 def open_tensors(path: Path) -> tuple[Any, dict[str, str]]:
@@ -38,15 +41,32 @@ def raw(data: Tensor) -> memoryview | bytes:
     return data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b""
 
 
-def check_distinct(output: str | os.PathLike, **inputs: str | os.PathLike | None) -> None:
-    """Raises ValueError if `output` is one of the inputs, by whatever path or link: it would be lost."""
-    for name, path in inputs.items():
-        try:
-            same = path is not None and os.path.samefile(output, path)
-        except OSError:  # one of them is not there
-            continue
-        if same:
-            raise ValueError(f"output: {output} is the same file as {name}={path}, which would be lost")
+# Of the types that tokens have, in safetensors
+NAMES = {
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
+
+def write_header(file: BinaryIO, header: dict[str, Any]) -> None:
+    """As safetensors has it: the length as 8 bytes, then JSON, filled up so that the data is aligned. Unlike
+    that library's own, it is the same every time."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+
+
+def write_tensor(path: str | os.PathLike, name: str, data: Tensor, metadata: dict[str, str]) -> None:
+    """A safetensors file of one contiguous tensor on the CPU."""
+    size = data.numel() * data.element_size()
+    entry = {"dtype": NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [0, size]}
+    with open(path, "wb") as file:
+        write_header(file, {"__metadata__": metadata, name: entry})
+        file.write(raw(data))
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:

@@ -12,26 +12,16 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from vtok_fast.io.files import checksum, open_tensors, raw, write_atomically
+from vtok_fast.io.files import NAMES, checksum, open_tensors, raw, write_atomically, write_header
 from vtok_fast.io.tokens import FORMAT, Tokens
 from vtok_fast.io.video.timing import Times
 
 WINDOWS_FORMAT = "vtok-fast token windows 2"
 READABLE = (WINDOWS_FORMAT, "vtok-fast token windows 1")  # the older one has no times
-# Of the types that tokens have, in safetensors
-NAMES = {
-    torch.uint8: "U8",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 
 
 class TokenWindows(Sequence[Tokens]):
@@ -119,7 +109,7 @@ def write_windows(path: str | os.PathLike, parts: Sequence[str | os.PathLike], i
     windows, end = [], 0
     for index, part in enumerate(parts):
         header, data = _part(part)
-        window = {key: header.pop(key) for key in ("kind", "video_shape")}
+        window = {key: header.pop(key) for key in ("kind", "video_shape", "grid", "bits") if key in header}
         header = {**header, "info": info, "size": window["video_shape"][1:]}
         if common and header != common:
             raise ValueError(f"parts: {part} comes from another model or frame size than the first one")
@@ -139,18 +129,11 @@ def write_windows(path: str | os.PathLike, parts: Sequence[str | os.PathLike], i
 
     def write(temporary: str) -> None:
         with open(temporary, "wb") as file:
-            _write_header(file, {"__metadata__": metadata, **tensors})
+            write_header(file, {"__metadata__": metadata, **tensors})
             for part in parts:
                 file.write(raw(_part(part)[1]))
 
     write_atomically(path, write)
-
-
-def _write_header(file: BinaryIO, header: dict[str, Any]) -> None:
-    """As safetensors has it: the length as 8 bytes, then JSON, filled up so that the data is aligned."""
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
 
 
 def _part(path: str | os.PathLike) -> tuple[dict[str, Any], Tensor]:

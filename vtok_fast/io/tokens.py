@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vtok_fast.io.files import checksum, open_tensors, write_atomically
+from vtok_fast.io import bits
+from vtok_fast.io.files import checksum, open_tensors, write_atomically, write_tensor
 
 FORMAT = "vtok-fast tokens 1"
 DROPPED = -1  # the index of a token that was not kept
@@ -118,27 +118,32 @@ class Tokens:
         """Write a safetensors file with a checksum. A file that is there is replaced only once the new one is
         complete.
 
-        Where tokens were dropped, what is stored is the packed stream (`vtok_fast.PackedTokens.to_bytes`): a
-        bit for each position, and for each kept token the bits of the highest index.
+        Indices are stored at the bits that the highest one needs. Where tokens were dropped, what is stored
+        is the packed stream (`vtok_fast.PackedTokens.to_bytes`): a bit for each position, and for each kept
+        token those bits. Equal tokens give equal files.
 
         Raises OSError if it cannot be written; then nothing is left behind.
         """
-        data, kind = self.data.detach().cpu().contiguous(), "latents" if self.indices is None else "indices"
-        if kind == "indices" and bool((data == DROPPED).any()):
+        data, kind, form = self.data.detach().cpu().contiguous(), "latents", {}
+        if self.indices is not None and bool((data == DROPPED).any()):
             data, kind = _pack(data), "packed"
+        elif self.indices is not None:
+            kind, form["grid"] = "bits", list(data.shape)
+            data, form["bits"] = bits.pack(data)
         header = {
             "model": self.model,
             "config": self.config,
             "video_shape": list(self.video_shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "kind": kind,
+            **form,
             "info": self.info,
         }
         text = json.dumps(header, sort_keys=True)
         digest = hashlib.sha256(text.encode())
         checksum(digest, data)
         metadata = {"format": FORMAT, "tokens": text, "sha256": digest.hexdigest()}
-        write_atomically(path, lambda temporary: save_file({"tokens": data}, temporary, metadata))
+        write_atomically(path, lambda temporary: write_tensor(temporary, "tokens", data, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokens:
@@ -185,9 +190,11 @@ class Tokens:
             getattr(torch, header["dtype"], None),
             tuple(header["video_shape"]),
         )
-        if kind not in ("indices", "latents", "packed"):
-            raise ValueError(f"kind: expected indices, latents or packed, got {kind!r}")
-        if kind == "packed":
+        if kind not in ("bits", "indices", "latents", "packed"):
+            raise ValueError(f"kind: expected bits, indices, latents or packed, got {kind!r}")
+        if kind == "bits":
+            data, kind = bits.unpack(data, header["grid"], header["bits"]), "indices"
+        elif kind == "packed":
             data, kind = _unpack(data), "indices"
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype: expected a torch.dtype's name, got {header['dtype']!r}")
