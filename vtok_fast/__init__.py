@@ -4,7 +4,8 @@ Ops: ``causal_conv3d``, ``norm_act``, ``fsq_quantize``, ``fsq_decode``, ``fsq_en
 ``scope_attention`` with ``Scope``, ``router_scores``, ``token_budget``, ``select_tokens``, ``pack_tokens``,
 ``unpack_tokens``. ``accelerate`` and ``accelerated`` swap them into an existing model; ``stream`` runs one
 chunk by chunk. ``backend``, ``algorithm``, ``available_backends`` and ``fallbacks``: which kernel runs.
-``Tokens`` and ``TokenWindows``: what a tokenizer makes of a video, and its file. ``vtok_fast.nn``: modules.
+``Tokens`` and ``TokenWindows``: what a tokenizer makes of a video, and its file. ``TokenDataset`` and
+``TokenLoader``: those of a corpus, in a random order. ``vtok_fast.nn``: modules.
 ``vtok_fast.models``: tokenizers. ``vtok_fast.parity``: how equality is measured.
 """
 

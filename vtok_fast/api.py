@@ -4,6 +4,8 @@ vtok_fast/ops, whether or not something of theirs is exported."""
 import importlib
 
 from vtok_fast import models, nn
+from vtok_fast.corpus.dataset import TokenClip, TokenDataset
+from vtok_fast.corpus.loader import TokenLoader
 from vtok_fast.dispatch.available import available_backends
 from vtok_fast.dispatch.backends import BackendError, algorithm, backend, fallbacks
 from vtok_fast.io.token_windows import TokenWindows
@@ -33,6 +35,9 @@ __all__ = [
     "PackedTokens",
     "Report",
     "Scope",
+    "TokenClip",
+    "TokenDataset",
+    "TokenLoader",
     "TokenWindows",
     "Tokens",
     "accelerate",
