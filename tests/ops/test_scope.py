@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.scope_cases import by_hand, ints, scopes
 
-from vtok_fast.ops.scope_attention.scope import CSR, Scope, _clamp, _transpose_device
+from vtok_fast.ops.scope_attention import transpose
+from vtok_fast.ops.scope_attention.csr import CSR, clamp
+from vtok_fast.ops.scope_attention.scope import Scope
 
 
 def test_builders():
@@ -90,7 +92,7 @@ def test_mask_pairs_and_transposition(scope):
     assert torch.equal(back.mask(), mask.T) and back.transposed() is scope and scope.transposed() is back
     Scope(*back.csr, back.q_len, back.k_len)  # is itself well formed
     # What a device computes without waiting for a value.
-    without = _transpose_device(scope)
+    without = Scope._make(*transpose.on_device(scope.safe()[0], scope.k_len), scope.k_len, scope.q_len)
     used = int(without.range_offsets[-1])
     assert torch.equal(
         by_hand(Scope(*without.csr[:2], without.ranges[:used], without.q_len, without.k_len)), mask.T
@@ -100,7 +102,7 @@ def test_mask_pairs_and_transposition(scope):
 @settings(max_examples=100, deadline=None)
 @given(scopes())
 def test_valid_values_are_left_alone(scope):
-    safe, changed = _clamp(scope.csr, scope.q_len, scope.k_len)
+    safe, changed = clamp(scope.csr, scope.q_len, scope.k_len)
     assert not changed and all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(safe, scope.csr))
 
 
@@ -113,7 +115,7 @@ def test_any_values_are_clamped_to_a_valid_scope(data):
     segments, count, q_len, k_len = (data.draw(st.integers(low, 5)) for low in (1, 0, 0, 0))
     row = lambda n: ints(*data.draw(st.lists(number, min_size=n, max_size=n)))  # noqa: E731
     csr = CSR(row(segments + 1), row(segments + 1), row(2 * count).reshape(-1, 2))
-    safe, changed = _clamp(csr, q_len, k_len)
+    safe, changed = clamp(csr, q_len, k_len)
     Scope(*safe, q_len, k_len)
     try:
         Scope(*csr, q_len, k_len)
@@ -154,7 +156,7 @@ def test_a_device_is_not_waited_for():
     assert Scope.cat([scope, scope]).transposed().segments == 8  # clips, not the pieces between all ends
     assert Scope.block_causal(5000, 2).to("meta").transposed().segments == 5000  # transposed on the host
     with pytest.raises(ValueError, match="5000 ranges in 5000 segments on meta"):
-        _transpose_device(Scope.block_causal(5000, 2).to("meta"))
+        transpose.on_device(Scope.block_causal(5000, 2).to("meta").csr, 10_000)
     with pytest.raises(ValueError, match="q_len: must be given for cu_seqlens on meta"):
         Scope.packed(cu)
 

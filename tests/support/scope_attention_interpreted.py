@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from support.scope_cases import by_hand, rounding, scopes
 from vtok_fast import parity
 from vtok_fast.kernels import scope_attention as kernels
+from vtok_fast.ops.scope_attention import transpose
 from vtok_fast.ops.scope_attention import triton as launcher
 from vtok_fast.ops.scope_attention.call import ScopeBackwardCall, ScopeCall
-from vtok_fast.ops.scope_attention.scope import CSR, Scope, _clamp, _transpose_device
+from vtok_fast.ops.scope_attention.csr import CSR, clamp
+from vtok_fast.ops.scope_attention.scope import Scope
 from vtok_fast.ops.token_packing.packed_tokens import raise_device_errors
 from vtok_fast.reference import scope_attention as reference
 
@@ -172,9 +174,9 @@ def test_what_a_device_would_do(small_blocks, monkeypatch):
         ((ints(7, 900, -3, 2), ints(2, 50, 1, 3), ints(30, 9, 2**30, -(2**30), 5, 41).view(3, 2)), True),
     ):
         scope = Scope._make(*csr, 33, 41, False)
-        safe = CSR(*_clamp(scope.csr, 33, 41)[0])
+        safe = CSR(*clamp(scope.csr, 33, 41)[0])
         monkeypatch.setattr(
-            Scope, "transposed", lambda self, host=Scope(*safe, 33, 41): _transpose_device(host)
+            Scope, "transposed", lambda self, csr=safe: Scope._make(*transpose.on_device(csr, 41), 41, 33)
         )
         check(scope, 16, 2, 2, mask=Scope(*safe, 33, 41).mask())
         with pytest.raises(ValueError, match="scope: a range") if wrong else contextlib.nullcontext():

@@ -11,7 +11,8 @@ from torch import Tensor
 from vtok_fast.dispatch import backends, native
 from vtok_fast.ops.scope_attention import cpu, triton
 from vtok_fast.ops.scope_attention.call import ScopeCall, like
-from vtok_fast.ops.scope_attention.scope import CSR, Scope
+from vtok_fast.ops.scope_attention.csr import CSR
+from vtok_fast.ops.scope_attention.scope import Scope
 from vtok_fast.reference import scope_attention as reference
 
 

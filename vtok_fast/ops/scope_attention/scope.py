@@ -9,33 +9,29 @@ are a few numbers each.
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vtok_fast.dispatch.lasting import is_recording, keep, lasting, refuse_recording
-
-PATCHES_SEE = ("slice", "patches", "all")
+from vtok_fast.ops.scope_attention import builders, dense, transpose
+from vtok_fast.ops.scope_attention.csr import (
+    CSR,
+    check_lengths,
+    check_tensors,
+    check_values,
+    clamp,
+)
 
 # A compiled graph carries the tensors of a scope but not the object, on which plans are cached. This finds it
 # again.
 _by_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-class CSR(NamedTuple):
-    """The three tensors of a scope: int32, contiguous, on one device."""
-
-    q_offsets: Tensor
-    range_offsets: Tensor
-    ranges: Tensor
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -82,26 +78,8 @@ class Scope:
         *,
         validate: bool = False,
     ) -> None:
-        _check_lengths(q_len=q_len, k_len=k_len)
-        for name, t in (("q_offsets", q_offsets), ("range_offsets", range_offsets), ("ranges", ranges)):
-            if t.dtype != torch.int32:
-                raise TypeError(f"{name}: expected int32, got {t.dtype}")
-            if t.device != q_offsets.device:
-                raise ValueError(
-                    f"{name}: expected the device of q_offsets, {q_offsets.device}, got {t.device}"
-                )
-        if q_offsets.dim() != 1 or len(q_offsets) < 2:
-            raise ValueError(
-                f"q_offsets: expected shape (segments + 1,) with a segment at least, got "
-                f"{tuple(q_offsets.shape)}"
-            )
-        if range_offsets.shape != q_offsets.shape:
-            raise ValueError(
-                f"range_offsets: expected the shape of q_offsets, {tuple(q_offsets.shape)}, "
-                f"got {tuple(range_offsets.shape)}"
-            )
-        if ranges.dim() != 2 or ranges.shape[1] != 2:
-            raise ValueError(f"ranges: expected shape (ranges, 2), got {tuple(ranges.shape)}")
+        check_lengths(q_len=q_len, k_len=k_len)
+        check_tensors(CSR(q_offsets, range_offsets, ranges))
         self._set(q_offsets.contiguous(), range_offsets.contiguous(), ranges.contiguous(), q_len, k_len)
         if validate or q_offsets.device.type == "cpu":
             self.validate()
@@ -153,35 +131,18 @@ class Scope:
     @classmethod
     def dense(cls, q_len: int, k_len: int | None = None) -> Scope:
         """Every query sees every key; ``k_len`` is ``q_len`` unless given."""
-        k_len = q_len if k_len is None else k_len
-        _check_lengths(q_len=q_len, k_len=k_len)
-        return cls._make([0, q_len], [0, 1], [0, k_len], q_len, k_len)
+        return cls._make(*builders.dense(q_len, q_len if k_len is None else k_len))
 
     @classmethod
     def block_causal(cls, frames: int, tokens_per_frame: int) -> Scope:
         """Every token sees its own frame and those before (InfoTok's ViT, HunyuanVideo's mid-block)."""
-        _check_lengths(frames=frames, tokens_per_frame=tokens_per_frame)
-        n, length = tokens_per_frame, frames * tokens_per_frame
-        if not length:
-            return cls.dense(0)
-        return cls._make(
-            range(0, length + n, n),
-            range(frames + 1),
-            [[0, end] for end in range(n, length + n, n)],
-            length,
-            length,
-        )
+        return cls._make(*builders.block_causal(frames, tokens_per_frame))
 
     @classmethod
     def per_frame(cls, frames: int, tokens_per_frame: int) -> Scope:
         """Every token sees its own frame (the mid-blocks of VidTok and Cosmos; decoders that run per
         slice)."""
-        _check_lengths(frames=frames, tokens_per_frame=tokens_per_frame)
-        n, length = tokens_per_frame, frames * tokens_per_frame
-        if not length:
-            return cls.dense(0)
-        ranges = [[start, start + n] for start in range(0, length, n)]
-        return cls._make(range(0, length + n, n), range(frames + 1), ranges, length, length)
+        return cls._make(*builders.per_frame(frames, tokens_per_frame))
 
     @classmethod
     def time_invariant(
@@ -201,23 +162,7 @@ class Scope:
                 time-variant tokens of their slice see), ``patches`` (the patches of their slice) or ``all``
                 (the clip).
         """
-        _check_lengths(tiv=tiv, tv=tv, patches=patches, slices=slices)
-        if patches_see not in PATCHES_SEE:
-            raise ValueError(f"patches_see: expected one of {', '.join(PATCHES_SEE)}, got {patches_see!r}")
-        length = tiv + slices * (tv + patches)
-        segments = [(0, tiv, [(0, length)])]
-        for start in range(tiv, length, max(tv + patches, 1)):
-            end, middle = start + tv + patches, start + tv
-            own = [(0, tiv), (start, end)]
-            segments += (
-                [(start, end, own)]
-                if patches_see == "slice"
-                else [
-                    (start, middle, own),
-                    (middle, end, [(middle, end)] if patches_see == "patches" else [(0, length)]),
-                ]
-            )
-        return cls.from_segments(segments, length, length)
+        return cls._make(*builders.time_invariant(tiv, tv, patches, slices, patches_see))
 
     @classmethod
     def packed(
@@ -240,44 +185,11 @@ class Scope:
                 see nothing, and nobody sees them.
             validate: as for the class.
         """
-        cu_q = _cumulative("cu_seqlens", cu_seqlens)
-        cu_k = cu_q if cu_seqlens_k is None else _cumulative("cu_seqlens_k", cu_seqlens_k)
-        if cu_k.shape != cu_q.shape or cu_k.device != cu_q.device:
-            raise ValueError(
-                f"cu_seqlens_k: expected the shape and device of cu_seqlens, {tuple(cu_q.shape)} on "
-                f"{cu_q.device}, "
-                f"got {tuple(cu_k.shape)} on {cu_k.device}"
-            )
-        k_len = q_len if k_len is None and cu_seqlens_k is None else k_len
-        host = cu_q.device.type == "cpu"
-        lengths = []
-        for name, cu, length in (("cu_seqlens", cu_q, q_len), ("cu_seqlens_k", cu_k, k_len)):
-            if length is None:
-                if not host:
-                    raise ValueError(
-                        f"{'q_len' if name == 'cu_seqlens' else 'k_len'}: must be given for {name} on "
-                        f"{cu.device}: "
-                        "to read its last value is to wait for the device"
-                    )
-                length = int(cu[-1])
-            if host or validate:
-                _check_cumulative(name, cu, length)
-            lengths.append(length)
-        _check_lengths(q_len=lengths[0], k_len=lengths[1])
-
-        def make(cu_q: Tensor, cu_k: Tensor, q_len: int, k_len: int) -> Scope:
-            ranges, clips = torch.stack((cu_k[:-1], cu_k[1:]), 1), len(cu_q) - 1
-            q_offsets = F.pad(cu_q, (0, 1), value=q_len)  # the rows after the last clip
-            return cls._make(
-                q_offsets,
-                torch.arange(clips + 2, dtype=torch.int32, device=cu_q.device).clamp_(max=clips),
-                ranges,
-                q_len,
-                k_len,
-                host or validate,
-            )
-
-        scope, back = make(cu_q, cu_k, *lengths), make(cu_k, cu_q, *reversed(lengths))
+        cu_q, cu_k, q_len, k_len, checked = builders.packed_lengths(
+            cu_seqlens, cu_seqlens_k, q_len, k_len, validate
+        )
+        scope = cls._make(*builders.packed(cu_q, cu_k, q_len, k_len), checked)
+        back = cls._make(*builders.packed(cu_k, cu_q, k_len, q_len), checked)
         scope.cache["back"], back.cache["back"] = back, weakref.ref(scope)
         return scope
 
@@ -290,40 +202,7 @@ class Scope:
 
         Raises ValueError for segments or ranges that overlap, are reversed, or leave the queries or keys.
         """
-        _check_lengths(q_len=q_len, k_len=k_len)
-        q_offsets, range_offsets = [0], [0]
-        ranges: list[tuple[int, int]] = []
-        for start, end, seen in sorted(segments, key=lambda segment: segment[:2]):
-            if not 0 <= start <= end <= q_len:
-                raise ValueError(f"segments: expected queries from 0 to {q_len}, got ({start}, {end})")
-            if start == end:
-                continue
-            if start < q_offsets[-1]:
-                raise ValueError(
-                    f"segments: ({start}, {end}) overlaps the segment before it, which ends at "
-                    f"{q_offsets[-1]}"
-                )
-            if start > q_offsets[-1]:
-                q_offsets.append(start)
-                range_offsets.append(len(ranges))
-            last = (0, 0)
-            for lo, hi in sorted(map(tuple, seen)):
-                if not 0 <= lo <= hi <= k_len:
-                    raise ValueError(
-                        f"segments: ({start}, {end}) sees ({lo}, {hi}); expected keys from 0 to {k_len}"
-                    )
-                if lo < last[1] and lo < hi:
-                    raise ValueError(
-                        f"segments: ({start}, {end}) sees {last} and ({lo}, {hi}), which overlap"
-                    )
-                if lo < hi:
-                    ranges.append(last := (lo, hi))
-            q_offsets.append(end)
-            range_offsets.append(len(ranges))
-        if q_offsets[-1] < q_len or len(q_offsets) == 1:
-            q_offsets.append(q_len)
-            range_offsets.append(len(ranges))
-        return cls._make(q_offsets, range_offsets, ranges, q_len, k_len)
+        return cls._make(*builders.from_segments(segments, q_len, k_len))
 
     @classmethod
     def cat(cls, scopes: Sequence[Scope]) -> Scope:
@@ -346,22 +225,8 @@ class Scope:
 
     @classmethod
     def _cat(cls, scopes: Sequence[Scope]) -> Scope:
-        q_start, k_start, r_start = (
-            [0, *itertools.accumulate(lengths)]
-            for lengths in (
-                [s.q_len for s in scopes],
-                [s.k_len for s in scopes],
-                [len(s.ranges) for s in scopes],
-            )
-        )
-        q_offsets = torch.cat([s.q_offsets[i > 0 :] + q for i, (s, q) in enumerate(zip(scopes, q_start))])
-        range_offsets = torch.cat(
-            [s.range_offsets[i > 0 :] + r for i, (s, r) in enumerate(zip(scopes, r_start))]
-        )
-        ranges = torch.cat([s.ranges + k for s, k in zip(scopes, k_start)])
-        return cls._make(
-            q_offsets, range_offsets, ranges, q_start[-1], k_start[-1], all(s.validated for s in scopes)
-        )
+        parts = builders.cat([builders.Parts(*s.csr, s.q_len, s.k_len) for s in scopes])
+        return cls._make(*parts, all(s.validated for s in scopes))
 
     # ---- what it says --------------------------------------------------------------------------------------
 
@@ -382,7 +247,7 @@ class Scope:
         """Checks the values, waiting for the device if they live on one, and returns the scope. Raises
         ValueError."""
         if not self.validated:
-            _check_values(*CSR(*(t.cpu() for t in self.csr)), self.q_len, self.k_len)
+            check_values(*CSR(*(t.cpu() for t in self.csr)), self.q_len, self.k_len)
             object.__setattr__(self, "validated", True)
         return self
 
@@ -393,7 +258,7 @@ class Scope:
         return (
             (self.csr, None)
             if self.validated
-            else self.cached("safe", lambda: _clamp(self.csr, self.q_len, self.k_len))
+            else self.cached("safe", lambda: clamp(self.csr, self.q_len, self.k_len))
         )
 
     def cached(self, key: Any, make: Any, device: torch.device | None = None) -> Any:
@@ -403,7 +268,7 @@ class Scope:
 
     def pairs(self) -> int:
         """How many pairs of a query and a key there are. Waits for the device."""
-        return self.cached("pairs", lambda: _pairs(*(t.cpu().long() for t in self.validate().csr)))
+        return self.cached("pairs", lambda: dense.count(CSR(*(t.cpu() for t in self.validate().csr))))
 
     def density(self) -> float:
         """The share of all pairs of a query and a key. Waits for the device."""
@@ -417,17 +282,7 @@ class Scope:
     def mask(self) -> Tensor:
         """(q_len, k_len) bool: True where the query sees the key. For tests and small scopes. Waits for the
         device."""
-        q_offsets, range_offsets, ranges = (t.long() for t in self.validate().csr)
-        owner = torch.searchsorted(
-            range_offsets[1:], torch.arange(len(ranges), device=self.device), right=True
-        )
-        edges = torch.zeros(self.segments, self.k_len + 1, dtype=torch.int32, device=self.device)
-        one = torch.ones_like(owner, dtype=torch.int32)
-        edges.index_put_((owner, ranges[:, 0]), one, accumulate=True).index_put_(
-            (owner, ranges[:, 1]), -one, accumulate=True
-        )
-        rows = torch.searchsorted(q_offsets[1:], torch.arange(self.q_len, device=self.device), right=True)
-        return (edges.cumsum(1)[:, :-1] > 0)[rows]
+        return dense.mask(self.validate().csr, self.q_len, self.k_len)
 
     def transposed(self) -> Scope:
         """Which queries see each key: segments of keys, with ranges of queries. Cached; never waits for a
@@ -442,7 +297,9 @@ class Scope:
     def _transpose(self) -> Scope:
         if "origin" in self.cache and not is_recording(self.device):
             return self.cache["origin"].transposed().to(self.device)
-        return _transpose_host(self) if self.device.type == "cpu" else _transpose_device(self)
+        on_host = self.device.type == "cpu"
+        turn, csr = (transpose.on_host, self.csr) if on_host else (transpose.on_device, self.safe()[0])
+        return Scope._make(*turn(csr, self.k_len), self.k_len, self.q_len)
 
     def to(self, device: torch.device | str) -> Scope:
         """The scope on another device; this one where it is there already."""
@@ -460,27 +317,7 @@ class Scope:
     def plot(self, ax: Any = None) -> Any:
         """Draws what sees what with matplotlib, queries downwards and keys to the right, and returns the
         axes."""
-        import matplotlib.pyplot as plt
-        from matplotlib.collections import PatchCollection
-        from matplotlib.patches import Rectangle
-
-        q, r, ranges = (t.tolist() for t in self.validate().csr)
-        boxes = [
-            Rectangle((lo, q[s]), hi - lo, q[s + 1] - q[s])
-            for s in range(self.segments)
-            for lo, hi in ranges[r[s] : r[s + 1]]
-        ]
-        ax = plt.subplots()[1] if ax is None else ax
-        ax.add_collection(PatchCollection(boxes, facecolor="tab:blue", edgecolor="white", linewidth=0.5))
-        ax.set(
-            xlim=(0, max(self.k_len, 1)),
-            ylim=(max(self.q_len, 1), 0),
-            xlabel="keys",
-            ylabel="queries",
-            aspect="equal",
-            title=f"{100 * self.density():.3g} % of the pairs",
-        )
-        return ax
+        return dense.plot(self.validate().csr, self.q_len, self.k_len, self.density(), ax)
 
     def __reduce__(self) -> tuple:
         return Scope._make, (*self.csr, self.q_len, self.k_len, self.validated)
@@ -498,141 +335,3 @@ def _lasting_tensor(t: Tensor) -> Tensor:
         return t
     with lasting() if torch.is_inference_mode_enabled() else nullcontext():
         return t.clone()
-
-
-# ---- checks ------------------------------------------------------------------------------------------------
-
-
-def _check_lengths(**lengths: int) -> None:
-    for name, n in lengths.items():
-        if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0:
-            raise ValueError(f"{name}: expected a number that is not negative, got {n!r}")
-
-
-def _cumulative(name: str, values: Tensor | Sequence[int]) -> Tensor:
-    cu = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int32, device="cpu")
-    if cu.dim() != 1 or len(cu) < 1:
-        raise ValueError(f"{name}: expected shape (clips + 1,), got {tuple(cu.shape)}")
-    if cu.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected int32 or int64, got {cu.dtype}")
-    return cu.int()
-
-
-def _check_cumulative(name: str, values: Tensor, last: int, at_most: bool = True) -> None:
-    v = values.tolist()
-    if v[0] != 0:
-        raise ValueError(f"{name}: expected to begin with 0, got {v[0]}")
-    for i, (a, b) in enumerate(zip(v, v[1:]), 1):
-        if b < a:
-            raise ValueError(f"{name}: expected values that never descend, got {b} after {a} at index {i}")
-    if v[-1] > last or not at_most and v[-1] < last:
-        raise ValueError(f"{name}: expected to end with {'at most ' if at_most else ''}{last}, got {v[-1]}")
-
-
-def _check_values(q_offsets: Tensor, range_offsets: Tensor, ranges: Tensor, q_len: int, k_len: int) -> None:
-    _check_cumulative("q_offsets", q_offsets, q_len, at_most=False)
-    _check_cumulative("range_offsets", range_offsets, len(ranges), at_most=False)
-    r, offsets = ranges.tolist(), range_offsets.tolist()
-    for s, (first, last) in enumerate(zip(offsets, offsets[1:])):
-        for i in range(first, last):
-            lo, hi = r[i]
-            if not 0 <= lo <= hi <= k_len:
-                raise ValueError(f"ranges: expected keys from 0 to {k_len}, got ({lo}, {hi}) at index {i}")
-            if i > first and lo < r[i - 1][1]:
-                raise ValueError(
-                    f"ranges: segment {s} sees {tuple(r[i - 1])} and ({lo}, {hi}); expected ascending "
-                    f"ranges that do "
-                    "not overlap"
-                )
-
-
-def _clamp(csr: CSR, q_len: int, k_len: int) -> tuple[CSR, Tensor]:
-    """The nearest scope that is valid, and whether it is another one. No value is waited for."""
-    q, r = (
-        _clamp_offsets(t, last) for t, last in ((csr.q_offsets, q_len), (csr.range_offsets, len(csr.ranges)))
-    )
-    ranges = csr.ranges.long().clamp(0, k_len)
-    if len(ranges):
-        owner = torch.searchsorted(r[1:], torch.arange(len(ranges), device=r.device), right=True)
-        # A range begins where those before it in its segment have ended: the running maximum begins anew with
-        # each segment because every one lies higher than the one before.
-        lift = owner * (k_len + 1)
-        ends = (ranges.amax(1) + lift).cummax(0).values - lift
-        before = torch.where(owner[1:] == owner[:-1], ends[:-1], 0)
-        ranges = torch.stack((torch.maximum(ranges[:, 0], F.pad(before, (1, 0))), ends), 1)
-    safe = CSR(q.int(), r.int(), ranges.int())
-    changed = torch.stack([(a != b).any() for a, b in zip(csr, safe)]).any()
-    return safe, changed
-
-
-def _clamp_offsets(offsets: Tensor, last: int) -> Tensor:
-    inner = offsets[1:-1].long().clamp(0, last).cummax(0).values if len(offsets) > 2 else offsets[:0].long()
-    return F.pad(F.pad(inner, (1, 0)), (0, 1), value=last)
-
-
-# ---- the other way round -----------------------------------------------------------------------------------
-
-
-def _pairs(q_offsets: Tensor, range_offsets: Tensor, ranges: Tensor) -> int:
-    before = F.pad((ranges[:, 1] - ranges[:, 0]).cumsum(0), (1, 0))
-    return int((q_offsets.diff() * before[range_offsets].diff()).sum())
-
-
-def _transpose_host(scope: Scope) -> Scope:
-    """Cuts the keys wherever a range begins or ends; each piece is seen by whole segments, neighbors among
-    them joined."""
-    q, r, ranges = (t.long() for t in scope.csr)
-    segment = torch.repeat_interleave(torch.arange(scope.segments), r.diff())
-    kept = (ranges[:, 0] < ranges[:, 1]) & (q.diff()[segment] > 0)
-    segment, ranges = segment[kept], ranges[kept]
-    cuts = torch.cat((torch.tensor([0, scope.k_len]), ranges.flatten())).unique()
-    if len(cuts) < 2:
-        cuts = torch.tensor([0, scope.k_len])
-    first, last = torch.searchsorted(cuts, ranges).unbind(1)
-    count = last - first
-    owner = torch.repeat_interleave(segment, count)
-    piece = torch.arange(len(owner)) + torch.repeat_interleave(first - count.cumsum(0) + count, count)
-    order = (piece * scope.segments + owner).argsort()
-    piece, owner = piece[order], owner[order]
-    starts, ends = q[owner], q[owner + 1]
-    apart = (piece[1:] != piece[:-1]) | (ends[:-1] != starts[1:])
-    border = torch.ones(min(len(piece), 1), dtype=torch.bool)
-    is_first, is_last = torch.cat((border, apart)), torch.cat((apart, border))
-    offsets = torch.searchsorted(piece[is_first], torch.arange(len(cuts)))
-    return Scope._make(
-        cuts.int(),
-        offsets.int(),
-        torch.stack((starts[is_first], ends[is_last]), 1).int(),
-        scope.k_len,
-        scope.q_len,
-    )
-
-
-def _transpose_device(scope: Scope) -> Scope:
-    """The same without waiting for a value: sizes are upper bounds, and what is too much is empty pieces at
-    the end."""
-    q, r, ranges = (t.long() for t in scope.safe()[0])
-    segments, device = scope.segments, scope.device
-    if 2 * len(ranges) * segments > 1 << 24:
-        raise ValueError(
-            f"scope: {len(ranges)} ranges in {segments} segments on {device} are too many to transpose "
-            f"there; build "
-            "the scope on the host, with Scope.packed or with Scope.cat of such"
-        )
-    cuts = F.pad(F.pad(ranges.flatten().sort().values, (1, 0)), (0, 1), value=scope.k_len)
-    owner = torch.searchsorted(r[1:], torch.arange(len(ranges), device=device), right=True)
-    first, last = torch.searchsorted(cuts, ranges).unbind(1)
-    edges = torch.zeros(len(cuts), segments, dtype=torch.int32, device=device)
-    one = torch.ones_like(owner, dtype=torch.int32)
-    edges.index_put_((first, owner), one, accumulate=True).index_put_((last, owner), -one, accumulate=True)
-    sees = (edges.cumsum(0)[:-1] > 0) & (cuts[1:] > cuts[:-1])[:, None]
-    begins = sees & ~F.pad(sees, (1, 0))[:, :-1]
-    stops = sees & ~F.pad(sees, (0, 1))[:, 1:]
-    # The i-th run that begins is the i-th that stops. One more place takes everything that is not a run.
-    bound = sees.shape[0] * ((segments + 1) // 2)
-    found = torch.zeros(bound + 1, 2, dtype=torch.int64, device=device)
-    for column, (where, values) in enumerate(((begins, q[:-1]), (stops, q[1:]))):
-        place = torch.where(where.flatten(), where.flatten().cumsum(0) - 1, bound)
-        found[:, column].scatter_(0, place, values.expand_as(sees).flatten())
-    offsets = F.pad(begins.sum(1).cumsum(0), (1, 0))
-    return Scope._make(cuts.int(), offsets.int(), found[:-1].int(), scope.k_len, scope.q_len)

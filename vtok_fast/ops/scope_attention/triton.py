@@ -14,7 +14,8 @@ from vtok_fast.dispatch import backends, tuning
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.dispatch.lasting import refuse_recording
 from vtok_fast.ops.scope_attention.call import ScopeBackwardCall, ScopeCall
-from vtok_fast.ops.scope_attention.scope import CSR, Scope
+from vtok_fast.ops.scope_attention.csr import CSR
+from vtok_fast.ops.scope_attention.scope import Scope
 from vtok_fast.ops.token_packing.packed_tokens import SCOPE, note_error
 
 SHORT = 32  # mean rows of a segment from which on it counts as short
