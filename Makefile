@@ -22,7 +22,7 @@ DEMO_OPTIONS = $(if $(VIDEO),--video '$(VIDEO)') $(if $(CONFIG),--config '$(CONF
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench wheels hub setup needs clean lint docs coverage sanitize fuzz
+.PHONY: help demo test test-all bench wheels hub setup needs clean lint docs coverage sanitize fuzz oldest-triton
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -71,6 +71,10 @@ fuzz: setup ## nonsense for the native module and the readers; SECONDS=600 each
 	@scripts/sanitize.sh fuzz $(or $(SECONDS),600)
 
 setup: $(BUILT) ## .venv, the packages and the native module
+
+# The Triton of the oldest torch that pyproject.toml promises: every kernel must compile with it, too.
+oldest-triton: setup ## fetches it (700 MB) for tests/ops/test_triton_compilation.py
+	@[ -d $(VENV)/.triton-3.2.0 ] || $(PIP) --no-deps --target $(VENV)/.triton-3.2.0 triton==3.2.0
 
 clean: ## remove what was built and written, except .venv and data
 	@rm -rf build dist demo *.egg-info .pytest_cache .benchmarks .hypothesis vtok_fast/_C*.so $(VENV)/.built-*

@@ -13,6 +13,12 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def unit_of(*sizes: int) -> int:
+    """The unit, in elements, that all sizes and strides are multiples of: what a thread loads or stores at a
+    time is at most that."""
+    return next(unit for unit in (8, 4, 1) if not any(n % unit for n in sizes))
+
+
 def tuned_tile(op: str, tensor: torch.Tensor, tile: tuple[int, int], *facts: object) -> tuple[int, int]:
     """(block, warps) of a launch that only moves or adds up values: the given one, or what a tuning table has
     for this class."""

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtok_fast.dispatch.tuning import power_of_two
-from vtok_fast.kernels import on_device_of, tuned_tile
+from vtok_fast.kernels import on_device_of, tuned_tile, unit_of
 
 SUMS = 4096  # values of a tile whose sums stay in registers
 STATISTICS = 1024  # sums that one step of the statistics reads: eight for each thread
@@ -840,8 +840,8 @@ def how(flat: bool, groups: int, *views: View) -> tuple[int, list[int], int, int
     bits, strides = 0, []
     near = [0 if v.tensor is None else _near(v) for v in views]
     sizes = next(v.tensor.shape for v in views if v.tensor is not None)
-    channel_unit = _unit(sizes[1] // groups) if {1, 3} & set(near) else 1
-    plane_unit = _unit(sizes[3]) if 2 in near else 1
+    channel_unit = unit_of(sizes[1] // groups) if {1, 3} & set(near) else 1
+    plane_unit = unit_of(sizes[3]) if 2 in near else 1
     for i, (v, kind) in enumerate(zip(views, near)):
         if v.tensor is None:
             strides += [0, 0, 0, 0]
@@ -850,7 +850,7 @@ def how(flat: bool, groups: int, *views: View) -> tuple[int, list[int], int, int
         own[1] *= kind not in (1, 3)
         own[3] *= kind != 2
         own[2] *= not flat
-        unit = _unit(*own)
+        unit = unit_of(*own)
         strides += [s // unit for s in own]
         bits |= (kind | (unit.bit_length() - 1) << 2) << 4 * i
     return bits, strides, channel_unit, plane_unit
@@ -861,10 +861,6 @@ def _near(v: View) -> int:
     if channel == 1:
         return 3 if v.constant and frame == position == 0 else 1
     return 2 if position == 1 else 0
-
-
-def _unit(*sizes: int) -> int:
-    return next(unit for unit in (8, 4, 1) if not any(n % unit for n in sizes))
 
 
 def is_flat(frames: int, plane: int, *views: View) -> bool:

@@ -28,6 +28,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 STRIDE_UNIT = tl.constexpr(8)  # elements, in which strides are counted
 LARGEST_WHOLE_HEAD = 128
+LARGEST_ROW_STRIDE = 2**24  # elements: a block has at most 128 rows, whose distances are int32
 
 # ---- kernels -----------------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ def _forward_step(
     return acc, total * shrink + tl.sum(p, 1), higher
 
 
-_INTEGERS = [
+INTEGERS = [
     "q_batch_stride",
     "q_head_stride",
     "q_row_stride",
@@ -152,7 +153,7 @@ _INTEGERS = [
 ]
 
 
-@triton.jit(do_not_specialize=[*_INTEGERS, "out_batch_stride", "out_head_stride", "out_row_stride"])
+@triton.jit(do_not_specialize=[*INTEGERS, "out_batch_stride", "out_head_stride", "out_row_stride"])
 def forward_kernel(
     q,
     k,
@@ -383,7 +384,7 @@ def _queries_step(
 
 @triton.jit(
     do_not_specialize=[
-        *_INTEGERS,
+        *INTEGERS,
         "grad_batch_stride",
         "grad_head_stride",
         "grad_row_stride",
@@ -517,7 +518,7 @@ def queries_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *_INTEGERS,
+        *INTEGERS,
         "grad_batch_stride",
         "grad_head_stride",
         "grad_row_stride",
@@ -810,17 +811,32 @@ def variants(kernel: str, c: Config) -> list[Config]:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """The tensor, or a copy in strides that the kernels read: 1 in the head, multiples of 8 elsewhere."""
-    fits = x.stride(3) == 1 and not any(
-        n > 1 and s % STRIDE_UNIT.value for n, s in zip(x.shape, x.stride()[:3])
+    """The tensor, or a copy that the kernels read: a base that is a multiple of 16 bytes, strides of 1 in the
+    head and multiples of 8 elsewhere, and rows of a block within 2**31 elements."""
+    fits = (
+        x.data_ptr() % 16 == 0
+        and x.stride(3) == 1
+        and not any(n > 1 and s % STRIDE_UNIT.value for n, s in zip(x.shape, x.stride()[:3]))
+        and (x.shape[2] == 1 or x.stride(2) < LARGEST_ROW_STRIDE)
     )
-    return x if fits else x.contiguous()
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [
         0 if n == 1 else s // STRIDE_UNIT.value for x in tensors for n, s in zip(x.shape[:3], x.stride()[:3])
     ]
+
+
+def constants(dim: int, c: Config) -> dict[str, int]:
+    """What a tile makes known to the compiler."""
+    return {
+        "D": dim,
+        "BLOCK_D": c.block_d,
+        "BLOCK_M": c.block_m,
+        "BLOCK_N": c.block_n,
+        "CHUNK": c.chunk,
+    }
 
 
 def _launch(kernel: str, c: Config, blocks: Tensor, batch_heads: int, x: Tensor, *args: object) -> None:
@@ -831,11 +847,7 @@ def _launch(kernel: str, c: Config, blocks: Tensor, batch_heads: int, x: Tensor,
     with on_device_of(x):
         KERNELS[kernel][grid](
             *args,
-            D=dim,
-            BLOCK_D=c.block_d,
-            BLOCK_M=c.block_m,
-            BLOCK_N=c.block_n,
-            CHUNK=c.chunk,
+            **constants(dim, c),
             num_warps=c.num_warps,
             num_stages=c.num_stages,
         )

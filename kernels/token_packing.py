@@ -18,12 +18,23 @@ import triton.language as tl
 from torch import Tensor
 
 from vtok_fast.dispatch.tuning import power_of_two
-from vtok_fast.kernels import on_device_of, tuned_tile
+from vtok_fast.kernels import on_device_of, tuned_tile, unit_of
 
 BUDGET, CAPACITY, ROWS = 1, 2, 4  # bits of the error flag
 STRATEGIES = {"elbo": 0, "global_elbo": 1, "bin": 2, "elbo_ema": 1}
 SELECT_BLOCK = 4096
 CLIPS = 128  # totals that are added up at a time
+# Integers that differ from call to call: nothing is compiled anew for one that happens to be 1 or a multiple
+# of 16. Those that say what is aligned are counted in units that the compiler knows.
+LENGTHS = [
+    *("channels", "frames", "t", "h", "w", "n", "rate_step", "blocks", "clips", "capacity", "pitch", "rows"),
+    *("fill", "tb", "tc", "tn"),
+    *(
+        f"{name}_{of}_stride"
+        for name in ("video", "other")
+        for of in ("batch", "channel", "frame", "row", "column")
+    ),
+]
 
 # ---- kernels -----------------------------------------------------------------------------------------------
 
@@ -34,7 +45,7 @@ def _fixed(value):
     return (tl.where(value < 4096.0, value, 4096.0) * 1073741824.0).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def scores_kernel(
     video,
     other,
@@ -59,9 +70,11 @@ def scores_kernel(
     BLOCK_ROWS: tl.constexpr,
     CELLS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
     """CELLS neighboring tokens of one row of tokens; COLUMNS values of each of ROWS rows of pixels belong to
-    each."""
+    each. Strides are counted in UNIT; ADJACENT: columns follow one another."""
     chunks = tl.cdiv(w, CELLS)
     task = tl.program_id(0)
     x = task % chunks * CELLS + tl.arange(0, CELLS)
@@ -84,21 +97,21 @@ def scores_kernel(
                 down = y * ROWS + row
                 p = tl.load(
                     video
-                    + b * video_batch_stride
-                    + c * video_channel_stride
-                    + f * video_frame_stride
-                    + down * video_row_stride
-                    + along * video_column_stride,
+                    + b * video_batch_stride * UNIT
+                    + c * video_channel_stride * UNIT
+                    + f * video_frame_stride * UNIT
+                    + down * video_row_stride * UNIT
+                    + (along if ADJACENT else along * video_column_stride * UNIT),
                     mask=in_bounds,
                     other=0.0,
                 ).to(tl.float32)
                 q = tl.load(
                     other
-                    + b * other_batch_stride
-                    + c * other_channel_stride
-                    + f * other_frame_stride
-                    + down * other_row_stride
-                    + along * other_column_stride,
+                    + b * other_batch_stride * UNIT
+                    + c * other_channel_stride * UNIT
+                    + f * other_frame_stride * UNIT
+                    + down * other_row_stride * UNIT
+                    + (along if ADJACENT else along * other_column_stride * UNIT),
                     mask=in_bounds,
                     other=0.0,
                 ).to(tl.float32)
@@ -112,7 +125,7 @@ def scores_kernel(
     tl.store(scores + task.to(tl.int64) // chunks * w + x, tl.where(nan, float("nan"), mean), mask=x < w)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def budget_kernel(
     scores,
     rate,
@@ -160,9 +173,12 @@ def _key(score):
     return tl.where(score != score, tl.full(bits.shape, 0xFFFFFFFF, tl.uint32), key)
 
 
-@triton.jit
-def select_kernel(scores, budget, keep, flag, n, STRICTLY: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=LENGTHS)
+def select_kernel(
+    scores, budget, keep, flag, n, N_UNIT: tl.constexpr, STRICTLY: tl.constexpr, BLOCK: tl.constexpr
+):
     """One clip. STRICTLY: above the (budget + 1)-th largest; else the budget largest."""
+    n *= N_UNIT
     b = tl.program_id(0).to(tl.int64)
     asked = tl.load(budget + b)
     if (asked < 0) | (asked > n):
@@ -178,9 +194,11 @@ def select_kernel(scores, budget, keep, flag, n, STRICTLY: tl.constexpr, BLOCK: 
         for first in range(0, n, BLOCK):
             at = first + tl.arange(0, BLOCK)
             key = _key(tl.load(scores + b * n + at, mask=at < n, other=0.0))
-            histogram += tl.histogram(
-                ((key >> (24 - 8 * i)) & 255).to(tl.int32), 256, mask=(at < n) & ((key & known) == prefix)
-            )
+            counted = (at < n) & ((key & known) == prefix)
+            each = tl.where(counted, (key >> (24 - 8 * i)) & 255, 0).to(tl.int32)
+            # Before 3.4 Triton has no histogram under a mask: the others count as zeros.
+            others = BLOCK - tl.sum(counted.to(tl.int32))
+            histogram += tl.histogram(each, 256) - tl.where(digits == 0, others, 0)
         reached = tl.cumsum(histogram, reverse=True)  # keys with this digit or a higher one
         digit = tl.maximum(tl.sum((reached >= rank - larger).to(tl.int32)) - 1, 0)
         larger += tl.sum(tl.where(digits > digit, histogram, 0))
@@ -199,9 +217,12 @@ def select_kernel(scores, budget, keep, flag, n, STRICTLY: tl.constexpr, BLOCK: 
         tl.store(keep + b * n + at, kept.to(tl.uint8), mask=at < n)
 
 
-@triton.jit
-def count_kernel(keep, before, totals, n, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+@triton.jit(do_not_specialize=LENGTHS)
+def count_kernel(
+    keep, before, totals, n, blocks, N_UNIT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+):
     """One clip: how many tokens are kept before each block of BLOCK positions, and in all."""
+    n *= N_UNIT
     b = tl.program_id(0).to(tl.int64)
     found = tl.full((), 0, tl.int32)
     for first in range(0, blocks, BLOCKS):
@@ -234,7 +255,7 @@ def _rows(keep, before, totals, b, block, n, blocks, BLOCK: tl.constexpr, CLIPS:
     return at, kept, row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def pack_kernel(
     tokens,
     keep,
@@ -255,6 +276,10 @@ def pack_kernel(
     channels,
     capacity,
     pitch,
+    UNIT: tl.constexpr,
+    N_UNIT: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    NEAR: tl.constexpr,
     FSQ: tl.constexpr,
     PLANAR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -263,7 +288,10 @@ def pack_kernel(
 ):
     """Programs (clips * blocks + empty blocks, blocks of channels). FSQ: the value is the index of the
     token's codes. PLANAR: positions are adjacent; then all are read, since a mask between neighbors would
-    split the loads and save hardly a sector."""
+    split the loads and save hardly a sector. Strides are counted in UNIT but for that which is 1: of channels
+    (NEAR 1), of positions (2) or none (0)."""
+    n *= N_UNIT
+    channels *= CHANNEL_UNIT
     task = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if task < clips * blocks:
@@ -272,8 +300,13 @@ def pack_kernel(
         at, kept, row = _rows(keep, before, totals, b, block, n, blocks, BLOCK, CLIPS)
         kept &= row < capacity
         wanted = at < n if PLANAR else kept
+        place, channel = at.to(tl.int64)[:, None], c.to(tl.int64)[None, :]
+        if NEAR != 2:
+            place = place * tn * UNIT
+        if NEAR != 1:
+            channel = channel * tc * UNIT
         x = tl.load(
-            tokens + b * tb + at.to(tl.int64)[:, None] * tn + c.to(tl.int64)[None, :] * tc,
+            tokens + b * tb * UNIT + place + channel,
             mask=wanted[:, None] & (c < channels)[None, :],
             other=0,
         )
@@ -314,7 +347,7 @@ def pack_kernel(
             tl.store(indices + row, tl.full((BLOCK,), -1, tl.int32), mask=empty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def unpack_kernel(
     values,
     keep,
@@ -328,10 +361,13 @@ def unpack_kernel(
     clips,
     channels,
     rows,
+    CHANNEL_UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CLIPS: tl.constexpr,
 ):
+    """Programs (clips * blocks, blocks of channels), each of a block of positions."""
+    channels *= CHANNEL_UNIT
     task = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = (task // blocks).to(tl.int64)
@@ -351,6 +387,11 @@ def unpack_kernel(
 # ---- launchers ---------------------------------------------------------------------------------------------
 
 
+def used_strides(x: Tensor) -> list[int]:
+    """0 where there is but one element to step over."""
+    return [0 if n == 1 else s for n, s in zip(x.shape, x.stride())]
+
+
 def router_scores(video: Tensor, reconstruction: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """float32 (B, t, h, w) of two float32, bfloat16 or float16 videos (B, C, T, H, W) with any strides."""
     b, channels, frames, height, width = video.shape
@@ -358,11 +399,14 @@ def router_scores(video: Tensor, reconstruction: Tensor, grid: tuple[int, int, i
     scores = video.new_empty(b, t, h, w, dtype=torch.float32)
     if scores.numel() == 0:
         return scores
-    strides, columns = [list(v.stride()) for v in (video, reconstruction)], grid[2]
+    strides, columns = [used_strides(v) for v in (video, reconstruction)], grid[2]
     if all(s[1] == 1 and s[4] == channels for s in strides):  # channels innermost: they count as columns
         for s in strides:
-            s[4] = 1
+            s[1], s[4] = 0, 1
         columns, channels = columns * channels, 1
+    adjacent = all(s[4] == 1 for s in strides)
+    unit = unit_of(*(n for s in strides for n in (s[:4] if adjacent else s)))
+    strides = [[n // unit for n in s] for s in strides]
     block_columns = min(triton.next_power_of_2(columns), 128)
     block_rows = min(triton.next_power_of_2(grid[1]), 8)
     cells = max(1, min(triton.next_power_of_2(w), 2048 // block_columns // block_rows))
@@ -392,6 +436,8 @@ def router_scores(video: Tensor, reconstruction: Tensor, grid: tuple[int, int, i
             block_rows,
             cells,
             block_columns,
+            unit,
+            adjacent,
             num_warps=warps,
         )
     return scores
@@ -423,6 +469,7 @@ def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) 
     """bool (B, n) for scores (B, n), contiguous; a budget out of range sets BUDGET in ``flag``."""
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     if keep.numel():
+        unit = unit_of(scores.shape[1])
         block = min(triton.next_power_of_2(scores.shape[1]), SELECT_BLOCK)
         block, warps = tuned_tile(
             "token_packing",
@@ -438,9 +485,11 @@ def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) 
                 budget,
                 keep.view(torch.uint8),
                 flag,
-                scores.shape[1],
+                scores.shape[1] // unit,
+                unit,
                 strictly,
-                block,
+                # Histograms of fewer values than threads count some twice in Triton before 3.4.
+                max(block, 32 * warps),
                 num_warps=warps,
             )
     return keep
@@ -471,7 +520,8 @@ def _count(keep: Tensor, block: int) -> tuple[Tensor, Tensor, int]:
     blocks = triton.cdiv(n, block)
     before = torch.empty(clips, blocks, dtype=torch.int32, device=keep.device)
     totals = torch.empty(clips, dtype=torch.int32, device=keep.device)
-    count_kernel[(clips,)](keep, before, totals, n, blocks, block, max(1, 4096 // block))
+    unit = unit_of(n)
+    count_kernel[(clips,)](keep, before, totals, n // unit, blocks, unit, block, max(1, 4096 // block))
     return before, totals, blocks
 
 
@@ -512,6 +562,12 @@ def pack_tokens(
             (rows,) if fsq else (rows, channels), dtype=torch.int32 if fsq else tokens.dtype, device=device
         )
         indices = torch.empty(rows, dtype=torch.int32, device=device)
+        strides, channel_unit = used_strides(tokens), unit_of(channels)
+        near = 2 if strides[2] == 1 and (planar or channels == 1) else 1 if strides[1] == 1 else 0
+        if near:
+            strides[near] = 0  # not read
+        unit = unit_of(*strides)
+        n_unit = unit_of(n) if near == 2 else 1
         programs = clips * blocks + (0 if capacity is None else triton.cdiv(capacity, block))
         if programs:
             pack_kernel[(programs, max(1, triton.cdiv(channels, block_c)))](
@@ -525,13 +581,17 @@ def pack_tokens(
                 flag,
                 thresholds if fsq else values,
                 basis if fsq else values,
-                *tokens.stride(),
-                n,
+                *(s // unit for s in strides),
+                n // n_unit,
                 blocks,
                 clips,
-                channels,
+                channels // channel_unit,
                 rows,
                 thresholds.shape[1] if fsq else 0,
+                unit,
+                n_unit,
+                channel_unit,
+                near,
                 fsq,
                 planar,
                 block,
@@ -563,8 +623,9 @@ def unpack_tokens(values: Tensor, mask: Tensor, fill: int, dense: Tensor, flag: 
             n,
             blocks,
             clips,
-            channels,
+            channels // unit_of(channels),
             len(values),
+            unit_of(channels),
             block,
             block_c,
             CLIPS,

@@ -16,6 +16,7 @@ from support.triton_signatures import types
 
 import vtok_fast
 from vtok_fast.kernels import token_packing as kernels
+from vtok_fast.kernels import unit_of
 from vtok_fast.ops.token_packing import pack_tokens, router_scores, select_tokens
 
 INTERPRETED = Path(__file__).resolve().parents[1] / "support" / "token_packing_interpreted.py"
@@ -29,30 +30,18 @@ def test_results_under_the_interpreter():
 @pytest.mark.parametrize("element", ("fp32", "bf16", "fp16"))
 def test_scores_compile(cc, element):
     constants = {
-        "video_column_stride": 1,
-        "other_column_stride": 1,
         "ROWS": 8,
         "COLUMNS": 8,
         "BLOCK_ROWS": 8,
         "CELLS": 32,
         "BLOCK_COLUMNS": 8,
+        "UNIT": 8,
+        "ADJACENT": True,
     }
     signature = types(
         kernels.scores_kernel, constants, video=f"*{element}", other=f"*{element}", scores="*fp32"
     )
-    aligned = (
-        "video",
-        "other",
-        "video_batch_stride",
-        "video_channel_stride",
-        "video_frame_stride",
-        "video_row_stride",
-        "other_batch_stride",
-        "other_channel_stride",
-        "other_frame_stride",
-        "other_row_stride",
-    )
-    resources = compile_for(kernels.scores_kernel, signature, constants, cc, aligned=aligned)
+    resources = compile_for(kernels.scores_kernel, signature, constants, cc, aligned=("video", "other"))
     assert_fits(resources, cc)
     assert resources.has(r"ld\.global[.\w]*\.v[24]")
 
@@ -60,14 +49,12 @@ def test_scores_compile(cc, element):
 @pytest.mark.parametrize("cc", CAPABILITIES)
 @pytest.mark.parametrize("strictly", (False, True))
 def test_selection_compiles(cc, strictly):
-    constants = {"STRICTLY": strictly, "BLOCK": kernels.SELECT_BLOCK}
+    constants = {"N_UNIT": 8, "STRICTLY": strictly, "BLOCK": kernels.SELECT_BLOCK}
     signature = types(
         kernels.select_kernel, constants, scores="*fp32", budget="*i64", keep="*u8", flag="*i32"
     )
     assert_fits(
-        compile_for(
-            kernels.select_kernel, signature, constants, cc, num_warps=8, aligned=("scores", "keep", "n")
-        ),
+        compile_for(kernels.select_kernel, signature, constants, cc, num_warps=8, aligned=("scores", "keep")),
         cc,
     )
     for strategy, released in ((0, False), (1, True), (2, False)):
@@ -75,7 +62,7 @@ def test_selection_compiles(cc, strictly):
         signature = types(
             kernels.budget_kernel, constants, scores="*fp32", rate="*fp64", elbo_mean="*fp32", budget="*i64"
         )
-        assert_fits(compile_for(kernels.budget_kernel, signature, constants, cc, aligned=("scores", "n")), cc)
+        assert_fits(compile_for(kernels.budget_kernel, signature, constants, cc, aligned=("scores",)), cc)
 
 
 @pytest.mark.parametrize("cc", CAPABILITIES)
@@ -100,8 +87,8 @@ def test_moving_compiles(cc, channels, planar, element):
         "basis": "*i32" if fsq else f"*{element}",
     }
     tile = {"BLOCK": block, "BLOCK_C": block_c, "CLIPS": kernels.CLIPS}
-    aligned = ["tokens", "values", "dense", "keep", "tb", "n"]
-    aligned += ["channels", "tc" if planar else "tn"] if channels % 16 == 0 else []
+    tile["CHANNEL_UNIT"] = unit_of(channels)
+    aligned = ["tokens", "values", "dense", "keep"]
     warps = 8 if block * block_c >= 8192 else 4
 
     def compiled(kernel, constants, num_warps):
@@ -112,8 +99,14 @@ def test_moving_compiles(cc, channels, planar, element):
         assert_fits(resources, cc)
         return resources
 
-    compiled(kernels.count_kernel, {"BLOCK": block, "BLOCKS": 4096 // block}, 4)
-    constants = tile | {"FSQ": fsq, "PLANAR": planar, "tn" if planar else "tc": 1}
+    compiled(kernels.count_kernel, {"N_UNIT": 8, "BLOCK": block, "BLOCKS": 4096 // block}, 4)
+    constants = tile | {
+        "FSQ": fsq,
+        "PLANAR": planar,
+        "NEAR": 2 if planar else 1,
+        "UNIT": 8 if planar else unit_of(channels),
+        "N_UNIT": 8 if planar else 1,
+    }
     packing = compiled(kernels.pack_kernel, constants, warps)
     if fsq:
         return
@@ -153,7 +146,15 @@ def test_sizes_of_one_compile(kernel):
         "elbo_mean": "*fp32",
         "budget": "*i64",
     }
-    flags = {"STRICTLY": True, "RELEASED": True, "STRATEGY": 2, "FSQ": False, "PLANAR": False}
+    flags = {
+        "NEAR": 1,
+        "ADJACENT": True,
+        "STRICTLY": True,
+        "RELEASED": True,
+        "STRATEGY": 2,
+        "FSQ": False,
+        "PLANAR": False,
+    }
     for released in (True, False):
         constants = (
             {name: 1 for name in kernel.arg_names if name not in pointers} | flags | {"RELEASED": released}

@@ -68,7 +68,7 @@ def test_tiles_of_norms_fit(cc, planar):
 @pytest.mark.parametrize("cc", (80, 90))
 def test_tiles_of_packing_fit(cc):
     for block, warps in tiles_near((token_packing.SELECT_BLOCK, 8))[1:]:
-        constants = {"STRICTLY": False, "BLOCK": block}
+        constants = {"N_UNIT": 8, "STRICTLY": False, "BLOCK": block}
         signature = types(
             token_packing.select_kernel, constants, scores="*fp32", budget="*i64", keep="*u8", flag="*i32"
         )
@@ -79,19 +79,19 @@ def test_tiles_of_packing_fit(cc):
                 constants,
                 cc,
                 num_warps=warps,
-                aligned=("scores", "keep", "n"),
+                aligned=("scores", "keep"),
             ),
             cc,
         )
     for cells, warps in tiles_near((32, 4))[1:]:
         constants = {
-            "video_column_stride": 1,
-            "other_column_stride": 1,
             "ROWS": 8,
             "COLUMNS": 8,
             "BLOCK_ROWS": 8,
             "CELLS": cells,
             "BLOCK_COLUMNS": 8,
+            "UNIT": 8,
+            "ADJACENT": True,
         }
         signature = types(
             token_packing.scores_kernel, constants, video="*bf16", other="*bf16", scores="*fp32"
@@ -103,18 +103,7 @@ def test_tiles_of_packing_fit(cc):
                 constants,
                 cc,
                 num_warps=warps,
-                aligned=(
-                    "video",
-                    "other",
-                    "video_batch_stride",
-                    "video_channel_stride",
-                    "video_frame_stride",
-                    "video_row_stride",
-                    "other_batch_stride",
-                    "other_channel_stride",
-                    "other_frame_stride",
-                    "other_row_stride",
-                ),
+                aligned=("video", "other"),
             ),
             cc,
         )
@@ -135,7 +124,9 @@ def test_tiles_of_packing_fit(cc):
         first, block_c = token_packing.tiles(256, planar)
         for block, warps in tiles_near((first, 8))[1:]:
             tile = {"BLOCK": block, "BLOCK_C": block_c, "CLIPS": token_packing.CLIPS}
-            packing = tile | {"FSQ": False, "PLANAR": planar, "tn" if planar else "tc": 1}
+            tile["CHANNEL_UNIT"] = 8
+            near = {"NEAR": 2 if planar else 1, "UNIT": 8, "N_UNIT": 8 if planar else 1}
+            packing = tile | near | {"FSQ": False, "PLANAR": planar}
             for kernel, constants in (
                 (token_packing.pack_kernel, packing),
                 (token_packing.unpack_kernel, tile),
@@ -147,7 +138,7 @@ def test_tiles_of_packing_fit(cc):
                         constants,
                         cc,
                         num_warps=warps,
-                        aligned=("values", "keep", "n", "channels"),
+                        aligned=("values", "keep"),
                     ),
                     cc,
                 )

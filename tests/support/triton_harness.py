@@ -48,20 +48,30 @@ class Resources:
         """Whether the PTX has a line that matches, such as ``wgmma`` or ``cp\\.async``."""
         return re.search(pattern, self.ptx) is not None
 
-    def loops(self) -> list[list[str]]:
-        """The instructions of each innermost loop of the machine code, the longest first. What is between
-        a backward jump and its target is a loop; it is innermost where no other lies within."""
+    def code(self) -> list[str]:
+        """The instructions of the machine code, and its labels, in order."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(self.cubin)
             cubin.flush()
             command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        lines = re.findall(r"^\s*(\.L_x_\d+:)|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", said, re.M)
+        return [label or instruction for label, instruction in lines]
+
+    def instructions(self, pattern: str = "") -> int:
+        """How many there are that begin so, whatever guards them; NOPs that fill up the end do not count."""
+        found = (re.sub(r"^@!?U?P\w+ +", "", line) for line in self.code() if not line.endswith(":"))
+        return sum(1 for line in found if not line.startswith("NOP") and re.match(pattern, line))
+
+    def loops(self) -> list[list[str]]:
+        """The instructions of each innermost loop of the machine code, the longest first. What is between
+        a backward jump and its target is a loop; it is innermost where no other lies within."""
         code, labels = [], {}
-        for line in said.splitlines():
-            if found := re.match(r"\s*(\.L_x_\d+):", line):
-                labels[found[1]] = len(code)
-            elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-                code.append(found[1])
+        for line in self.code():
+            if line.endswith(":"):
+                labels[line[:-1]] = len(code)
+            else:
+                code.append(line)
         jumps = [
             (labels[found[1]], i + 1)
             for i, line in enumerate(code)
@@ -85,6 +95,17 @@ def source(kernel, types: dict, constants: dict, aligned: Iterable[str]) -> ASTS
     return ASTSource(kernel, run_time, dict(constants), AttrsDescriptor.from_hints(dict.fromkeys(places, 16)))
 
 
+def build(kernel, signature, constants, cc, num_warps=4, num_stages=3, aligned=(), options=None):
+    """What Triton makes of a kernel; arguments as for `compile_for`."""
+    # In the order of the kernel's own arguments: Triton counts positions.
+    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    return triton.compile(
+        source(kernel, types, dict(constants), aligned),
+        target=GPUTarget("hip", cc, 64) if isinstance(cc, str) else GPUTarget("cuda", cc, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages, **(options or {})},
+    )
+
+
 def compile_for(
     kernel,
     signature: Mapping[str, str],
@@ -105,13 +126,9 @@ def compile_for(
         aligned: arguments that are multiples of 16, as the launcher finds and tells the compiler at run time.
         options: others of Triton's, such as ``enable_fp_fusion``.
     """
-    # In the order of the kernel's own arguments: Triton counts positions.
-    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    amd = isinstance(cc, str)
-    compiled = triton.compile(
-        source(kernel, types, dict(constants), aligned),
-        target=GPUTarget("hip", cc, 64) if amd else GPUTarget("cuda", cc, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, **(options or {})},
+    compiled, amd = (
+        build(kernel, signature, constants, cc, num_warps, num_stages, aligned, options),
+        isinstance(cc, str),
     )
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     if amd:

@@ -17,14 +17,18 @@ import functools
 import importlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from vtok_fast.dispatch import tuning
+
 NAMES = ("sm90", "sm80", "triton", "cpu", "reference")
+OLDEST_GPU = 80  # compute capability: before it, products of half precision take minutes to compile
 ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
 
 Reason = str | None  # what stands against something, as the middle of a sentence; None where nothing does
@@ -58,6 +62,26 @@ def register(op: str, *backends: Backend) -> None:
     """Makes an op's backends known, in order of preference. The reference comes last and can run
     everything."""
     _ops[op] = backends
+
+
+@functools.lru_cache(maxsize=256)
+def _or_else(op: str, wanted: Backend, last: Backend) -> Backend:
+    """Runs the call; where a GPU has less shared memory or fewer registers than a kernel takes, warns and
+    runs ``last``. Nothing of the call has happened by then: Triton refuses before a launch."""
+
+    def run(call: Any, *args: Any) -> Any:
+        try:
+            return wanted.run(call, *args)
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources" or args or tuning._watch is not None:
+                raise
+            _fallbacks[op, wanted.name] = f"this GPU has not what a kernel takes ({error})"
+            warnings.warn(
+                f"{op}: {_fallbacks[op, wanted.name]}; PyTorch runs it", RuntimeWarning, stacklevel=2
+            )
+        return last.run(call)
+
+    return replace(wanted, run=run)
 
 
 def _checked(kind: str, name: str | None, known: tuple[str, ...]) -> str | None:
@@ -169,7 +193,7 @@ def select(op: str, call: Any, explicit: str | None = None) -> Backend:
         if reason is None and candidate.name != wanted:
             reason = candidate.why_slower(call)
         if reason is None:
-            return candidate
+            return candidate if candidate.name != "triton" else _or_else(op, candidate, _ops[op][-1])
         _fallbacks[op, candidate.name] = reason
     raise BackendError(f"{op}: no backend can run this call: {reason}")
 
@@ -214,8 +238,24 @@ def backends_of_ops() -> dict[str, tuple[Backend, ...]]:
     return dict(_ops)
 
 
+@functools.cache
+def gpu_of(device: torch.device) -> int | str:
+    """What a Triton kernel is compiled for: the compute capability of an NVIDIA GPU, such as 90; "hip" for
+    AMD's, which torch numbers likewise, but whose tiles are others."""
+    if torch.version.hip is not None:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def why_not_triton_on(tensor: torch.Tensor) -> Reason:
     """Why a Triton kernel cannot take this tensor, or None where it can: a GPU that Triton compiles for."""
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device}"
+    gpu = gpu_of(tensor.device)
+    if not isinstance(gpu, str) and gpu < OLDEST_GPU:
+        return (
+            f"{tensor.device} has compute capability {gpu // 10}.{gpu % 10}, and these kernels are made for "
+            f"{OLDEST_GPU // 10}.{OLDEST_GPU % 10} or later"
+        )
     return why_no_triton()

@@ -77,8 +77,8 @@ def norm_act(
     )
     if native.is_plain(x, weight, bias, scale, shift, residual):
         chosen = backends.select("norm_act", call, backend)
-        if tail_frames and chosen.run is triton.run:  # writes the tail with the rest
-            return triton.run(call, tail_frames)
+        if tail_frames and chosen.name == "triton":  # writes the tail with the rest
+            return chosen.run(call, tail_frames)
         y = chosen.run(call)
     elif native.is_transformed():
         backends.insist_on_reference("norm_act", backend)

@@ -9,6 +9,8 @@ from vtok_fast.dispatch import backends, tuning
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.norm_act.call import Gradients, NormBackwardCall, NormCall, output_format
 
+LARGEST = 2**31 - 8192  # positions of a clip, and those beyond its end that the last tile counts
+
 
 def why_not(call: NormCall) -> Reason:
     for name, t in zip(call._fields, call[:6]):
@@ -16,6 +18,8 @@ def why_not(call: NormCall) -> Reason:
             return f"no kernel for {name} in {t.dtype}"
     if (why := backends.why_not_triton_on(call.x)) is not None:
         return why
+    if (positions := call.x.shape[2:].numel()) >= LARGEST:
+        return f"{positions} positions in a clip, at most {LARGEST - 1}, which int32 counts"
     from vtok_fast.kernels import norm_act as kernels
 
     if "group" not in call.kind and call.x.shape[1] // call.groups > kernels.MAX_CHANNELS:

@@ -88,14 +88,14 @@ def why_not(call: ScopeCall | ScopeBackwardCall) -> Reason:
 
 
 @tuning.guarded("scope_attention")
-def run(call: ScopeCall, capability: int | None = None) -> tuple[Tensor, Tensor]:
+def run(call: ScopeCall, gpu: int | str | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked call."""
     from vtok_fast.kernels import scope_attention as kernels
 
     q, k, v, scope, scale = call
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     target = kernels.aligned(out)
-    c = _config("forward", q, scope, capability)
+    c = _config("forward", q, scope, gpu)
     kernels.attend(
         *map(kernels.aligned, (q, k, v)), target, lse, *prepared(scope, c.block_m, q.device), scale, c
     )
@@ -103,7 +103,7 @@ def run(call: ScopeCall, capability: int | None = None) -> tuple[Tensor, Tensor]
 
 
 @tuning.guarded("scope_attention")
-def run_backward(call: ScopeBackwardCall, capability: int | None = None) -> tuple[Tensor, ...]:
+def run_backward(call: ScopeBackwardCall, gpu: int | str | None = None) -> tuple[Tensor, ...]:
     """(dq, dk, dv) of a checked call."""
     from vtok_fast.kernels import scope_attention as kernels
 
@@ -113,21 +113,19 @@ def run_backward(call: ScopeBackwardCall, capability: int | None = None) -> tupl
     dq, dk, dv = map(kernels.aligned, results)
     grad, out = map(kernels.aligned, (call.grad, call.out))
     shared = (*map(kernels.aligned, (q, k, v)), grad, call.lse, kernels.delta(out, grad))
-    c = _config("queries", q, scope, capability)
+    c = _config("queries", q, scope, gpu)
     kernels.queries_gradient(*shared, dq, *prepared(scope, c.block_m, q.device), scale, c)
-    c = _config("keys", q, back, capability)
+    c = _config("keys", q, back, gpu)
     kernels.keys_gradient(*shared, dk, dv, *prepared(back, c.block_n, q.device), scale, c)
     return tuple(r if t is r else r.copy_(t) for r, t in zip(results, (dq, dk, dv)))
 
 
-def _config(kernel: str, q: Tensor, scope: Scope, capability: int | None) -> Any:
+def _config(kernel: str, q: Tensor, scope: Scope, gpu: int | str | None) -> Any:
     """The tile of a kernel: that of the tuning table, where there is one for this class of calls."""
     from vtok_fast.kernels import scope_attention as kernels
 
-    if capability is None:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        capability = 10 * major + minor
-    built_in = kernels.config(kernel, q.shape[3], q.element_size(), capability, is_short(scope))
+    gpu = backends.gpu_of(q.device) if gpu is None else gpu
+    built_in = kernels.config(kernel, q.shape[3], q.element_size(), gpu, is_short(scope))
     rows, segment = q.shape[0] * q.shape[1] * scope.q_len, scope.q_len // max(scope.segments, 1)
     return tuning.chosen(
         "scope_attention",
