@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,11 @@ def test_one_case_is_one_case(capsys):
     assert said(capsys, "--op", "fsq", "--shape", "1,6,2,8,8", "--dry-run").splitlines()[-1] == "1 case"
 
 
-def test_compare_prints_no_empty_table(capsys):
+def test_compare_prints_every_case_with_its_figures(capsys):
     text = said(capsys, "compare", RESULTS, RESULTS)
-    assert "cases in both, 0 slower" in text and "section" not in text
-    assert "section" in said(capsys, "compare", "--all", RESULTS, RESULTS)
+    assert all(word in text for word in ("before", "after / before", "noise", "verdict", "0 slower"))
+    assert text.count("1.000") == int(re.search(r"(\d+) cases in both", text)[1]) > 50
+    assert "verdict" not in said(capsys, "compare", "--changed", RESULTS, RESULTS)
 
 
 def test_a_folder_as_output_gets_the_file_of_this_machine(capsys, tmp_path, monkeypatch):

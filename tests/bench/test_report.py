@@ -1,19 +1,23 @@
 """Result files, tables, comparisons and pictures of them."""
 
 import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import vtok_fast
 from vtok_fast.bench import (
     compare,
     harness,
     machine,
     picture,
+    products,
     report,
 )
 from vtok_fast.bench.harness import Settings
+from vtok_fast.dispatch import backends, native
 
 TINY = Settings(quick=True, min_rounds=3, min_seconds=0.0, max_seconds=1.0)
 
@@ -128,6 +132,39 @@ def test_compare_tells_regressions_from_noise(tmp_path):
     assert compare.compare(slow, fast).changes[0].verdict == "faster"
     with pytest.raises(ValueError, match="a CPU, the second of a GPU"):
         compare.compare(before, fast)
+
+
+@pytest.mark.parametrize(("name", "m"), [("winograd2", 2), ("winograd4", 4)])
+@pytest.mark.parametrize("size", [(4, 4), (8, 12), (5, 7), (1, 1), (17, 3)])
+def test_winograds_products_are_counted_as_they_are_done(name, m, size):
+    h, w = size
+    tiles = sum(1 for y in range(0, h, m) for x in range(0, w, m))
+    assert products.share(name, h, w) * 9 * h * w == pytest.approx(tiles * (m + 2) ** 2)
+    assert products.share("direct", h, w) == products.share("reference") == 1.0
+
+
+def test_no_share_of_the_roofline_is_of_operations_that_were_not_done():
+    """Ours, which does a quarter of the definition's products, is placed by that quarter; a peer by all."""
+    limits = {"copy_gb_s": 1e9, "matmul_tflop_s": {"float32": 0.1}}
+    sleep = lambda: time.sleep(0.01)
+    candidates = [harness.Candidate("eager", sleep, "eager"), harness.Candidate("vtok_fast", sleep, "ours")]
+    facts = {"gflop": 4.0, "done_gflop": 1.0, "dtype": "float32", "algorithm": "winograd4"}
+    seconds = harness.measure(harness.Trial("c", "g", candidates, facts), TINY, limits)["seconds"]
+    for name, gflop in (("eager", 4.0), ("vtok_fast", 1.0)):
+        entry = seconds[name]
+        assert entry["tflop_s"] == pytest.approx(gflop / 1e3 / entry["median"])
+        assert entry["roofline"] == pytest.approx(gflop / 1e3 / 0.1 / entry["median"])
+    assert products.done(facts) == 1.0 and products.done({"gflop": 4.0, "algorithm": "winograd4"}) == 1.0
+
+
+@pytest.mark.skipif(native.lib() is None, reason="Winograd is the native module's")
+def test_what_a_run_saves():
+    x, w = torch.randn(1, 16, 3, 9, 14), torch.randn(16, 16, 3, 3, 3)
+    whole = 2e-9 * 16 * 3 * 9 * 14 * 16 * 27
+    for algorithm in ("direct", "winograd2", "winograd4"):
+        with backends.algorithm(algorithm):
+            saved = products.saved_gflop(lambda: vtok_fast.causal_conv3d(x, w, backend="cpu"))
+        assert saved == pytest.approx(whole * (1 - products.share(algorithm, 9, 14)))
 
 
 def test_the_picture(tmp_path):

@@ -174,6 +174,37 @@ def test_plot_draws_the_ranges():
     assert area == scope.pairs() and "%" in ax.get_title()
 
 
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_plot_writes_a_file(suffix, tmp_path):
+    pytest.importorskip("matplotlib")
+    ax = Scope.time_invariant(tiv=3, tv=2, patches=4, slices=2).plot(str(tmp_path / f"scope{suffix}"))
+    assert [path.name for path in tmp_path.iterdir()] == [f"scope{suffix}"]
+    start = (tmp_path / f"scope{suffix}").read_bytes()[:5]
+    assert start == {".png": b"\x89PNG\r", ".svg": b"<?xml"}[suffix]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["invariant tokens", "slice 1", "slice 2"]
+
+
+@pytest.mark.parametrize(
+    ("scope", "names"),
+    [
+        (Scope.dense(4), ["all queries"]),
+        (Scope.block_causal(2, 3), ["frame 1", "frame 2"]),
+        (Scope.per_frame(2, 3), ["frame 1", "frame 2"]),
+        (Scope.packed([0, 2, 5]), ["clip 1", "clip 2", "after the last clip"]),
+        (
+            Scope.time_invariant(tiv=2, tv=1, patches=2, slices=2, patches_see="patches"),
+            ["invariant tokens", "tokens 1", "patches 1", "tokens 2", "patches 2"],
+        ),
+        (Scope.time_invariant(tiv=0, tv=1, patches=2, slices=1), ["slice 1"]),
+        (Scope.from_segments([(1, 2, [(0, 1)])], 3, 3), ["segment 1", "segment 2", "segment 3"]),
+        (Scope.cat([Scope.dense(2), Scope.per_frame(1, 2)]), ["1: all queries", "2: frame 1"]),
+        (pickle.loads(pickle.dumps(Scope.dense(4))), ["segment 1"]),
+    ],
+)
+def test_segments_have_names(scope, names):
+    assert list(scope.names) == names and len(names) == scope.segments
+
+
 @pytest.mark.parametrize(
     "build, message",
     [

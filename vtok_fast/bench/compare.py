@@ -111,20 +111,20 @@ def _figures(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]
     return found
 
 
-def table(comparison: Comparison, *, everything: bool = False) -> Any:
-    """A table of what changed (or of all cases) for rich."""
+def table(comparison: Comparison, *, changed: bool = False) -> Any:
+    """A table of all cases (or of what changed) for rich, the largest loss first."""
     from rich.table import Table
 
-    result = Table("section", "case", "before", "after", "change", "noise", "")
+    result = Table("section", "case", "before", "after", "after / before", "noise", "verdict")
     for c in sorted(comparison.changes, key=lambda c: c.change):
-        if everything or c.verdict != "same":
+        if c.verdict != "same" or not changed:
             style = {"slower": "red", "faster": "green"}.get(c.verdict)
             result.add_row(
                 c.section,
                 c.case,
                 f"{c.before['median']:.4g}",
                 f"{c.after['median']:.4g}",
-                f"{c.change:+.1%}",
+                f"{1 + c.change:.3f}",
                 f"±{c.noise:.1%}",
                 c.verdict,
                 style=style,

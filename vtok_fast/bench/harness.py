@@ -120,6 +120,11 @@ class Trial:
     wrong: str | None = None
 
     @property
+    def done_gflop(self) -> float | None:
+        """What ours does of the definition's operations (`vtok_fast.bench.products`)."""
+        return self.facts.get("done_gflop", self.facts.get("gflop"))
+
+    @property
     def ours(self) -> Candidate:
         return next(c for c in self.candidates if c.role == "ours")
 
@@ -197,8 +202,6 @@ def floor_seconds(facts: dict[str, Any], ceilings: dict[str, Any] | None) -> flo
     """What the trial takes at the least on this machine: its operations at the rate of a matrix product, or
     its bytes (each input read once, each output written once) at the bandwidth of a copy, whichever is
     longer. None where either is not known.
-
-    A Winograd convolution does fewer operations than are counted, and may take less.
     """
     if not ceilings or not (facts.get("gflop") or facts.get("megabytes")):
         return None
@@ -227,7 +230,8 @@ def measure(trial: Trial, settings: Settings, ceilings: dict[str, Any] | None = 
     seconds, extras = interleave(trial.candidates, settings)
     times = {c.name: {"role": c.role, **spread(seconds[c.name]), **extras[c.name]} for c in trial.candidates}
     for entry in times.values():
-        entry |= rates(entry["median"], trial.facts, ceilings)
+        own = entry["role"] in ("ours", "variant")
+        entry |= rates(entry["median"], trial.facts | ({"gflop": trial.done_gflop} if own else {}), ceilings)
     rivals = [c.name for c in trial.candidates if c.role in ("eager", "peer")]
     return {
         "case": trial.name,

@@ -194,6 +194,12 @@ def show(results: dict[str, Any]) -> None:
                     console.print(
                         f"no CUDA graph: {name} ({case['case']}): {entry['no_graph']}", markup=False
                     )
+    if any("roofline" in e for s in results["sections"].values() for c in s["cases"]
+           for e in c.get("seconds", {}).values()):  # fmt: skip
+        console.print(
+            "TFLOP/s and the share of the roofline count the operations that are done: of the definition's, "
+            "Winograd does a quarter."
+        )
     if (targets := _target_table(results)).row_count:  # own shapes have none
         console.print(targets)
 

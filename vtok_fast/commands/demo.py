@@ -45,7 +45,8 @@ class Options:
 
     Attributes:
         video: a file; None: the demo's clip. config: a VidTok configuration by name.
-        checkpoint: its weights; None: the demo weights of the package for "tiny", else random ones (time and parity mean something then, the picture does not).
+        checkpoint: its weights; None: the demo weights of the package for "tiny", else random ones (time and
+            parity mean something then, the picture does not).
         output: the folder to write.
         size: height and width, pixels; the frame is scaled and its center taken.
         start: the first frame. chunks: how many chunks of 17 frames (16 where the model is not causal), each

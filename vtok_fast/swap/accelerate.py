@@ -40,6 +40,7 @@ from vtok_fast.swap.patch import Calls, Patch, Skip, Swap, described, why_hooked
 from vtok_fast.swap.report import Entry, Report
 from vtok_fast.swap.results import Incomparable, close, equal
 from vtok_fast.swap.watch import is_swapped
+from vtok_fast.swap.whole import costs
 
 
 class Adapter(Protocol):
@@ -101,7 +102,7 @@ def accelerate(
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if contract not in parity.CONTRACTS:
         raise ValueError(f"contract: expected one of {', '.join(parity.CONTRACTS)}, got {contract!r}")
-    report = Report(contract)
+    report = Report(contract, type(model).__name__)
     if check and _is_simulated():
         report.notes.append(
             "Nothing was measured: a dispatch mode is active (fake tensors, for example), under which "
@@ -496,6 +497,7 @@ def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Re
         "close",
         p.error,
         p.bound,
+        *costs(lambda: model(*args), report._patches, _wait_for_gpu),
     )
     for (z, levels), (z_eager, _), (z64, _) in zip(fast[1], whole.eager[1], whole.ref64[1]):
         report.tokens.append(parity.tokens(z, z_eager, z64, levels))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.io.files import write_atomically
 from vtok_fast.parity import TokenParity
+from vtok_fast.swap import summary
 from vtok_fast.swap.patch import Calls
 
 if TYPE_CHECKING:
@@ -49,18 +50,21 @@ class Bypassed:
 class Report:
     """The result of `vtok_fast.accelerate`.
 
+    Printed, it is short: the verdict, the whole model, the modules by kind; `details` has each of them.
+
     Attributes:
         swapped, skipped: lists of `Entry`, in the model's order.
         contract: "close" or "exact".
-        end_to_end: the whole model's error and bound on ``example``, with a ``why`` where it is beyond the
-            bound (a token that falls to the other side of a rounding threshold does that: see ``tokens``);
-            None where no example was given.
+        model: the name of the model's class.
+        end_to_end: the whole model's error and bound, time and memory on ``example``, with a ``why`` where it
+            is beyond the bound (a token that falls to the other side of a rounding threshold does that: see
+            ``tokens``); None where no example was given.
         tokens: a `vtok_fast.parity.TokenParity` for each FSQ quantizer of the model, on ``example``.
         notes: what else could not be measured, and why.
     """
 
-    def __init__(self, contract: str):
-        self.contract = contract
+    def __init__(self, contract: str, model: str = ""):
+        self.contract, self.model = contract, model
         self.swapped: list[Entry] = []
         self.skipped: list[Entry] = []
         self.end_to_end: Entry | None = None
@@ -70,6 +74,13 @@ class Report:
         self._warned: list[str] = []
         self._patches: list[Patch] = []
         self._on_revert: list[Any] = []
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was measured is within its contract: no swap had to be taken back for its error,
+        the whole model is within its bound on ``example`` (or only tokens differ that may), and so are the
+        tokens."""
+        return next(summary.problems(self), None) is None
 
     @property
     def active(self) -> bool:
@@ -116,6 +127,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "ok": self.ok,
+            "model": self.model,
             "contract": self.contract,
             "active": self.active,
             "swapped": [asdict(e) for e in self.swapped],
@@ -137,66 +150,25 @@ class Report:
         )
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return _printed(summary.summary(self))
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        yield _swapped_table(self.swapped)
-        if self.skipped:
-            yield _skipped_table(self.skipped)
-        yield (
-            f"{len(self.swapped)} modules swapped, {len(self.skipped)} left alone, contract {self.contract}."
-        )
-        if self.end_to_end is not None:
-            e = self.end_to_end
-            yield f"End to end: error {e.error:.2e}, {e.bound:.2e} allowed{': TOO FAR' if e.why else ''}."
-        yield from self.notes
-        if bypassed := self.bypassed:
-            path, first = next(iter(bypassed.items()))
-            yield (
-                f"{len(bypassed)} of the swapped modules left calls to their class, such as "
-                f"{path or 'the model'}: {first.why}."
-            )
-        for tokens in self.tokens:
-            yield f"Tokens: {tokens}{'' if tokens.ok else ': TOO MANY'}."
+        yield from summary.summary(self)
+
+    def details(self) -> str:
+        """Every module, one a row: what it runs now or why it was left alone, its error, speed-up and
+        memory."""
+        return _printed(summary.details(self), width=160)
 
     def plot(self, path: str | os.PathLike | None = None) -> Any:
-        """Draws time and memory before and after and the error against its bound, module by module (needs
-        matplotlib).
+        """Draws the verdict, and module by module time and memory before and after and the error against its
+        bound; what failed is red (needs matplotlib).
 
-        Returns the figure; with ``path`` it is also written there.
+        Returns the figure; with ``path`` (.png, .svg or .pdf) it is also written there.
         """
-        from matplotlib.figure import Figure
+        from vtok_fast.swap.report_picture import draw
 
-        entries = [e for e in self.swapped if e.fast_ms is not None]
-        figure = Figure(figsize=(14, 1.5 + 0.24 * len(entries)), layout="constrained")
-        time, memory, error = figure.subplots(1, 3, sharey=True)
-        rows = range(len(entries))
-        for axes, eager, fast, label in (
-            (time, [e.eager_ms for e in entries], [e.fast_ms for e in entries], "ms"),
-            (
-                memory,
-                [(e.eager_bytes or 0) / 2**20 for e in entries],
-                [(e.fast_bytes or 0) / 2**20 for e in entries],
-                "MiB of tensors at the highest",
-            ),
-        ):
-            axes.barh([r - 0.2 for r in rows], eager, 0.4, label="eager", color="#b8b8b8")
-            axes.barh([r + 0.2 for r in rows], fast, 0.4, label="vtok_fast", color="#2a78b5")
-            axes.set(xlabel=f"{label}, on the check's inputs")
-        time.set(yticks=list(rows), yticklabels=[e.path or "(model)" for e in entries])
-        time.tick_params(axis="y", labelsize=7)
-        time.invert_yaxis()
-        time.legend()
-        error.barh(
-            list(rows), [e.error / e.bound if e.error and e.bound else 0.0 for e in entries], color="#2a78b5"
-        )
-        error.axvline(1, color="#c0392b")
-        error.set(xlabel="error / allowed error", xlim=(0, 1.05))
+        figure = draw(self)
         if path is not None:
             write_atomically(
                 path,
@@ -205,24 +177,11 @@ class Report:
         return figure
 
 
-def _swapped_table(entries: list[Entry]) -> Any:
-    from rich.table import Table
+def _printed(parts: Iterable[Any], width: int = 120) -> str:
+    from rich.console import Console
 
-    table = Table(
-        "module", "now", "error", "allowed", "speed-up", "memory", title="Swapped", title_justify="left"
-    )
-    for e in entries:
-        ratio = f"{e.eager_ms / e.fast_ms:.2f}" if e.eager_ms and e.fast_ms else ""
-        memory = f"{e.fast_bytes / e.eager_bytes:.2f}" if e.eager_bytes and e.fast_bytes is not None else ""
-        error = "" if e.error is None else "equal" if e.error == 0 else f"{e.error:.1e}"
-        table.add_row(e.path or "(model)", e.what, error, f"{e.bound:.1e}" if e.bound else "", ratio, memory)
-    return table
-
-
-def _skipped_table(entries: list[Entry]) -> Any:
-    from rich.table import Table
-
-    table = Table("module", "kind", "why", title="Left alone", title_justify="left")
-    for e in entries:
-        table.add_row(e.path or "(model)", e.kind, e.why)
-    return table
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return capture.get()

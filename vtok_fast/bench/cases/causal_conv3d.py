@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_fast import parity
+from vtok_fast.bench import products
 from vtok_fast.bench.cases import cudnn_frontend, layers
 from vtok_fast.bench.cases.layers import Layer
 from vtok_fast.bench.harness import Candidate, Settings, Trial, backend_of, dtype_name, with_compiled
@@ -251,7 +252,8 @@ def build(case: Case, settings: Settings) -> Trial:
         ]
         warm()
         facts |= {
-            "algorithm": _algorithm(layer, x_last, w, mode),
+            "algorithm": (algorithm := _algorithm(layer, x_last, w, mode)),
+            "done_gflop": layer.gflop * products.share(algorithm, *layer.out_size[1:]),
             "weight_bytes": w.numel() * w.element_size(),
             "cached_bytes": _cached_bytes(),
         }

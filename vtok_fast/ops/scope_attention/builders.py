@@ -77,6 +77,15 @@ def time_invariant(tiv: int, tv: int, patches: int, slices: int, patches_see: st
     return from_segments(segments, length, length)
 
 
+def time_invariant_names(tiv: int, tv: int, patches: int, slices: int, patches_see: str) -> list[str]:
+    """What the queries of each of its segments are."""
+    named = [("invariant tokens", tiv)]
+    for i in range(1, slices + 1):
+        together = [(f"slice {i}", tv + patches)]
+        named += together if patches_see == "slice" else [(f"tokens {i}", tv), (f"patches {i}", patches)]
+    return [name for name, count in named if count]
+
+
 def from_segments(
     segments: Iterable[tuple[int, int, Sequence[tuple[int, int]]]], q_len: int, k_len: int
 ) -> Parts:

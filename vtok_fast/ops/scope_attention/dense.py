@@ -1,9 +1,6 @@
-"""A scope spelled out pair by pair: how many there are, the mask, a picture. Of tensors whose values are
-valid."""
+"""A scope spelled out pair by pair: how many there are, and the mask. Of tensors whose values are valid."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,28 +28,3 @@ def mask(csr: CSR, q_len: int, k_len: int) -> Tensor:
     )
     rows = torch.searchsorted(q_offsets[1:], torch.arange(q_len, device=device), right=True)
     return (edges.cumsum(1)[:, :-1] > 0)[rows]
-
-
-def plot(csr: CSR, q_len: int, k_len: int, density: float, ax: Any = None) -> Any:
-    """Draws what sees what with matplotlib, queries downwards and keys to the right, and returns the axes."""
-    import matplotlib.pyplot as plt
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    q, r, ranges = (t.tolist() for t in csr)
-    boxes = [
-        Rectangle((lo, q[s]), hi - lo, q[s + 1] - q[s])
-        for s in range(len(q) - 1)
-        for lo, hi in ranges[r[s] : r[s + 1]]
-    ]
-    ax = plt.subplots()[1] if ax is None else ax
-    ax.add_collection(PatchCollection(boxes, facecolor="tab:blue", edgecolor="white", linewidth=0.5))
-    ax.set(
-        xlim=(0, max(k_len, 1)),
-        ylim=(max(q_len, 1), 0),
-        xlabel="keys",
-        ylabel="queries",
-        aspect="equal",
-        title=f"{100 * density:.3g} % of the pairs",
-    )
-    return ax

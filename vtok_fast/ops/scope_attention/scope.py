@@ -9,8 +9,9 @@ are a few numbers each.
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -131,18 +132,21 @@ class Scope:
     @classmethod
     def dense(cls, q_len: int, k_len: int | None = None) -> Scope:
         """Every query sees every key; ``k_len`` is ``q_len`` unless given."""
-        return cls._make(*builders.dense(q_len, q_len if k_len is None else k_len))
+        made = cls._make(*builders.dense(q_len, q_len if k_len is None else k_len))
+        return made._called(lambda: ["all queries"])
 
     @classmethod
     def block_causal(cls, frames: int, tokens_per_frame: int) -> Scope:
         """Every token sees its own frame and those before (InfoTok's ViT, HunyuanVideo's mid-block)."""
-        return cls._make(*builders.block_causal(frames, tokens_per_frame))
+        made = cls._make(*builders.block_causal(frames, tokens_per_frame))
+        return made._called(lambda: [f"frame {i + 1}" for i in range(frames)])
 
     @classmethod
     def per_frame(cls, frames: int, tokens_per_frame: int) -> Scope:
         """Every token sees its own frame (the mid-blocks of VidTok and Cosmos; decoders that run per
         slice)."""
-        return cls._make(*builders.per_frame(frames, tokens_per_frame))
+        made = cls._make(*builders.per_frame(frames, tokens_per_frame))
+        return made._called(lambda: [f"frame {i + 1}" for i in range(frames)])
 
     @classmethod
     def time_invariant(
@@ -162,7 +166,8 @@ class Scope:
                 time-variant tokens of their slice see), ``patches`` (the patches of their slice) or ``all``
                 (the clip).
         """
-        return cls._make(*builders.time_invariant(tiv, tv, patches, slices, patches_see))
+        made = cls._make(*builders.time_invariant(tiv, tv, patches, slices, patches_see))
+        return made._called(lambda: builders.time_invariant_names(tiv, tv, patches, slices, patches_see))
 
     @classmethod
     def packed(
@@ -191,7 +196,8 @@ class Scope:
         scope = cls._make(*builders.packed(cu_q, cu_k, q_len, k_len), checked)
         back = cls._make(*builders.packed(cu_k, cu_q, k_len, q_len), checked)
         scope.cache["back"], back.cache["back"] = back, weakref.ref(scope)
-        return scope
+        clips = len(cu_q) - 1
+        return scope._called(lambda: [*(f"clip {i + 1}" for i in range(clips)), "after the last clip"])
 
     @classmethod
     def from_segments(
@@ -226,7 +232,11 @@ class Scope:
     @classmethod
     def _cat(cls, scopes: Sequence[Scope]) -> Scope:
         parts = builders.cat([builders.Parts(*s.csr, s.q_len, s.k_len) for s in scopes])
-        return cls._make(*parts, all(s.validated for s in scopes))
+        whole = cls._make(*parts, all(s.validated for s in scopes))
+        names = [s.cache.get("names") for s in scopes]
+        if None in names:
+            return whole
+        return whole._called(lambda: [f"{i}: {name}" for i, made in enumerate(names, 1) for name in made()])
 
     # ---- what it says --------------------------------------------------------------------------------------
 
@@ -314,10 +324,30 @@ class Scope:
             moved.cache["origin"] = self  # where a transposition is cheap, and exact
         return moved
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draws what sees what with matplotlib, queries downwards and keys to the right, and returns the
-        axes."""
-        return dense.plot(self.validate().csr, self.q_len, self.k_len, self.density(), ax)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the queries of each segment are, as far as the builder knows."""
+        known = self.cache["names"]() if "names" in self.cache else []
+        if len(known) != self.segments:
+            known = [f"segment {i + 1}" for i in range(self.segments)]
+        return tuple(known)
+
+    def _called(self, names: Callable[[], list[str]]) -> Scope:
+        self.cache["names"] = names
+        return self
+
+    def plot(self, where: str | os.PathLike | Any = None) -> Any:
+        """Draws what sees what with matplotlib, queries downwards and keys to the right, the segments by
+        their names.
+
+        Args:
+            where: a file to write (.png, .svg or .pdf), or the axes to draw in. None: axes of their own.
+
+        Returns the axes.
+        """
+        from vtok_fast.ops.scope_attention.picture import draw
+
+        return draw(self.validate().csr, self.q_len, self.k_len, self.density(), self.names, where)
 
     def __reduce__(self) -> tuple:
         return Scope._make, (*self.csr, self.q_len, self.k_len, self.validated)

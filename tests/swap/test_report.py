@@ -1,0 +1,124 @@
+"""What a report says first, what it counts, and that a failure looks like one, also in the picture."""
+
+import copy
+import importlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import vtok_fast
+from vtok_fast.models import VidTok
+from vtok_fast.swap import report_picture, summary
+from vtok_fast.swap.patch import Swap
+from vtok_fast.swap.report import Entry, Report
+from vtok_fast.swap.whole import without
+
+accelerating = importlib.import_module("vtok_fast.swap.accelerate")  # the package has the function
+
+
+class Slow(nn.Module):
+    """Three layers; the adapter below swaps the convolutions, and for one of them computes something else."""
+
+    def __init__(self, wrong: float = 0.0):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3), nn.LayerNorm(8)
+        self.b.wrong = wrong
+
+    def forward(self, x):
+        return self.norm(self.b(self.a(x)))
+
+
+class Adapter:
+    @staticmethod
+    def propose(module):
+        if not isinstance(module, nn.Conv1d):
+            return None
+        function = lambda m, x: type(m).forward(m, x) * (1 + getattr(m, "wrong", 0.0))
+        return [Swap("the same convolution", function, sample=lambda m: (torch.randn(1, 4, 12),))]
+
+
+def accelerated(monkeypatch, model, **options):
+    monkeypatch.setattr(accelerating, "ADAPTERS", (Adapter,))
+    return vtok_fast.accelerate(model, **options)
+
+
+def test_the_first_lines_are_the_verdict_and_the_whole_model():
+    model = VidTok("tiny").eval()
+    report = vtok_fast.accelerate(model, example=torch.rand(1, 3, 5, 32, 32) * 2 - 1)
+    first, second = str(report).splitlines()[:2]
+    assert report.ok and first.startswith(f"VidTok: OK: {len(report.swapped)} modules swapped")
+    e = report.end_to_end
+    assert second.startswith("Whole model, on the example: ") and f"error {e.error:.1e}" in str(report)
+    assert min(e.eager_ms, e.fast_ms, e.eager_bytes, e.fast_bytes) > 0
+    assert f"{e.eager_ms / e.fast_ms:.2f} times faster" in str(report) or e.fast_ms > e.eager_ms
+    assert not any(report.ran().values())  # what the check ran does not count
+    assert report.to_dict()["ok"] is True and report.to_dict()["model"] == "VidTok"
+
+
+def test_kinds_are_counted_and_details_have_every_module():
+    report = vtok_fast.accelerate(VidTok("tiny").eval(), check=False)
+    text, details = str(report), report.details()
+    assert len(text.splitlines()) < 40 < len(details.splitlines())
+    assert all(e.path in details for e in report.swapped) and "nothing was measured" in text
+    kinds = summary._kinds(report.swapped)
+    assert sum(int(str(count)) for count in kinds.columns[1].cells) == len(report.swapped)
+
+
+def test_a_failure_is_one(monkeypatch, tmp_path):
+    report = accelerated(monkeypatch, Slow(wrong=0.01))
+    assert not report.ok and [e.path for e in report.swapped] == ["a"]
+    assert str(report).startswith("Slow: FAILED: 1 modules swapped") and "b was beyond its contract" in str(
+        report
+    )
+    figure = report_picture.draw(report)
+    words = [t.get_text() for axes in figure.axes for t in axes.texts]
+    assert any("FAILED" in word for word in words) and figure._suptitle.get_color() == report_picture.RED
+    assert "vtok_fast.accelerate(Slow)" in figure._suptitle.get_text()
+    assert report.to_dict()["ok"] is False
+
+
+def test_the_picture_of_what_holds_is_not_red(monkeypatch):
+    report = accelerated(monkeypatch, Slow())
+    figure = report_picture.draw(report)
+    assert report.ok and figure._suptitle.get_color() == "black" and "OK" in figure._suptitle.get_text()
+    report_picture.draw(Report("close", "Empty"))
+
+
+def _entry(eager, fast):
+    return Entry("m", "Kind", "now", error=1e-7, bound=1e-6, eager_ms=eager, fast_ms=fast)
+
+
+@pytest.mark.parametrize(
+    ("eager", "fast", "shown"),
+    [(52.0, 0.2, None), (0.02, 1.5, None), (0.9, 0.9, None), (None, 3.0, None), (3.0, 1.5, "2.00")],
+)
+def test_no_speed_up_of_what_is_too_short_to_tell(eager, fast, shown):
+    report = Report("close")
+    report.swapped.append(_entry(eager, fast))
+    for text in (str(report), report.details()):
+        assert (shown is not None and shown in text) or (
+            shown is None and "260" not in text and "0.01" not in text
+        )
+    assert summary.speedup(report.swapped[0]) == (None if shown is None else float(shown))
+    assert ("speed-up" in str(report)) == (shown is not None)
+
+
+def test_whole_costs_leave_the_model_as_it_was(monkeypatch):
+    model = Slow().eval()
+    x = torch.randn(2, 4, 12)
+    state, want = copy.deepcopy(model.state_dict()), model(x)
+    torch.manual_seed(5)
+    report = accelerated(monkeypatch, model, example=x)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    with without(report._patches):
+        assert not report.active and torch.equal(model(x), want)
+    assert report.active and torch.equal(model(x), want)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.revert()
+    assert "forward" not in model.a.__dict__
