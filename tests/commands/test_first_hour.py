@@ -117,11 +117,10 @@ def test_force_replaces(clip, tmp_path, capsys):
 def test_tokenize_ends_with_what_it_did(clip, tmp_path, capsys):
     output = tmp_path / "a.tokens"
     assert run_here("tokenize", clip, "-o", output) == 0
-    printed = capsys.readouterr()
-    said = printed.out
+    said = capsys.readouterr().out
     assert "20 frames of 44x68 at 10 fps (2.0 s)" in said and f"{output.stat().st_size:,} bytes" in said
     assert "frames per second" in said and "times smaller than its pixels" in said
-    assert "Frames of 46x70 were cut to 44x68" in said and "demo weights" in printed.err
+    assert "Frames of 46x70 were cut to 44x68" in said and "demo weights" in said
     assert run_here("tokenize", clip, "-o", output, "--size", "16x24", "--force", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["ratio"] == pytest.approx(3 * 20 * 16 * 24 / output.stat().st_size, abs=0.01)

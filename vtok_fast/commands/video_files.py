@@ -183,8 +183,6 @@ def tokenize(
 
     reading = _reading(fps, deinterlace, deinterlacer, hdr, background, on_error, stream)
     chosen, weights = _model(device, dtype, accelerate, model, checkpoint)
-    if checkpoint is None and not as_json:
-        _remark(f"{model} with its demo weights, trained briefly on little: for trying things out")
     began = time.perf_counter()
     with _progress(as_json, "windows", output) as progress:
         windows = video_tokens.tokenize(
@@ -206,7 +204,7 @@ def tokenize(
     if as_json:
         print_json(facts)
     else:
-        _say(facts)
+        _say(facts, demo_weights=checkpoint is None)
 
 
 def _facts(
@@ -241,7 +239,7 @@ def _facts(
     }
 
 
-def _say(facts: dict[str, Any]) -> None:
+def _say(facts: dict[str, Any], *, demo_weights: bool) -> None:
     height, width = facts["size"]
     duration = facts["frames"] / facts["fps"]
     print(
@@ -251,6 +249,8 @@ def _say(facts: dict[str, Any]) -> None:
         f"{facts['bytes'] * 8 / duration / 1000:.1f} kbit per second of video, "
         f"{facts['ratio']:.1f} times smaller than its pixels as 8-bit RGB"
     )
+    if demo_weights:
+        print(f"These are the demo weights of {facts['model']}, trained briefly: good for trying things out")
     if facts["scaled_to"] != facts["size"]:
         whole = "x".join(map(str, facts["scaled_to"]))
         print(
@@ -439,10 +439,6 @@ def _progress(
                 raise KeyboardInterrupt(f"{done}; nothing is kept of them") from None
             kept = f"; they lie in {resumed}.parts, and the same command goes on from there"
             raise KeyboardInterrupt(done + (kept if seen[0] else "; the same command starts again")) from None
-
-
-def _remark(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _check_distinct(output: Path, **inputs: Path | None) -> None:

@@ -147,8 +147,7 @@ def fsq_decode(
 def official_float32(
     z: Tensor, levels: Sequence[int], *, variant: str = "vidtok", dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The formula as the public implementations evaluate it, all in float32; to compare with, see
-    ``tests/ops/test_fsq.py``.
+    """The formula as the public implementations evaluate it, all in float32; to compare with.
 
     Within a few float32 steps of a threshold it can name the level next to the one that float64 does. The
     index is rounded here where some of them truncate it (which is wrong for some levels from 26 on).

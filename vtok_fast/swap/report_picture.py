@@ -25,7 +25,7 @@ def draw(report: Report) -> Any:
     if left_out > 0:
         kept = sorted(entries, key=lambda e: (e in broken, e.eager_ms or 0.0))[-MOST:]
         entries = [e for e in entries if e in kept]
-    lines = textwrap.wrap(summary.verdict(report), 130) + textwrap.wrap(summary.whole(report), 130)
+    lines = textwrap.wrap(summary.verdict(report), 150) + textwrap.wrap(summary.whole(report), 150)
     lines += [textwrap.shorten(problem, 130) for problem in list(summary.problems(report))[1:4]]
     if left_out > 0:
         lines.append(f"The {MOST} modules that take longest; {left_out} are not shown.")
@@ -49,7 +49,7 @@ def draw(report: Report) -> Any:
     time.tick_params(axis="y", labelsize=7)
     for label, e in zip(time.get_yticklabels(), entries):
         label.set_color(RED if e in broken else "black")
-    time.invert_yaxis()
+    time.set_ylim(len(entries) - 0.4, -0.6)
     time.legend(loc="lower right")
     _errors(error, entries, broken)
     return figure
