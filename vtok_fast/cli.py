@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from vtok_fast import __version__
 from vtok_fast.commands import names, video_files
 from vtok_fast.commands.bench import app as bench
+from vtok_fast.commands.corpus import corpus
 from vtok_fast.commands.options import (
     Force,
     Json,
@@ -50,6 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command()(corpus)
 
 
 def main() -> None:

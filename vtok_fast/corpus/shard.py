@@ -143,7 +143,10 @@ def write_shard(path: Path, clips: Sequence[tuple[str, Path]], codes: int | None
     """
     if not clips:
         raise ValueError("clips: a shard holds at least one")
-    storage, headers, tensors, common, end = storage_of(codes), [], {}, {}, 0
+    storage, end = storage_of(codes), 0
+    headers: list[dict[str, Any]] = []
+    tensors: dict[str, Any] = {}
+    common: dict[str, Any] = {}
     for number, (name, file) in enumerate(clips):
         clip = TokensFile.open(file)
         header = {key: value for key, value in clip.header.items() if key not in COMMON}
