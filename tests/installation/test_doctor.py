@@ -19,7 +19,7 @@ import torch
 import vtok_fast
 from vtok_fast.commands import info
 from vtok_fast.dispatch import backends, native
-from vtok_fast.installation import doctor, gpus, known_bad
+from vtok_fast.installation import doctor, facts, gpus, known_bad, surroundings
 
 ROOT = Path(__file__).resolve().parents[2]
 H200 = {"name": "NVIDIA H200", "capability": [9, 0]}
@@ -29,11 +29,11 @@ THOR = {"name": "NVIDIA Thor", "capability": [11, 0]}
 TURING = {"name": "Tesla T4", "capability": [7, 5]}
 
 
-def probed(**facts):
+def probed(**found):
     return (
-        doctor.NOTHING
+        facts.NOTHING
         | {"torch": "2.11.0+cu130", "cuda": True, "cudnn": 91900, "threads": 8, "archs": ["80", "90a"]}
-        | facts
+        | found
     )
 
 
@@ -90,7 +90,7 @@ def test_the_fit_in_words():
     ],
 )
 def test_the_doctor_on_gpus(monkeypatch, gpu, archs, level, cure):
-    monkeypatch.setattr(doctor, "_version", lambda name: f"0.1.0+{gpus.label(archs)}".rstrip("+"))
+    monkeypatch.setattr(facts, "version", lambda name: f"0.1.0+{gpus.label(archs)}".rstrip("+"))
     (finding,) = doctor._gpus(probed(gpus=[gpu], archs=archs))
     assert finding.level == level and gpu["name"] in finding.name
     assert cure in finding.cure and bool(cure) == bool(finding.cure)
@@ -261,9 +261,9 @@ def test_what_gives_wrong_results_is_bad_and_what_is_not_used_does_not_matter():
 )
 def test_packages_that_are_known_to_be_bad(monkeypatch, torch_version, cuda, package, installed, sources):
     said = json.dumps({"torch": torch_version, "cuda": cuda, "cudnn": 92000 if cuda else None})
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
-    monkeypatch.setattr(doctor, "_version", lambda name: installed if name == package else None)
-    found = doctor._pairs(doctor.look()[0])
+    monkeypatch.setattr(facts.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
+    monkeypatch.setattr(facts, "version", lambda name: installed if name == package else None)
+    found = doctor._pairs(facts.look()[0])
     assert {int(f.text.rpartition("#")[2].rstrip(")")) for f in found} == sources
     assert all(f"{package} {installed}" in f.text and f.cure for f in found)
 
@@ -301,7 +301,7 @@ def test_versions(text, version):
 def test_triton_is_the_one_of_torch(monkeypatch, wanted, here, level, line):
     """torch up to 2.13 asks for one Triton, from 2.14 on for any of a minor version."""
     requires = ["numpy", "triton-windows==1.0"] + ([line.format(wanted)] if wanted else [])
-    monkeypatch.setattr(doctor, "_version", lambda name: here)
+    monkeypatch.setattr(facts, "version", lambda name: here)
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: requires)
     (finding,) = doctor._triton(probed())
     assert finding.level == level and (level == "ok" or "pip install" in finding.cure)
@@ -316,11 +316,11 @@ def test_a_missing_compiler_and_nvcc(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert doctor._compiler().level == "hint" and "g++" in doctor._compiler().cure
-    assert doctor._nvcc(probed(gpus=[H200]))[0].level == "hint" and doctor._nvcc(probed()) == []
+    assert surroundings.compiler().level == "hint" and "g++" in surroundings.compiler().cure
+    assert surroundings.nvcc(probed(gpus=[H200]))[0].level == "hint" and surroundings.nvcc(probed()) == []
     (tmp_path / "nvcc").write_text("#!/bin/sh\n")
     (tmp_path / "nvcc").chmod(0o755)
-    assert doctor._nvcc(probed(gpus=[H200]))[0].level == "ok"
+    assert surroundings.nvcc(probed(gpus=[H200]))[0].level == "ok"
 
 
 def test_two_openmp_runtimes_are_named():
@@ -353,13 +353,13 @@ def test_info_without_torch(tmp_path):
         text=True,
         env=environment,
     )
-    facts = json.loads(result.stdout)
-    assert set(facts["ops"]) == set(info.BACKENDS) and all(
-        why for op in facts["ops"].values() for why in op.values()
+    told = json.loads(result.stdout)
+    assert set(told["ops"]) == set(info.BACKENDS) and all(
+        why for op in told["ops"].values() for why in op.values()
     )
     if native.lib() is not None:  # it takes no torch
-        assert facts["native_module"] == "built" and facts["cuda_archs"] == list(native.lib().cuda_archs)
-        assert facts["supported_isas"] == list(native.lib().supported_isas())
+        assert told["native_module"] == "built" and told["cuda_archs"] == list(native.lib().cuda_archs)
+        assert told["supported_isas"] == list(native.lib().supported_isas())
 
 
 def test_the_doctor_without_torch_knows_the_native_module_and_the_gpus(monkeypatch, tmp_path):
@@ -367,17 +367,17 @@ def test_the_doctor_without_torch_knows_the_native_module_and_the_gpus(monkeypat
     smi.write_text("#!/bin/sh\necho 'NVIDIA L4, 8.9'; echo 'Odd, [N/A]'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(doctor, "look", lambda: (None, "No module named 'torch'"))
-    alone = doctor.without_torch()
+    monkeypatch.setattr(facts, "look", lambda: (None, "No module named 'torch'"))
+    alone = facts.without_torch()
     assert alone["gpus"] == [{"name": "NVIDIA L4", "capability": [8, 9]}]
     findings = {finding.name: finding for finding in doctor.examine()}
     assert findings["torch"].level == "bad" and findings["torch"].cure == "pip install 'torch>=2.6'"
     assert findings["native module"].level == ("ok" if native.lib() is not None else "bad")
     assert "GPU 0, NVIDIA L4" in findings or native.lib() is None
-    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
-    assert doctor.without_torch()["native"] == "the native module is not built"
+    monkeypatch.setattr(facts, "PACKAGE", tmp_path)
+    assert facts.without_torch()["native"] == "the native module is not built"
     (tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("no module")
-    assert "cannot be loaded" in doctor.without_torch()["native"]
+    assert "cannot be loaded" in facts.without_torch()["native"]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no such signal")
@@ -408,9 +408,9 @@ def test_info_without_the_native_module(tmp_path):
 def test_a_native_module_that_kills_python_is_a_finding(monkeypatch):
     said = json.dumps({"torch": "2.11.0", "cuda": False, "threads": 2}) + "\n"
     monkeypatch.setattr(
-        doctor.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, -11, said, "")
+        facts.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, -11, said, "")
     )
-    probe, failure = doctor.look()
+    probe, failure = facts.look()
     assert not failure and "status -11" in probe["native"]
     assert doctor._native(probe).level == "bad"
     assert all(
@@ -425,7 +425,7 @@ def test_info_on_a_gpu_machine(monkeypatch):
         version="0.1.0",
         ops={"fsq": {"sm80": None, "cpu": "the tensors are on cuda"}},
     )
-    monkeypatch.setattr(doctor, "look", lambda: (found, ""))
+    monkeypatch.setattr(facts, "look", lambda: (found, ""))
     said = []
     info.main(said.append)
     text = "\n".join(said)

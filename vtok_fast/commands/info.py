@@ -18,6 +18,7 @@ import vtok_fast
 
 # in this form, because without torch the package itself gives nothing
 import vtok_fast.installation.doctor as doctor
+import vtok_fast.installation.facts as installed
 import vtok_fast.installation.gpus as gpus
 from vtok_fast.installation.processor import cpu_name
 
@@ -40,8 +41,8 @@ BACKENDS = _registered()
 def facts() -> dict[str, Any]:
     """Versions, the processor, threads, GPUs, and per op each backend with None where it can run here, or why
     not."""
-    probe, failure = doctor.look()
-    found = doctor.without_torch() if probe is None else probe
+    probe, failure = installed.look()
+    found = installed.without_torch() if probe is None else probe
     missing = (
         f"torch cannot be imported: {failure}"
         if probe is None
