@@ -49,7 +49,7 @@ def test_pieces_together_are_the_whole(pair):
 
 
 @pytest.mark.parametrize("size", [None, (16, 24), 24])
-def test_the_original_is_seen_as_it_was_tokenised(tmp_path, size):
+def test_the_original_is_seen_as_it_was_tokenized(tmp_path, size):
     """A frame that the model cut, or that was scaled first: only the right pixels give this figure."""
     write_video(tmp_path / "a.mp4", clip(5, 34, 50))
     seen = read_video(tmp_path / "a.mp4", size=size, dtype=torch.uint8).video

@@ -40,7 +40,7 @@ def model():
 
 
 def pixels(clip, factor, size=None):
-    """The frames as they are tokenised, (1, 3, T, H, W)."""
+    """The frames as they are tokenized, (1, 3, T, H, W)."""
     video = to_float(read_video(clip, size=size, dtype=torch.uint8).video)
     height, width = (n // factor * factor for n in video.shape[2:])
     return video_tokens.center(video, height, width)[None]

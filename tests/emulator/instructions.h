@@ -109,7 +109,7 @@ inline float low(uint32_t bits, __half) { return __half2float({uint16_t(bits)});
 // tf32: the lower bits do not count
 inline float low(uint32_t bits, float) { return std::bit_cast<float>(bits & ~0x1fffu); }
 
-// d (16 x 8) += a (16 x kK) b (kK x 8), where a 4-byte register holds 4 / sizeof(T) neighbours along k; T
+// d (16 x 8) += a (16 x kK) b (kK x 8), where a 4-byte register holds 4 / sizeof(T) neighbors along k; T
 // float means tf32. Sums in float32 in the order of k, which no GPU promises.
 template <class T, int kK>
 void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],

@@ -37,7 +37,7 @@ void end_cluster_phase_if_complete() {
 void arrive_at(uint32_t place, uint32_t bytes, const char* what, const Where& where) {
   Mbarrier& bar = barrier_at(place, what, where);
   if (bar.pending == 0)
-    fail(std::string(what) + ": more threads arrive than the mbarrier was initialised for", where);
+    fail(std::string(what) + ": more threads arrive than the mbarrier was initialized for", where);
   bar.bytes += bytes;
   if (bar.bytes >= 1 << 20) fail(std::string(what) + ": more than 2^20 - 1 bytes expected", where);
   join(bar.arriving, self->clock);
@@ -111,10 +111,10 @@ void need_sm90(const char* what, const Where& where) {
 Mbarrier& barrier_at(uint32_t place, const char* what, const Where& where) {
   need_sm90(what, where);
   const auto found = mbarriers.find(place);
-  if (found == mbarriers.end()) fail(std::string(what) + ": no mbarrier was initialised here", where);
+  if (found == mbarriers.end()) fail(std::string(what) + ": no mbarrier was initialized here", where);
   if (found->second.init.clock > self->clock[found->second.init.agent])
     fail(std::string("race in shared memory: ") + what +
-             " is not ordered after the mbarrier's initialisation at " + emu::place(found->second.init.where),
+             " is not ordered after the mbarrier's initialization at " + emu::place(found->second.init.where),
          where);
   return found->second;
 }

@@ -100,7 +100,7 @@ void record_read(uint32_t place, uint32_t bytes, const Event& event, const char*
   for (uint32_t a = place; a < place + bytes; a += 2) {
     Cell& cell = cells[a / 2];
     if (cell.write.agent < 0)
-      fail(std::string("uninitialised shared memory: ") + what + " of " + offset(a) + ", never written",
+      fail(std::string("uninitialized shared memory: ") + what + " of " + offset(a) + ", never written",
            where);
     check_race(cell.write, by, what, "write", a, where);
     if (asynchronous && !sm90_visible(cell.write, by))

@@ -28,7 +28,7 @@ uint32_t same_place_in(int rank, uint32_t place);
 // Bounds and alignment to `align` of an address; its place. Another block's only `anywhere`.
 uint32_t check_shared(uint32_t address, uint32_t bytes, uint32_t align, const char* what, const Where& where,
                       bool anywhere = false);
-// The same, for a read also initialised bytes and races; then copies.
+// The same, for a read also initialized bytes and races; then copies.
 void read_shared(void* to, uint32_t address, uint32_t bytes, uint32_t align, const char* what,
                  const Where& where, Thread& by, bool anywhere = false);
 void write_shared(uint32_t address, const void* from, uint32_t bytes, uint32_t align, const char* what,

@@ -112,8 +112,8 @@ TENSOR = np.arange(1, 80 * 7 * 5 + 1).reshape(5, 7, 80)
 
 
 def box(at, swizzle):
-    """Rows of W bytes; the 16-byte chunk c of row r lies at chunk c ^ (r W / 128 % (W / 16)) of its row, but
-    for swizzle 0."""
+    """Rows of W bytes; the 16-byte chunk c of row r lies at chunk c ^ (r W / 128 % (W / 16)) of its row,
+    except for swizzle 0."""
     padded = np.zeros((5 + 8, 7 + 8, 80 + 64), dtype=np.int64)
     padded[:5, 4:11, :80] = TENSOR
     x, y, z = at

@@ -19,7 +19,7 @@ BUGS = {
     4: ("no fence after mbarrier_init", "no fence_mbarrier_init"),
     5: (
         "no barrier after mbarrier_init",
-        "no mbarrier was initialised here|not ordered after the mbarrier's initialisation",
+        "no mbarrier was initialized here|not ordered after the mbarrier's initialization",
     ),
     6: ("producer waits for the wrong parity", "deadlock: .* wait at mbarrier_wait"),
     7: ("fewer bytes expected than come", "fewer bytes expected than come|race in shared memory|deadlock"),
@@ -29,7 +29,7 @@ BUGS = {
     11: ("no wgmma_fence", "no wgmma_fence before the first product"),
     12: (
         "consumer waits for the wrong parity",
-        "(race in|uninitialised) shared memory|deadlock: .* wait at mbarrier_wait",
+        "(race in|uninitialized) shared memory|deadlock: .* wait at mbarrier_wait",
     ),
     13: ("registers changed without a fence", "registers changed since the last wgmma_fence"),
     14: ("not all of a warpgroup", "deadlock|divergence"),
@@ -41,13 +41,13 @@ BUGS = {
     17: ("no fence between st_shared and the TMA store", "no fence.proxy.async: tma_store"),
     18: (
         "no barrier before the TMA store",
-        "race in shared memory: (tma_store|st_shared)|uninitialised|no fence.proxy.async",
+        "race in shared memory: (tma_store|st_shared)|uninitialized|no fence.proxy.async",
     ),
     19: ("named barrier for too many threads", "deadlock: .* wait at bar_sync"),
     20: ("all blocks write to one place", "race in global memory: tma_store"),
     21: ("the kernel ends while TMA reads", "no tma_store_wait_read"),
     22: ("overwrites what TMA still reads", "race in shared memory: st_shared"),
-    23: ("a row stride that is no multiple of 16", "stride 8 of axis 1"),
+    23: ("a row stride that is not a multiple of 16", "stride 8 of axis 1"),
     24: ("box rows longer than the swizzle", "are longer than the swizzle"),
 }
 RIGHT = 0, 25  # 25 overwrites what TMA has read, after a barrier with the thread that has waited for that
@@ -92,13 +92,13 @@ def test_other_gpus_have_no_such_instructions(gemm):
 CLUSTER_BUGS = {
     1: (
         "no cluster barrier after mbarrier_init",
-        "no mbarrier was initialised here|not ordered after|uninitialised shared memory",
+        "no mbarrier was initialized here|not ordered after|uninitialized shared memory",
     ),
     2: (
         "bytes of its own loads only",
-        "fewer bytes expected than come|race in shared memory|deadlock|uninitialised",
+        "fewer bytes expected than come|race in shared memory|deadlock|uninitialized",
     ),
-    3: ("both blocks load the same half", "race in shared memory: tma_load|uninitialised"),
+    3: ("both blocks load the same half", "race in shared memory: tma_load|uninitialized"),
     4: (
         "a stage is released to its own block only",
         "race in shared memory: tma_load|fewer bytes expected than come",
@@ -119,12 +119,12 @@ CLUSTER_BUGS = {
     15: ("waits for the cluster without arriving", "cluster_wait: no cluster_arrive before it"),
     16: (
         "reads its peer's memory without a barrier",
-        "(uninitialised|race in) shared memory: ld_shared_cluster|not ordered after",
+        "(uninitialized|race in) shared memory: ld_shared_cluster|not ordered after",
     ),
     17: ("reads back what TMA may not have written yet", "race in global memory: ld_global"),
     18: ("another lane waits for the TMA store", "race in global memory: ld_global"),
-    19: ("tries once", "(uninitialised|race in) shared memory|deadlock"),
-    20: ("prefetches what is no tensor map", "prefetch_tensor_map: this is no tensor map"),
+    19: ("tries once", "(uninitialized|race in) shared memory|deadlock"),
+    20: ("prefetches what is not a tensor map", "prefetch_tensor_map: this is not a tensor map"),
     21: (
         "a block leaves out the last barrier",
         "a block ends, and its shared memory with it|of a block that has ended",

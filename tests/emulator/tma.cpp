@@ -22,7 +22,7 @@ void each_part(const TensorMap& map, uint32_t place, const int* at, Part part) {
       inside = inside && coordinate >= 0 && coordinate < int64_t(map.size[i]);
       from += coordinate * int64_t(map.stride[i]);
     }
-    // 16 bytes at once where they are neighbours, all of them inside.
+    // 16 bytes at once where they are neighbors, all of them inside.
     const uint32_t wide = 16 / map.element, here = place + done * map.element;
     const int64_t first = int64_t(at[0]) + index[0];
     const bool together = map.step[0] == 1 && here % 16 == 0 && index[0] + wide <= count[0] &&
@@ -45,7 +45,7 @@ uint32_t box_bytes(const TensorMap& map) {
 
 uint32_t check_tma(const TensorMap* map, uint32_t smem, int rank, const char* what, const Where& where) {
   need_sm90(what, where);
-  if (map->magic != kMagic) fail(std::string(what) + ": this is no tensor map", where);
+  if (map->magic != kMagic) fail(std::string(what) + ": this is not a tensor map", where);
   if (map->rank != rank)
     fail(std::string(what) + ": " + std::to_string(rank) + " coordinates for a tensor of rank " +
              std::to_string(map->rank),
@@ -84,7 +84,7 @@ std::string encode(TensorMap& map, const void* base, int element, int rank, cons
 
 void prefetch(const TensorMap* map, const Where& where) {
   need_sm90("prefetch_tensor_map", where);
-  if (map->magic != kMagic) fail("prefetch_tensor_map: this is no tensor map", where);
+  if (map->magic != kMagic) fail("prefetch_tensor_map: this is not a tensor map", where);
 }
 
 // The box goes to the same place in each of the blocks, and its bytes to the mbarrier at the same place.
@@ -102,7 +102,7 @@ void tma_load(uint32_t smem, const TensorMap* map, uint32_t address, const int* 
     if (!(blocks >> to & 1)) continue;
     const uint32_t place = same_place_in(to, own);
     Mbarrier& bar = barrier_at(same_place_in(to, own_bar), "tma_load", where);
-    if (!bar.fenced) fail("tma_load: no fence_mbarrier_init after the mbarrier's initialisation", where);
+    if (!bar.fenced) fail("tma_load: no fence_mbarrier_init after the mbarrier's initialization", where);
     const Event event{bar.agent, bar.phase + 1, where};
     sm90_reach(to, event);
     claim_shared(place, bytes, event, "tma_load", where, *self);

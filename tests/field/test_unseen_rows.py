@@ -1,7 +1,7 @@
 """Rows that a query does not see may hold anything: NaN and infinities reach neither results nor gradients.
 
 fla-org/flash-linear-attention #892, tile-ai/tilelang #2461, Dao-AILab/flash-attention #2421 and #2568: zero
-times NaN in a masked row, and slack rows of packed batches that hold uninitialised memory.
+times NaN in a masked row, and slack rows of packed batches that hold uninitialized memory.
 """
 
 from __future__ import annotations

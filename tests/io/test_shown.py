@@ -172,7 +172,7 @@ def test_cover_art_is_not_a_video(tmp_path):
 
 
 def interlaced(tmp_path, name="a.mp4", codec="libx264", form="yuv420p", **more):
-    """Still picture but for a bar, which the bottom fields show 16 pixels further right."""
+    """Still picture except for a bar, which the bottom fields show 16 pixels further right."""
     frames = []
     for t in range(5):
         image = np.full((48, 64, 3), 60, np.uint8)

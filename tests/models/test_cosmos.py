@@ -312,7 +312,7 @@ def test_each_accelerated_block_is_close(name, frames):
 @pytest.mark.needs_native
 @pytest.mark.parametrize("kind", ["FSQ", "VAE"])
 def test_acceleration(kind):
-    """A whole model: every block swapped within its contract, tokens equal but for latents at a threshold,
+    """A whole model: every block swapped within its contract, tokens equal except for latents at a threshold,
     and gradients as near to those in float64 as a float32 implementation must come (errors of forty layers
     add up: the contract is each layer's)."""
     model, video = make(kind, channels=16, attn_resolutions=(512,)), contract.clip(1, 3, 5, 32, 32)

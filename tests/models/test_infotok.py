@@ -429,7 +429,7 @@ def test_the_accelerated_block_is_close(twice):
 
 @pytest.mark.needs_native
 def test_acceleration():
-    """Every block within its contract, tokens equal but for latents at a threshold, gradients as near to
+    """Every block within its contract, tokens equal except for latents at a threshold, gradients as near to
     those in float64 as a float32 implementation must come. All tokens are kept: a score at the bound may fall
     to either side."""
     model, video = make(channels=16, rate=1.0, selection="topk"), contract.clip(1, 3, 5, 32, 32)

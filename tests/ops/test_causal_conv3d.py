@@ -83,7 +83,7 @@ ROWS = [
         lambda x, w, b, c: conv(repeat_first(x, 1), w, b, stride=(2, 1, 1)),
         {"time_mode": "replicate", "stride": (2, 1, 1), "time_pad": (1, 0), "spatial_pad": NONE},
     ),
-    ("cosmos: factorised plane", (1, 3, 3), lambda x, w, b, c: conv(F.pad(x, (1, 1, 1, 1)), w, b), {}),
+    ("cosmos: factorized plane", (1, 3, 3), lambda x, w, b, c: conv(F.pad(x, (1, 1, 1, 1)), w, b), {}),
     (
         "cosmos: spatial stride 2, zeros right and below",
         (1, 3, 3),

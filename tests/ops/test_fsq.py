@@ -160,10 +160,10 @@ def test_all_codes_of_a_codebook_are_fixed_points(dtype):
     every = torch.arange(8**5, dtype=torch.int32)
     codes = fsq_decode(every, levels, dtype=dtype)
     assert codes.dtype == dtype and codes.unique(dim=0).shape == (8**5, 5)
-    # A code is not where its own level is: tanh compresses. Its level's centre is.
+    # A code is not where its own level is: tanh compresses. Its level's center is.
     half_l, offset, shift = reference.bound_constants(8)
-    centres = torch.tensor([math.atanh((k - 4 + offset) / half_l) - shift for k in range(8)], dtype=dtype)
-    z = centres[((codes.float() * 4) + 4).long()]
+    centers = torch.tensor([math.atanh((k - 4 + offset) / half_l) - shift for k in range(8)], dtype=dtype)
+    z = centers[((codes.float() * 4) + 4).long()]
     again = fsq_quantize(z, levels)
     assert torch.equal(again.indices, every) and torch.equal(again.codes, codes)
 

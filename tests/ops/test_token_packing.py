@@ -292,7 +292,7 @@ def test_integer_positions_are_a_mask():
 
 
 @pytest.mark.parametrize("capacity", (None, 40))
-def test_fused_quantisation_is_that_of_the_dense_video(capacity, backend):
+def test_fused_quantization_is_that_of_the_dense_video(capacity, backend):
     z, keep = torch.randn(2, 3, 3, 4, 5), torch.rand(2, 3, 4, 5) < 0.3
     packed = pack_tokens(z, keep, levels=[8, 5, 4], capacity=capacity, backend=backend)
     total = int(keep.sum())
@@ -615,7 +615,7 @@ def test_late_errors_are_raised_once():
 @pytest.mark.needs_native
 def test_kernels_clamp_what_nobody_checked():
     call = token_selection.SelectCall(torch.rand(3, 10), torch.tensor([-5, 4, 99]), "topk", 4)
-    keep = token_selection._select_cpu_run(call)
+    keep = token_selection._run_cpu(call)
     assert keep.sum(1).tolist() == [0, 4, 10]
     assert reference.select_tokens(*call[:2]).sum(1).tolist() == [0, 4, 10]
 

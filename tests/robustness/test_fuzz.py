@@ -23,7 +23,7 @@ def notes(tmp_path, monkeypatch):
 
 @pytest.mark.needs_native
 def test_calls_are_sound_before_they_are_spoilt():
-    """Of every entry point that takes tensors; but for pads too wide for `reflect`, which are refused."""
+    """Of every entry point that takes tensors, except for pads too wide for `reflect`, which are refused."""
     ran, refused = collections.Counter(), collections.Counter()
     for seed in range(60):
         torch.manual_seed(seed)

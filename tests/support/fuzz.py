@@ -107,7 +107,7 @@ def native_calls(r: random.Random) -> Iterator[tuple[Callable[..., Any], list[An
         )
         yield lib.causal_conv3d_choice, [x, weight, out, geometry, threads]
     yield lib.set_weight_cache, [r.choice((0, 1, 2**20, 2**40))]
-    last, centred, over_positions, per_frame = (r.random() < 0.5 for _ in range(4))
+    last, centered, over_positions, per_frame = (r.random() < 0.5 for _ in range(4))
     x = x.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
     more = [r.choice((None, torch.randn(c))) for _ in range(2)] + [
         r.choice((None, torch.randn_like(x))) for _ in range(3)
@@ -119,7 +119,7 @@ def native_calls(r: random.Random) -> Iterator[tuple[Callable[..., Any], list[An
             *more,
             torch.empty_like(x),
             last,
-            centred,
+            centered,
             over_positions,
             per_frame,
             r.choice((1, c)),

@@ -1,4 +1,4 @@
-"""How to run what a golden file of Cosmos describes: whole models, single layers, the patcher, the quantiser,
+"""How to run what a golden file of Cosmos describes: whole models, single layers, the patcher, the quantizer,
 convolutions."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check(golden: Golden, accelerate) -> Iterator[Check]:
     if "channels_mult" in golden.meta["config"]:
         part = check_model
     elif any("levels" in case for case in cases):
-        part = check_quantiser
+        part = check_quantizer
     elif any("patch_method" in case for case in cases):
         part = check_patcher
     elif any("kernel_size" in case for case in cases):
@@ -57,7 +57,7 @@ def model_config(golden: Golden, weights: dict[str, Tensor]) -> dict[str, Any]:
     if {given.get("encoder"), given.get("decoder")} != {"FACTORIZED"} or given.get(
         "quantizer", "FSQ"
     ) != "FSQ":
-        raise Unsupported(f"{golden.path}: only factorised networks and FSQ are known here")
+        raise Unsupported(f"{golden.path}: only factorized networks and FSQ are known here")
     known = {field.name for field in fields(CosmosConfig)} | IGNORED
     if unknown := sorted(set(given) - known):
         raise Unsupported(f"{golden.path}: unknown entries in the configuration: {', '.join(unknown)}")
@@ -167,7 +167,7 @@ def check_patcher(golden: Golden, accelerate) -> Iterator[Check]:
         yield close(name, "unpatched_coeffs", unpatched, golden.tensors[f"out/{name}/unpatched_coeffs"])
 
 
-def check_quantiser(golden: Golden, accelerate) -> Iterator[Check]:
+def check_quantizer(golden: Golden, accelerate) -> Iterator[Check]:
     for name, case in golden.cases.items():
         given, expected = golden.under(f"in/{name}"), golden.under(f"out/{name}")
         if "num_quantizers" in case:

@@ -1,5 +1,5 @@
 """How to run what a golden file of VidTok describes: whole models, single layers, chunked layers, the
-quantiser, convolutions."""
+quantizer, convolutions."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ IGNORED = {"double_z", "use_checkpoint", "fix_encoder", "fix_decoder"}
 
 # What the official classes take where a configuration says nothing, and VidTokConfig takes something else.
 CLASS_DEFAULTS = {"ch_mult": (1, 2, 4, 8), "norm_type": "groupnorm"}
-REGULARISER_DEFAULTS = {
+REGULARIZER_DEFAULTS = {
     "entropy_loss_weight": 0.0,
     "entropy_loss_annealing_steps": 0,
     "entropy_loss_annealing_factor": 1.0,
     "commitment_loss_weight": 0.0,
 }
 
-# The loss settings behind the names of the quantiser's training cases, and the number of steps.
+# The loss settings behind the names of the quantizer's training cases, and the number of steps.
 LOSSES = {
     "official": (
         {
@@ -62,7 +62,7 @@ def check(golden: Golden, accelerate) -> Iterator[Check]:
     if "model" in golden.meta["config"]:
         part = check_model
     elif any("levels" in case for case in cases):
-        part = check_quantiser
+        part = check_quantizer
     elif any("chunk_frame_ranges" in case for case in cases):
         part = check_chunked_layers
     elif any("kernel_size" in case for case in cases):
@@ -94,15 +94,15 @@ def model_config(golden: Golden) -> dict[str, Any]:
             if key not in ("spatial_ds", "spatial_us", "tempo_ds", "tempo_us")
         }
         options["time_downsample_factor"] = 2 ** min(2, len(options["ch_mult"]) - 1)
-    regulariser = {
+    regularizer = {
         key: value for key, value in (given.get("regularizer_kwargs") or {}).items() if key != "sample"
     }
     kind = {"FSQRegularizer": "fsq", "DiagonalGaussianRegularizer": "kl"}.get(given["regularizer"])
     if kind is None:
         raise Unsupported(f"{golden.path}: regularizer {given['regularizer']!r} is unknown here")
     if kind == "fsq":
-        regulariser = {**REGULARISER_DEFAULTS, **regulariser}
-    return {**options, **regulariser, "regularizer": kind, "version": version, "causal": causal}
+        regularizer = {**REGULARIZER_DEFAULTS, **regularizer}
+    return {**options, **regularizer, "regularizer": kind, "version": version, "causal": causal}
 
 
 def check_model(golden: Golden, accelerate) -> Iterator[Check]:
@@ -200,21 +200,21 @@ def check_sizes(name: str, what: str, actual: list[int], expected: dict[str, Ten
 def check_encoded(
     name: str, model: VidTok, z: list[Tensor], tokens: list, expected: dict[str, Tensor]
 ) -> Iterator[Check]:
-    regulariser = model.regularization
+    regularizer = model.regularization
     z_pre = torch.cat(z, dim=2)
     actual = {"z_pre": z_pre}
     if model.config.regularizer == "fsq":
         actual["indices"] = torch.cat([part.indices for part in tokens], dim=1)
-        actual["codes"] = torch.cat([regulariser.decode(part.indices) for part in tokens], dim=2)
+        actual["codes"] = torch.cat([regularizer.decode(part.indices) for part in tokens], dim=2)
         if "indices" in expected:
-            actual["latent_from_indices"] = regulariser.decode(expected["indices"])
-        regulariser.clamp_entropy = True  # the value of the official code
+            actual["latent_from_indices"] = regularizer.decode(expected["indices"])
+        regularizer.clamp_entropy = True  # the value of the official code
     else:
         actual["codes"] = torch.cat([part.latents for part in tokens], dim=2)
     # The loss magnifies errors of the latent (by 2 * inv_temperature in fsq), so it is taken at the given
     # latent.
     given = expected.get("z_pre", z_pre).float().split([part.grid[0] for part in tokens], dim=2)
-    loss = torch.stack([regulariser(part, step=0).loss for part in given]).mean().reshape(1)
+    loss = torch.stack([regularizer(part, step=0).loss for part in given]).mean().reshape(1)
     actual |= {key: loss for key in ("aux_loss", "aux_loss_f64", "kl_loss")}
     for key, value in actual.items():
         if key in expected:
@@ -331,10 +331,10 @@ def check_chunked_layers(golden: Golden, accelerate) -> Iterator[Check]:
                 yield close(name, "full", layer(x), expected["full"])
 
 
-# The quantiser
+# The quantizer
 
 
-def check_quantiser(golden: Golden, accelerate) -> Iterator[Check]:
+def check_quantizer(golden: Golden, accelerate) -> Iterator[Check]:
     eps = {
         key: golden.meta["config"][key] for key in ("eps", "inv_temperature") if key in golden.meta["config"]
     }

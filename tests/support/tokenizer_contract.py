@@ -220,14 +220,14 @@ def _outputs(model, video: torch.Tensor) -> dict[str, torch.Tensor]:
 def check_learning(model, video: torch.Tensor, steps: int, learning_rate: float) -> None:
     """A few steps on one clip lower its error by a quarter at least: the gradients point the right way."""
     model.train()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     errors = []
     for step in range(steps):
         result = model.reconstruct(video, step=step)
         error = (result.video - video).abs().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (error + 1e-6 * result.loss).backward()
-        optimiser.step()
+        optimizer.step()
         errors.append(error.item())
     assert errors[-1] < 0.75 * errors[0], errors
 

@@ -21,7 +21,8 @@ from vtok_fast.ops.scope_attention import op as scope_attention
 from vtok_fast.ops.scope_attention import triton as launcher
 from vtok_fast.ops.scope_attention.call import ScopeBackwardCall, ScopeCall
 from vtok_fast.ops.scope_attention.scope import Scope
-from vtok_fast.ops.token_packing import op as token_packing
+from vtok_fast.ops.token_packing import call as token_packing
+from vtok_fast.ops.token_packing import scores as token_scores
 from vtok_fast.ops.token_packing import selection as token_selection
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_every_tile_of_packing_is_exact():
     fsq = token_packing.PackCall(tokens[:, :3].contiguous(), keep, 80, (8, 5, 4), "vidtok")
     unpack = token_packing.UnpackCall(tokens[0].mT.contiguous(), keep, -1.0)
     select = token_selection.SelectCall(torch.randn(2, 70), torch.tensor([9, 30]), "topk", 4)
-    scores = token_selection.ScoresCall(video, other, (4, 8, 8))
+    scores = token_scores.ScoresCall(video, other, (4, 8, 8))
 
     def runs(op):
         return lambda call, backend: backends.select(op, call, backend).run(call)

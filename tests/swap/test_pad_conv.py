@@ -98,7 +98,7 @@ class Dropping(PadThenConv):
         return F.dropout(super().forward(x), 0.5, self.training)
 
 
-class Standardised(PadThenConv):
+class Standardized(PadThenConv):
     def forward(self, x):
         w = self.conv.weight
         return F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0), "replicate"), w / w.norm(), self.conv.bias)
@@ -114,7 +114,7 @@ class Cropping(PadThenConv):
         return self.conv(F.pad(x, (1, 1, 1, 1, -1, 0)))
 
 
-@pytest.mark.parametrize("kind", [Scaled, Stateful, Pair, ByLength, Dropping, Standardised, Narrow, Cropping])
+@pytest.mark.parametrize("kind", [Scaled, Stateful, Pair, ByLength, Dropping, Standardized, Narrow, Cropping])
 def test_more_than_padding_is_left_alone_with_its_reason(kind):
     module = kind(3, ((2, 0), (1, 1), (1, 1)), "replicate", "replicate")
     before = dict(module.__dict__)

@@ -151,7 +151,7 @@ def test_residual_fsq_is_bit_equal(options):
     assert all(layer.__dict__["forward"].__self__ is layer for layer in clone.layers)
 
 
-def test_quantise_dropout_and_noise_in_training_are_the_librarys():
+def test_quantize_dropout_and_noise_in_training_are_the_librarys():
     model = library.ResidualFSQ(levels=[8, 5, 5], num_quantizers=4, quantize_dropout=True).train()
     x = torch.randn(2, 20, 3, requires_grad=True)
     vtok_fast.accelerate(model)

@@ -1,5 +1,5 @@
-"""diffusers' AutoencoderVidTok: the state that its layers keep on themselves still means what it did, and is
-no larger."""
+"""diffusers' AutoencoderVidTok: the state that its layers keep on themselves still means what it did, and it
+does not grow."""
 
 import copy
 
@@ -203,7 +203,7 @@ def test_time_resampling(causal, frames):
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 5, 6), (2, 4, 5, 6), (2, 30, 4)], ids=str)
-def test_quantiser(shape):
+def test_quantizer(shape):
     torch.manual_seed(0)
     fsq = library.FSQRegularizer([8, 8, 8, 8])
     z = torch.randn(shape, requires_grad=True)
@@ -221,7 +221,7 @@ def test_quantiser(shape):
     assert not vtok_fast.accelerate(copy.deepcopy(fsq), contract="exact").swapped
 
 
-def test_quantisers_that_do_more_are_left_alone():
+def test_quantizers_that_do_more_are_left_alone():
     for options in ({"dim": 7}, {"num_codebooks": 2}, {"keep_num_codebooks_dim": True}):
         report = vtok_fast.accelerate(library.FSQRegularizer([8, 5, 5], **options), check=False)
         assert "FSQRegularizer" not in [e.kind for e in report.swapped], report

@@ -96,7 +96,7 @@ class Wan(contract.SwapContract):
             marks = [i for i, entry in enumerate(cache) if isinstance(entry, str)]
             assert len(marks) == 2 and all(cache[i] == "Rep" for i in marks)
             model.decoder(z[:, :, 1:], feat_cache=cache, feat_idx=[0])
-        # A single frame behind the mark is kept with zeros before it.
+        # A single frame after the mark is kept with zeros before it.
         assert not cache[marks[0]][:, :, 0].any() and cache[marks[0]][:, :, 1].any()
 
     def test_caches_are_copies(self, model):

@@ -1,49 +1,28 @@
-"""``token_packing``: pack the kept tokens of a video, and put them back. Choosing them:
-`vtok_fast.ops.token_packing.selection`."""
+"""``token_packing``: pack the kept tokens of a video, and put them back. Choosing them: ``scores``,
+``budget``, ``selection``."""
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vtok_fast.dispatch import backends, native, tuning
-from vtok_fast.dispatch.lasting import keep, lasting, refuse_recording
-from vtok_fast.ops.fsq import VARIANTS, check_levels, fsq_quantize, threshold_table
+from vtok_fast.dispatch import backends, native
+from vtok_fast.ops.fsq import VARIANTS, check_levels
+from vtok_fast.ops.token_packing import cpu, triton
+from vtok_fast.ops.token_packing.call import PackCall, Packed, UnpackCall, dense_output, quantized
 from vtok_fast.ops.token_packing.packed_tokens import (
     CAPACITY,
     POSITION,
     ROWS,
     PackedTokens,
-    error_flag,
     note_error,
     raise_device_errors,
 )
-from vtok_fast.ops.token_packing.selection import router_scores, select_tokens, token_budget
 from vtok_fast.reference import token_packing as reference
-
-__all__ = ["PackedTokens", "pack_tokens", "router_scores", "select_tokens", "token_budget", "unpack_tokens"]
-
-
-class PackCall(NamedTuple):
-    """One checked call of each op, as backends see it."""
-
-    tokens: Tensor
-    keep: Tensor
-    capacity: int | None
-    levels: tuple[int, ...] | None
-    variant: str
-
-
-class UnpackCall(NamedTuple):
-    values: Tensor
-    mask: Tensor
-    fill: float
 
 
 def pack_tokens(
@@ -224,7 +203,7 @@ def unpack_tokens(
     return [clip.unflatten(-1, grid) for clip, grid in zip(clips, packed.grids)]
 
 
-def run_pack(call: PackCall, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def run_pack(call: PackCall, backend: str | None) -> Packed:
     """Runs a checked call on the chosen backend."""
     return backends.select("pack_tokens", call, backend).run(call)
 
@@ -237,72 +216,7 @@ def run_unpack(call: UnpackCall, backend: str | None) -> Tensor:
 # ---- backends ----------------------------------------------------------------------------------------------
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# What stands for any dtype of that size in C++
-_BYTES = {
-    1: torch.uint8,
-    2: torch.float16,
-    4: torch.float32,
-    8: torch.float64,
-}
-
-
-def _why_not_cpu(tokens: Tensor) -> backends.Reason:
-    if tokens.dtype.itemsize not in _BYTES:
-        return f"no kernel for elements of {tokens.dtype.itemsize} bytes"
-    return native.why_not_on_cpu(tokens, (tokens.dtype,))
-
-
-def _moved(tensor: Tensor) -> tuple:
-    return native.arg(tensor.view(_BYTES[tensor.dtype.itemsize]))
-
-
-def _cpu_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, keep = call.tokens, call.keep.flatten(1).contiguous().view(torch.uint8)
-    tokens = tokens.flatten(1).unsqueeze(1) if tokens.dim() == call.keep.dim() else tokens.flatten(2)
-    arg, cu_seqlens = native.arg, keep.new_empty(len(keep) + 1, dtype=torch.int32)
-    total = native.lib().count_tokens(arg(keep), arg(cu_seqlens), native.threads())
-    if call.capacity is not None and total > call.capacity:
-        raise ValueError(f"capacity: {total} tokens are kept, got {call.capacity}")
-    rows = total if call.capacity is None else call.capacity
-    values, indices = tokens.new_empty(rows, tokens.shape[1]), tokens.new_empty(rows, dtype=torch.int32)
-    values[total:], indices[total:] = 0, -1
-    native.lib().pack_tokens(_moved(tokens), arg(keep), _moved(values), arg(indices), native.threads())
-    values = values if call.tokens.dim() > call.keep.dim() else values.squeeze(1)
-    return _quantized(values, indices, call), indices, cu_seqlens
-
-
-def _quantized(values: Tensor, indices: Tensor, call: PackCall) -> Tensor:
-    """FSQ of the packed rows, if asked for; 0 in rows that are not tokens."""
-    if call.levels is None:
-        return values
-    values = fsq_quantize(values, call.levels, variant=call.variant).indices
-    return values if call.capacity is None else values.masked_fill_(indices < 0, 0)
-
-
-def _cpu_unpack(call: UnpackCall) -> Tensor:
-    values, mask = call.values.contiguous(), call.mask.flatten(1).contiguous().view(torch.uint8)
-    dense = _dense(values, call.mask)
-    flat = dense.flatten(1).unsqueeze(1) if values.dim() == 1 else dense.flatten(2)
-    rows, fill = values.view(len(values), flat.shape[1]), _element(call.fill, values.dtype)
-    native.lib().unpack_tokens(_moved(rows), native.arg(mask), _moved(fill), _moved(flat), native.threads())
-    return dense
-
-
-@functools.lru_cache(maxsize=64)
-def _element(value: float, dtype: torch.dtype) -> Tensor:
-    """One element on the CPU. Do not write to it."""
-    with lasting():
-        return torch.tensor([value], dtype=torch.float64).to(dtype)
-
-
-def _dense(values: Tensor, mask: Tensor) -> Tensor:
-    """An empty result of unpacking: the channels second in shape and innermost in memory."""
-    dense = values.new_empty(*mask.shape, *values.shape[1:])
-    return dense if values.dim() == 1 else dense.movedim(-1, 1)
-
-
-def _reference_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_pack(call: PackCall) -> Packed:
     if call.capacity is not None:
         over = call.keep.sum() > call.capacity
         if call.keep.is_cpu and over:
@@ -311,7 +225,7 @@ def _reference_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
     elif not call.keep.is_cpu:
         raise_device_errors(call.keep.device)
     values, indices, cu_seqlens = reference.pack_tokens(*call[:3])
-    return _quantized(values.contiguous(), indices, call), indices, cu_seqlens
+    return quantized(values.contiguous(), indices, call), indices, cu_seqlens
 
 
 def _reference_unpack(call: UnpackCall) -> Tensor:
@@ -322,91 +236,20 @@ def _reference_unpack(call: UnpackCall) -> Tensor:
     return reference.unpack_tokens(*call)
 
 
-def _why_not_triton(tokens: Tensor) -> backends.Reason:
-    if tokens.dtype.itemsize not in _INTEGERS:
-        return f"no kernel for elements of {tokens.dtype.itemsize} bytes"
-    return backends.why_not_triton_on(tokens)
-
-
-def _why_not_triton_pack(call: PackCall) -> backends.Reason:
-    if call.levels is not None and call.tokens.dtype == torch.float64:
-        return "in float64 the formula of FSQ decides, not its thresholds"
-    return _why_not_triton(call.tokens)
-
-
-@tuning.guarded("token_packing")
-def _triton_pack(call: PackCall) -> tuple[Tensor, Tensor, Tensor]:
-    from vtok_fast.kernels import token_packing as kernels
-
-    tokens, keep = call.tokens, call.keep.flatten(1).contiguous().view(torch.uint8)
-    tokens = tokens.flatten(1).unsqueeze(1) if tokens.dim() == call.keep.dim() else tokens.flatten(2)
-    device = tokens.device
-    if call.capacity is None and not keep.is_cpu:
-        raise_device_errors(device)
-    if call.levels is not None:
-        tables = _fsq_tables(call.levels, call.variant, device)
-        return kernels.pack_tokens(tokens, keep, call.capacity, error_flag(device), *tables)
-    tokens = tokens.view(_INTEGERS[tokens.dtype.itemsize])
-    values, indices, cu_seqlens = kernels.pack_tokens(tokens, keep, call.capacity, error_flag(device))
-    values = values.view(call.tokens.dtype)
-    return values if call.tokens.dim() > call.keep.dim() else values.squeeze(1), indices, cu_seqlens
-
-
-_tables: dict[tuple, Any] = {}  # a recorded CUDA graph reads them, so none is ever dropped
-
-
-def _fsq_tables(levels: tuple[int, ...], variant: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The thresholds of each channel, and what a level of it adds to the index, on the device. Do not write
-    to them. Raises RuntimeError where they would have to be made while a CUDA graph is recorded."""
-
-    def make() -> tuple[Tensor, Tensor]:
-        basis = [math.prod(levels[:i]) for i in range(len(levels))]
-        steps = torch.tensor(basis, dtype=torch.int32)
-        return threshold_table(levels, variant).to(device), steps.to(device)
-
-    key = (levels, variant, device)
-    if key not in _tables:
-        refuse_recording(device, "the tables of FSQ")
-    return keep(_tables, key, device, make)
-
-
-@tuning.guarded("token_packing")
-def _triton_unpack(call: UnpackCall) -> Tensor:
-    from vtok_fast.kernels import token_packing as kernels
-
-    integer = _INTEGERS[call.values.dtype.itemsize]
-    values, mask = call.values.contiguous(), call.mask.flatten(1).contiguous().view(torch.uint8)
-    dense = _dense(values, call.mask)
-    flat = dense.flatten(1).unsqueeze(1) if values.dim() == 1 else dense.flatten(2)
-    fill = _element(call.fill, values.dtype).view(integer).item()  # its bits, known on the host
-    values = values.view(integer).view(len(values), flat.shape[1])
-    kernels.unpack_tokens(values, mask, fill, flat.view(integer), error_flag(values.device))
-    return dense
-
-
 backends.register(
     "pack_tokens",
-    backends.Backend("triton", _why_not_triton_pack, _triton_pack),
-    backends.Backend("cpu", lambda call: _why_not_cpu(call.tokens), _cpu_pack),
+    backends.Backend("triton", triton.why_not_pack, triton.pack),
+    backends.Backend("cpu", lambda call: cpu.why_not(call.tokens), cpu.pack),
     backends.Backend("reference", lambda call: None, _reference_pack),
 )
 backends.register(
     "unpack_tokens",
-    backends.Backend("triton", lambda call: _why_not_triton(call.values), _triton_unpack),
-    backends.Backend("cpu", lambda call: _why_not_cpu(call.values), _cpu_unpack),
+    backends.Backend("triton", lambda call: triton.why_not(call.values), triton.unpack),
+    backends.Backend("cpu", lambda call: cpu.why_not(call.values), cpu.unpack),
     backends.Backend("reference", lambda call: None, _reference_unpack),
 )
 
 # ---- torch.library -----------------------------------------------------------------------------------------
-
-torch.library.define(
-    "vtok_fast::pack_tokens",
-    "(Tensor tokens, Tensor keep, SymInt? capacity, int[]? levels, str variant, str? backend) -> "
-    "(Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "vtok_fast::unpack_tokens", "(Tensor values, Tensor mask, float fill, str? backend) -> Tensor"
-)
 
 
 @torch.library.impl("vtok_fast::pack_tokens", ("cpu", "cuda"))
@@ -427,24 +270,6 @@ def _pack_fake(tokens, keep, capacity, levels, variant, backend):
     )
 
 
-# Each op's gradient is the other op, which autograd can differentiate again.
-
-
-def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[1])
-    backends.remember(ctx, inputs[-1])
-
-
-def _pack_backward(ctx, grad_values, grad_indices, grad_cu_seqlens):
-    (keep,) = backends.saved_tensors(ctx)
-    with backends.remembered(ctx):
-        grad = torch.ops.vtok_fast.unpack_tokens(grad_values, keep, 0.0, ctx.explicit_backend)
-    return grad, None, None, None, None, None
-
-
-torch.library.register_autograd("vtok_fast::pack_tokens", _pack_backward, setup_context=_pack_setup)
-
-
 @torch.library.impl("vtok_fast::unpack_tokens", ("cpu", "cuda"))
 def _unpack_impl(values, mask, fill, backend):
     return run_unpack(UnpackCall(values, mask, fill), backend)
@@ -452,20 +277,4 @@ def _unpack_impl(values, mask, fill, backend):
 
 @torch.library.register_fake("vtok_fast::unpack_tokens")
 def _unpack_fake(values, mask, fill, backend):
-    return _dense(values, mask)
-
-
-def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.rows = inputs[0].shape[0]
-    backends.remember(ctx, inputs[-1])
-
-
-def _unpack_backward(ctx, grad):
-    (mask,) = backends.saved_tensors(ctx)
-    with backends.remembered(ctx):
-        packed = torch.ops.vtok_fast.pack_tokens(grad, mask, ctx.rows, None, "vidtok", ctx.explicit_backend)
-    return packed[0], None, None, None
-
-
-torch.library.register_autograd("vtok_fast::unpack_tokens", _unpack_backward, setup_context=_unpack_setup)
+    return dense_output(values, mask)
