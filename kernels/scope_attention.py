@@ -27,7 +27,10 @@ from vtok_fast.kernels import on_device_of
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 STRIDE_UNIT = tl.constexpr(8)  # elements, in which strides are counted
-LARGEST_WHOLE_HEAD = 128
+ITEM = tl.constexpr(8)  # numbers of an item of a work list: see `attend`
+LARGEST_WHOLE_HEAD = 128  # on every GPU; Hopper has room for some larger ones
+LARGEST_IN_TWO_LOOPS = tl.constexpr(128)
+SMALLEST_SCALE = 2.0**-126
 LARGEST_ROW_STRIDE = 2**24  # elements: a block has at most 128 rows, whose distances are int32
 
 # ---- kernels -----------------------------------------------------------------------------------------------
@@ -75,13 +78,14 @@ def _over_head(
 
 @triton.jit
 def _task(blocks, batch_heads, CHUNKS: tl.constexpr):
-    """What this program does: which chunk of the head, which head of which video, which rows, which
-    ranges."""
+    """What this program does: which chunk of the head, which head of which video, which item of the work
+    list, and of that which rows and which ranges."""
     program = tl.program_id(0)
-    item = blocks + program // CHUNKS // batch_heads * 4
+    item = blocks + program // CHUNKS // batch_heads * ITEM
     return (
         program % CHUNKS,
         program // CHUNKS % batch_heads,
+        item,
         tl.load(item),
         tl.load(item + 1),
         tl.load(item + 2),
@@ -112,6 +116,7 @@ def _forward_step(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     MASK: tl.constexpr,
 ):
     keys = tl.arange(0, BLOCK_N)
@@ -125,11 +130,12 @@ def _forward_step(
     else:
         k_tile = _load(k, k_row_stride, keys, columns, keys_in_bounds, D, MASK, BLOCK_D > D)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    s *= scale
+    if NEGATIVE:
+        s = -s
     if MASK:
         s = tl.where(keys_in_bounds[None, :], s, -float("inf"))
-    higher = tl.maximum(top, tl.max(s, 1))
-    p = tl.exp2(s - higher[:, None])
+    higher = tl.maximum(top, tl.max(s, 1) * scale)  # the scale is positive: it moves into the exponent
+    p = tl.exp2(s * scale - higher[:, None])
     shrink = tl.exp2(top - higher)
     v_tile = _load(v, v_row_stride, keys, columns, keys_in_bounds, D, MASK, BLOCK_D > D)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
@@ -160,6 +166,8 @@ def forward_kernel(
     v,
     out,
     lse,
+    partial,
+    partial_lse,
     blocks,
     ranges,
     q_batch_stride,
@@ -184,10 +192,13 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    NEGATIVE: tl.constexpr,
 ):
-    """One block of queries, with an online softmax in base 2: ``scale`` has a factor of log2(e)."""
+    """One block of queries over some of its keys, with an online softmax in base 2: ``scale`` is positive and
+    has a factor of log2(e); NEGATIVE: scores change their sign first."""
     SPLIT: tl.constexpr = CHUNK < D
-    chunk, bh, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
+    ONE_LOOP: tl.constexpr = BLOCK_D > LARGEST_IN_TWO_LOOPS
+    chunk, bh, item, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
     if start >= end:
         return
     b, h = (bh // heads).to(tl.int64), bh % heads
@@ -201,9 +212,12 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    skip, stop, slot = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     for r in range(first, last):
-        lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
-        whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+        lo = tl.maximum(tl.load(ranges + 2 * r), tl.where(r == first, skip, 0))
+        hi = tl.minimum(tl.load(ranges + 2 * r + 1), tl.where(r == last - 1, stop, 0x7FFFFFFF))
+        # A second copy of the loop, without masks, where registers allow it
+        whole = lo if ONE_LOOP else lo + (hi - lo) // BLOCK_N * BLOCK_N
         for n in range(lo, whole, BLOCK_N):
             acc, total, top = _forward_step(
                 acc,
@@ -227,9 +241,10 @@ def forward_kernel(
                 BLOCK_N,
                 CHUNK,
                 SPLIT,
+                NEGATIVE,
                 False,
             )
-        if whole < hi:
+        for n in range(whole, hi, BLOCK_N):
             acc, total, top = _forward_step(
                 acc,
                 total,
@@ -243,7 +258,7 @@ def forward_kernel(
                 k_row_stride,
                 v,
                 v_row_stride,
-                whole,
+                n,
                 hi,
                 scale,
                 columns,
@@ -252,17 +267,85 @@ def forward_kernel(
                 BLOCK_N,
                 CHUNK,
                 SPLIT,
+                NEGATIVE,
                 True,
             )
     acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)  # a query that sees nothing gives zeros
+    mask = in_bounds[:, None] & (columns < D)[None, :]
+    total = top + tl.log2(total)
+    if slot >= 0:  # one of several programs of this block: `combine_kernel` adds them up
+        at = (slot.to(tl.int64) * batch_heads + bh) * BLOCK_M
+        tl.store(partial + (at + rows)[:, None] * D + columns[None, :], acc, mask=mask)
+        tl.store(partial_lse + at + rows, total, mask=in_bounds & (chunk == 0))
+    else:
+        out += (
+            b * out_batch_stride + h * out_head_stride + start.to(tl.int64) * out_row_stride
+        ) * STRIDE_UNIT
+        tl.store(
+            out + rows[:, None] * (out_row_stride * STRIDE_UNIT) + columns[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=mask,
+        )
+        lse += bh.to(tl.int64) * q_len + start
+        tl.store(lse + rows, total * LN_2, mask=in_bounds & (chunk == 0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "out_batch_stride",
+        "out_head_stride",
+        "out_row_stride",
+        "q_len",
+        "heads",
+        "batch_heads",
+    ]
+)
+def combine_kernel(
+    partial,
+    partial_lse,
+    merges,
+    out,
+    lse,
+    out_batch_stride,
+    out_head_stride,
+    out_row_stride,
+    q_len,
+    heads,
+    batch_heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Some rows of a block whose keys several programs shared: their results weighted by what each saw, in
+    their order. ``merges`` (n, 4): first row, the one after the last, first slot, slots. Programs (n * heads
+    of all videos, BLOCK_M / ROWS)."""
+    merge = merges + tl.program_id(0) // batch_heads * 4
+    bh = tl.program_id(0) % batch_heads
+    start, end, slot, slots = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2), tl.load(merge + 3)
+    b, h = (bh // heads).to(tl.int64), bh % heads
+    rows, columns = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    in_bounds = rows < end - start
+    mask = in_bounds[:, None] & (columns < D)[None, :]
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    for i in range(slot, slot + slots):
+        at = (i.to(tl.int64) * batch_heads + bh) * BLOCK_M + rows
+        seen = tl.load(partial_lse + at, mask=in_bounds, other=0.0)
+        x = tl.load(partial + at[:, None] * D + columns[None, :], mask=mask, other=0.0)
+        higher = tl.maximum(top, seen)
+        shrink, share = tl.exp2(top - higher), tl.exp2(seen - higher)
+        acc = acc * shrink[:, None] + x * share[:, None]
+        total = total * shrink + share
+        top = higher
     out += (b * out_batch_stride + h * out_head_stride + start.to(tl.int64) * out_row_stride) * STRIDE_UNIT
     tl.store(
         out + rows[:, None] * (out_row_stride * STRIDE_UNIT) + columns[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=in_bounds[:, None] & (columns < D)[None, :],
+        (acc / total[:, None]).to(out.dtype.element_ty),
+        mask=mask,
     )
-    lse += bh.to(tl.int64) * q_len + start
-    tl.store(lse + rows, (top + tl.log2(total)) * LN_2, mask=in_bounds & (chunk == 0))
+    tl.store(lse + bh.to(tl.int64) * q_len + start + rows, (top + tl.log2(total)) * LN_2, mask=in_bounds)
 
 
 @triton.jit(
@@ -431,7 +514,8 @@ def queries_kernel(
 ):
     """dQ of one block of queries."""
     SPLIT: tl.constexpr = CHUNK < D
-    chunk, bh, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
+    ONE_LOOP: tl.constexpr = BLOCK_D > LARGEST_IN_TWO_LOOPS
+    chunk, bh, item, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
     if start >= end:
         return
     b, h = (bh // heads).to(tl.int64), bh % heads
@@ -451,7 +535,7 @@ def queries_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for r in range(first, last):
         lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
-        whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+        whole = lo if ONE_LOOP else lo + (hi - lo) // BLOCK_N * BLOCK_N
         for n in range(lo, whole, BLOCK_N):
             acc = _queries_step(
                 acc,
@@ -480,7 +564,7 @@ def queries_kernel(
                 SPLIT,
                 False,
             )
-        if whole < hi:
+        for n in range(whole, hi, BLOCK_N):
             acc = _queries_step(
                 acc,
                 q_tile,
@@ -497,7 +581,7 @@ def queries_kernel(
                 k_row_stride,
                 v,
                 v_row_stride,
-                whole,
+                n,
                 hi,
                 scale,
                 columns,
@@ -573,7 +657,7 @@ def keys_kernel(
     """dK and dV of one block of keys. ``blocks`` and ``ranges`` are of the transposed scope, ``heads`` are
     those of the keys."""
     SPLIT: tl.constexpr = CHUNK < D
-    chunk, bh, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
+    chunk, bh, item, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
     if start >= end:
         return
     b, h = (bh // heads).to(tl.int64), bh % heads
@@ -687,22 +771,25 @@ _NARROW = {
         16: ((128, 64, 4, 3), {}),
         32: ((128, 64, 4, 3), {}),
         64: ((128, 64, 4, 3), {120: (128, 64, 8, 3)}),
-        128: ((128, 64, 8, 3), {100: (128, 32, 8, 2), 120: (64, 64, 8, 2)}),
+        128: ((128, 64, 8, 3), {"hip": (64, 64, 4, 2), 100: (128, 32, 8, 2), 120: (64, 64, 8, 2)}),
         256: ((128, 64, 8, 2), {100: (64, 64, 8, 2)}),
     },
     "queries": {
         16: ((128, 64, 4, 3), {}),
         32: ((128, 64, 4, 3), {}),
-        64: ((128, 64, 8, 3), {}),
-        128: ((64, 64, 8, 2), {90: (128, 64, 8, 2)}),
-        256: ((128, 64, 8, 2), {}),
+        64: ((128, 64, 8, 3), {"hip": (64, 64, 4, 2)}),
+        128: ((64, 64, 8, 2), {"hip": (64, 32, 4, 2), 90: (128, 64, 8, 2)}),
+        256: ((128, 64, 8, 2), {"hip": (64, 64, 8, 2)}),
     },
     "keys": {
-        16: ((64, 128, 8, 2), {}),
-        32: ((64, 128, 8, 3), {}),
+        16: ((64, 128, 8, 2), {"hip": (32, 64, 4, 2)}),
+        32: ((64, 128, 8, 3), {"hip": (32, 64, 4, 2)}),
         64: ((32, 128, 8, 2), {90: (64, 128, 8, 2), 100: (64, 128, 8, 2)}),
-        128: ((64, 64, 8, 2), {80: (32, 128, 8, 2), 90: (32, 128, 8, 2), 120: (32, 64, 8, 2)}),
-        256: ((64, 64, 8, 2), {90: (32, 128, 8, 2), 100: (32, 128, 8, 2)}),
+        128: (
+            (64, 64, 8, 2),
+            {"hip": (32, 64, 4, 2), 80: (32, 128, 8, 2), 90: (32, 128, 8, 2), 120: (32, 64, 8, 2)},
+        ),
+        256: ((64, 64, 8, 2), {"hip": (32, 64, 8, 2), 90: (32, 128, 8, 2), 100: (32, 128, 8, 2)}),
     },
 }
 _SHORT = {
@@ -757,25 +844,38 @@ def why_not_head(dim: int) -> Reason:
     return f"no kernel for a head of {dim}: multiples of 8 up to {LARGEST_WHOLE_HEAD}, and of 128 up to 1024"
 
 
-def config(kernel: str, dim: int, itemsize: int, capability: int, short: bool = False) -> Config:
+# Heads that are held whole where there are registers and shared memory for them, by family: no score is
+# computed twice.
+_WHOLE = {
+    "forward": {90: {256: (128, 32, 8, 3), 512: (64, 32, 8, 2)}},
+    "queries": {90: {256: (64, 32, 8, 2), 512: (64, 16, 8, 2)}},
+    "keys": {90: {256: (16, 64, 8, 2), 512: (16, 32, 8, 2)}},
+}
+
+
+def family_of(gpu: int | str) -> int | str:
+    """The oldest GPU with the same tiles: 80, 90, 100 or 120 (with as little shared memory as 8.6 and 8.9);
+    or "hip"."""
+    if isinstance(gpu, str):
+        return gpu
+    if gpu in (86, 89) or gpu >= 120:
+        return 120
+    return 100 if gpu >= 100 else 90 if gpu >= 90 else 80
+
+
+def config(kernel: str, dim: int, itemsize: int, gpu: int | str, short: bool = False) -> Config:
     """The configuration of ``forward``, ``queries`` or ``keys`` for a head of ``dim`` in elements of
     ``itemsize`` bytes.
 
     Args:
-        capability: the GPU's, such as 90.
+        gpu: the compute capability, such as 90, or "hip".
         short: segments are so short that large blocks of rows would be mostly empty.
     """
     head = max(16, triton.next_power_of_2(dim)) if dim <= LARGEST_WHOLE_HEAD else 256
-    # 8.6 and 8.9 have as little shared memory as 12.0, and all three the instructions of 8.0.
-    family = (
-        120
-        if capability in (86, 89) or capability >= 120
-        else 100
-        if capability >= 100
-        else 90
-        if capability >= 90
-        else 80
-    )
+    family = family_of(gpu)
+    whole = _WHOLE[kernel].get(family, {}).get(dim)
+    if whole and itemsize < 4 and not short:
+        return Config(*whole[:2], dim, dim, *whole[2:])
     if itemsize == 4:
         tile = _FLOAT32[kernel][head]
     elif short:
@@ -839,7 +939,9 @@ def constants(dim: int, c: Config) -> dict[str, int]:
     }
 
 
-def _launch(kernel: str, c: Config, blocks: Tensor, batch_heads: int, x: Tensor, *args: object) -> None:
+def _launch(
+    kernel: str, c: Config, blocks: Tensor, batch_heads: int, x: Tensor, *args: object, **more: object
+) -> None:
     dim = x.shape[3]
     grid = (len(blocks) * batch_heads * max(dim // c.block_d, 1),)
     if not grid[0]:
@@ -848,6 +950,7 @@ def _launch(kernel: str, c: Config, blocks: Tensor, batch_heads: int, x: Tensor,
         KERNELS[kernel][grid](
             *args,
             **constants(dim, c),
+            **more,
             num_warps=c.num_warps,
             num_stages=c.num_stages,
         )
@@ -859,18 +962,29 @@ def attend(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    blocks: Tensor,
+    work: Tensor,
     ranges: Tensor,
+    merges: Tensor | None,
+    slots: int,
     scale: float,
     c: Config,
 ) -> None:
-    """Writes ``out`` and ``lse`` (B, heads, Sq). ``blocks`` (n, 4) int32 are, for each block of at most
-    ``c.block_m`` queries, its first row, the one after its last, and the same of its ranges."""
-    b, h, q_len, _ = q.shape
+    """Writes ``out`` and ``lse`` (B, heads, Sq).
+
+    ``work`` (n, 8) int32 are, for each block of at most ``c.block_m`` queries, its first row, the one after
+    its last, the same of its ranges, the first key of the first of them and the end of the last, and -1.
+    Where several programs share a block's keys, each has an item of its own, with a slot for its result in
+    place of -1, of which there are ``slots``; ``merges`` are then what `combine_kernel` adds up.
+    """
+    b, h, q_len, dim = q.shape
+    partial = partial_lse = lse  # of no use
+    if slots:
+        partial = torch.empty(slots * b * h, c.block_m, dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(slots * b * h, c.block_m, dtype=torch.float32, device=q.device)
     _launch(
         "forward",
         c,
-        blocks,
+        work,
         b * h,
         q,
         q,
@@ -878,15 +992,38 @@ def attend(
         v,
         out,
         lse,
-        blocks,
+        partial,
+        partial_lse,
+        work,
         ranges,
         *_strides(q, k, v, out),
         q_len,
         b * h,
         h,
         h // k.shape[1],
-        scale * LOG2_E.value,
+        # It multiplies -inf where a key is masked, so that it is never 0
+        max(abs(scale) * LOG2_E.value, SMALLEST_SCALE),
+        NEGATIVE=scale < 0,
     )
+    if slots:
+        block_d = triton.next_power_of_2(dim)
+        rows = min(c.block_m, max(1, 4096 // block_d))
+        with on_device_of(q):
+            combine_kernel[(len(merges) * b * h, c.block_m // rows)](
+                partial,
+                partial_lse,
+                merges,
+                out,
+                lse,
+                *_strides(out),
+                q_len,
+                h,
+                b * h,
+                D=dim,
+                BLOCK_D=block_d,
+                BLOCK_M=c.block_m,
+                ROWS=rows,
+            )
 
 
 def delta(out: Tensor, grad: Tensor) -> Tensor:

@@ -49,14 +49,15 @@ def attention(
     """A kernel of ``scope_attention`` with the tile ``c`` or that of ``config``, which takes the GPU."""
     itemsize = 4 if element == "fp32" else 2
     c = c or scope_attention.config(kernel, dim, itemsize, gpu, short)
-    function = scope_attention.KERNELS[kernel]
-    return with_types(function, element, scope_attention.constants(dim, c), c.num_warps, c.num_stages)
+    function, constants = scope_attention.KERNELS[kernel], scope_attention.constants(dim, c)
+    constants |= {"NEGATIVE": False} if kernel == "forward" else {}
+    return with_types(function, element, constants, c.num_warps, c.num_stages)
 
 
 def with_types(function, element: str, constants: dict[str, Any], warps: int, stages: int) -> Compilation:
     """A kernel of ``scope_attention``: tensors of ``element``, everything else in float32 or int32."""
     signature = {}
-    for name in function.arg_names:
+    for name in (name for name in function.arg_names if name not in constants):
         other = "i32" if name.endswith("_stride") or name in scope_attention.INTEGERS else "*fp32"
         signature[name] = f"*{element}" if name in TENSORS else ATTENTION.get(name, other)
     return Compilation(

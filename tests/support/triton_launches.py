@@ -1,5 +1,5 @@
-"""What Triton would compile for a call, without a GPU and without compiling: launchers run on meta tensors and
-their kernels write down the key under which Triton looks for a compiled kernel."""
+"""What Triton would compile for a call, without a GPU and without compiling: launchers run on meta tensors
+and their kernels write down the key under which Triton looks for a compiled kernel."""
 
 from __future__ import annotations
 

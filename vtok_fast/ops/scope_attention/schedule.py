@@ -1,0 +1,75 @@
+"""How the blocks of ``scope_attention`` share a GPU: programs of unequal length, started in the order of the
+work list, each on the first place that falls free.
+
+The longest block bounds the whole: where one sees far more keys than the others, several programs share its
+keys, and their results are added up afterwards, always in the same order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+FIXED = 3  # steps of a key block that the beginning and the end of a program last
+COMBINING = 4  # steps that a second kernel lasts, which adds up what several programs made of a block
+MOST_PARTS = 16  # of a block
+LEAST_GAIN = 1.1  # below it, one kernel is enough
+MANY = 20_000  # programs, from which on none of them is the longest by much
+
+
+class Places(NamedTuple):
+    """What programs run on: multiprocessors, and how many of the programs one of them holds at a time."""
+
+    multiprocessors: int
+    programs: int
+
+    @property
+    def count(self) -> int:
+        return self.multiprocessors * self.programs
+
+
+def makespan(costs: Sequence[int], places: int) -> int:
+    """When the last of the programs ends that are started in this order, in the units of ``costs``."""
+    free = [0] * min(places, len(costs))  # all zero: a heap
+    last = 0
+    for cost in costs:
+        end = heapq.heappop(free) + cost
+        heapq.heappush(free, end)
+        last = max(last, end)
+    return last
+
+
+def parts_of(steps: int, longest: int) -> int:
+    """How many programs share a block of so many steps if none is to have more than ``longest``."""
+    return max(1, -(-steps // longest))
+
+
+def costs(steps: Sequence[int], copies: int, longest: int | None = None) -> list[int]:
+    """What each program costs, the longest first. ``steps``: of each block, for one head of one video;
+    ``copies``: heads of all videos; ``longest``: the most steps of a program, None for whole blocks."""
+    found = []
+    for n in steps:
+        parts = 1 if longest is None else parts_of(n, longest)
+        found += [-(-n // parts) + FIXED] * parts * copies
+    return sorted(found, reverse=True)
+
+
+def longest_part(steps: Sequence[int], copies: int, places: int) -> int | None:
+    """The most steps that a program should have, or None where whole blocks end as early, or nearly so."""
+    if not steps or len(steps) * copies > MANY:
+        return None
+    top, ideal = max(steps), sum(steps) * copies / places
+    if top <= 1.25 * ideal:  # then the order of the list fills the GPU
+        return None
+    whole = makespan(costs(steps, copies), places)
+    best = min(
+        (makespan(costs(steps, copies, longest), places) + COMBINING, -longest)
+        for longest in {-(-top // parts) for parts in range(2, MOST_PARTS + 1)}
+    )
+    return -best[1] if whole >= LEAST_GAIN * best[0] else None
+
+
+def efficiency(useful: float, span: int, places: int) -> float:
+    """The share of the places' time that goes into steps that are needed."""
+    return useful / places / span if span else 1.0
