@@ -22,7 +22,7 @@ DEMO_OPTIONS = $(if $(VIDEO),--video '$(VIDEO)') $(if $(CONFIG),--config '$(CONF
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench wheels hub setup needs clean lint docs coverage sanitize fuzz oldest-triton
+.PHONY: help demo test test-all bench wheels hub setup needs clean lint docs gallery coverage sanitize fuzz oldest-triton
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,10 +56,14 @@ wheels: needs ## wheels for CPUs and for families of GPUs, each tried in a fresh
 hub: setup ## the ops as a repository for Hugging Face's kernels, in build/hub
 	@$(RUN) scripts/hub.py
 
-docs: setup $(VENV)/.tools ## the documentation, as a site in site/
+docs: setup $(VENV)/.tools ## the documentation, as a site in site/, looked at by a browser where there is one
 	@$(RUN) scripts/docs.py
 	@$(RUN) -m mkdocs build --quiet --strict
+	@$(RUN) scripts/check_site.py site build/screenshots
 	@echo "site/index.html"
+
+gallery: setup ## the pictures of docs/gallery.md
+	@$(RUN) scripts/gallery.py
 
 coverage: setup $(VENV)/.tools ## which lines the fast tests reach; details in htmlcov/
 	@$(TESTS) -m "not slow" --cov --cov-report=term:skip-covered --cov-report=html
