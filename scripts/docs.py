@@ -3,6 +3,8 @@
 
 - docs/pictures/: what scopes and paddings look like, drawn from `Scope.plot` and from `causal_conv3d` itself;
 - the tables between `<!-- measured OP -->` and `<!-- end -->` in docs/, from benchmarks/results/*.json;
+- the three figures of the front page, between `<!-- figures -->` and `<!-- end -->`;
+- the table of all models, between `<!-- models -->` and `<!-- end -->`;
 - that between `<!-- results FILE.json -->` and `<!-- end -->` in README.md: all of one such file.
 
 With --check nothing is written; exit code 1 if a table is not what the results say.
@@ -23,6 +25,8 @@ from vtok_fast.bench import report
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- measured (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FRONT = re.compile(r"(<!-- figures -->\n).*?(<!-- end -->)", re.DOTALL)
+MODEL_NAMES = re.compile(r"(<!-- models -->\n).*?(<!-- end -->)", re.DOTALL)
 WHOLE = re.compile(r"(<!-- results ([\w.-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -69,8 +73,45 @@ def _machine(machine: dict) -> str:
     return f"{machine['cpu']}{family}, {machine['cores']} cores, kernels {machine['isa']}"
 
 
+FIGURES = "amd-epyc-family26-model2-2cores-avx512.json"
+
+
+def figures() -> str:
+    """The three figures of the front page: speed, memory and error, of one committed run."""
+    results = report.load(RESULTS / FIGURES)
+    sections = results["sections"]
+    (case,) = [c for c in sections["vidtok"]["cases"] if "fsq_causal_488_32768" in c["case"]]
+    speed = report.ratio(case, "best")["median"]
+    share = report.memory_ratios(sections["memory"]["cases"][0])["vtok_fast"]
+    convs = [c["facts"] for c in sections["causal_conv3d"]["cases"]]
+    fast, eager = (max(c[key] for c in convs) for key in ("error", "eager_error"))
+    return (
+        f"| {speed:.2f} times | {share:.2f} | {fast:.1e} |\n|---|---|---|\n"
+        "| as fast as the best PyTorch: a released VidTok, encode and decode "
+        "| of PyTorch's peak memory, weight cache included "
+        f"| largest error of {len(convs)} convolutions, PyTorch's {eager:.1e}, allowed "
+        f"{vtok_fast.parity.floor(torch.float32):.1e} |\n\n"
+        f"{_machine(results['machine'])}, float32, relative errors against float64.\n"
+    )
+
+
+def every_model() -> str:
+    """A table of all configurations."""
+    from vtok_fast.commands.names import MODELS
+
+    pages = {"vidtok": "VidTok", "cosmos": "Cosmos", "promag": "ProMAG", "vtok": "VTok"}
+    pages |= {"tivtok": "TivTok", "infotok": "InfoTok"}
+    rows = [
+        f"| [{pages[system]}]({system}.md) | {', '.join(f'`{system}/{name}`' for name in configs)} |\n"
+        for system, configs in MODELS.items()
+    ]
+    return "| system | models |\n|---|---|\n" + "".join(rows)
+
+
 def filled(text: str) -> str:
     """A page with its tables as the results have them."""
+    text = FRONT.sub(lambda m: m[1] + figures() + m[2], text)
+    text = MODEL_NAMES.sub(lambda m: m[1] + every_model() + m[2], text)
     text = MARK.sub(lambda m: m[1] + measured(m[2]) + "\n" + m[3], text)
     return WHOLE.sub(lambda m: m[1] + report.markdown(report.load(RESULTS / m[2])) + m[3], text)
 
