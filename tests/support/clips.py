@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+
 from support.video_files import encode, moving
 
 KINDS = ("mp4", "mkv", "mov", "avi", "webm", "mpeg4", "mjpeg", "ffv1", "vfr", "gray")
@@ -46,13 +47,13 @@ def make_bad(path: Path, kind: str) -> Path:
     if kind == "poison":
         return make_clip(path.with_name(f"{path.name}-poison"), "mp4")
     out = path.with_name(f"{path.name}-{kind}.mp4")
-    if kind == "cut":
-        whole = make_clip(path.with_name(f"{path.name}-{kind}"), "mp4", 40)
+    if kind == "cut":  # in the third window
+        whole = make_clip(path.with_name(f"{path.name}-{kind}"), "ffv1", 51)
         data = whole.read_bytes()
-        whole.write_bytes(data[: len(data) // 2])
+        whole.write_bytes(data[: len(data) * 4 // 5])
         return whole
     out.write_bytes(
-        {"junk": os.urandom(3000), "empty": b"", "text": b"no video\n" * 50}.get(kind, b"RIFF" * 9)
+        {"junk": bytes(range(256)) * 9, "empty": b"", "text": b"no video\n" * 50}.get(kind, b"RIFF" * 9)
     )
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +202,7 @@ class _Run:
     def _group(self) -> None:
         self.groups: deque[list[str]] = deque()
         self.group_of: dict[str, int] = {}
+        self._open: Counter[int | None] = Counter()  # clips that are not settled, of each shard to be
         if self.shards is None:
             return
         committed = len(self.manifest.contents.shards)
@@ -218,6 +219,7 @@ class _Run:
             group = names[start : start + self.shards]
             self.group_of |= dict.fromkeys(group, committed + len(self.groups))
             self.groups.append(group)
+        self._open.update(self.group_of[name] for name in self.tasks)
 
     def _staged(self, name: str) -> Path:
         return self.folder / WORK / "staged" / f"{name}{SUFFIX}"
@@ -225,8 +227,7 @@ class _Run:
     def drive(self, crew: Local | OnRay, report: Callable[[Progress], None]) -> Progress:
         waiting: deque[str] = deque(self.tasks)
         running: set[str] = set()
-        open_ = set(self.tasks)
-        self._commit_shards(open_)
+        self._commit_shards()
         self.progress._start = time.monotonic()
         while waiting or running:
             while waiting and len(running) < crew.workers + 2:  # so that no worker waits for this loop
@@ -245,9 +246,10 @@ class _Run:
             if name in self.group_of:
                 row["group"] = self.group_of[name]
             self.manifest.append([row])
-            open_.remove(name)
+            del self.tasks[name]
+            self._open[row.get("group")] -= 1
             self.progress.add(row)
-            self._commit_shards(open_)
+            self._commit_shards()
             report(self.progress)
         shutil.rmtree(self.folder / WORK, ignore_errors=True)  # every clip is settled: nothing needs it
         report(self.progress)
@@ -277,12 +279,11 @@ class _Run:
             "time": None,
         }
 
-    def _commit_shards(self, open_: set[str]) -> None:
+    def _commit_shards(self) -> None:
         """Write the shards of which all clips are settled, in order."""
-        while self.groups and not open_.intersection(self.groups[0]):
+        while self.groups and not self._open[number := len(self.manifest.contents.shards)]:
             start = time.monotonic()
             group, rows = self.groups.popleft(), self.manifest.contents.clips
-            number = len(self.manifest.contents.shards)
             names = [name for name in group if rows[name]["status"] == "done"]
             row: Row = {"shard": f"tokens-{number:06d}.safetensors", "clips": names, "bytes": 0}
             if names:

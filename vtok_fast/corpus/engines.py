@@ -159,9 +159,8 @@ class OnRay:
         self._ray: Any = ray
         self._started = not ray.is_initialized()
         if self._started:
-            ray.init(
-                address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING
-            )
+            quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+            self._ray.init(address=address, include_dashboard=None if address else False, **quiet)
         there = ray.cluster_resources()
         wants_gpu = str(job.get("device") or ("cuda" if there.get("GPU") else "cpu")).startswith("cuda")
         cores = min(cores, max(1, int(there.get("CPU", 1))))

@@ -129,7 +129,9 @@ def _remote(one: str, suffixes: set[str]) -> Iterator[Clip]:
         fixed = path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
         files = [file for file in fs.glob(path) if fs.isfile(file)]
     elif fs.isdir(path) or path == "":
-        files = [file for file in fs.find(path) if PurePosixPath(file).suffix.lower() in suffixes]
+        found = [(file, PurePosixPath(file.removeprefix(path).lstrip("/"))) for file in fs.find(path)]
+        shown = [(file, one) for file, one in found if not any(part.startswith(".") for part in one.parts)]
+        files = [file for file, one in shown if one.suffix.lower() in suffixes]
     else:
         yield _clip(one, PurePosixPath(path).name)
         return

@@ -25,6 +25,9 @@ STATES = ("done", "failed", "skipped", "crashed")
 SUFFIX = ".tokens"
 WORK = ".work"  # the folder of what is not committed to a shard or under its name
 Row = dict[str, Any]
+# What is kept in memory of a line about a clip: there may be millions
+KEPT: tuple[str, ...] = ("clip", "status", "input", "member", "identity", "sha256", "bytes", "suffix")
+KEPT += ("group", "attempt", "reason")
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Contents:
             for number, name in enumerate(row["clips"]):
                 self.clips[name] = {**self.clips[name], "shard": row["shard"], "number": number}
         elif row["status"] in STATES:
-            self.clips[row["clip"]] = row
+            self.clips[row["clip"]] = {key: row[key] for key in KEPT if key in row}
         else:
             raise ValueError(f"status {row['status']!r}")
 
