@@ -21,6 +21,7 @@ from vtok_fast import __version__
 from vtok_fast.commands import names, video_files
 from vtok_fast.commands.bench import app as bench
 from vtok_fast.commands.corpus import corpus
+from vtok_fast.commands.export import export
 from vtok_fast.commands.options import (
     Force,
     Json,
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(corpus)
+app.command()(export)
 
 
 def main() -> None:

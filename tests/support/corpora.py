@@ -21,6 +21,7 @@ def tokens_file(
 ) -> Path:
     """A file of windows of random indices, as `vtok-fast tokenize` leaves it."""
     parts = []
+    path.parent.mkdir(parents=True, exist_ok=True)
     for number, (t, h, w) in enumerate(grids):
         indices = torch.randint(codes, (1, t, h, w), dtype=torch.int32)
         if dropped:
@@ -54,7 +55,6 @@ def corpus(
     names = [f"{prefix}-{number:04d}.mp4" for number in range(clips)]
     with writing(folder, settings(codes)) as manifest:
         staged = folder / WORK / "staged" if shard else folder
-        staged.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(names):
             file = tokens_file(staged / f"{name}.tokens", codes, list(grids))
             row = {"clip": name, "status": "done", "sha256": digest_of(file), "bytes": file.stat().st_size}
