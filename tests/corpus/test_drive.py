@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 pytest.importorskip("av")
 
-from support.clips import make_clip, make_folder, poisoned  # noqa: E402
+from support.clips import make_clip, make_folder, poisoned, workers_of  # noqa: E402
+from support.corpora import outcome, rows  # noqa: E402
 
 import vtok_fast  # noqa: E402
 from vtok_fast.commands import tokenize as video_tokens  # noqa: E402
 from vtok_fast.corpus.drive import make_corpus  # noqa: E402
-from vtok_fast.corpus.manifest import NAME, read_manifest  # noqa: E402
+from vtok_fast.corpus.manifest import NAME  # noqa: E402
 from vtok_fast.io.token_windows import TokenWindows  # noqa: E402
 
 UNREADABLE = "cannot be read as a video"
@@ -41,11 +42,6 @@ def hook(tmp_path_factory):
     return poisoned(tmp_path_factory.mktemp("hook") / "hook")
 
 
-def rows(folder):
-    """The lines of the manifest after the first."""
-    return [json.loads(line) for line in (folder / NAME).read_text().splitlines()[1:]]
-
-
 def start(videos, output, env, *options):
     command = [sys.executable, "-m", "vtok_fast.cli", "corpus", str(videos), "-o", str(output), "--json"]
     return subprocess.Popen([*command, *options], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -55,21 +51,6 @@ def ended(run, code=1):
     out, error = run.communicate(timeout=600)
     assert run.returncode == code, error.decode()
     return json.loads(out)
-
-
-def outcome(folder):
-    """How every input ended and the bytes of every result, without how long it took."""
-    contents = read_manifest(folder)
-    free = ("seconds", "attempt")
-    last = {
-        row["clip"]: {k: v for k, v in row.items() if k not in free} for row in rows(folder) if "clip" in row
-    }
-    files = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != NAME
-    }
-    return last, [row for row in rows(folder) if "shard" in row], files, contents.settings
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +127,7 @@ def test_killed_and_gone_on_with(undisturbed, videos, hook, tmp_path):
     output = tmp_path / "out"
     run = start(videos, output, hook, "--shards", "5")
     wait_for(run, lambda: lines(output) >= 3)
-    children = [one for one in psutil.Process(run.pid).children() if "child" in " ".join(one.cmdline())]
-    children[0].kill()
+    os.kill(workers_of(run.pid)[0], signal.SIGKILL)
     wait_for(run, lambda: lines(output) >= 6)
     run.kill()
     run.communicate()

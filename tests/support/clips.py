@@ -75,3 +75,17 @@ def poisoned(folder: Path) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(POISON)
     return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def workers_of(parent: int | None) -> list[int]:
+    """The processes that work on clips: those whose parent this is, or all of them."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            above = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):  # it has just ended
+            continue
+        if b"vtok_fast.corpus.child" in words and parent in (None, above):
+            found.append(int(folder.name))
+    return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vtok_fast.corpus.durable import digest_of
-from vtok_fast.corpus.manifest import WORK, writing
+from vtok_fast.corpus.manifest import NAME, WORK, read_manifest, writing
 from vtok_fast.corpus.shard import write_shard
 from vtok_fast.io.token_windows import write_windows
 from vtok_fast.io.tokens import Tokens
@@ -67,3 +68,23 @@ def corpus(
                 row = {"shard": path.name, "clips": some, "sha256": whole, "bytes": path.stat().st_size}
                 manifest.append([row])
     return folder
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the manifest after the first."""
+    return [json.loads(line) for line in (folder / NAME).read_text().splitlines()[1:]]
+
+
+def outcome(folder: Path) -> Any:
+    """How every input ended and the bytes of every result, without how long it took."""
+    contents = read_manifest(folder)
+    free = ("seconds", "attempt")
+    last = {
+        row["clip"]: {k: v for k, v in row.items() if k not in free} for row in rows(folder) if "clip" in row
+    }
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != NAME
+    }
+    return last, [row for row in rows(folder) if "shard" in row], files, contents.settings
