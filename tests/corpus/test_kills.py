@@ -71,7 +71,7 @@ def test_every_result_is_the_undisturbed_one(tmp_path):
 
 
 def test_memory_is_flat(tmp_path):
-    """From clip 400 to clip 2,000 the driver keeps a line for each (at most 4 KiB), the worker nothing: 16 MiB
+    """From clip 400 to 2,000 the driver keeps a line for each (at most 4 KiB), the worker nothing; and 16 MiB
     for what the allocator and the libraries round up."""
     (tmp_path / "videos").mkdir()
     clip = make_clip(tmp_path / "videos" / "0000", "mp4", 5)

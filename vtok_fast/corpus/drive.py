@@ -233,22 +233,23 @@ class _Run:
             while waiting and len(running) < crew.workers + 2:  # so that no worker waits for this loop
                 running.add(name := waiting.popleft())
                 crew.submit(self.tasks[name])
-            row = crew.next()
-            name = row["clip"]
-            running.remove(name)
-            if row["status"] == "crashed":
-                if row["attempt"] < ATTEMPTS:
-                    self.manifest.append([row])
-                    self.tasks[name]["attempt"] = row["attempt"]
-                    waiting.appendleft(name)
-                    continue
-                row = self._given_up(row)
-            if name in self.group_of:
-                row["group"] = self.group_of[name]
-            self.manifest.append([row])
-            del self.tasks[name]
-            self._open[row.get("group")] -= 1
-            self.progress.add(row)
+            rows = []
+            for row in crew.next():
+                running.remove(name := row["clip"])
+                rows.append(row)
+                if row["status"] == "crashed":
+                    if row["attempt"] < ATTEMPTS:
+                        self.tasks[name]["attempt"] = row["attempt"]
+                        waiting.appendleft(name)
+                        continue
+                    rows[-1] = row = self._given_up(row)
+                if name in self.group_of:
+                    row["group"] = self.group_of[name]
+                del self.tasks[name]
+                self._open[row.get("group")] -= 1
+            self.manifest.append(rows)
+            for row in rows:
+                self.progress.add(row)
             self._commit_shards()
             report(self.progress)
         shutil.rmtree(self.folder / WORK, ignore_errors=True)  # every clip is settled: nothing needs it

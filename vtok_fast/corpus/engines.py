@@ -1,12 +1,14 @@
 """Where clips are worked on: in processes of this machine, or as actors that Ray schedules over a cluster.
 
 An engine takes clips by `submit` and gives back their lines for the manifest by `next`, in whatever order
-they end. Each of its workers keeps one child process (`vtok_fast.corpus.child`); a clip that ends that is
-answered by a line "crashed", and the next clip gets a new one.
+they end: it waits for one, and gives all that are there, which then share a commit. Each of its workers keeps
+one child process (`vtok_fast.corpus.child`); a clip that ends that is answered by a line "crashed", and the
+next clip gets a new one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -122,11 +124,15 @@ class Local:
                 thread.start()
         self._tasks.put(task)
 
-    def next(self) -> Row:
-        row = self._rows.get()
-        if isinstance(row, BaseException):
-            raise row
-        return row
+    def next(self) -> list[Row]:
+        found = [self._rows.get()]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._rows.get_nowait())
+        for row in found:
+            if isinstance(row, BaseException):
+                raise row
+        return [row for row in found if isinstance(row, dict)]
 
     def _work(self, supervisor: Supervisor) -> None:
         while (task := self._tasks.get()) is not None:
@@ -195,24 +201,29 @@ class OnRay:
             actor, task = self._idle.popleft(), self._waiting.popleft()
             self._running[actor.run.remote(task)] = actor, task
 
-    def next(self) -> Row:
-        while True:
-            (ready,), _ = self._ray.wait(list(self._running), num_returns=1)
-            actor, task = self._running.pop(ready)
-            self._idle.append(actor)
-            try:
-                row = self._ray.get(ready)
-            except self._ray.exceptions.RayTaskError as error:
-                raise RuntimeError(str(error.cause)) from error
-            except self._ray.exceptions.RayActorError as error:  # the process or its machine, not the clip
-                lost = task.get("lost", 0) + 1
-                if lost > LOST:
-                    raise RuntimeError(f"{task['clip']}: its actor was lost {lost} times: {error}") from error
-                self._waiting.appendleft({**task, "lost": lost})
-                self._give_out()
-                continue
+    def next(self) -> list[Row]:
+        rows: list[Row] = []
+        while not rows:
+            self._ray.wait(list(self._running), num_returns=1)
+            ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+            rows = [row for one in ready if (row := self._row(one)) is not None]
             self._give_out()
-            return row
+        return rows
+
+    def _row(self, ready: Any) -> Row | None:
+        """The line of a task that ended; None if its actor was lost, and it is given out again."""
+        actor, task = self._running.pop(ready)
+        self._idle.append(actor)
+        try:
+            return self._ray.get(ready)
+        except self._ray.exceptions.RayTaskError as error:
+            raise RuntimeError(str(error.cause)) from error
+        except self._ray.exceptions.RayActorError as error:  # the process or its machine, not the clip
+            lost = task.get("lost", 0) + 1
+            if lost > LOST:
+                raise RuntimeError(f"{task['clip']}: its actor was lost {lost} times: {error}") from error
+            self._waiting.appendleft({**task, "lost": lost})
+            return None
 
     def close(self) -> None:
         for actor in self._actors:
