@@ -23,6 +23,8 @@ from vtok_fast.swap.adapters import (
     diffusers_cogvideox,
     diffusers_cosmos,
     diffusers_hunyuan,
+    diffusers_ltx,
+    diffusers_ltx2,
     diffusers_vidtok,
     diffusers_wan,
     infotok,
@@ -66,6 +68,8 @@ LIBRARIES: tuple[Adapter, ...] = (
     diffusers_hunyuan,
     diffusers_cosmos,
     diffusers_vidtok,
+    diffusers_ltx,
+    diffusers_ltx2,
     vector_quantize,
 )
 ADAPTERS: tuple[Adapter, ...] = (vidtok, cosmos, infotok, promag, *LIBRARIES, norms, pad_conv)
