@@ -23,6 +23,7 @@ from vtok_fast.swap.adapters import (
     diffusers_cogvideox,
     diffusers_cosmos,
     diffusers_hunyuan,
+    diffusers_kl,
     diffusers_ltx,
     diffusers_ltx2,
     diffusers_vidtok,
@@ -70,6 +71,7 @@ LIBRARIES: tuple[Adapter, ...] = (
     diffusers_vidtok,
     diffusers_ltx,
     diffusers_ltx2,
+    diffusers_kl,
     vector_quantize,
 )
 ADAPTERS: tuple[Adapter, ...] = (vidtok, cosmos, infotok, promag, *LIBRARIES, norms, pad_conv)
