@@ -26,6 +26,7 @@ from vtok_fast.swap.adapters import (
     diffusers_kl,
     diffusers_ltx,
     diffusers_ltx2,
+    diffusers_qwenimage,
     diffusers_vidtok,
     diffusers_wan,
     infotok,
@@ -65,6 +66,7 @@ class Adapter(Protocol):
 # Asked in this order; the first that knows a module answers for it.
 LIBRARIES: tuple[Adapter, ...] = (
     diffusers_wan,
+    diffusers_qwenimage,
     diffusers_cogvideox,
     diffusers_hunyuan,
     diffusers_cosmos,

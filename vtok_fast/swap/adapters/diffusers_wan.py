@@ -10,6 +10,7 @@ norms in six kernels, upsampled frames,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -232,15 +233,16 @@ def _norm_sample(norm: nn.Module) -> tuple[Tensor]:
     return (random(norm, 2, channels, 6, 7) if norm.gamma.dim() == 3 else _video(norm, channels),)
 
 
-def _why_not_block(block: nn.Module) -> Reason:
+def _why_not_block(prefix: str, block: nn.Module) -> Reason:
+    norm, conv = f"{prefix}RMS_norm", f"{prefix}CausalConv3d"
     return why_unlike(
         block,
-        norm1="WanRMS_norm",
-        norm2="WanRMS_norm",
-        conv1="WanCausalConv3d",
-        conv2="WanCausalConv3d",
+        norm1=norm,
+        norm2=norm,
+        conv1=conv,
+        conv2=conv,
         nonlinearity="SiLU",
-        conv_shortcut=("WanCausalConv3d", "Identity"),
+        conv_shortcut=(conv, "Identity"),
     )
 
 
@@ -248,15 +250,15 @@ def _block_sample(block: nn.Module) -> tuple:
     return _video(block, block.in_dim), [_video(block, block.in_dim), _video(block, block.out_dim)], [0]
 
 
-def _propose_resample(block: nn.Module) -> Answer:
+def _propose_resample(prefix: str, block: nn.Module) -> Answer:
     if block.mode not in ("upsample2d", "upsample3d", "downsample2d", "downsample3d"):
         return None
     up = block.mode.startswith("up")
     first, layer = block.resample
     if (
-        type(first).__name__ != ("WanUpsample" if up else "ZeroPad2d")
+        type(first).__name__ != (f"{prefix}Upsample" if up else "ZeroPad2d")
         or not plain_conv2d(layer)
-        or ("3d" in block.mode and why_unlike(block, time_conv="WanCausalConv3d"))
+        or ("3d" in block.mode and why_unlike(block, time_conv=f"{prefix}CausalConv3d"))
     ):
         return Skip("its parts were replaced")
     if (
@@ -277,17 +279,15 @@ def _resample_sample(block: nn.Module) -> tuple:
     return x, [kept], [0]
 
 
-def _network(function: Callable[..., Tensor]) -> Swap:
+def network(function: Callable[..., Tensor], prefix: str = "Wan") -> Swap:
+    """The swap of an encoder or a decoder that is made of the classes whose names begin so."""
+    conv = f"{prefix}CausalConv3d"
     return Swap(
         "norm + SiLU in one pass before conv_out",
         function,
         covers=("conv_in", "norm_out", "conv_out", "nonlinearity"),
         why_not=lambda network: why_unlike(
-            network,
-            norm_out="WanRMS_norm",
-            conv_in="WanCausalConv3d",
-            conv_out="WanCausalConv3d",
-            nonlinearity="SiLU",
+            network, norm_out=f"{prefix}RMS_norm", conv_in=conv, conv_out=conv, nonlinearity="SiLU"
         ),
     )
 
@@ -296,38 +296,45 @@ def _video(module: nn.Module, channels: int, frames: int = 2) -> Tensor:
     return random(module, 1, channels, frames, 10, 14)
 
 
-_SWAPS: Table = {
-    "WanCausalConv3d": Swap(
-        "causal conv with virtual padding and cache",
-        conv,
-        sample=_conv_sample,
-        exact=conv_exact,
-        exact_where=lambda layer: not any(layer._padding),
-        why_not=_why_not_conv,
-    ),
-    "WanRMS_norm": Swap(
-        "norm in one pass",
-        rms_forward,
-        sample=_norm_sample,
-        why_not=lambda norm: (
-            None if norm.channel_first else "channels last: only used on pixels, not on videos"
+def blocks(prefix: str) -> Table:
+    """What is swapped in the blocks whose classes' names begin so."""
+    return {
+        f"{prefix}CausalConv3d": Swap(
+            "causal conv with virtual padding and cache",
+            conv,
+            sample=_conv_sample,
+            exact=conv_exact,
+            exact_where=lambda layer: not any(layer._padding),
+            why_not=_why_not_conv,
         ),
-    ),
-    "WanResidualBlock": Swap(
-        "norm + SiLU in one pass, causal convs, residual fused",
-        residual_block,
-        sample=_block_sample,
-        why_not=_why_not_block,
-    ),
-    "WanAttentionBlock": Swap(
-        "norm in one pass, projections and residual fused",
-        attention,
-        sample=lambda m: (_video(m, m.dim),),
-        why_not=lambda block: why_unlike(block, norm="WanRMS_norm", to_qkv="Conv2d", proj="Conv2d"),
-    ),
-    "WanResample": _propose_resample,
+        f"{prefix}RMS_norm": Swap(
+            "norm in one pass",
+            rms_forward,
+            sample=_norm_sample,
+            why_not=lambda norm: (
+                None if norm.channel_first else "channels last: only used on pixels, not on videos"
+            ),
+        ),
+        f"{prefix}ResidualBlock": Swap(
+            "norm + SiLU in one pass, causal convs, residual fused",
+            residual_block,
+            sample=_block_sample,
+            why_not=partial(_why_not_block, prefix),
+        ),
+        f"{prefix}AttentionBlock": Swap(
+            "norm in one pass, projections and residual fused",
+            attention,
+            sample=lambda m: (_video(m, m.dim),),
+            why_not=lambda block: why_unlike(block, norm=f"{prefix}RMS_norm", to_qkv="Conv2d", proj="Conv2d"),
+        ),
+        f"{prefix}Resample": partial(_propose_resample, prefix),
+    }
+
+
+_SWAPS: Table = {
+    **blocks("Wan"),
     "WanResidualDownBlock": Swap("no clone of the input", residual_down, covers=(), exact=residual_down),
     "WanResidualUpBlock": Swap("no clone of the input", residual_up, covers=(), exact=residual_up),
-    "WanEncoder3d": _network(encoder),
-    "WanDecoder3d": _network(decoder),
+    "WanEncoder3d": network(encoder),
+    "WanDecoder3d": network(decoder),
 }
