@@ -52,7 +52,7 @@ from torch import Tensor
 from training_data import Clips, parse_hold_out
 
 from vtok_fast import metrics
-from vtok_fast.commands.tokenize import systems
+from vtok_fast.commands.load_model import systems
 from vtok_fast.io.files import write_atomically
 from vtok_fast.io.video import read_video
 

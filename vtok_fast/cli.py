@@ -58,6 +58,10 @@ app.command()(export)
 
 def main() -> None:
     """The console script: an expected error is one line on standard error and exit code 1."""
+    if {"tokenize", "detokenize"} & set(sys.argv[1:2]):
+        from vtok_fast.commands.heap import keep_freed_memory
+
+        keep_freed_memory()
     try:
         app()
     except (ImportError, OSError, ValueError, RuntimeError) as error:

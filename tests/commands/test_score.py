@@ -16,8 +16,10 @@ pytest.importorskip("av")
 pytest.importorskip("torchmetrics")
 
 from vtok_fast import metrics  # noqa: E402
+from vtok_fast.commands.detokenize import detokenize  # noqa: E402
+from vtok_fast.commands.load_model import load_model  # noqa: E402
 from vtok_fast.commands.score import score  # noqa: E402
-from vtok_fast.commands.tokenize import detokenize, load_model, tokenize  # noqa: E402
+from vtok_fast.commands.tokenize import tokenize  # noqa: E402
 from vtok_fast.io.token_windows import TokenWindows  # noqa: E402
 from vtok_fast.io.video import Times, read_video, to_float, write_video  # noqa: E402
 from vtok_fast.models import VTok  # noqa: E402

@@ -13,7 +13,10 @@ import torch
 
 pytest.importorskip("av")
 
-from vtok_fast.commands import tokenize as video_tokens  # noqa: E402
+from vtok_fast.commands.detokenize import detokenize  # noqa: E402
+from vtok_fast.commands.load_model import fingerprint, load_model  # noqa: E402
+from vtok_fast.commands.model_frames import center  # noqa: E402
+from vtok_fast.commands.tokenize import reading_of, tokenize  # noqa: E402
 from vtok_fast.io.token_windows import TokenWindows, write_windows  # noqa: E402
 from vtok_fast.io.tokens import Tokens  # noqa: E402
 from vtok_fast.io.video import Times, VideoError, open_video, read_video, to_float, write_video  # noqa: E402
@@ -43,7 +46,7 @@ def pixels(clip, factor, size=None):
     """The frames as they are tokenized, (1, 3, T, H, W)."""
     video = to_float(read_video(clip, size=size, dtype=torch.uint8).video)
     height, width = (n // factor * factor for n in video.shape[2:])
-    return video_tokens.center(video, height, width)[None]
+    return center(video, height, width)[None]
 
 
 def same(one, other):
@@ -54,7 +57,7 @@ def same(one, other):
 
 def test_every_window_is_the_models_own(clip, model, tmp_path):
     seen = []
-    tokens = video_tokens.tokenize(
+    tokens = tokenize(
         clip, tmp_path / "a.tokens", model, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(1, 3), (2, 3), (3, 3)] and os.listdir(tmp_path) == ["a.tokens"]
@@ -64,7 +67,7 @@ def test_every_window_is_the_models_own(clip, model, tmp_path):
         "frames": 40,
         "window": 17,
         "overlap": 0,
-        "weights": video_tokens.fingerprint(model),
+        "weights": fingerprint(model),
     }
     # Six, and three copies
     assert [window.video_shape for window in tokens] == [
@@ -77,7 +80,7 @@ def test_every_window_is_the_models_own(clip, model, tmp_path):
     for window, own in zip(filled.split(17, 2), tokens, strict=True):
         assert torch.equal(own.indices, model.encode(window).indices)
 
-    video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", model)
+    detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", model)
     back = read_video(tmp_path / "back.mp4")
     assert back.video.shape == (3, 40, 48, 64) and back.fps == 12.5
     expected = torch.cat([model.decode(window)[0] for window in tokens], 1)[:, :40].clamp(-1, 1)
@@ -101,7 +104,7 @@ def test_windows_overlap_and_blend_as_the_models_own_stream(
 ):
     torch.manual_seed(0)
     model = make().eval()
-    tokens = video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=(16, 32), **options)
+    tokens = tokenize(clip, tmp_path / "a.tokens", model, size=(16, 32), **options)
     stream = model.stream(*options.values())
     video = pixels(clip, model.config.spatial_factor, (16, 32))
     expected = [stream.encode_chunk(video[:, :, start:end]) for start, end in stream.chunks(40)]
@@ -114,11 +117,12 @@ def test_windows_overlap_and_blend_as_the_models_own_stream(
         2,
     )
     written = {}
-    monkeypatch.setattr(video_tokens, "join_videos", lambda output, parts, start: None)
+    monkeypatch.setattr("vtok_fast.commands.detokenize.join_videos", lambda output, parts, start: None)
     monkeypatch.setattr(
-        video_tokens, "write_video", lambda part, video, times: written.update({part.name: video})
+        "vtok_fast.commands.detokenize.write_video",
+        lambda part, video, times: written.update({part.name: video}),
     )
-    video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "b.mp4", model)
+    detokenize(tmp_path / "a.tokens", tmp_path / "b.mp4", model)
     assert torch.equal(torch.cat(list(written.values()), 1), frames[0])
 
 
@@ -127,22 +131,21 @@ def test_128_frames_share_the_invariant_tokens(tmp_path):
     torch.manual_seed(0)
     small = {"dim": 24, "depth": 1, "heads": 2, "codebook": 16}
     model = TivTok({**TivTok.Config.get("t128").to_dict(), "rotary_split": None, **small}).eval()
-    first, second = video_tokens.tokenize(tmp_path / "long.mp4", tmp_path / "a.tokens", model)
+    first, second = tokenize(tmp_path / "long.mp4", tmp_path / "a.tokens", model)
     assert (first.video_shape[0], first.data[:, 0].numel()) == (128, 352)
     assert (second.video_shape[0], second.data[:, 0].numel()) == (2, 96 + 8)
 
 
 @pytest.mark.parametrize(("size", "shape"), [((32, 32), (32, 32)), (40, (40, 52)), (None, (48, 64))])
 def test_sizes(clip, model, tmp_path, size, shape):
-    assert video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=size, window=21)[0].video_shape == (
+    assert tokenize(clip, tmp_path / "a.tokens", model, size=size, window=21)[0].video_shape == (
         21,
         *shape,
     )
 
 
 PROGRAM = """
-import signal, sys
-from vtok_fast.commands import tokenize as video_tokens
+import importlib, signal, sys
 from vtok_fast.models import ProMAG
 model = ProMAG.from_checkpoint(sys.argv[2]).eval()
 what, count = sys.argv[1], 0
@@ -155,7 +158,8 @@ def slow(x):
         signal.pause()
     return call(x)
 setattr(model, call.__name__, slow)
-getattr(video_tokens, what)(sys.argv[3], sys.argv[4], model, **({"size": 16} if what == "tokenize" else {}))
+work = getattr(importlib.import_module(f"vtok_fast.commands.{what}"), what)
+work(sys.argv[3], sys.argv[4], model, **({"size": 16} if what == "tokenize" else {}))
 print(count)
 """
 
@@ -186,13 +190,13 @@ def test_a_killed_run_goes_on(clip, tmp_path):
     part = tmp_path / "a.tokens.parts" / "000000.safetensors"
     assert killed_and_run_again("tokenize", tmp_path / "model.safetensors", clip, output, part=part) == 2
     model = ProMAG.from_checkpoint(tmp_path / "model.safetensors").eval()
-    whole = video_tokens.tokenize(clip, tmp_path / "b.tokens", model, size=16)
+    whole = tokenize(clip, tmp_path / "b.tokens", model, size=16)
     assert same(TokenWindows(output), whole) and not part.parent.exists()
 
     back, part = tmp_path / "a.mp4", tmp_path / "a.mp4.parts" / "000000.mp4"
     again = killed_and_run_again("detokenize", tmp_path / "model.safetensors", output, back, part=part)
     assert again == 3  # the first one once more, for the frames that the second one shares
-    video_tokens.detokenize(output, tmp_path / "b.mp4", model)
+    detokenize(output, tmp_path / "b.mp4", model)
     assert (
         torch.equal(read_video(back).video, read_video(tmp_path / "b.mp4").video) and not part.parent.exists()
     )
@@ -202,16 +206,16 @@ def test_a_killed_run_goes_on(clip, tmp_path):
 def test_a_run_that_goes_on_knows_all_windows_that_share_a_frame(clip, tmp_path):
     torch.manual_seed(0)
     model = VTok("tiny").eval()
-    video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16, overlap=12)
+    tokenize(clip, tmp_path / "a.tokens", model, size=16, overlap=12)
 
     def stop(done, total):
         if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "a.mp4", model, progress=stop)
+        detokenize(tmp_path / "a.tokens", tmp_path / "a.mp4", model, progress=stop)
     for name in ("a.mp4", "b.mp4"):
-        video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / name, model)
+        detokenize(tmp_path / "a.tokens", tmp_path / name, model)
     assert torch.equal(read_video(tmp_path / "a.mp4").video, read_video(tmp_path / "b.mp4").video)
 
 
@@ -223,12 +227,12 @@ def test_parts_of_another_job_are_not_taken(clip, model, tmp_path):
         raise Stop
 
     with pytest.raises(Stop):
-        video_tokens.tokenize(clip, tmp_path / "a.tokens", model, progress=stop)
+        tokenize(clip, tmp_path / "a.tokens", model, progress=stop)
     torch.manual_seed(1)
     other = VidTok(SMALL).eval()
-    assert video_tokens.fingerprint(other) != video_tokens.fingerprint(model)
-    tokens = video_tokens.tokenize(clip, tmp_path / "a.tokens", other)
-    assert same(tokens, video_tokens.tokenize(clip, tmp_path / "b.tokens", other))
+    assert fingerprint(other) != fingerprint(model)
+    tokens = tokenize(clip, tmp_path / "a.tokens", other)
+    assert same(tokens, tokenize(clip, tmp_path / "b.tokens", other))
 
 
 @pytest.mark.parametrize("entries", [["notes.txt"], ["000000.mp4"], ["job.json"]])
@@ -238,7 +242,7 @@ def test_a_folder_that_is_not_ours_stays(clip, model, tmp_path, entries):
     for name in entries:
         (folder / name).write_text('{"theirs": 1}')
     with pytest.raises(ValueError, match=r"output: the folder .*a\.tokens\.parts is not one"):
-        video_tokens.tokenize(clip, tmp_path / "a.tokens", model)
+        tokenize(clip, tmp_path / "a.tokens", model)
     assert sorted(os.listdir(folder)) == entries
 
 
@@ -249,18 +253,18 @@ def test_what_else_lies_in_our_folder_stays(clip, model, tmp_path):
     def add(done, total):
         (folder / "notes.txt").write_text("mine")
 
-    video_tokens.tokenize(clip, tmp_path / "a.tokens", model, progress=add)
+    tokenize(clip, tmp_path / "a.tokens", model, progress=add)
     assert os.listdir(folder) == ["notes.txt"]
 
 
 def test_other_weights_do_not_decode(clip, model, tmp_path):
-    video_tokens.tokenize(clip, tmp_path / "a.tokens", model)
+    tokenize(clip, tmp_path / "a.tokens", model)
     torch.manual_seed(1)
     other = VidTok(SMALL).eval()
     with pytest.raises(ValueError, match="tokens: made by other weights of vidtok/custom.*--any-weights"):
-        video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", other)
+        detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", other)
     assert not list(tmp_path.glob("back.mp4*"))
-    video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", other, any_weights=True)
+    detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", other, any_weights=True)
     assert read_video(tmp_path / "back.mp4").video.shape[1] == 40
 
 
@@ -303,28 +307,28 @@ def test_windows_are_read_one_at_a_time(clip):
 def test_refusals(clip, model, tmp_path):
     path = tmp_path / "a.tokens"
     with pytest.raises(ValueError, match="window=18: must be 1 \\+ a multiple of 4"):
-        video_tokens.tokenize(clip, path, model, window=18)
+        tokenize(clip, path, model, window=18)
     with pytest.raises(ValueError, match="size=30x32.*multiples of 4"):
-        video_tokens.tokenize(clip, path, model, size=(30, 32))
+        tokenize(clip, path, model, size=(30, 32))
     with pytest.raises(FileNotFoundError, match="absent"):
-        video_tokens.tokenize(tmp_path / "absent.mp4", path, model)
+        tokenize(tmp_path / "absent.mp4", path, model)
     (tmp_path / "noise.mp4").write_bytes(b"noise" * 100)
     with pytest.raises(VideoError, match="noise"):
-        video_tokens.tokenize(tmp_path / "noise.mp4", path, model)
+        tokenize(tmp_path / "noise.mp4", path, model)
     with pytest.raises(OSError, match="output: cannot write"):
-        video_tokens.tokenize(clip, tmp_path / "nowhere" / "a.tokens", model)
-    video_tokens.tokenize(clip, path, model)
+        tokenize(clip, tmp_path / "nowhere" / "a.tokens", model)
+    tokenize(clip, path, model)
     with pytest.raises(ValueError, match="tokens come from"):
-        video_tokens.detokenize(path, tmp_path / "back.mp4", VidTok(SMALL | {"ch": 8}).eval())
+        detokenize(path, tmp_path / "back.mp4", VidTok(SMALL | {"ch": 8}).eval())
     with pytest.raises(ValueError, match="vidtok/big needs one"):
-        video_tokens.load_model("vidtok/big")
+        load_model("vidtok/big")
     with pytest.raises(ValueError, match="model='vidtalk/tiny': the tokenizers are"):
-        video_tokens.load_model("vidtalk/tiny")
+        load_model("vidtalk/tiny")
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
-        video_tokens.detokenize(path, tmp_path / "back.mp4", model)
+        detokenize(path, tmp_path / "back.mp4", model)
     assert not list(tmp_path.glob("back.mp4*"))
 
 
@@ -337,7 +341,7 @@ def test_a_rate_keeps_that_share_and_the_file_shrinks(clip, tmp_path):
     chooser = InfoTok("tiny").eval()
     sizes = {}
     for rate in (0.75, 0.25):
-        made = video_tokens.tokenize(clip, tmp_path / "a.tokens", chooser, rate=rate)
+        made = tokenize(clip, tmp_path / "a.tokens", chooser, rate=rate)
         assert len(made) == 1 and abs(kept(made) - rate) < 0.02
         assert (
             torch.equal(Tokens.load(tmp_path / "a.tokens").indices, made[0].indices)
@@ -348,7 +352,7 @@ def test_a_rate_keeps_that_share_and_the_file_shrinks(clip, tmp_path):
     # 16 bits for half of the positions
     assert sizes[0.25] < sizes[0.75] and sizes[0.75] - sizes[0.25] > 0.8 * n
     assert sizes[0.25] < n + 4096
-    video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", chooser)
+    detokenize(tmp_path / "a.tokens", tmp_path / "back.mp4", chooser)
     assert read_video(tmp_path / "back.mp4").video.shape[1] == 40
 
 
@@ -358,12 +362,12 @@ def test_routers_and_strategies(clip, tmp_path):
     torch.manual_seed(0)
     model = InfoTok("tiny").eval()
     options = {"window": 17, "overlap": 3, "rate": 0.5}
-    latent = video_tokens.tokenize(clip, tmp_path / "a.tokens", model, **options, router="latent")
+    latent = tokenize(clip, tmp_path / "a.tokens", model, **options, router="latent")
     video = pixels(clip, 8)
     assert torch.equal(latent[1].indices, model.encode(video[:, :, 14:31], rate=0.5, router="latent").indices)
-    assert not same(latent, video_tokens.tokenize(clip, tmp_path / "a.tokens", model, **options))
+    assert not same(latent, tokenize(clip, tmp_path / "a.tokens", model, **options))
     seen = []
-    made = video_tokens.tokenize(
+    made = tokenize(
         clip,
         tmp_path / "a.tokens",
         model,
@@ -378,7 +382,7 @@ def test_routers_and_strategies(clip, tmp_path):
     ]
     assert made.info["elbo_mean"] == pytest.approx(sum(means) / 3) and seen == [(n, 6) for n in range(1, 7)]
     assert len({*kept(made).tolist()}) > 1
-    again = video_tokens.tokenize(
+    again = tokenize(
         clip,
         tmp_path / "a.tokens",
         model,
@@ -390,21 +394,21 @@ def test_routers_and_strategies(clip, tmp_path):
     assert same(again, made)
     for wrong in ({"router": "best"}, {"rate_strategy": "none"}, {"rate": 1.5}, {"selection": "topk"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            video_tokens.tokenize(clip, tmp_path / "a.tokens", model, **wrong)
+            tokenize(clip, tmp_path / "a.tokens", model, **wrong)
 
 
 def test_a_rate_needs_a_model_that_chooses(clip, model, tmp_path):
     with pytest.raises(ValueError, match="rate=0.5: vidtok models keep all"):
-        video_tokens.tokenize(clip, tmp_path / "a.tokens", model, rate=0.5)
+        tokenize(clip, tmp_path / "a.tokens", model, rate=0.5)
 
 
 def test_variable_times_come_back(model, tmp_path):
     """NVIDIA/Megatron-Energon #148, NVIDIA/Isaac-GR00T #172: an event stays where it was."""
     times = Times(Fraction(1, 1000), (500, *(600 + 20 * n for n in range(19))), 1000)
     write_video(tmp_path / "a.mp4", torch.rand(3, 20, 16, 16), times=times)
-    tokens = video_tokens.tokenize(tmp_path / "a.mp4", tmp_path / "a.tokens", model)
+    tokens = tokenize(tmp_path / "a.mp4", tmp_path / "a.tokens", model)
     assert tokens.times.seconds == times.seconds and tokens.info["fps"] == pytest.approx(20 / 0.5)
-    video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "b.mp4", model)
+    detokenize(tmp_path / "a.tokens", tmp_path / "b.mp4", model)
     back = read_video(tmp_path / "b.mp4").times
     assert back.seconds == times.seconds and back.durations == times.durations
 
@@ -412,10 +416,10 @@ def test_variable_times_come_back(model, tmp_path):
 def test_a_constant_rate_is_asked_for(model, tmp_path):
     times = Times(Fraction(1, 1000), (0, 100, 500), 600)
     write_video(tmp_path / "a.mp4", torch.rand(3, 3, 16, 16), times=times)
-    tokens = video_tokens.tokenize(tmp_path / "a.mp4", tmp_path / "a.tokens", model, fps=10)
+    tokens = tokenize(tmp_path / "a.mp4", tmp_path / "a.tokens", model, fps=10)
     assert tokens.info["reading"] == {"fps": "10"} and tokens.info["frames"] == 6
     assert tokens.times.rate == 10
-    assert video_tokens.reading_of(tokens.info) == {"fps": Fraction(10)}
+    assert reading_of(tokens.info) == {"fps": Fraction(10)}
 
 
 def test_files_of_the_first_format_are_read(model, tmp_path):
@@ -427,7 +431,7 @@ def test_files_of_the_first_format_are_read(model, tmp_path):
     (tmp_path / "old").write_bytes(data.replace(b"token windows 2", b"token windows 1"))
     old = TokenWindows(tmp_path / "old")
     assert old.times is None and Tokens.load(tmp_path / "old").batch == 1
-    video_tokens.detokenize(tmp_path / "old", tmp_path / "a.mp4", model)
+    detokenize(tmp_path / "old", tmp_path / "a.mp4", model)
     assert read_video(tmp_path / "a.mp4").times.seconds == pytest.approx([n / 10 for n in range(9)])
 
 
@@ -443,15 +447,15 @@ def test_an_input_is_never_overwritten(clip, model, tmp_path, link):
     elif link == "hard":
         output.hardlink_to(source)
     with pytest.raises(ValueError, match=r"output: .* is the same file as video=.*, which would be lost"):
-        video_tokens.tokenize(source, output, model)
+        tokenize(source, output, model)
     assert source.read_bytes() == clip.read_bytes() and not list(tmp_path.glob("*.parts"))
 
 
 def test_tokens_are_not_overwritten_by_their_video(clip, model, tmp_path):
-    video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16)
+    tokenize(clip, tmp_path / "a.tokens", model, size=16)
     (tmp_path / "b").symlink_to(tmp_path / "a.tokens")
     with pytest.raises(ValueError, match="same file as tokens="):
-        video_tokens.detokenize(tmp_path / "a.tokens", tmp_path / "b", model)
+        detokenize(tmp_path / "a.tokens", tmp_path / "b", model)
     assert len(TokenWindows(tmp_path / "a.tokens")) == 3
 
 
@@ -463,13 +467,13 @@ def test_two_runs_with_one_output(clip, model, tmp_path):
 
     def another(done, total):
         with pytest.raises(OSError, match=r"a\.tokens: another run is writing it \(it works in .*\.parts\)"):
-            video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16)
+            tokenize(clip, tmp_path / "a.tokens", model, size=16)
         refused.append(done)
 
-    video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16, progress=another)
+    tokenize(clip, tmp_path / "a.tokens", model, size=16, progress=another)
     assert refused == [1, 2, 3] and os.listdir(tmp_path) == ["a.tokens"]
     with Parts(tmp_path / "b", {}):  # another output is nobody's business, and a lock ends with its run
-        video_tokens.tokenize(clip, tmp_path / "a.tokens", model, size=16)
+        tokenize(clip, tmp_path / "a.tokens", model, size=16)
     assert os.listdir(tmp_path) == ["a.tokens"]
 
 
@@ -481,11 +485,11 @@ def test_what_is_damaged_is_listed(clip, model, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(data.replace(packet, bytes(len(packet))))
     with pytest.raises(VideoError, match=r"broken\.mp4: frame 20 at 1\.600 s"):
-        video_tokens.tokenize(broken, tmp_path / "a.tokens", model, size=16)
-    skipped = video_tokens.tokenize(broken, tmp_path / "a.tokens", model, size=16, on_error="skip")
+        tokenize(broken, tmp_path / "a.tokens", model, size=16)
+    skipped = tokenize(broken, tmp_path / "a.tokens", model, size=16, on_error="skip")
     left = skipped.info["left_out"]
     assert left[0]["frame"] == 20 and left[0]["time"] == pytest.approx(1.6) and left[0]["what"]
     assert skipped.info["frames"] == 40 - sum(one["count"] for one in left) == len(skipped.times)
-    kept = video_tokens.tokenize(broken, tmp_path / "b.tokens", model, size=16, on_error="conceal")
+    kept = tokenize(broken, tmp_path / "b.tokens", model, size=16, on_error="conceal")
     assert kept.info["frames"] == 40 and kept.info["concealed"][0]["frame"] == 20
     assert kept.info["reading"] == {"on_error": "conceal"} and "left_out" not in kept.info

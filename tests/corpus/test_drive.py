@@ -20,7 +20,8 @@ from support.clips import make_clip, make_folder, poisoned, workers_of  # noqa: 
 from support.corpora import outcome, rows  # noqa: E402
 
 import vtok_fast  # noqa: E402
-from vtok_fast.commands import tokenize as video_tokens  # noqa: E402
+from vtok_fast.commands.load_model import PACKAGED, fingerprint  # noqa: E402
+from vtok_fast.commands.tokenize import tokenize  # noqa: E402
 from vtok_fast.corpus.drive import make_corpus  # noqa: E402
 from vtok_fast.corpus.manifest import NAME  # noqa: E402
 from vtok_fast.io.token_windows import TokenWindows  # noqa: E402
@@ -80,15 +81,13 @@ def test_every_input_ends_once(undisturbed, videos):
 
 
 def test_tokens_are_those_of_tokenize(undisturbed, videos, tmp_path):
-    model = vtok_fast.models.VidTok.from_checkpoint(video_tokens.PACKAGED["vidtok/tiny"]).eval()
-    weights = video_tokens.fingerprint(model)
+    model = vtok_fast.models.VidTok.from_checkpoint(PACKAGED["vidtok/tiny"]).eval()
+    weights = fingerprint(model)
     vtok_fast.accelerate(model)
     dataset = vtok_fast.TokenDataset(undisturbed, verify=True)
     assert len(dataset) == 6 and dataset.settings["weights"] == weights
     for clip in list(dataset)[::3]:
-        own = video_tokens.tokenize(
-            videos.parent / clip.name, tmp_path / "own.tokens", model, weights=weights
-        )
+        own = tokenize(videos.parent / clip.name, tmp_path / "own.tokens", model, weights=weights)
         assert all(torch.equal(a, b.indices[0]) for a, b in zip(clip.windows, own, strict=True))
 
 

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
-from vtok_fast.commands.tokenize import systems
+from vtok_fast.commands.load_model import systems
 from vtok_fast.io.video import write_video
 from vtok_fast.models import VidTok
 

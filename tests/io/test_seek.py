@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -12,9 +13,11 @@ av = pytest.importorskip("av")
 from support.video_files import encode, gray_levels, moving  # noqa: E402
 
 from vtok_fast.io.video import VideoError, open_video, read_video  # noqa: E402
-from vtok_fast.io.video import reader as reader_module  # noqa: E402
+from vtok_fast.io.video.decode import Decoding  # noqa: E402
+from vtok_fast.io.video.frames import Reading  # noqa: E402
 from vtok_fast.io.video.prefetch import ahead  # noqa: E402
 from vtok_fast.io.video.seek import scan  # noqa: E402
+from vtok_fast.io.video.source import Source  # noqa: E402
 
 OPEN = {"x264-params": "open-gop=1:keyint=10:min-keyint=10:scenecut=0:bframes=3"}
 FILES = [
@@ -52,18 +55,19 @@ def test_every_start_gives_the_same_frames(tmp_path, codec, name, options):
 
 def test_a_seek_decodes_only_what_it_needs(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", moving(60), options={"g": "10"})
-    with open_video(path) as source:
+    with contextlib.closing(Source(path, Reading())) as source:
         times, keys = scan(source)
         assert len(times) == 60 and len(keys) == 6
+    with open_video(path) as source:
         decoded = []
-        plain = reader_module.Decoding.frames
+        plain = Decoding.frames
 
         def counted(self):
             for timed in plain(self):
                 decoded.append(timed.pts)
                 yield timed
 
-        monkeypatch.setattr(reader_module.Decoding, "frames", counted)
+        monkeypatch.setattr(Decoding, "frames", counted)
         next(source.frames(55))
     assert len(decoded) <= 6
 

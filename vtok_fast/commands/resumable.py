@@ -10,10 +10,13 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vtok_fast.io.files import write_atomically
+
+Progress = Callable[[int, int | None], None]  # parts done, parts in all if that is known
 
 
 class Parts:

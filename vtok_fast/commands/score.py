@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from vtok_fast import metrics
-from vtok_fast.commands.tokenize import center, reading_of, systems
+from vtok_fast.commands.load_model import systems
+from vtok_fast.commands.model_frames import center
+from vtok_fast.commands.tokenize import reading_of
 from vtok_fast.io.token_windows import TokenWindows
 from vtok_fast.io.video import Picture, open_video, to_float
 

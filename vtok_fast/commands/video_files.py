@@ -179,13 +179,13 @@ def tokenize(
     scaled = None if size is None else pixels(size)
     _check_distinct(output, video=video, checkpoint=checkpoint)
     names.check_output(output, names.TOKENS, force=force, what="tokens")
-    from vtok_fast.commands import tokenize as video_tokens
+    from vtok_fast.commands.tokenize import tokenize as write_tokens
 
     reading = _reading(fps, deinterlace, deinterlacer, hdr, background, on_error, stream)
     chosen, weights = _model(device, dtype, accelerate, model, checkpoint)
     began = time.perf_counter()
     with _progress(as_json, "windows", output) as progress:
-        windows = video_tokens.tokenize(
+        windows = write_tokens(
             video,
             output,
             chosen,
@@ -292,7 +292,7 @@ def detokenize(
         names.check_model(model, checkpoint)
     _check_distinct(output, tokens=tokens, checkpoint=checkpoint)
     names.check_output(output, names.MP4, force=force, what="a video (MP4)")
-    from vtok_fast.commands import tokenize as video_tokens
+    from vtok_fast.commands.detokenize import detokenize as write_frames
     from vtok_fast.io.token_windows import TokenWindows
 
     windows = TokenWindows(tokens)
@@ -300,9 +300,7 @@ def detokenize(
     chosen, weights = _model(device, dtype, accelerate, model or windows.model, checkpoint, config)
     began = time.perf_counter()
     with _progress(as_json, "windows", output) as progress:
-        video_tokens.detokenize(
-            tokens, output, chosen, weights=weights, any_weights=any_weights, progress=progress
-        )
+        write_frames(tokens, output, chosen, weights=weights, any_weights=any_weights, progress=progress)
     seconds = time.perf_counter() - began
     frames = windows.info.get("frames") or sum(tokens.video_shape[0] for tokens in windows)
     facts = {
@@ -400,14 +398,14 @@ def _model(device: str | None, dtype: str, accelerate: bool, *names: Any) -> tup
     """A model by the arguments of `load_model`, ready to run, and the fingerprint of its weights as they are
     stored."""
     import vtok_fast
-    from vtok_fast.commands import tokenize as video_tokens
+    from vtok_fast.commands.load_model import fingerprint, load_model
 
     chosen, where = dtype_of(dtype), device_of(device)
-    model = video_tokens.load_model(*names)
-    weights = video_tokens.fingerprint(model)
+    model = load_model(*names)
+    weights = fingerprint(model)
     model.to(where, chosen)
-    if accelerate:
-        vtok_fast.accelerate(model)
+    if accelerate:  # `vtok-fast check --models` is what measures the swaps of our own models
+        vtok_fast.accelerate(model, check=False)
     return model, weights
 
 

@@ -45,7 +45,7 @@ class Worker:
         import torch
 
         from vtok_fast.commands.options import device_of, dtype_of
-        from vtok_fast.commands.tokenize import fingerprint, load_model
+        from vtok_fast.commands.load_model import fingerprint, load_model
 
         if job.get("threads"):
             torch.set_num_threads(job["threads"])
@@ -150,13 +150,15 @@ class Worker:
 
     def _retried(self, path: Path, making: Path, progress: Any) -> Row:
         """Once nobody else works on it: a process whose parent was killed goes on for a moment."""
-        from vtok_fast.commands import tokenize as video_tokens
+        from vtok_fast.commands.detokenize import detokenize
+        from vtok_fast.commands.tokenize import tokenize
+        from vtok_fast.io.token_windows import TokenWindows
 
         until = time.monotonic() + BUSY
         while True:
             try:
                 if self.job.get("detokenize"):
-                    video_tokens.detokenize(
+                    detokenize(
                         path,
                         making,
                         self.model,
@@ -164,9 +166,9 @@ class Worker:
                         any_weights=bool(self.job.get("any_weights")),
                         progress=progress,
                     )
-                    return {"frames": video_tokens.TokenWindows(path).info.get("frames"), "tokens": 0}
+                    return {"frames": TokenWindows(path).info.get("frames"), "tokens": 0}
                 options: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}
-                windows = video_tokens.tokenize(
+                windows = tokenize(
                     path, making, self.model, weights=self.weights, progress=progress, **options
                 )
                 return {

@@ -5,8 +5,9 @@ Everything here needs the package `av`, which `pip install "vtok-fast[demo]"` br
 
 from vtok_fast.io.video.decode import Problem
 from vtok_fast.io.video.errors import VideoError
+from vtok_fast.io.video.frames import Clip, Picture, Reading, Window
 from vtok_fast.io.video.pixels import to_float, to_uint8
-from vtok_fast.io.video.reader import Clip, Picture, Reading, Window, open_video, read_video
+from vtok_fast.io.video.reader import open_video, read_video
 from vtok_fast.io.video.timing import Times
 from vtok_fast.io.video.writer import join_videos, write_video
 

@@ -222,7 +222,7 @@ class Decoding:
                         bad[time] = report
                 return []
 
-        for packet, joins, flagged in self._packets():
+        for packet, joins, flagged in self.packets():
             if joins:
                 for frame in decoded(None):
                     yield from place(frame)
@@ -240,7 +240,7 @@ class Decoding:
             leans = broken or (time is not None and time < shadow)
             entry = (time or 0, packet.is_disposable, leans)
             counts = time is not None and packet.size and not packet.is_discard
-            if counts and not self._hidden(packet):
+            if counts and not self.is_hidden(packet):
                 heapq.heappush(waiting, entry)
             if counts and flagged and not leading(time):
                 bad[time or 0] = "a packet is incomplete"
@@ -265,7 +265,7 @@ class Decoding:
         elif report is not None and not explained:
             yield None, reported, report, False
 
-    def _packets(self) -> Iterator[tuple[Any, bool, bool]]:
+    def packets(self) -> Iterator[tuple[Any, bool, bool]]:
         """(packet, whether another recording begins with it, whether the container marks it as damaged)."""
         held: deque[tuple[Any, bool, bool]] = deque()
         clock: int | None = None
@@ -286,7 +286,7 @@ class Decoding:
             self._failure = reason(error)
         yield from held
 
-    def _hidden(self, packet: Any) -> bool:
+    def is_hidden(self, packet: Any) -> bool:
         """Whether a packet of VP8 or VP9 holds a frame that is only there to be referred to."""
         name = self.context.name
         if name in ("vp8", "libvpx"):

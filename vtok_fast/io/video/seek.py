@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from typing import Any
 
-from vtok_fast.io.video.decode import Decoding, Timed
+from vtok_fast.io.video.decode import Timed
 from vtok_fast.io.video.errors import VideoError
+from vtok_fast.io.video.frames import Picture
+from vtok_fast.io.video.source import Source
 
 # Containers that give each packet its time. Of MPEG-TS and -PS a parser guesses it, after a seek wrongly.
 STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
@@ -25,15 +26,15 @@ class Elsewhere(Exception):
     """A seek that did not lead where it should."""
 
 
-def pictures_from(source: Any, start: int) -> Iterator[Any]:
-    """The pictures of a source, an `open_video`, from number `start` on."""
+def pictures_from(source: Source, start: int) -> Iterator[Picture]:
+    """The pictures of a source from number `start` on."""
     times, keys = scan(source)
     given = 0
     if start < len(times):
         before = bisect_right(keys, times[start])
         for key in reversed(keys[max(0, before - KEYS) : before]):
             try:
-                for picture in source._pictures(_from(source, key, times[start], times)):
+                for picture in source.pictures(_from(source, key, times[start], times)):
                     yield picture
                     given += 1
                 return
@@ -42,20 +43,20 @@ def pictures_from(source: Any, start: int) -> Iterator[Any]:
                 # the start.
                 if given:
                     break
-    yield from (picture for number, picture in enumerate(source._shown()) if number >= start + given)
+    yield from (picture for number, picture in enumerate(source.shown()) if number >= start + given)
 
 
-def scan(source: Any) -> tuple[list[int], list[int]]:
+def scan(source: Source) -> tuple[list[int], list[int]]:
     """The times of the frames in order, and those of the key frames; empty where the packets do not tell."""
-    source._rewind()
-    if source._container.format.name not in STAMPED:
+    source.rewind()
+    if source.container.format.name not in STAMPED:
         return [], []
-    decoding = Decoding(source.path, source._container, source.stream, "stop", exact=True)
+    decoding = source.decode(exact=True)
     times, keys = [], []
-    for packet, joins, _ in decoding._packets():
+    for packet, joins, _ in decoding.packets():
         if packet.pts is None or joins or decoding.by_order:
             return [], []
-        if packet.size and not packet.is_discard and not decoding._hidden(packet):
+        if packet.size and not packet.is_discard and not decoding.is_hidden(packet):
             times.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
@@ -65,15 +66,15 @@ def scan(source: Any) -> tuple[list[int], list[int]]:
     return times, sorted(keys)
 
 
-def _from(source: Any, key: int, target: int, times: list[int]) -> Iterator[Timed]:
+def _from(source: Source, key: int, target: int, times: list[int]) -> Iterator[Timed]:
     """Frames from the one at `target` on. Raises Elsewhere if the first ones are not those that they should
     be."""
     wanted, reached = bisect_left(times, target), False
-    source._rewind()
-    source._container.seek(key, stream=source.stream)
-    source._decoding = source._decode(exact=False)
+    source.rewind()
+    source.container.seek(key, stream=source.stream)
+    source.decoding = source.decode(exact=False)
     number: int | None = None
-    for timed in source._decoding.frames():
+    for timed in source.decoding.frames():
         number = bisect_left(times, timed.pts) if number is None else number + 1
         if number >= len(times) or times[number] != timed.pts or (number > wanted and not reached):
             raise Elsewhere

@@ -86,16 +86,21 @@ class FSQRegularizer(nn.Module):
         self.set_constants()
 
     def set_constants(self, device: torch.device | None = None) -> None:
+        target = torch.empty(0, device=device).device
+        # Arithmetic on meta imports PyTorch's compiler, which takes as long as PyTorch itself.
+        device = torch.device("cpu") if target.type == "meta" else target
         size = torch.tensor(self.levels, device=device)
         offset = torch.where(size % 2 == 0, 0.5, 0.0)
         half = (size - 1) * (1 + self.eps) / 2  # float32, as are all constants of the official code
-        self.register_buffer("reach", half, persistent=False)
-        self.register_buffer("offset", offset, persistent=False)
-        self.register_buffer("shift", torch.atanh(offset / half), persistent=False)
-        self.register_buffer("width", size // 2, persistent=False)
-        self.register_buffer(
-            "basis", torch.cumprod(torch.tensor((1, *self.levels[:-1]), device=device), 0), persistent=False
-        )
+        constants = {
+            "reach": half,
+            "offset": offset,
+            "shift": torch.atanh(offset / half),
+            "width": size // 2,
+            "basis": torch.cumprod(torch.tensor((1, *self.levels[:-1]), device=device), 0),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value.to(target), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
