@@ -44,8 +44,8 @@ class Worker:
     def __init__(self, job: dict[str, Any]):
         import torch
 
-        from vtok_fast.commands.options import device_of, dtype_of
         from vtok_fast.commands.load_model import fingerprint, load_model
+        from vtok_fast.commands.options import device_of, dtype_of
 
         if job.get("threads"):
             torch.set_num_threads(job["threads"])
