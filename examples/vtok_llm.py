@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_fast import TokenClip, fsq_decode
 from vtok_fast.models import VTok
 
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
@@ -68,6 +69,16 @@ class VideoLM(nn.Module):
         embeds = self.embeds(tokens, input_ids)
         mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
         return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+
+
+def codes_of(clips: list[TokenClip], levels: Sequence[int]) -> Tensor:
+    """The FSQ codes (B, N, len(levels)) of clips of a corpus, as `VideoLM` reads them: each as long as the
+    shortest. With it as `collate`, a `TokenLoader` gives batches for training:
+
+    TokenLoader(TokenDataset("tokens"), 8, collate=partial(codes_of, levels=levels))
+    """
+    shortest = min(len(clip.indices) for clip in clips)
+    return fsq_decode(torch.stack([clip.indices[:shortest] for clip in clips]), levels, dim=2)
 
 
 # The probe: which way does the picture move?

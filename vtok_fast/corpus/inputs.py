@@ -207,5 +207,5 @@ def safe_name(name: str) -> str:
             part = f"{short}-{hashlib.sha256(part.encode()).hexdigest()[:16]}"
         parts.append(part)
     if not parts:
-        raise ValueError(f"input: {name!r} is no name for a clip")
+        raise ValueError(f"input: {name!r} cannot name a clip")
     return "/".join(parts)
