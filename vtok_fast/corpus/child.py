@@ -27,6 +27,7 @@ from vtok_fast.corpus.inputs import file_system, identity, is_remote
 from vtok_fast.corpus.manifest import NAME as MANIFEST
 from vtok_fast.corpus.manifest import SUFFIX, WORK, Contents, Row, read_manifest
 from vtok_fast.corpus.shard import Shard
+from vtok_fast.io.token_windows import TokenWindows
 
 FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)  # the machine's, not the clip's
 BUSY = 60.0  # seconds that a clip waits for a process that still holds it
