@@ -149,8 +149,9 @@ class Local:
 
 
 class OnRay:
-    """Actors that Ray schedules, one for each GPU, or for each `cores` cores where there are no GPUs. Ray
-    starts an actor again that was lost, elsewhere if need be.
+    """Actors that Ray schedules, one for each GPU, or for each `cores` cores where there are no GPUs. In
+    the place of an actor that was lost Ray starts another one, elsewhere if need be: not the same one again,
+    which would refuse what it is asked while it starts.
 
     Args:
         workers: how many actors. None: as many as the cluster has room for.
@@ -174,8 +175,9 @@ class OnRay:
         self.workers = workers or max(1, int(room))
         needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if wants_gpu else {"num_cpus": cores}
         job = {**job, "device": "cuda"} if wants_gpu else {**job, "device": "cpu", "threads": cores}
-        kind = self._ray.remote(max_restarts=-1, max_task_retries=0, **needs)(Supervisor)
-        self._idle: deque[Any] = deque(kind.remote(job) for _ in range(self.workers))
+        kind = self._ray.remote(max_restarts=0, max_task_retries=0, **needs)(Supervisor)
+        self._actor = lambda: kind.remote(job)
+        self._idle: deque[Any] = deque(self._actor() for _ in range(self.workers))
         self._actors = list(self._idle)
         self._waiting: deque[Row] = deque()
         self._running: dict[Any, tuple[Any, Row]] = {}
@@ -190,6 +192,7 @@ class OnRay:
             except self._ray.exceptions.RayActorError:
                 if attempt == LOST - 1:
                     raise
+                self._idle[0] = self._replaced(self._idle[0])
         raise AssertionError
 
     def submit(self, task: Row) -> None:
@@ -213,9 +216,10 @@ class OnRay:
     def _row(self, ready: Any) -> Row | None:
         """The line of a task that ended; None if its actor was lost, and it is given out again."""
         actor, task = self._running.pop(ready)
-        self._idle.append(actor)
         try:
-            return self._ray.get(ready)
+            row = self._ray.get(ready)
+            self._idle.append(actor)
+            return row
         except self._ray.exceptions.RayTaskError as error:
             raise RuntimeError(str(error.cause)) from error
         except self._ray.exceptions.RayActorError as error:  # the process or its machine, not the clip
@@ -223,7 +227,14 @@ class OnRay:
             if lost > LOST:
                 raise RuntimeError(f"{task['clip']}: its actor was lost {lost} times: {error}") from error
             self._waiting.appendleft({**task, "lost": lost})
+            self._idle.append(self._replaced(actor))
             return None
+
+    def _replaced(self, actor: Any) -> Any:
+        self._ray.kill(actor)  # it may only be out of reach
+        new = self._actor()
+        self._actors[self._actors.index(actor)] = new
+        return new
 
     def close(self) -> None:
         for actor in self._actors:
