@@ -1,8 +1,8 @@
 """The first hour of a stranger: `python scripts/first_hour.py WHEEL [--packages FOLDER]`.
 
 In an empty environment and an empty folder it installs the wheel, runs the lines of the README that begin
-with `vtok-fast` (not those that measure for minutes), its first block of Python, and makes three mistakes, each
-of which must be one sentence. Prints how long each step took; exit code 1 if one did not go as expected.
+with `vtok-fast` (not those that measure for minutes) and its first block of Python, and makes three mistakes,
+each of which must be one sentence. Prints how long each step took; exit code 1 if one did not go as expected.
 
 With --packages the dependencies are those of another environment's site-packages, and nothing is downloaded.
 """

@@ -1,5 +1,4 @@
-"""The check of the site finds what it should, and says so where there is no browser; the pictures of the gallery are
-those that its page names."""
+"""The check of the site finds what it should; the gallery has the pictures that its page names."""
 
 import json
 import runpy
