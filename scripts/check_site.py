@@ -1,9 +1,9 @@
 """Looks at the built site with a real browser: `python scripts/check_site.py SITE [SCREENSHOTS]`.
 
 Headless Chromium opens every page from a server of this process: an error on the console, a picture that does
-not load, a link that leads nowhere, a block of code that is wider than its column, or a request to another host
-is a fault. Five pages are kept as screenshots. Every model must be found by the site's search. Without Chromium
-the browser's part is left out, and that is said.
+not load, a link that leads nowhere, a block of code that is wider than its column, or a request to another
+host is a fault. Five pages are kept as screenshots. Every model must be found by the site's search. Without
+Chromium the browser's part is left out, and that is said.
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SHOTS = {"index": "", "install": "install/", "gallery": "gallery/", "swap": "swap/", "conv": "ops/causal_conv3d/"}
+SHOTS = {
+    "index": "",
+    "install": "install/",
+    "gallery": "gallery/",
+    "swap": "swap/",
+    "conv": "ops/causal_conv3d/",
+}
 SIZE = "1360,1800"
 PROBE = "__check__.html"  # opens each page in a frame of its own and writes down what it finds
 SCRIPT = """
 const pages = PAGES, found = {};
 const wait = ms => new Promise(done => setTimeout(done, ms));
+const longest = text => text.split('\\n').sort((a, b) => b.length - a.length)[0];
 async function look(page) {
   const frame = document.createElement('iframe');
   frame.width = 1300; frame.height = 1500;
@@ -43,7 +50,7 @@ async function look(page) {
     if (!img.complete || !img.naturalWidth) faults.push('picture ' + img.getAttribute('src'));
   for (const code of d.querySelectorAll('article pre > code'))
     if (code.scrollWidth > code.clientWidth + 1)
-      faults.push('code wider than its column: ' + code.innerText.split('\\n').sort((a, b) => b.length - a.length)[0]);
+      faults.push('code wider than its column: ' + longest(code.innerText));
   for (const a of d.querySelectorAll('article a[href]')) {
     const to = new URL(a.href);
     if (to.origin != location.origin) continue;

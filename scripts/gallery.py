@@ -1,5 +1,5 @@
-"""Draws the gallery: `python scripts/gallery.py` runs the Python of docs/gallery.md in docs/gallery/, and keeps
-the pictures that it writes; the roofline is of the committed results."""
+"""Draws the gallery: `python scripts/gallery.py` runs the Python of docs/gallery.md in a folder, and keeps
+the pictures that it writes in docs/gallery/; the roofline is of the committed results."""
 
 from __future__ import annotations
 

@@ -14,16 +14,14 @@ from vtok_fast.ops.scope_attention.scope import Scope
 
 
 def error_map(path: str | os.PathLike, fast: Tensor, eager: Tensor, frames: int = 5) -> float:
-    """Draws where two videos (B, C, T, H, W) differ, the first of the batch: the frames of one, and below each
-    the largest difference over channels, amplified so that the largest of all is bright.
+    """Draws where two videos (B, C, T, H, W) differ, the first of the batch: the frames of one, and below
+    each the largest difference over channels, amplified so that the largest of all is bright.
 
     Returns the amplification. Raises ValueError for videos of different shapes; ImportError without
     matplotlib.
     """
     if fast.shape != eager.shape or fast.dim() != 5:
-        raise ValueError(
-            f"fast of {tuple(fast.shape)}, eager of {tuple(eager.shape)}: expected one shape, 5D"
-        )
+        raise ValueError(f"fast: {tuple(fast.shape)}, eager: {tuple(eager.shape)}; expected one shape, 5D")
     difference = (fast[0].double() - eager[0].double()).abs().amax(0)
     gain = 1 / max(difference.max().item(), 1e-30)
     shown = _evenly(fast.shape[2], frames)
@@ -33,9 +31,7 @@ def error_map(path: str | os.PathLike, fast: Tensor, eager: Tensor, frames: int 
         axes[0][column].set_title(f"frame {t + 1}", size=9)
         axes[1][column].imshow((difference[t] * gain).float().numpy(), cmap="magma", vmin=0, vmax=1)
     rms = difference.square().mean().sqrt().item()
-    title = (
-        f"difference × {gain:.1e}; largest {1 / gain:.1e}, root mean square {rms:.1e}, of values in -1 to 1"
-    )
+    title = f"difference × {gain:.1e}: largest {1 / gain:.1e}, root mean square {rms:.1e}, values in -1 to 1"
     figure.suptitle(title if gain < 1e29 else "equal to the bit", size=10)
     _save(figure, path)
     return gain
