@@ -2,12 +2,14 @@
 
 VTOK_FAST_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST, else the GPUs of this machine choose what to build for
 (csrc/cuda/archs.cmake), and name the wheel: 0.1.0+cu130.sm80.sm90a. MAX_JOBS bounds how many compilers run at
-once; ccache is used where it is installed.
+once; ccache is used where it is installed. CMAKE_ARGS is handed on to CMake. Where _PYTHON_HOST_PLATFORM
+names another machine (scripts/aarch64.py), the module is built for that one, and not loaded here.
 """
 
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,6 +65,11 @@ def pybind11() -> ModuleType:
     return pybind11
 
 
+def other_machine() -> str:
+    """``linux-aarch64``, where the module is built for another machine than this; else empty."""
+    return os.environ.get("_PYTHON_HOST_PLATFORM", "")
+
+
 def check_loads(module: Path) -> None:
     """A shared library may be linked with names that nothing defines, such as a kernel that nvcc left out
     with a mere warning: what Python would say at import is an error of the build."""
@@ -101,7 +108,13 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         # Kept between builds, outside setuptools' temporary folder, so that a rebuild compiles only what
         # changed.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{local_tag() or 'cpu'}"
+        build = (
+            ROOT
+            / "build"
+            / "-".join(
+                filter(None, ["cmake", sys.implementation.cache_tag, local_tag() or "cpu", other_machine()])
+            )
+        )
         build.mkdir(parents=True, exist_ok=True)
         ccache = [
             f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache"
@@ -120,6 +133,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11().get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
             WISH,
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         cache = build / "CMakeCache.txt"
         failed = subprocess.run(configure).returncode
@@ -135,7 +149,8 @@ class CMakeBuild(build_ext):
         if subprocess.run([cmake(), "--build", str(build), "--parallel", jobs]).returncode:
             sys.exit("vtok-fast: the native module could not be built: what the compiler said is above")
         built = build / target.name  # the folder may hold that of a Python with another suffix
-        check_loads(built)
+        if not other_machine():
+            check_loads(built)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as temporary:
             temporary.write(built.read_bytes())

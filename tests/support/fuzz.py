@@ -130,7 +130,9 @@ def native_calls(r: random.Random) -> Iterator[tuple[Callable[..., Any], list[An
     )
     levels = [r.choice((2, 3, 5, 8, 64)) for _ in range(r.randint(1, 6))]
     z = _video(r, (b, len(levels), t, h, w), dtype)
-    table = torch.linspace(-1, 1, max(levels) - 1).repeat(len(levels), 1)
+    table = torch.full((len(levels), max(levels) - 1), torch.inf)  # in the rows of fewer levels
+    for row, count in zip(table, levels):
+        row[: count - 1] = torch.linspace(-1, 1, count - 1)
     yield (
         lib.fsq_quantize,
         [z, torch.empty_like(z), torch.empty(b, t, h, w, dtype=torch.int32), table, levels, 1, threads],
