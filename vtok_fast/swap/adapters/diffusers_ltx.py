@@ -1,7 +1,7 @@
 """The adapter for diffusers' ``AutoencoderKLLTXVideo`` (0.9 to 0.9.7), and the functions that LTX-2 shares.
 
 Replicated frames and zeros around a convolution without a padded copy; norm, modulation and SiLU in one pass;
-channels become positions while the convolution writes its result.
+channels become positions in one copy, and back.
 """
 
 from __future__ import annotations
@@ -124,13 +124,16 @@ def downsample(block: nn.Module, hidden_states: Tensor, causal: bool | None = No
 
 
 def upsample(block: nn.Module, hidden_states: Tensor, causal: bool | None = None) -> Tensor:
-    """Channels become positions; the frames before the first are cut off."""
-    residual, (t, h, w) = None, block.stride
-    if block.residual:
-        residual = channels_to_positions(hidden_states, block.stride)
-        residual = residual.repeat(1, t * h * w // block.upscale_factor, 1, 1, 1)
-    y = conv(block.conv, hidden_states, causal, depth_to_space=(t, h, w), residual=residual)
-    return y[:, :, t - 1 :]
+    """Channels become positions; the frames before the first are cut off.
+
+    They do so after the convolution: Winograd, which is the faster, does not write them there. The residual,
+    whose channels become positions too, is added before.
+    """
+    t, h, w = block.stride
+    repeats = t * h * w // block.upscale_factor
+    residual = torch.cat([hidden_states] * repeats, 1) if block.residual else None
+    y = conv(block.conv, hidden_states, causal, residual=residual)
+    return channels_to_positions(y, block.stride)[:, :, t - 1 :]
 
 
 def positions_to_channels(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
@@ -155,7 +158,7 @@ def encoder(network: nn.Module, hidden_states: Tensor, **causal: bool) -> Tensor
     x = network.conv_in(video(x.permute(0, 1, 3, 5, 7, 2, 6, 4).flatten(4)), **causal)
     for block in [*network.down_blocks, network.mid_block]:
         x = _run(network, block, x, None, **causal)
-    x = network.conv_out(norm(network.norm_out, x), **causal)
+    x = conv(network.conv_out, norm(network.norm_out, x), **causal)
     return torch.cat([x, x[:, -1:].expand(-1, x.shape[1] - 2, -1, -1, -1)], 1)
 
 
@@ -176,7 +179,7 @@ def decoder(network: nn.Module, hidden_states: Tensor, temb: Tensor | None = Non
         )
         shift, scale = modulation(temb.view(x.shape[0], -1, 1, 1, 1), network.scale_shift_table)
         modulated = {"scale": scale, "shift": shift}
-    x = network.conv_out(norm(network.norm_out, x, **modulated), **causal)
+    x = conv(network.conv_out, norm(network.norm_out, x, **modulated), **causal)
     p, t = network.patch_size, network.patch_size_t
     x = x.unflatten(1, (-1, t, p, p)).permute(0, 1, 5, 2, 6, 4, 7, 3)
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
@@ -237,12 +240,16 @@ def resampling_sample(block: nn.Module) -> tuple[Tensor]:
     return (random(block, 1, block.conv.in_channels, frames, 6, 8),)
 
 
-def network_swap(function: Callable[..., Tensor], norms: str) -> Swap:
+def network_swap(function: Callable[..., Tensor], norms: str, kind: str) -> Swap:
+    """The swap of an encoder or a decoder whose last norm and convolution are of these classes."""
     return Swap(
         "norm + SiLU in one pass before conv_out",
         function,
-        covers=("norm_out", "conv_act"),
-        why_not=lambda network: why_unlike(network, norm_out=norms, conv_act="SiLU"),
+        covers=("norm_out", "conv_act", "conv_out"),
+        why_not=lambda network: (
+            why_unlike(network, norm_out=norms, conv_act="SiLU", conv_out=kind)
+            or why_not_conv(network.conv_out)
+        ),
     )
 
 
@@ -271,12 +278,12 @@ def table(
             why_not=partial(why_not_block, kind, norms, shortcut),
         ),
         f"{prefix}Downsampler3d": Swap("positions to channels, channels-last", down, **resampling),
-        f"{prefix}Upsampler3d": Swap("channels to positions in the conv", up, **resampling),
+        f"{prefix}Upsampler3d": Swap("channels to positions, channels-last", up, **resampling),
     }
 
 
 _SWAPS: Table = {
     **table("LTXVideo", "RMSNorm", "LTXVideoCausalConv3d"),
-    "LTXVideoEncoder3d": network_swap(encoder, "RMSNorm"),
-    "LTXVideoDecoder3d": network_swap(decoder, "RMSNorm"),
+    "LTXVideoEncoder3d": network_swap(encoder, "RMSNorm", "LTXVideoCausalConv3d"),
+    "LTXVideoDecoder3d": network_swap(decoder, "RMSNorm", "LTXVideoCausalConv3d"),
 }

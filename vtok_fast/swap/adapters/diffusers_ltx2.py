@@ -48,6 +48,6 @@ def decoder(
 
 _SWAPS: Table = {
     **ltx.table("LTX2Video", "PerChannelRMSNorm", "Conv3d", (conv, resnet_block, downsample, upsample)),
-    "LTX2VideoEncoder3d": ltx.network_swap(encoder, "PerChannelRMSNorm"),
-    "LTX2VideoDecoder3d": ltx.network_swap(decoder, "PerChannelRMSNorm"),
+    "LTX2VideoEncoder3d": ltx.network_swap(encoder, "PerChannelRMSNorm", "LTX2VideoCausalConv3d"),
+    "LTX2VideoDecoder3d": ltx.network_swap(decoder, "PerChannelRMSNorm", "LTX2VideoCausalConv3d"),
 }
