@@ -1,5 +1,5 @@
-"""What is changed for all instances of a class, or among the settings of a layer, before or after accelerate():
-the result is that of the same modules without it."""
+"""What is changed for all instances of a class, or among the settings of a layer, before accelerate() or
+after it: the result is that of the same modules without it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ PATCHES = [(name, kind, attribute) for name, found in CLASSES.items() for kind, 
 @pytest.mark.parametrize("order", ("after", "before"))
 @pytest.mark.parametrize("name,kind,attribute", PATCHES, ids=lambda v: getattr(v, "__name__", v))
 def test_a_class_that_is_patched(name, kind, attribute, order, monkeypatch):
-    """Libraries patch the forward of a class for seamless tiling, offloading, sequence parallelism, profiling."""
+    """Libraries patch the forward of a class for seamless tiling, offloading or profiling."""
     plain, fast = make(name), make(name)
     before = run(name, plain)
     if order == "after":

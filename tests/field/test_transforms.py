@@ -12,10 +12,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.utils._pytree import tree_map
 
 import vtok_fast
-from vtok_fast.dispatch import backends
+from vtok_fast.dispatch import backends, native
+from vtok_fast.ops.fsq.call import threshold_table
 from vtok_fast.reference import fsq as fsq_reference
 
 SCOPE = vtok_fast.Scope.from_segments([(1, 4, [(0, 2), (4, 6)]), (4, 6, [(2, 5)])], 7, 7)
@@ -194,3 +197,104 @@ def test_empty_videos_of_every_op():
         assert vtok_fast.select_tokens(torch.zeros(0, 8), 3, method=method).shape == (0, 8)
     assert vtok_fast.select_tokens(torch.zeros(0, 2, 8), 3, method="order").shape == (0, 2, 8)
     assert "causal_conv3d" in backends._ops
+
+
+# ---- tensors without memory --------------------------------------------------------------------------------
+
+
+class Wrapped(torch.Tensor):
+    """A tensor around another: its own address is none."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, strides=inner.stride()
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        unwrap = lambda t: t.inner if isinstance(t, cls) else t  # noqa: E731
+        y = function(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+        return tree_map(lambda t: cls(t) if type(t) is torch.Tensor else t, y)
+
+
+class Named(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+def memoryless(kind):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return {
+        "fake": mode.from_tensor,
+        "meta": lambda t: t.to("meta"),
+        "wrapped": Wrapped,
+        "functional": torch._to_functional_tensor,
+        "zero": lambda t: torch._efficientzerotensor(t.shape)[..., 1:],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ("fake", "meta", "wrapped"))
+@pytest.mark.parametrize("name", [name for name in CASES if name != "pack and unpack"])
+def test_ops_on_tensors_without_memory(name, kind, monkeypatch):
+    """A kernel would read address 0. Shapes, dtypes and devices are right, and values where there are any;
+    of some arguments alone, too."""
+    function, shapes = CASES[name]
+    given = [t.detach() for t in inputs(shapes, torch.float32)]
+    want, own = function(*given), native.arg
+
+    def arg(tensor, on=torch.device("cpu")):
+        assert tensor is None or type(tensor) in (torch.Tensor, nn.Parameter) and tensor.data_ptr()
+        return own(tensor, on)
+
+    monkeypatch.setattr(native, "arg", arg)
+    make = memoryless(kind)
+    if kind == "meta" and name == "attention":
+        with pytest.raises(NotImplementedError):  # which queries see what is a matter of values
+            function(*map(make, given))
+        return
+    for places in ([*range(len(given))], [0], [len(given) - 1]):
+        if kind != "wrapped" and places != [*range(len(given))]:
+            continue  # PyTorch's own operations do not mix these either
+        y = function(*(make(t) if i in places else t for i, t in enumerate(given)))
+        assert y.shape == want.shape and y.dtype == want.dtype
+        assert y.device.type == ("meta" if kind == "meta" else "cpu")
+        if kind == "wrapped":
+            torch.testing.assert_close(y.inner, want)
+
+
+@pytest.mark.parametrize("kind", ("fake", "wrapped", "functional", "zero"))
+def test_no_such_address_reaches_a_kernel(kind):
+    for t in (torch.randn(3, 4), torch.randn(2, 3)[:, 1:]):
+        with pytest.raises(ValueError, match="which has no memory of its own"):
+            native.arg(memoryless(kind)(t))
+    assert native.arg(torch.randn(3).as_subclass(Named))[2] == (3,) and native.arg(torch.empty(0))[2] == (0,)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "pack and unpack"])
+def test_ops_on_zeros_that_are_not_stored(name):
+    function, shapes = CASES[name]
+    given = [t.detach() for t in inputs(shapes, torch.float32)]
+    want = function(torch.zeros_like(given[0]), *given[1:])
+    torch.testing.assert_close(function(torch._efficientzerotensor(given[0].shape), *given[1:]), want)
+
+
+def test_ops_within_a_fake_mode_leave_nothing_behind():
+    """Tables are made at their first use, which may be in such a mode."""
+    threshold_table.cache_clear()
+    scope = vtok_fast.Scope.block_causal(3, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.randn(1, 2, 12, 8)
+        assert vtok_fast.scope_attention(q, q, q, scope).shape == q.shape
+        assert vtok_fast.fsq_quantize(torch.randn(1, 2, 3), (7, 3)).codes.shape == (1, 2, 3)
+        table = threshold_table((7, 3), "vidtok")
+    assert type(table) is torch.Tensor and table.data_ptr()
+    q, z = torch.randn(1, 2, 12, 8), torch.randn(1, 2, 3)
+    torch.testing.assert_close(
+        vtok_fast.scope_attention(q, q, q, scope),
+        vtok_fast.scope_attention(q, q, q, scope, backend="reference"),
+    )
+    same = vtok_fast.fsq_quantize(z, (7, 3)), vtok_fast.fsq_quantize(z, (7, 3), backend="reference")
+    assert torch.equal(same[0].indices, same[1].indices)

@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @contextmanager
 def lasting() -> Iterator[None]:
     """Tensors made within the block are ordinary ones, on the CPU unless they name a device: the first call
-    may run under ``inference_mode`` or another default device, and later ones may not. Give their dtype."""
-    with torch.inference_mode(False), torch.device("cpu"):
+    may run under ``inference_mode``, another default device or a mode of fake tensors, and later ones may
+    not. Give their dtype."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
         yield
 
 

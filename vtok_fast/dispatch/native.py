@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -96,6 +97,25 @@ def cuda_stream(tensor: torch.Tensor) -> Iterator[int]:
 
 
 _CPU = torch.device("cpu")
+_WITH_MEMORY = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+_keys = torch._C._dispatch_keys
+# Tensors whose values are not simply at their address.
+_LAZY = functools.reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
+        for name in ("Negative", "Conjugate", "ZeroTensor", "Functionalize")
+    ),
+)
+
+
+def _owns_memory(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor of another class are at its address: no class interprets them."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
 _Arg = tuple[int, int, torch.Size, tuple[int, ...]]
 
 
@@ -110,14 +130,21 @@ def arg(tensor: torch.Tensor | None, on: torch.device = ...) -> _Arg | None: ...
 def arg(tensor: torch.Tensor | None, on: torch.device = _CPU) -> _Arg | None:
     """A tensor as the native module takes it: data pointer, dtype code, sizes and strides in elements.
 
-    Raises ValueError for a tensor that is not ``on`` the device whose memory the kernel reads: the native
-    module sees a pointer, and cannot tell.
+    Raises ValueError for a tensor that is not ``on`` the device whose memory the kernel reads, or has no
+    memory (fake and functional tensors, wrappers): the native module sees a pointer, and cannot tell.
     """
     if tensor is None:
         return None
     if tensor.device != on:
         raise ValueError(f"a kernel that reads memory on {on} was given a tensor on {tensor.device}")
-    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
+    address = tensor.data_ptr() if type(tensor) in _WITH_MEMORY or _owns_memory(tensor) else 0
+    if (
+        _keys(tensor).raw_repr() & _LAZY
+        or not address
+        and (tensor.numel() or type(tensor) not in _WITH_MEMORY)
+    ):
+        raise ValueError(f"a kernel was given a {type(tensor).__name__}, which has no memory of its own")
+    return address, _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def arg_on(device: torch.device) -> Callable[[torch.Tensor | None], Any]:
@@ -160,7 +187,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
             continue
         if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
             return False
-        if grad and t.requires_grad or t.layout is not torch.strided or t.is_neg():
+        if grad and t.requires_grad or t.layout is not torch.strided or _keys(t).raw_repr() & _LAZY:
             return False  # the dispatcher knows what to do, or says why it cannot
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
             raise NotImplementedError("vtok_fast's ops have no forward-mode derivative")

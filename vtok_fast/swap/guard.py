@@ -6,7 +6,7 @@ that does not call its children would ignore them, and one that takes a setting 
 of it would ignore another. So before each call the module and its parts are compared with what they were at
 the last look: their classes and what these run, children, instance attributes and hooks, and the classes and
 dtypes of their weights (`vtok_fast.swap.watch`). Only where something differs are they read one by one, and
-where one of them does more than its class did when the swap was made, the call goes to the class's own method.
+where one of them does more than its class did when the swap was made, the class's own method takes the call.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ class Guard:
     Args:
         module, covers: what is swapped, and its children that are gone past (None: all).
         attribute: the method that is swapped.
-        state: attributes that the swap's function reads at each call, or that change from call to call; "*" for all of the module's own.
+        state: attributes that the swap's function reads at each call, or that change from call to call; "*" for
+            all of the module's own.
     """
 
     def __init__(

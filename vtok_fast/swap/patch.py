@@ -49,8 +49,8 @@ class Swap:
         exact_where: for which modules of the class there is.
         why_not: why this swap was not made for a module of its class, or None where it was.
         inner: whether only the module's own code calls the method.
-        state: attributes of the module and its parts that the function reads at each call, or that change from
-            call to call. Where another one changes, the class's own method takes the call.
+        state: attributes of the module and its parts that the function reads at each call, or that change
+            from call to call. Where another one changes, the class's own method takes the call.
     """
 
     what: str

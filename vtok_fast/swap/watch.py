@@ -1,8 +1,8 @@
 """What modules are at one look: their classes and the functions of these, the plain values among their
 attributes, their hooks, the classes of their weights, their children.
 
-`Watch` compares modules with an earlier look in one pass. It holds classes, functions and plain values, and no
-module, weight or other object. A node of what it is given is a tuple
+`Watch` compares modules with an earlier look in one pass. It holds classes, functions and plain values, and
+no module, weight or other object. A node of what it is given is a tuple
 
     (class or None, ((name, function of the class), ...), ((key, how, value), ...), (class of a weight, ...),
      ((name of a child, its node or None), ...), number of children)

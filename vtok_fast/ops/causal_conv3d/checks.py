@@ -30,7 +30,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     alone."""
     devices = [t.device.type for t in tensors if isinstance(t, Tensor)]
     device = devices[0] if devices else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.float16, torch.bfloat16)
