@@ -837,23 +837,27 @@ def how(flat: bool, groups: int, *views: View) -> tuple[int, list[int], int, int
     positions, where `view` was told to broadcast; 0, anything. The upper two are log2 of the unit, which
     divides all other strides. The other units divide the channels of a group, and the plane.
     """
+    present = [v for v in views if v.tensor is not None]
+    kinds = {_near(v) for v in present}
+    sizes = present[0].tensor.shape
+    # One unit for all that have neighbors, so that their combinations are few.
+    lengths = [sizes[1] // groups] * bool(kinds & {1, 3}) + [sizes[3]] * (2 in kinds)
+    shared = unit_of(*lengths, *(s for v in present if _near(v) for s in _steps(v, flat)))
     bits, strides = 0, []
-    near = [0 if v.tensor is None else _near(v) for v in views]
-    sizes = next(v.tensor.shape for v in views if v.tensor is not None)
-    channel_unit = unit_of(sizes[1] // groups) if {1, 3} & set(near) else 1
-    plane_unit = unit_of(sizes[3]) if 2 in near else 1
-    for i, (v, kind) in enumerate(zip(views, near)):
+    for i, v in enumerate(views):
         if v.tensor is None:
             strides += [0, 0, 0, 0]
             continue
-        own = [0 if n == 1 else s for n, s in zip(v.tensor.shape, v.strides)]
-        own[1] *= kind not in (1, 3)
-        own[3] *= kind != 2
-        own[2] *= not flat
-        unit = unit_of(*own)
-        strides += [s // unit for s in own]
-        bits |= (kind | (unit.bit_length() - 1) << 2) << 4 * i
-    return bits, strides, channel_unit, plane_unit
+        unit = shared if _near(v) else unit_of(*_steps(v, flat))
+        strides += [s // unit for s in _steps(v, flat)]
+        bits |= (_near(v) | (unit.bit_length() - 1) << 2) << 4 * i
+    return bits, strides, shared if kinds & {1, 3} else 1, shared if 2 in kinds else 1
+
+
+def _steps(v: View, flat: bool) -> list[int]:
+    """The strides that the kernels use: 0 for others, and for that which is 1."""
+    kind, own = _near(v), [0 if n == 1 else s for n, s in zip(v.tensor.shape, v.strides)]
+    return [own[0], own[1] * (kind not in (1, 3)), own[2] * (not flat), own[3] * (kind != 2)]
 
 
 def _near(v: View) -> int:

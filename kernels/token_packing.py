@@ -470,7 +470,7 @@ def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) 
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     if keep.numel():
         unit = unit_of(scores.shape[1])
-        block = min(triton.next_power_of_2(scores.shape[1]), SELECT_BLOCK)
+        block = SELECT_BLOCK if scores.shape[1] > 1024 else 1024
         block, warps = tuned_tile(
             "token_packing",
             scores,

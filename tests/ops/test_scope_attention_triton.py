@@ -12,16 +12,17 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from support.triton_every import TENSORS, attention, with_types  # noqa: E402
 from support.triton_harness import CAPABILITIES, ROOT, assert_fits, compile_for, run_interpreted  # noqa: E402
 
 import vtok_fast  # noqa: E402
 from vtok_fast.kernels import scope_attention as kernels  # noqa: E402
+from vtok_fast.ops.scope_attention import schedule  # noqa: E402
 from vtok_fast.ops.scope_attention import triton as launcher  # noqa: E402
 from vtok_fast.ops.scope_attention.scope import Scope  # noqa: E402
 
 INTERPRETED = Path(__file__).resolve().parents[1] / "support" / "scope_attention_interpreted.py"
-TENSORS = {"q", "k", "v", "out", "grad", "dq", "dk", "dv"}
-TYPES = {"lse": "*fp32", "delta": "*fp32", "blocks": "*i32", "ranges": "*i32", "scale": "fp32"}
+OTHERS = {"lse", "delta", "partial", "partial_lse", "merges", "blocks", "ranges", "scale"}
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = (8, 16, 32, 64, 96, 128, 256, 384, 512, 1024)
 
@@ -37,18 +38,11 @@ def test_results_of_large_heads_under_the_interpreter():
 
 
 def compile_kernel(kernel, dim, element, cc, short=False, c=None):
-    function = kernels.KERNELS[kernel]
-    c = c or kernels.config(kernel, dim, ELEMENTS[element], cc, short)
-    constants = {"D": dim, "BLOCK_D": c.block_d, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "CHUNK": c.chunk}
-    signature = {
-        name: f"*{element}" if name in TENSORS else TYPES.get(name, "i32") for name in function.arg_names
-    }
-    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
-    return compile_for(function, signature, constants, cc, c.num_warps, c.num_stages, aligned=pointers)
+    return attention(kernel, dim, element, cc, short, c).on(cc, compile_for)
 
 
 def judge(resources, dim, cc, element, short=False):
-    assert_fits(resources, cc)
+    assert_fits(resources, cc, spills=16 if cc == 90 and dim == 512 else 0)  # of a whole head of 512
     if element != "fp32":  # blocks of 32 rows are too small for the instructions of 9.0 and 10.0
         assert resources.has(
             "mma.sync" if short else {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}[cc]
@@ -108,25 +102,30 @@ def test_kernels_fit_gpus_with_less_shared_memory(kernel, dim, cc):
 def test_the_kernel_of_delta_fits(cc, dim):
     block_d = triton.next_power_of_2(dim)
     constants = {"D": dim, "BLOCK_D": block_d, "BLOCK_M": max(1, 4096 // block_d)}
-    signature = {
-        name: "*bf16" if name in ("out", "grad") else "*fp32" if name == "delta" else "i32"
-        for name in kernels.delta_kernel.arg_names
-    }
-    assert_fits(
-        compile_for(kernels.delta_kernel, signature, constants, cc, aligned=("out", "grad", "delta")), cc
-    )
+    assert_fits(with_types(kernels.delta_kernel, "bf16", constants, 4, 3).on(cc, compile_for), cc)
+
+
+@pytest.mark.parametrize("dim", (64, 512))
+@pytest.mark.parametrize("cc", CAPABILITIES)
+def test_the_kernel_that_combines_fits(cc, dim):
+    constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": 128, "ROWS": 4096 // dim}
+    found = with_types(kernels.combine_kernel, "bf16", constants, 4, 3).on(cc, compile_for)
+    assert_fits(found, cc)
+    assert found.has(r"ld\.global[.\w]*\.v4")
 
 
 def test_no_length_is_specialised_on():
     """What Triton compiles anew for: constants, the alignment of pointers, and integers, of which there are
     none."""
-    for function in (*kernels.KERNELS.values(), kernels.delta_kernel):
+    for function in (*kernels.KERNELS.values(), kernels.delta_kernel, kernels.combine_kernel):
         integers = [
-            p for p in function.params if not p.is_constexpr and p.name not in TENSORS and p.name not in TYPES
+            p
+            for p in function.params
+            if not p.is_constexpr and p.name not in TENSORS and p.name not in OTHERS
         ]
         assert len(integers) > 5 and all(p.do_not_specialize for p in integers)
         constants = {p.name for p in function.params if p.is_constexpr}
-        assert constants <= {"D", "BLOCK_D", "BLOCK_M", "BLOCK_N", "CHUNK"}
+        assert constants <= {"D", "BLOCK_D", "BLOCK_M", "BLOCK_N", "CHUNK", "NEGATIVE", "ROWS"}
 
 
 def test_configurations_do_not_depend_on_lengths_but_for_short_segments():
@@ -152,10 +151,11 @@ def test_configurations_do_not_depend_on_lengths_but_for_short_segments():
 def test_work_list_covers_each_row_once_and_heavy_blocks_first(scope, exact):
     work = launcher.work_list(scope, 16, exact).tolist()
     work = [item for item in work if item[0] < item[1]] if not exact else work
-    assert sorted(row for start, end, _, _ in work for row in range(start, end)) == list(range(scope.q_len))
+    assert sorted(row for start, end, *_ in work for row in range(start, end)) == list(range(scope.q_len))
     mask, ranges = scope.mask(), scope.ranges.tolist()
     keys = []
-    for start, end, first, last in work:
+    for start, end, first, last, *whole in work:
+        assert whole == [0, launcher.LAST, -1, 0]
         assert 0 < end - start <= 16
         row = torch.zeros(scope.k_len, dtype=torch.bool)
         for lo, hi in ranges[first:last]:
@@ -167,7 +167,95 @@ def test_work_list_covers_each_row_once_and_heavy_blocks_first(scope, exact):
 
 def test_work_lists_on_a_device_wait_for_no_value():
     scope = Scope.packed(torch.empty(5, dtype=torch.int32, device="meta"), q_len=100)
-    assert launcher.work_list(scope, 16, exact=False).shape == ((100 + 5 * 15) // 16, 4)
+    assert launcher.work_list(scope, 16, exact=False).shape == ((100 + 5 * 15) // 16, 8)
+
+
+TIVTOK = Scope.time_invariant(tiv=96, tv=8, patches=1024, slices=4)
+
+
+def steps_of(items, scope, block_n):
+    """The steps of each program, walked as the kernel walks them, and the keys that it sees."""
+    ranges, found = scope.ranges.tolist(), []
+    for _, _, first, last, skip, stop, _, _ in items:
+        ends = [list(ranges[r]) for r in range(first, last)]
+        if ends:
+            ends[0][0], ends[-1][1] = max(ends[0][0], skip), min(ends[-1][1], stop)
+        found.append((sum(-(-(hi - lo) // block_n) for lo, hi in ends), ends))
+    return found
+
+
+@pytest.mark.parametrize(
+    "scope, copies, places",
+    (
+        (TIVTOK, 12, 264),
+        (Scope.block_causal(5, 1560), 1, 132),
+        (Scope.packed([0, 5, 5, 900, 1000], q_len=1100), 1, 30),
+        (Scope.from_segments([(0, 40, [(0, 7), (9, 9), (20, 600)]), (40, 300, [(3, 5)])], 300, 600), 2, 9),
+    ),
+    ids=repr,
+)
+def test_parts_of_a_block_see_its_keys_once_and_in_order(scope, copies, places):
+    block_m, block_n = 128, 64
+    whole = launcher.work_list(scope, block_m, True)
+    work, merges, slots = launcher.shared_out(whole, scope, block_n, copies, places)
+    assert slots, "this scope has a block that is longer than the others"
+    before, after = whole.tolist(), work.tolist()
+    of_slot = {item[6]: item for item in after if item[6] >= 0}
+    assert sorted(of_slot) == list(range(slots))
+    merged = set()
+    for start, end, first, count in merges.tolist():
+        parts = steps_of([of_slot[first + i] for i in range(count)], scope, block_n)
+        (block,) = [item for item in before if item[:2] == [start, end]]
+        (steps, keys), merged = steps_of([block], scope, block_n)[0], merged | {(start, end)}
+        seen = [n for _, ends in parts for lo, hi in ends for n in range(lo, hi)]
+        assert seen == [n for lo, hi in keys for n in range(lo, hi)]
+        assert sum(n for n, _ in parts) == steps and count > 1 and min(n for n, _ in parts) > 0
+    assert [i for i in before if (i[0], i[1]) not in merged] == [i for i in after if i[6] < 0]
+    lengths = [n for n, _ in steps_of(after, scope, block_n)]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def spans(scope, kernel, dim, copies, multiprocessors=132):
+    """(before, after, the share of the places' time that goes into pairs that are seen, likewise) on a GPU
+    with so many multiprocessors; the kernel that combines is counted by itself."""
+    c = kernels.config(kernel, dim, 2, 90, launcher.is_short(scope))
+    places = schedule.Places(multiprocessors, 8 // c.num_warps).count
+    whole = launcher.work_list(scope, c.block_m, True)
+    useful = scope.pairs() / c.block_m / c.block_n * copies / places
+    found = []
+    for work in (whole, launcher.shared_out(whole, scope, c.block_n, copies, places)[0]):
+        costs = [
+            n + schedule.FIXED for n, _ in steps_of(work.tolist(), scope, c.block_n) for _ in range(copies)
+        ]
+        found.append(schedule.makespan(costs, places))
+    return *found, *(useful / span for span in found)
+
+
+@pytest.mark.parametrize(
+    "case, dim, heads, before, after",
+    (
+        (TIVTOK, 64, 12, 0.41, 0.60),
+        (Scope.time_invariant(tiv=128, tv=8, patches=1024, slices=8), 64, 12, 0.44, 0.65),
+        (Scope.time_invariant(tiv=384, tv=32, patches=1024, slices=4), 64, 12, 0.58, 0.66),
+        (Scope.block_causal(5, 1560), 512, 1, 0.55, 0.80),
+        (Scope.block_causal(5, 6240), 512, 1, 0.90, 0.90),
+    ),
+    ids=lambda value: repr(value) if isinstance(value, Scope) else str(value),
+)
+def test_the_makespan_of_the_benchmarks_scopes(case, dim, heads, before, after):
+    """Simulated for an H200: programs on the first place that is free, three steps of fixed cost each."""
+    _, _, was, now = spans(case, "forward", dim, heads)
+    assert was == pytest.approx(before, abs=0.03) and now >= after
+
+
+def test_the_simulator_keeps_the_order_and_fills_every_place():
+    assert schedule.makespan([5, 4, 3, 3], 2) == 8 and schedule.makespan([3, 3, 4, 5], 2) == 8
+    assert schedule.makespan([7], 264) == 7 and schedule.makespan([2] * 10, 5) == 4
+    assert schedule.costs([10, 4], 2, None) == [13, 13, 7, 7]
+    assert schedule.costs([10, 4], 1, 5) == [8, 8, 7]
+    assert schedule.longest_part([20] * 40, 12, 264) is None, "all blocks are as long: nothing to gain"
+    assert schedule.longest_part([100] + [1] * 20, 1, 132) < 100
+    assert schedule.longest_part([], 1, 132) is None and schedule.longest_part([0, 0], 3, 8) is None
 
 
 def test_reasons():

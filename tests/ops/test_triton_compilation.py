@@ -43,7 +43,8 @@ def test_the_promise_is_what_is_tested():
 
 
 @pytest.mark.skipif(
-    not OLDEST_TRITON.is_dir() and "CI" not in os.environ, reason="make oldest-triton fetches it"
+    not OLDEST_TRITON.is_dir() and os.environ.get("VTOK_FAST_OLDEST_TRITON") != "needed",
+    reason="make oldest-triton fetches it",
 )
 def test_every_kernel_compiles_with_the_oldest_triton():
     """That of the oldest torch that is promised; the other tests have the newest."""
@@ -254,7 +255,9 @@ def test_the_launcher_asks_for_that(x, weight, monkeypatch):
             per_frame=False, eps=1e-6, silu=False, rounding=rounding,
         )  # fmt: skip
         ((_, options),) = keys["position_kernel"]
-        apart = rounding != "once" and torch.float32 in (x, weight)
+        # LTX rounds to the type of a narrow weight before it multiplies.
+        of = {"once": (), "wan": (x, weight), "ltx": (weight,)}[rounding]
+        apart = torch.float32 in of
         assert dict(options)["enable_fp_fusion"] != apart
 
 
@@ -352,8 +355,8 @@ def test_the_scale_of_attention_is_folded_into_the_exponent():
 @pytest.mark.parametrize("dim", (256, 512))
 @pytest.mark.parametrize("kernel", scope_attention.KERNELS)
 def test_large_heads_on_hopper_compute_no_score_twice(kernel, dim):
-    """The products of the tile by those that the mathematics needs: each program that makes a part of the head
-    computes all scores again."""
+    """The products of the tile by those that the mathematics needs: each program that makes a part of the
+    head computes all scores again."""
     c = scope_attention.config(kernel, dim, 2, 90)
     scores, results = {"forward": (1, 1), "queries": (2, 1), "keys": (2, 2)}[kernel]
     programs = dim // c.block_d
