@@ -330,8 +330,8 @@ def combine_kernel(
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), -float("inf"), tl.float32)
-    for i in range(slot, slot + slots):
-        at = (i.to(tl.int64) * batch_heads + bh) * BLOCK_M + rows
+    for i in range(slots):
+        at = ((slot.to(tl.int64) + i) * batch_heads + bh) * BLOCK_M + rows
         seen = tl.load(partial_lse + at, mask=in_bounds, other=0.0)
         x = tl.load(partial + at[:, None] * D + columns[None, :], mask=mask, other=0.0)
         higher = tl.maximum(top, seen)

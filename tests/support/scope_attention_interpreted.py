@@ -137,7 +137,7 @@ def many_places(monkeypatch):
     """A GPU with so much room that long blocks are shared by several programs; returns how many results there
     were to combine, launch by launch."""
     slots, attend = [], kernels.attend
-    monkeypatch.setattr(launcher, "places", lambda device, c: 30)
+    monkeypatch.setattr(launcher, "places", lambda device, c: 200)
 
     def noted(*args):
         slots.append(args[8])

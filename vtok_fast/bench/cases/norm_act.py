@@ -18,6 +18,7 @@ from torch import Tensor
 from vtok_fast import parity
 from vtok_fast.bench.harness import Candidate, Settings, Trial, backend_of, dtype_name, with_compiled
 from vtok_fast.bench.own import Own
+from vtok_fast.bench.pairs import undone
 from vtok_fast.ops.norm_act import norm_act
 from vtok_fast.reference import norm_act as reference
 
@@ -158,7 +159,7 @@ def build(case: Case, settings: Settings) -> Trial:
     return Trial(
         str(case),
         case.kind,
-        [*candidates, ours],
+        [*candidates, ours, *undone("norm_act", ours, settings)],
         facts,
         missing,
         None if measured.ok else f"not close: {measured}",

@@ -21,6 +21,7 @@ from torch import Tensor
 from vtok_fast import parity
 from vtok_fast.bench.harness import Candidate, Settings, Trial, backend_of, compiled, dtype_name
 from vtok_fast.bench.own import Own, megabytes
+from vtok_fast.bench.pairs import undone
 from vtok_fast.ops.scope_attention import scope_attention
 from vtok_fast.ops.scope_attention.scope import Scope
 
@@ -195,6 +196,8 @@ def build(case: Case, settings: Settings) -> Trial:
         Candidate("eager", calls["eager"], "eager", inputs=inputs),
         Candidate("vtok_fast", calls["ours"], "ours", inputs=inputs),
     ]
+    choices = ["a program for each block"] + ["large heads in chunks"] * (case.dim > 128)
+    candidates += undone("scope_attention", candidates[1], settings, *choices)
     missing: dict[str, str] = {}
     if case.flex and not settings.compile:
         missing["FlexAttention"] = "not asked for"

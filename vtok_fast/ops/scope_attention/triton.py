@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtok_fast.dispatch import backends, tuning
 from vtok_fast.dispatch.backends import Reason
-from vtok_fast.dispatch.lasting import refuse_recording
+from vtok_fast.dispatch.lasting import is_recording, refuse_recording
 from vtok_fast.ops.scope_attention import schedule
 from vtok_fast.ops.scope_attention.call import ScopeBackwardCall, ScopeCall
 from vtok_fast.ops.scope_attention.csr import CSR
@@ -21,6 +21,7 @@ from vtok_fast.ops.scope_attention.scope import Scope
 from vtok_fast.ops.token_packing.packed_tokens import SCOPE, note_error
 
 LAST = 2**31 - 1  # as the end of the keys: all of them
+SHARES_BLOCKS = True  # among several programs, where one block is much longer than the others
 SHORT = 32  # mean rows of a segment from which on it counts as short
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,26 +119,25 @@ def prepared(
 
     Args:
         sharing: (keys of a step, heads of all videos, programs that run at a time), where several programs
-            may share a block of a scope on the host; the values of others are not waited for.
+            may share a block of a scope that is or was on the host; values of others are not waited for.
 
     Raises RuntimeError where the plan of a scope on the host would have to be made while a CUDA graph is
     recorded.
     """
 
-    host = scope.device.type == "cpu"
-    sharing = sharing if host else None
+    known = scope.cache.get("origin", scope)  # of the host, if the scope came from there
+    sharing = sharing if known.device.type == "cpu" and SHARES_BLOCKS else None
 
     def make() -> Plan:
-        if host:
+        if scope.device.type == "cpu":
             refuse_recording(device, "the plan of a scope on the host")
-        work, merges, slots = work_list(scope, block, exact=host), None, 0
-        if sharing is not None:
-            work, merges, slots = shared_out(work, scope, *sharing)
-        moved = (
-            None if t is None else t.to(device, non_blocking=True)
-            for t in (work, clamped(scope).ranges, merges)
-        )
-        return Plan(*moved, slots)
+        source = scope if is_recording(device) else known
+        host = source.device.type == "cpu"
+        work, merges, slots = work_list(source, block, exact=host), None, 0
+        if sharing is not None and host:
+            work, merges, slots = shared_out(work, source, *sharing)
+        tensors = work, clamped(source).ranges, merges
+        return Plan(*(None if t is None else t.to(device, non_blocking=True) for t in tensors), slots)
 
     return scope.cached(("work", block, device, sharing), make, device)
 
