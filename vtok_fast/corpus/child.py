@@ -153,7 +153,6 @@ class Worker:
         """Once nobody else works on it: a process whose parent was killed goes on for a moment."""
         from vtok_fast.commands.detokenize import detokenize
         from vtok_fast.commands.tokenize import tokenize
-        from vtok_fast.io.token_windows import TokenWindows
 
         until = time.monotonic() + BUSY
         while True:
