@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,13 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def outcome(folder: Path) -> Any:
-    """How every input ended and the bytes of every result, without how long it took."""
+    """How every input ended and the bytes of every result, without how long it took, and by which signal."""
     contents = read_manifest(folder)
     free = ("seconds", "attempt")
-    last = {
-        row["clip"]: {k: v for k, v in row.items() if k not in free} for row in rows(folder) if "clip" in row
-    }
+    ends = [row for row in rows(folder) if "clip" in row]
+    for row in ends:
+        row["reason"] = re.sub("SIG[A-Z]+", "a signal", row.get("reason", ""))
+    last = {row["clip"]: {k: v for k, v in row.items() if k not in free} for row in ends}
     files = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
