@@ -80,6 +80,20 @@ _COSMOS_TINY = {
     "encoder_block_out_channels": (16, 32, 32, 32),
     "decode_block_out_channels": (16, 32, 32, 32),
 }
+_LTX_TINY = {
+    "latent_channels": 4,
+    "block_out_channels": (16, 16, 32, 32),
+    "decoder_block_out_channels": (16, 16, 32, 32),
+    "layers_per_block": (1,) * 5,
+    "decoder_layers_per_block": (1,) * 5,
+}
+_QWEN = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+_KL = {  # that of Stable Diffusion
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
 _VIDTOK_FSQ = {"z_channels": 6, "double_z": False, "regularizer": "fsq"}
 _VIDTOK_TINY = {"ch": 16, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 MODELS = {
@@ -88,6 +102,9 @@ MODELS = {
     "CogVideoX": Model("diffusers", "AutoencoderKLCogVideoX", {}, _TINY),
     "HunyuanVideo": Model("diffusers", "AutoencoderKLHunyuanVideo", {}, _TINY),
     "Cosmos CV8x8x8": Model("diffusers", "AutoencoderKLCosmos", {}, _COSMOS_TINY),
+    "LTX Video": Model("diffusers", "AutoencoderKLLTXVideo", {}, _LTX_TINY, smallest=64),
+    "QwenImage": Model("diffusers", "AutoencoderKLQwenImage", _QWEN, {"base_dim": 16, "num_res_blocks": 1}),
+    "AutoencoderKL": Model("diffusers", "AutoencoderKL", _KL, _TINY, frames=2),
     "VidTok KL": Model("diffusers", "AutoencoderVidTok", {}, _VIDTOK_TINY, frames=8),
     "VidTok FSQ": Model("diffusers", "AutoencoderVidTok", _VIDTOK_FSQ, _VIDTOK_TINY, frames=8),
     "FSQ 8x5x5x5": Model("vector_quantize_pytorch", "FSQ", {"levels": [8, 5, 5, 5]}),
@@ -125,14 +142,14 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def sample(model: nn.Module, size: tuple[int, int, int]) -> Tensor:
-    """A video for an autoencoder, tokens by the frame for a quantizer."""
+    """A video for an autoencoder, its frames for one of images, tokens by the frame for a quantizer."""
     torch.manual_seed(1)
-    channels = getattr(model, "dim", None) or len(getattr(model, "levels", ()))
-    return (
-        torch.rand(1, 3, *size) * 2 - 1
-        if hasattr(model, "encoder")
-        else torch.randn(1, size[0] * size[1] * size[2], channels)
-    )
+    if not hasattr(model, "encoder"):
+        channels = getattr(model, "dim", None) or len(getattr(model, "levels", ()))
+        return torch.randn(1, size[0] * size[1] * size[2], channels)
+    video = torch.rand(1, 3, *size) * 2 - 1
+    is_of_images = isinstance(getattr(model.encoder, "conv_in", None), nn.Conv2d)
+    return video[0].transpose(0, 1).contiguous() if is_of_images else video
 
 
 def latent(model: nn.Module, video: Tensor) -> Tensor:
