@@ -33,9 +33,10 @@ def vidtok(**fields):
 
 
 @pytest.mark.parametrize("fields", ({}, {"version": "1.1"}, {"causal": False}), ids=str)
-def test_vidtok_knows_and_says_how_many_come_back(fields):
+def test_vidtok_knows_and_says_how_many_come_back(fields, monkeypatch):
     for frames in FRAMES:
         model = vidtok(**fields)
+        monkeypatch.setattr(VidTok, "_has_warned", False)
         x = clip(model, frames)
         back = model.decoded_frames(frames)
         with warnings.catch_warnings(record=True) as caught:
@@ -56,6 +57,20 @@ def test_vidtok_knows_and_says_how_many_come_back(fields):
             assert caught[0].filename == __file__
             with pytest.raises(ValueError, match=f"of its {frames} frames, {back} come back"):
                 model.encode(x, strict=True)
+
+
+def test_it_says_so_once_in_a_program(monkeypatch):
+    """A program that makes a model for every clip does not fill its log; strict refuses every time."""
+    monkeypatch.setattr(VidTok, "_has_warned", False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for fields in ({}, {}, {"norm_type": "groupnorm"}):
+            model = vidtok(**fields)
+            model.encode(clip(model, 6))
+            for _ in range(2):
+                with pytest.raises(ValueError, match="of its 6 frames, 5 come back"):
+                    model.encode(clip(model, 6), strict=True)
+    assert len(caught) == 1 and "come back" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.__name__)

@@ -287,6 +287,49 @@ def test_outputs_of_any_class(output):
         assert 0 < report.end_to_end.error <= report.end_to_end.bound
 
 
+LAYOUTS = {
+    "sparse": lambda y: y.flatten(1).to_sparse(),
+    "sparse CSR": lambda y: y.flatten(1).to_sparse_csr(),
+    "nested": lambda y: torch.nested.nested_tensor([y[0, 0], y[0, 1, :1]]),
+    "a dictionary with a sparse one": lambda y: {"dense": y, "sparse": y.to_sparse()},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors).*:UserWarning")
+@pytest.mark.parametrize("inside", (False, True), ids=("of the model", "between its parts"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_that_are_not_strided(layout, inside):
+    class Model(Body):
+        def forward(self, x):
+            y = LAYOUTS[layout](self.conv(x))
+            if not inside:
+                return y
+            y = y["sparse"] if isinstance(y, dict) else y
+            return torch.nested.to_padded_tensor(y, 0.0) if y.is_nested else y.to_dense()
+
+    torch.manual_seed(0)
+    report = vtok_fast.accelerate(Model().eval(), example=torch.randn(1, 3, 3, 8, 8))
+    assert [e.path for e in report.swapped] == ["conv"]
+    assert inside or report.end_to_end is None and "not measured end to end" in " ".join(report.notes)
+
+
+def test_complex_results_are_measured_as_pairs_of_numbers():
+    class Model(Body):
+        def forward(self, x):
+            return torch.fft.fftn(self.conv(x), dim=(3, 4)).conj()
+
+    torch.manual_seed(0)
+    report = vtok_fast.accelerate(Model().eval(), example=torch.randn(1, 3, 3, 8, 8))
+    assert 0 < report.end_to_end.error <= report.end_to_end.bound and not report.end_to_end.why
+
+    class Rounded(Model):  # what is wrong is told
+        def forward(self, x):
+            y = super().forward(x)
+            return y if "forward" not in vars(self.conv) else y * (1 + 1e-3j)
+
+    assert vtok_fast.accelerate(Rounded().eval(), example=torch.randn(1, 3, 3, 8, 8)).end_to_end.why
+
+
 def test_a_layer_whose_output_cannot_be_compared_is_left_alone():
     class Told(nn.Conv3d):
         def forward(self, x):

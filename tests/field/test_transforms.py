@@ -155,6 +155,44 @@ def test_per_sample_gradients_of_an_accelerated_model():
     assert torch.isfinite(vmap(model)(x)).all()
 
 
+def a_decoder(kind):
+    torch.manual_seed(0)
+    if kind == "VidTok":
+        return vtok_fast.models.VidTok("tiny").eval().decoder, torch.randn(2, 1, 6, 2, 4, 4)
+    return vtok_fast.models.Cosmos("tiny").eval().decoder, torch.randn(2, 1, 32, 2, 4, 4)
+
+
+TRANSFORMS = {
+    "grad": lambda f, z: grad(f)(z[0]),
+    "vmap": lambda f, z: vmap(f)(z),
+    "vmap of grad": lambda f, z: vmap(grad(f))(z),
+    "grad of grad": lambda f, z: grad(lambda t: grad(f)(t).square().sum())(z[0]),
+    "jvp of grad": lambda f, z: jvp(grad(f), (z[0],), (torch.ones_like(z[0]),))[1],
+    "a penalty": lambda f, z: penalty(f, z[0]),
+}
+
+
+def penalty(f, z):
+    z = z.clone().requires_grad_()
+    (first,) = torch.autograd.grad(f(z), z, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), z)[0]
+
+
+@pytest.mark.parametrize("what", TRANSFORMS)
+@pytest.mark.parametrize("kind", ("VidTok", "Cosmos"))
+def test_transforms_of_an_accelerated_decoder(kind, what):
+    model, z = a_decoder(kind)
+    loss = lambda t: model(t).square().sum()  # noqa: E731
+    try:
+        want = TRANSFORMS[what](loss, z)
+    except RuntimeError as error:  # attention over four axes has no second derivative on a CPU
+        assert "flash_attention" in str(error)
+        pytest.skip("the model itself has none")
+    report = vtok_fast.accelerate(model, check=False)
+    got = TRANSFORMS[what](loss, z)
+    assert (got - want).norm() <= 1e-3 * want.norm() and not report.bypassed and sum(report.ran().values())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_empty_batches(name):
     """pytorch/pytorch #12013, #38115: a batch of nothing gives nothing, and weights a gradient of zero."""

@@ -388,6 +388,8 @@ def _wait_for_gpu() -> None:
 
 def _to_double(value: Any) -> Any:
     if isinstance(value, Tensor):
+        if value.is_complex():
+            return value.to(torch.complex128)
         return value.double() if value.is_floating_point() else value
     if type(value) in (tuple, list):
         return type(value)(_to_double(v) for v in value)
@@ -498,8 +500,9 @@ def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Re
     )
     try:
         p = close(fast[0], whole.eager[0], whole.ref64[0])
-    except (Incomparable, ValueError) as error:
-        report.notes.append(f"not measured end to end: {error}")
+    except Exception as error:
+        why = str(error) if isinstance(error, (Incomparable, ValueError)) else described(error)
+        report.notes.append(f"not measured end to end: {why}")
         return
     report.end_to_end = Entry(
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtok_fast import parity
@@ -24,7 +25,7 @@ def close(fast: Any, eager: Any, ref64: Any) -> parity.Parity:
     """
     measured = [
         parity.close(f, r, e) if f.is_floating_point() else parity.exact(f, e)
-        for f, e, r in _tensors(fast, eager, ref64)
+        for f, e, r in (map(_real, values) for values in _tensors(fast, eager, ref64))
     ]
     return max(measured, key=lambda p: (not p.ok, p.error / p.bound if p.bound else 0.0))
 
@@ -35,6 +36,11 @@ def equal(fast: Any, eager: Any, ref64: Any = None) -> parity.Parity:
     Raises Incomparable.
     """
     return max((parity.exact(f, e) for f, e in _tensors(fast, eager)), key=lambda p: p.error)
+
+
+def _real(value: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def _tensors(*values: Any) -> list[tuple[Tensor, ...]]:
@@ -49,7 +55,7 @@ def tensors(*values: Any, _seen: frozenset[int] = frozenset()) -> Iterator[tuple
     dataclasses and other objects. Where one has none (a cache entry that nothing reads is not kept, say),
     there is nothing to compare.
 
-    Raises Incomparable for results of different lengths or keys.
+    Raises Incomparable for results of different lengths or keys, and for sparse and nested tensors.
     """
     first = values[0]
     if id(first) in _seen:
@@ -58,6 +64,8 @@ def tensors(*values: Any, _seen: frozenset[int] = frozenset()) -> Iterator[tuple
     if all(isinstance(v, Tensor) for v in values):
         if len({v.shape for v in values}) > 1:
             raise Incomparable(f"tensors of shapes {[tuple(v.shape) for v in values]}")
+        if layout := next((v.layout for v in values if v.layout is not torch.strided or v.is_nested), None):
+            raise Incomparable(f"the result holds a tensor of layout {layout}, whose values are not compared")
         yield values
     elif any(isinstance(v, (Tensor, *_ATOMS)) for v in values):
         return

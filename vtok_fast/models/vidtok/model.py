@@ -44,7 +44,7 @@ class VidTok(Tokenizer):
     """
 
     system, Config = "vidtok", VidTokConfig
-    _has_warned = False  # of frames that do not come back
+    _has_warned = False  # of frames that do not come back; for all models of the process
 
     def __init__(self, config: str | VidTokConfig | dict[str, Any] | None = None, **fields: Any):
         super().__init__(config, **fields)
@@ -81,7 +81,8 @@ class VidTok(Tokenizer):
     def encode(self, video: Tensor, *, strict: bool = False) -> Tokens:
         """Tokens of video (B, C, T, H, W) in [-1, 1], of the model's dtype. For a Gaussian latent: its mean.
 
-        Where fewer frames will come back (`decoded_frames`), a model warns once, or refuses with `strict`.
+        Where fewer frames will come back (`decoded_frames`), the first call of a program warns, or every call with
+        `strict` refuses.
 
         Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, an empty
         batch, NaN or infinity, and with `strict` for frames that would not come back.
@@ -126,7 +127,7 @@ class VidTok(Tokenizer):
         )
         if strict:
             raise ValueError(message)
-        self._has_warned = True
+        VidTok._has_warned = True
         warnings.warn(message, stacklevel=4)  # encode, and no_grad around it
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:

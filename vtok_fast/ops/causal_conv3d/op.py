@@ -119,7 +119,9 @@ def causal_conv3d(
         other, weight_of_other = blend
         if other.shape != y.shape:
             other = reference.upsample_nearest(other, upsample, upsample_first_frame_once)
-        y = torch.lerp(y, other, weight_of_other.to(y.dtype)).contiguous(memory_format=torch.channels_last_3d)
+        y = torch.lerp(y, other, weight_of_other.to(y.dtype))
+        if torch._C._functorch.peek_interpreter_stack() is None:  # torch.vmap knows no memory formats
+            y = y.contiguous(memory_format=torch.channels_last_3d)
     return y
 
 

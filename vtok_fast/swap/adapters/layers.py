@@ -14,6 +14,8 @@ from vtok_fast import parity
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.norm_act import norm_act
+from vtok_fast.ops.scope_attention import scope_attention
+from vtok_fast.ops.scope_attention.scope import Scope
 from vtok_fast.swap.patch import Skip, Swap
 
 Answer = list[Swap] | Skip | None
@@ -95,7 +97,12 @@ def attention_per_frame(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head over the pixels of each frame of videos (B, C, T, H, W)."""
     b, c, t, h, w = q.shape
     q, k, v = (x.permute(0, 2, 3, 4, 1).reshape(b, t, h * w, c) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).reshape(b, t, h, w, c).permute(0, 4, 1, 2, 3)
+    if q.is_cpu and torch.is_grad_enabled() and q.requires_grad:
+        # PyTorch's CPU kernel for four axes has no second derivative; the one that eager code takes has.
+        y = scope_attention(q, k, v, Scope.dense(h * w))
+    else:
+        y = F.scaled_dot_product_attention(q, k, v)
+    return y.reshape(b, t, h, w, c).permute(0, 4, 1, 2, 3)
 
 
 def channels_last(x: Tensor) -> Tensor:
