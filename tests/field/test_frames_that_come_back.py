@@ -64,7 +64,7 @@ def test_it_says_so_once_in_a_program(monkeypatch):
     monkeypatch.setattr(VidTok, "_has_warned", False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for fields in ({}, {}, {"norm_type": "groupnorm"}):
+        for fields in ({}, {}, {"version": "1.0"}):
             model = vidtok(**fields)
             model.encode(clip(model, 6))
             for _ in range(2):

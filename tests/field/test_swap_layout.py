@@ -321,3 +321,89 @@ def test_what_an_example_shows_to_be_blind_to_strides_stays_channels_last(what, 
     assert handed_on == [example and what in BLIND]
     assert got.stride() == want.stride()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+class Choosing(nn.Module):
+    """Two layers, between which the code may look at strides, or not."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self.first, self.second = nn.Conv3d(3, 16, 3, padding=1), nn.Conv3d(16, 4, 1)
+        self.choose, self.flag = choose, False
+
+    def forward(self, x, flag=False):
+        h = torch.nn.functional.silu(self.first(x))
+        return self.second(self.choose(self, x, h, flag))
+
+
+def read(h):
+    return h.view(h.shape[0], -1).view(h.shape)
+
+
+CHOICES = {
+    "an argument": (lambda m, x, h, flag: read(h) if flag else h, {"flag": True}),
+    "a flag": (lambda m, x, h, flag: read(h) if m.flag else h, {}),
+    "training": (lambda m, x, h, flag: read(h) if m.training else h, {}),
+    "the size": (lambda m, x, h, flag: read(h) if x.shape[2] > 4 else h, {}),
+    "a value": (lambda m, x, h, flag: read(h) if bool((x > 3).any()) else h, {}),
+    "a loop": (lambda m, x, h, flag: repeated(h, x.shape[2] - 4), {}),
+    "an exception": (lambda m, x, h, flag: attempt(m, h), {}),
+    "a table": (lambda m, x, h, flag: {False: id, True: read}[flag](h) if flag else h, {"flag": True}),
+    "a helper": (lambda m, x, h, flag: helper(h, flag), {"flag": True}),
+    "a gradient": (lambda m, x, h, flag: read(h) if h.requires_grad else h, {}),
+}
+
+
+def attempt(model, h):
+    try:
+        return model.missing
+    except AttributeError:
+        return read(h) if model.flag else h
+
+
+def repeated(h, times):
+    for _ in range(times):
+        h = read(h)
+    return h
+
+
+def helper(h, flag):
+    return read(h) if flag else h
+
+
+@pytest.mark.parametrize("what", CHOICES)
+def test_a_branch_that_the_example_did_not_take(what):
+    """What another call does with a result no example can show. So only code without branches is followed."""
+    torch.manual_seed(0)
+    choose, options = CHOICES[what]
+    model, x = Choosing(choose).eval(), torch.randn(1, 3, 4, 8, 8)
+    plain = copy.deepcopy(model)
+    report = vtok_fast.accelerate(model, example=x)
+    assert len(report.swapped) == 2
+    longer = torch.randn(1, 3, 6, 8, 8)
+    longer[0, 0, 0, 0, 0] = 4
+    for m in (model, plain):
+        m.flag = True
+        m.train()
+    for given in (x, longer):
+        got, want = model(given, **options), plain(given, **options)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert got.stride() == want.stride()
+
+
+@pytest.mark.parametrize("between", ("activation", "arithmetic", "padding", "concatenation"))
+@pytest.mark.parametrize("order", ("contiguous first", "channels-last first"))
+def test_the_layout_is_that_of_each_call(between, order):
+    """An example of one layout, then calls of both, by turns."""
+    torch.manual_seed(0)
+    model = Between(BLIND[between]).eval()
+    plain, x = copy.deepcopy(model), torch.randn(1, 3, 4, 8, 8)
+    last = x.to(memory_format=torch.channels_last_3d)
+    with torch.no_grad():
+        vtok_fast.accelerate(model, example=x if order == "contiguous first" else last)
+        for given in (x, last, x, last):
+            got, want = model(given), plain(given)
+            # PyTorch takes another path for 1x1 kernels on one thread, which drops channels-last
+            assert got.is_contiguous() or is_channels_last(given) and is_channels_last(got)
+            assert want.stride() == got.stride() or is_channels_last(given)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

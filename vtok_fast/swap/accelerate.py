@@ -36,6 +36,7 @@ from vtok_fast.swap.adapters import (
     vector_quantize,
     vidtok,
 )
+from vtok_fast.swap.branches import executed
 from vtok_fast.swap.flow import followed
 from vtok_fast.swap.guard import by_whom, is_replaced
 from vtok_fast.swap.layout import Place
@@ -477,15 +478,21 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 def _let_flow(model: nn.Module, args: tuple, report: Report) -> None:
     """Lets results stay channels-last where nothing looked at their strides on the example."""
     try:
-        with torch.no_grad(), followed(report._patches) as flow:
-            unread = flow.unread(model(*args))
+        with torch.no_grad(), followed(report._patches) as flow, executed() as code:
+            result = model(*args)
+        unread = flow.unread(result)
     except Exception as error:  # code that cannot be followed keeps PyTorch's layout
         report.notes.append(f"the layout of results was not followed: {described(error)}")
         return
+    if branching := code.branching() if unread else None:
+        report.notes.append(
+            f"Results keep PyTorch's layout: {branching} tests something, so another call may read them otherwise."
+        )
+        return
     for patch in flow.fed_by(unread):
-        patch.switch.place = Place.EDGE
+        patch.switch.fed_by = [maker.switch for maker in unread]
     for patch in unread:
-        patch.switch.place = Place.INSIDE
+        patch.switch.hands_on = True
 
 
 def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Report) -> None:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,8 +23,8 @@ class _LiveStorages(TorchDispatchMode):
 
     def _watch(self, value: Any, count: bool) -> None:
         for tensor in tree_leaves(value):
-            if not isinstance(tensor, Tensor):
-                continue
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
+                continue  # those have no storage of their own
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key in self._known:

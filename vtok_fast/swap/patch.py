@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
+from threading import local
 from typing import Any
 from weakref import ref
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.parity import Parity
 from vtok_fast.swap.guard import Guard, first_tensor, parts_of, why_bypassed, why_patched, why_weights
-from vtok_fast.swap.layout import Place, as_pytorch, from_channels_last
+from vtok_fast.swap.layout import Place, as_pytorch, from_channels_last, is_channels_last
 
 _ABSENT = object()
 EVERYTHING = ("*",)  # the state of a swap that knows nothing of the module itself
@@ -113,10 +114,34 @@ class Calls:
 
 class _Switch:
     """What may change of a patch: who gets the result, and whether the patch is over for its own module (what
-    was wrapped around it meanwhile may still call it)."""
+    was wrapped around it meanwhile may still call it).
+
+    ``hands_on``: whether an example showed that nothing looks at the strides of the result, if the input is
+    not channels-last. ``fed_by``: those whose results this one gets, and must not take for the caller's layout.
+    """
 
     def __init__(self, module: nn.Module, place: Place):
         self.over, self.place, self._module = False, place, ref(module)
+        self.hands_on, self.fed_by = False, ()
+        self._local = local()
+
+    def layout_from(self, x: Tensor | None) -> Tensor | None:
+        """What decides the result's layout: the input, or None (contiguous) where that is a result that was
+        handed on in channels-last."""
+        return None if self.is_fed() else x
+
+    def is_fed(self) -> bool:
+        """Whether the input is a result that was handed on in channels-last."""
+        return any(getattr(maker._local, "handed", False) for maker in self.fed_by)
+
+    def hand_on_nothing(self) -> None:
+        self._local.handed = False
+
+    def hand_on(self, x: Tensor | None) -> bool:
+        """Whether this result stays channels-last, which those that get it must know."""
+        given = self.layout_from(x)
+        self._local.handed = self.hands_on and (given is None or not is_channels_last(given))
+        return self._local.handed
 
     def is_off_for(self, module: nn.Module) -> bool:
         return self._module() is module
@@ -184,11 +209,17 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable
                 if switch.place is Place.INSIDE and not module._forward_hooks:
                     return result
                 given = first_tensor(args, kwargs) if switch.place is Place.ANYWHERE else None
+                if (switch.hands_on or switch.fed_by) and not torch.compiler.is_dynamo_compiling():
+                    if switch.hand_on(given) and not module._forward_hooks:
+                        return result
+                    given = switch.layout_from(given)
                 return as_pytorch(result, given, module)
             why = result.why
         if not torch.compiler.is_dynamo_compiling():
             calls.bypass(why)
-        if switch.place is not Place.ANYWHERE:
+        if switch.hands_on:
+            switch.hand_on_nothing()
+        if switch.place is not Place.ANYWHERE or switch.is_fed():
             args = tuple(map(from_channels_last, args))
             kwargs = {name: from_channels_last(value) for name, value in kwargs.items()}
         return getattr(type(module), attribute)(module, *args, **kwargs)
