@@ -891,8 +891,8 @@ def config(kernel: str, dim: int, itemsize: int, gpu: int | str, short: bool = F
 def variants(kernel: str, c: Config) -> list[Config]:
     """What a tuning table may choose instead of ``c`` (which is among them): half as many rows of the result,
     with twice as many warps for each or, in narrow heads, as many; half as many rows of what is walked over;
-    fewer stages. In half precision none spills where c does not; in float32 some do by a few bytes, which
-    measuring them judges."""
+    fewer stages; a head that is held whole in chunks. In half precision none spills where c does not; in
+    float32 some do by a few bytes, which measuring them judges."""
     held, walked = ("block_n", "block_m") if kernel == "keys" else ("block_m", "block_n")
     shapes = [c]
     if getattr(c, held) >= (64 if c.block_d < 128 else 128):
@@ -904,7 +904,12 @@ def variants(kernel: str, c: Config) -> list[Config]:
         )
     if getattr(c, walked) >= 32 and (c.num_warps >= 8 or c.block_d < 128):
         shapes.append(c._replace(**{walked: getattr(c, walked) // 2}))
-    return [shape._replace(num_stages=stages) for shape in shapes for stages in range(c.num_stages, 1, -1)]
+    found = [shape._replace(num_stages=stages) for shape in shapes for stages in range(c.num_stages, 1, -1)]
+    if c.block_d > LARGEST_WHOLE_HEAD:
+        default, others = _NARROW[kernel][256]
+        m, n, *rest = others.get(90, default)
+        found.append(Config(m, n, 128, 64, *rest))
+    return found
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Triton kernels of ``token_packing``: scores per token, budgets, selection, packing, unpacking.
 
 Selection is a radix select, one program per clip: four histograms of 8 bits find the bound, a last pass marks
-what is above it and, in the order of positions, as many equals as the budget leaves. Packing and unpacking
+what is above it and, in the order of positions, as many equals as the budget leaves. Clips that fit into
+registers are read once. Packing and unpacking
 are two launches: one program per clip counts the kept tokens before each block of positions, then each block
 knows its first row and moves its tokens. Nothing waits for the device, and no shape depends on data, unless
 ``capacity`` is None.
@@ -23,6 +24,7 @@ from vtok_fast.kernels import on_device_of, tuned_tile, unit_of
 BUDGET, CAPACITY, ROWS = 1, 2, 4  # bits of the error flag
 STRATEGIES = {"elbo": 0, "global_elbo": 1, "bin": 2, "elbo_ema": 1}
 SELECT_BLOCK = 4096
+FEW = 8192  # tokens of a clip whose keys fit into the registers of one program; twice as many spill
 CLIPS = 128  # totals that are added up at a time
 # Integers that differ from call to call: nothing is compiled anew for one that happens to be 1 or a multiple
 # of 16. Those that say what is aligned are counted in units that the compiler knows.
@@ -171,6 +173,32 @@ def _key(score):
     middle = tl.full(bits.shape, 0x80000000, tl.uint32)
     key = tl.where(bits < 0, middle - magnitude, middle + magnitude)
     return tl.where(score != score, tl.full(bits.shape, 0xFFFFFFFF, tl.uint32), key)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def select_few_kernel(scores, budget, keep, flag, n, STRICTLY: tl.constexpr, BLOCK: tl.constexpr):
+    """As `select_kernel` for a clip of at most BLOCK tokens, whose keys stay in registers: the bound is found
+    bit by bit, from the highest, by how many keys reach it."""
+    b = tl.program_id(0).to(tl.int64)
+    asked = tl.load(budget + b)
+    if (asked < 0) | (asked > n):
+        tl.atomic_or(flag, 1)
+    count = tl.minimum(tl.maximum(asked, 0), n).to(tl.int32)
+    rank = tl.minimum(count + 1, n) if STRICTLY else count
+    at = tl.arange(0, BLOCK)
+    # No score has the key 0.
+    key = tl.where(at < n, _key(tl.load(scores + b * n + at, mask=at < n, other=0.0)), 0)
+    bound = tl.full((), 0, tl.uint32)
+    for i in range(32):
+        trial = bound | (tl.full((), 1, tl.uint32) << (31 - i))
+        bound = tl.where(tl.sum((key >= trial).to(tl.int32)) >= rank, trial, bound)
+    if STRICTLY:
+        kept = (key > bound) | (count == n)
+    else:
+        larger = tl.sum((key > bound).to(tl.int32))
+        equal = (key == bound).to(tl.int32)
+        kept = ((key > bound) | ((equal > 0) & (tl.cumsum(equal) <= count - larger))) & (count > 0)
+    tl.store(keep + b * n + at, kept.to(tl.uint8), mask=at < n)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -468,9 +496,22 @@ def token_budget(
 def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) -> Tensor:
     """bool (B, n) for scores (B, n), contiguous; a budget out of range sets BUDGET in ``flag``."""
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    if keep.numel():
+    if keep.numel() and scores.shape[1] <= FEW:
+        block = 1024 if scores.shape[1] <= 1024 else FEW
+        with on_device_of(scores):
+            select_few_kernel[(scores.shape[0],)](
+                scores,
+                budget,
+                keep.view(torch.uint8),
+                flag,
+                scores.shape[1],
+                strictly,
+                block,
+                num_warps=max(4, block // 512),
+            )
+    elif keep.numel():
         unit = unit_of(scores.shape[1])
-        block = SELECT_BLOCK if scores.shape[1] > 1024 else 1024
+        block = SELECT_BLOCK
         block, warps = tuned_tile(
             "token_packing",
             scores,

@@ -43,6 +43,8 @@ step info "$PYTHON" -m vtok_fast.cli info
 step tests "$PYTHON" -m pytest -q -m gpu --durations=15
 if command -v compute-sanitizer >/dev/null; then
   step sanitizer timeout 120 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu tests/ops/test_fsq_sm80.py -k test_every_layout
+  step sanitizer-triton timeout 240 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu \
+    tests/ops/test_triton_graphs_gpu.py tests/ops/test_scope_attention_gpu.py -k "short or stream or numbers"
 fi
 bench() {
   "$PYTHON" -m vtok_fast.cli bench --device cuda --output benchmarks/results --plot "$OUT/roofline.png" "$@"

@@ -108,7 +108,9 @@ def test_nothing_waits_for_the_device(where):
         again = both_ways(lambda *x: scope_attention(*x, raw, backend="triton"), tensors, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(got, want, again))
+    for a, b, c in zip(got, want, again):  # whose blocks programs may share otherwise
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
 
 
 def test_cuda_graph():

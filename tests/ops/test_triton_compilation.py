@@ -209,7 +209,7 @@ def test_packing_compiles_at_most_three_times_whatever_the_shape(layout, monkeyp
         pixels = video(3, (1 + 4 * (t // 4), 8 * h, 8 * w), FORMATS[layout])
         token_packing.router_scores(pixels, pixels, (4, 8, 8))
     counts = {name: len(found) for name, found in keys.items() if found}
-    assert len(counts) == 6 and max(counts.values()) <= 3, counts
+    assert len(counts) == 7 and max(counts.values()) <= 3, counts
 
 
 @pytest.mark.parametrize("dim", (64, 512))
@@ -259,6 +259,27 @@ def test_the_launcher_asks_for_that(x, weight, monkeypatch):
         of = {"once": (), "wan": (x, weight), "ltx": (weight,)}[rounding]
         apart = torch.float32 in of
         assert dict(options)["enable_fp_fusion"] != apart
+
+
+@pytest.mark.parametrize(
+    "channels, shape, groups, per_frame",
+    ((256, (5, 128, 128), 1, True), (512, (3, 64, 64), 1, True), (128, (17, 64, 64), 32, False)),
+)
+def test_statistics_are_two_steps_not_a_serial_tail(channels, shape, groups, per_frame, monkeypatch):
+    """One for the mean and one for the deviation, where 48 to 64 followed one another."""
+    recorded(monkeypatch, norm_act)
+    launched = []
+
+    class Statistics:
+        def __getitem__(self, grid):
+            return lambda *args: launched.append(args)
+
+    monkeypatch.setattr(norm_act, "statistics_kernel", Statistics())
+    x = norm_act.view(video(channels, shape, torch.channels_last_3d))
+    norm_act.statistics(x, norm_act.View(None), (1, channels, *shape), True, groups, per_frame, 1e-6, True)
+    ((*_, parts, _, _, columns, groups, _, center, _, block_parts, block_c, width),) = launched
+    assert width > 1 and columns * width == channels and block_parts * block_c <= norm_act.STATISTICS
+    assert 2 * triton.cdiv(parts, block_parts) * triton.cdiv(columns // groups, block_c) == 2
 
 
 def test_bases_that_are_not_aligned_are_copied():

@@ -52,6 +52,27 @@ def test_the_interpreter_runs_and_judges(tmp_path):
         run_interpreted(good, "-k", "absent")
 
 
+IN_ORDER = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def after_the_one_before(y):
+    i = tl.program_id(0)
+    tl.store(y + i + 1, tl.load(y + i) + 1)
+
+def test_programs_run_in_no_order():
+    y = torch.zeros(65, dtype=torch.int32)
+    after_the_one_before[(64,)](y)
+    assert 0 < y.max() < 64
+"""
+
+
+def test_a_kernel_whose_programs_need_an_order_is_found(tmp_path):
+    file = tmp_path / "order_interpreted.py"
+    file.write_text(IN_ORDER)
+    assert "1 passed" in run_interpreted(file)
+
+
 @pytest.mark.parametrize("cc", CAPABILITIES)
 def test_alignment_reaches_the_compiler(cc):
     signature = {"x": "*fp32", "y": "*fp32", "n": "i32"}

@@ -3,7 +3,12 @@ a launch.
 
 By itself it does so again at every call of one function by another within a kernel: a third of its time, for
 nothing, since what stands in their place stays there until the launch ends.
+
+The programs of a launch run in random order, the same one each time: no GPU promises another.
 """
+
+import itertools
+import random
 
 from triton.runtime import interpreter
 
@@ -27,3 +32,19 @@ def launch_anew(self, *args, **kwargs):
 
 
 interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+
+builder, generator = interpreter.interpreter_builder, random.Random(0)
+set_dimensions, set_place = builder.set_grid_dim, builder.set_grid_idx
+order: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+
+def set_dimensions_and_order(*grid):
+    set_dimensions(*grid)
+    places = list(itertools.product(*map(range, grid)))
+    order.clear()
+    order.update(zip(places, generator.sample(places, len(places))))
+
+
+builder.set_grid_dim = set_dimensions_and_order
+builder.set_grid_idx = lambda *place: set_place(*order[place])

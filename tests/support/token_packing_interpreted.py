@@ -54,8 +54,10 @@ def test_budgets_count_like_the_reference_at_every_half():
     assert torch.equal(got, reference.counts(rate, 150, False))
 
 
+@pytest.mark.parametrize("few", (kernels.FEW, 0), ids=("in registers", "by histograms"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
-def test_selection(dtype):
+def test_selection(dtype, few, monkeypatch):
+    monkeypatch.setattr(kernels, "FEW", few)
     for n in (1, 5, 300, 9000):
         scores = torch.randn(4, n)
         scores[1] = (scores[1] * 2).round() / 2  # many ties, zeros of both signs

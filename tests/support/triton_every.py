@@ -97,6 +97,7 @@ def _packing() -> Iterator[tuple[str, Compilation]]:
             {"N_UNIT": 8, "STRICTLY": False, "BLOCK": token_packing.SELECT_BLOCK},
             8,
         ),
+        (token_packing.select_few_kernel, {"STRICTLY": False, "BLOCK": token_packing.FEW}, 16),
         (token_packing.count_kernel, {"N_UNIT": 8, "BLOCK": block, "BLOCKS": 4096 // block}, 4),
         (token_packing.pack_kernel, {**tile, **near, "FSQ": False}, 8),
         (token_packing.unpack_kernel, tile, 8),
