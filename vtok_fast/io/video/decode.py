@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from vtok_fast.io.video.container import clock_start, declared_bytes, decoder
+from vtok_fast.io.video.container import UNANCHORED, clock_start, declared_bytes, decoder
 from vtok_fast.io.video.errors import VideoError, pyav
 
 # Codecs of which each packet gives one picture, unless it says that it is not shown.
@@ -32,6 +32,7 @@ ONE_TO_ONE = {
     "mpeg2video",
 }
 NEVER = -(1 << 63)
+GAP = 10  # seconds that a broadcast does not go on for without a picture, as ffmpeg has it
 MARKED_EARLY = 2  # packets by which a break between two recordings is marked before it, since parsers lag
 ON_ERROR = ("stop", "skip", "conceal")
 
@@ -60,11 +61,15 @@ class Problem:
 
 @dataclass
 class Timed:
-    """A decoded frame, its time and how long it is shown, in multiples of the stream's time base."""
+    """A decoded frame, its time and how long it is shown, in multiples of the stream's time base.
+
+    aspect: width of a pixel over its height, where the codec says it and not the container.
+    """
 
     frame: Any
     pts: int
     duration: int
+    aspect: Fraction | None = None
 
 
 LEANS = "it may lean on what is damaged"
@@ -106,6 +111,8 @@ class Decoding:
         self.step = max(1, round(1 / rate / self.base))  # how long a frame lasts where nothing says
         self.start = clock_start(container, stream)
         self.by_order = container.format.name == "avi"  # its pictures are in order, their stamps are not
+        # Of a broadcast the codec says how wide pixels are, and may change it at a key frame.
+        self.broadcast = container.format.name in UNANCHORED
 
     def time(self, pts: int | None) -> float | None:
         return None if pts is None else float((pts - self.start) * self.base)
@@ -136,10 +143,13 @@ class Decoding:
     def frames(self) -> Iterator[Timed]:
         """Raises VideoError."""
         last: Timed | None = None
+        aspect: Fraction | None = None
         shift, leaning, failure = 0, False, None
         for frame, time, why, disposable in self._account():
             if frame is not None and frame.key_frame:
                 leaning = False
+                if self.broadcast:
+                    aspect = self.context.sample_aspect_ratio or Fraction(1)
             if why is None and leaning:
                 why, disposable = LEANS, True
             if why is not None:
@@ -155,7 +165,7 @@ class Decoding:
             pts = (last.pts + last.duration - shift if last else self.start) if time is None else time
             if last and pts + shift <= last.pts:  # a clock that jumps back goes on where it was
                 shift = last.pts + last.duration - pts
-            last = Timed(frame, pts + shift, duration)
+            last = Timed(frame, pts + shift, duration, aspect)
             yield last
             self.given += 1
         if last is None:
@@ -274,8 +284,10 @@ class Decoding:
                 if packet.size == 0 and packet.pts is None and packet.dts is None:
                     continue  # the end
                 joins = False
-                if clock is not None and packet.dts is not None and packet.dts < clock:
-                    joins = packet.is_keyframe or (clock - packet.dts) * self.base > 1
+                if clock is not None and packet.dts is not None:
+                    step = (packet.dts - clock) * self.base
+                    joins = step < 0 and (packet.is_keyframe or step < -1)
+                    joins = joins or self.broadcast and packet.is_keyframe and step > GAP
                 clock = packet.dts if packet.dts is not None else clock
                 if joins:  # the counters of MPEG-TS break, but not the pictures
                     held = deque((one, begins, False) for one, begins, _ in held)

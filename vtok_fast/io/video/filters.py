@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from vtok_fast.io.video.decode import Timed
@@ -87,7 +88,7 @@ class Filters:
             except (errors.BlockingIOError, errors.EOFError):
                 return
             timed = self._times.popleft()
-            yield Timed(frame, timed.pts, timed.duration), timed.frame
+            yield replace(timed, frame=frame), timed.frame
 
     def _finish(self) -> Iterator[tuple[Timed, Any]]:
         if self._graph is not None:

@@ -110,9 +110,9 @@ class Source:
         number, kind = 0, None
         for shown, decoded in filters(self._checked(timed)):
             # Only where something has changed: side data keep their frame until garbage is collected.
-            changed = (decoded.width, decoded.height, decoded.rotation)
+            changed = (decoded.width, decoded.height, decoded.rotation, shown.aspect)
             if kind != changed:
-                kind, view = changed, self._view(shown.frame, decoded)
+                kind, view = changed, self._view(shown, decoded)
             first = first or view
             pts = shown.pts - start
             if view.shown != first.shown:
@@ -139,14 +139,15 @@ class Source:
                 )
             yield one
 
-    def _view(self, frame: Any, decoded: Any) -> View:
+    def _view(self, shown: Timed, decoded: Any) -> View:
         side = decoded.side_data.get("DISPLAYMATRIX")
         try:
             swap, flip = turns(bytes(side) if side is not None else None)
         except VideoError as error:
             raise VideoError(f"path: {self.path} {error}") from None
-        aspect = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
-        return View((frame.height, frame.width), Fraction(aspect) if aspect else Fraction(1), swap, flip)
+        said = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
+        aspect = shown.aspect or Fraction(said or 1)
+        return View((shown.frame.height, shown.frame.width), aspect, swap, flip)
 
 
 def _by(shape: tuple[int, int]) -> str:
