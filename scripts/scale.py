@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import os
 import platform
 import random
 import sys
@@ -79,6 +80,7 @@ def measure(clips: int, size: int, rounds: int) -> None:
                     found[-1]["engine"], found[-1]["workers"], found[-1]["seconds_per_clip"], file=sys.stderr
                 )
     machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+    machine |= {"load_average": os.getloadavg()}
     RESULT.write_text(
         json.dumps({"machine": machine, "size": size, "frames": FRAMES, "runs": found}, indent=1) + "\n"
     )
@@ -117,7 +119,8 @@ def draw(path: Path) -> None:
         )
     single = [run for run in runs if run["workers"] == 1]
     times = [seconds for run in single for seconds in run["worker_seconds"]]
-    driver = max(run["driver_cpu_seconds_per_clip"] for run in runs)
+    # Ray's start is in those of its runs, which are short
+    driver = max(run["driver_cpu_seconds_per_clip"] for run in runs if run["engine"] == "local")
     counts = [2**k for k in range(13)]
     axes.plot(counts, [simulated(times, driver, count) for count in counts], "--", label="simulated")
     axes.axhline(1 / driver, color="gray", linewidth=0.8, label="one driver's limit, by its processor time")

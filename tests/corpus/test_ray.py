@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -38,11 +40,21 @@ def cluster(tmp_path_factory):
     }
     before = {name: os.environ.get(name) for name in changed}
     os.environ |= changed
+    sys.path.append(hook["PYTHONPATH"])  # what a child of this process is given
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
+    yield hook["PYTHONPATH"]
     ray.shutdown()
+    sys.path.remove(hook["PYTHONPATH"])
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def is_ours(pid, hook):
+    """Whether a process that works on clips belongs to this cluster: it has its hook."""
+    try:
+        return hook.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has just ended
+        return False
 
 
 def test_the_same_corpus_as_one_process_makes(videos, cluster, tmp_path):
@@ -54,7 +66,7 @@ def test_the_same_corpus_as_one_process_makes(videos, cluster, tmp_path):
     def hurt_actor() -> None:
         while not (tmp_path / "ray" / NAME).is_file():
             time.sleep(0.01)
-        while not (found := workers_of(None)):
+        while not (found := [pid for pid in workers_of(None) if is_ours(pid, cluster)]):
             time.sleep(0.01)
         with open(f"/proc/{found[0]}/stat") as file:
             actor = int(file.read().rpartition(")")[2].split()[1])
