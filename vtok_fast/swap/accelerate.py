@@ -486,7 +486,7 @@ def _let_flow(model: nn.Module, args: tuple, report: Report) -> None:
         return
     if branching := code.branching() if unread else None:
         report.notes.append(
-            f"Results keep PyTorch's layout: {branching} tests something, so another call may read them otherwise."
+            f"Results keep PyTorch's layout: {branching} tests something, so another call may read them."
         )
         return
     for patch in flow.fed_by(unread):

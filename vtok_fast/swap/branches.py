@@ -1,7 +1,7 @@
 """Whether a run of a model shows what every run does: its code has no branch.
 
-An example shows where results go on the path that it takes. Code that tests something (a flag, a size, a value,
-how often a loop runs) may take another path later, and what it does there nobody has seen.
+An example shows where results go on the path that it takes. Code that tests something (a flag, a size, a
+value, how often a loop runs) may take another path later, and what it does there nobody has seen.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Code:
 
 @contextmanager
 def executed() -> Iterator[Code]:
-    """Notes the Python functions that this thread calls within the block, except those of PyTorch and ours."""
+    """Notes the Python functions that this thread calls within the block, but those of PyTorch and ours."""
     code, before = Code(), sys.getprofile()
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:

@@ -138,8 +138,8 @@ class Guard:
     Args:
         module, covers: what is swapped, and its children that are gone past (None: all).
         attribute: the method that is swapped.
-        state: attributes that the swap's function reads at each call, or that change from call to call; "*" for
-            all of the module's own.
+        state: attributes that the swap's function reads at each call, or that change from call to call; "*"
+            for all of the module's own.
     """
 
     def __init__(

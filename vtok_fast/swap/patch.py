@@ -10,8 +10,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MethodType
 from threading import local
+from types import MethodType
 from typing import Any
 from weakref import ref
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.parity import Parity
+from vtok_fast.swap import autocast
 from vtok_fast.swap.guard import Guard, first_tensor, parts_of, why_bypassed, why_patched, why_weights
 from vtok_fast.swap.layout import Place, as_pytorch, from_channels_last, is_channels_last
 
@@ -117,7 +118,7 @@ class _Switch:
     was wrapped around it meanwhile may still call it).
 
     ``hands_on``: whether an example showed that nothing looks at the strides of the result, if the input is
-    not channels-last. ``fed_by``: those whose results this one gets, and must not take for the caller's layout.
+    not channels-last. ``fed_by``: those whose results this one gets, and must not take for the caller's.
     """
 
     def __init__(self, module: nn.Module, place: Place):
@@ -196,11 +197,14 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable
     before it was accelerated.
     """
     function, attribute = swap.function, swap.attribute
+    dtypes = autocast.Dtypes(attribute, function)
 
     def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if switch.over and switch.is_off_for(module):
             return getattr(type(module), attribute)(module, *args, **kwargs)
         why = guard.why_not(module, args, kwargs)
+        if why is None and autocast.is_on() and not torch.compiler.is_dynamo_compiling():
+            why = dtypes.why_not(module, args, kwargs)
         if why is None:
             result = function(module, *args, **kwargs)
             if type(result) is not Skip:

@@ -81,8 +81,8 @@ class VidTok(Tokenizer):
     def encode(self, video: Tensor, *, strict: bool = False) -> Tokens:
         """Tokens of video (B, C, T, H, W) in [-1, 1], of the model's dtype. For a Gaussian latent: its mean.
 
-        Where fewer frames will come back (`decoded_frames`), the first call of a program warns, or every call with
-        `strict` refuses.
+        Where fewer frames will come back (`decoded_frames`), the first call of a program warns; every call
+        with `strict` refuses.
 
         Raises TypeError for a wrong type, ValueError for a wrong rank, number of channels or size, an empty
         batch, NaN or infinity, and with `strict` for frames that would not come back.

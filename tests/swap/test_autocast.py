@@ -1,0 +1,118 @@
+"""Under autocast every swapped module returns the dtype that its class returns there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.swap_contract import noise, randomize
+from torch import nn
+
+import vtok_fast
+from vtok_fast.models import Cosmos, ProMAG, VidTok
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+pytestmark = [
+    pytest.mark.needs_native,
+    pytest.mark.filterwarnings("ignore:.*runs as it was before vtok_fast.accelerate:RuntimeWarning"),
+]
+SMALL = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": (8, 8, 8, 8)}
+MODELS = {
+    "Wan": lambda: diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1),
+    "CogVideoX": lambda: diffusers.AutoencoderKLCogVideoX(**SMALL),
+    "HunyuanVideo": lambda: diffusers.AutoencoderKLHunyuanVideo(**SMALL),
+    "diffusers' VidTok": lambda: diffusers.AutoencoderVidTok(ch=32, ch_mult=[1, 1], z_channels=4, num_res_blocks=1),
+    "VidTok": lambda: VidTok("tiny"),
+    "Cosmos": lambda: Cosmos("tiny"),
+    "ProMAG": lambda: ProMAG("tiny"),
+}
+
+
+class CastsBack(nn.Conv3d):
+    """A convolution that returns the dtype of its input, autocast or not."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
+class CastsBackInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(3, 8, 3)
+
+    def forward(self, x):
+        return self.conv(nn.functional.pad(x, (1, 1, 1, 1, 2, 0))).float()
+
+
+LAYERS = {
+    "casts back": lambda: CastsBack(3, 8, 3, padding=1),
+    "casts back inside": CastsBackInside,
+    "a convolution": lambda: nn.Conv3d(3, 8, 3, padding=1),
+    "an image convolution, padded": lambda: nn.Conv3d(3, 8, (1, 3, 3), padding=(0, 1, 1)),
+}
+
+
+def run(model):
+    if isinstance(model, nn.Sequential):
+        return model(noise(1, 3, 3, 8, 8))
+    x = noise(1, 3, 5, 32, 32).clamp(-1, 1)
+    if hasattr(model, "encoder") and type(model).__module__.startswith("vtok_fast"):
+        return model(x)
+    encoded = model.encode(x)
+    z = getattr(encoded, "latent_dist", None)
+    z = z.mode() if z is not None else encoded[0]
+    return model.decode(z)
+
+
+def seen(model, paths, dtype):
+    found = {path: [] for path in paths}
+
+    def hook(path):
+        def note(module, args, y):
+            first = y[0] if isinstance(y, tuple) else y
+            if isinstance(first, torch.Tensor):
+                found[path].append(first.dtype)
+
+        return note
+
+    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            run(model)
+    finally:
+        [handle.remove() for handle in handles]
+    return found
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16,), ids=str)
+@pytest.mark.parametrize("name", [*LAYERS, *MODELS])
+def test_dtypes(name, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(LAYERS[name]()) if name in LAYERS else randomize(MODELS[name]())
+    model.eval()
+    plain = copy.deepcopy(model)
+    report = vtok_fast.accelerate(model, check=False)
+    paths = [e.path for e in report.swapped]
+    want = seen(plain, paths, dtype)
+    for _ in range(2):
+        got = seen(model, paths, dtype)
+        # Within a block of the fast model its parts are not called one by one.
+        assert all(set(got[path]) <= set(want[path]) for path in paths if want[path]), (got, want)
+    assert any(want.values()) and (sum(report.ran().values()) or "casts" in name)
+    with torch.no_grad():  # nothing of the look at dtypes stays behind
+        run(model)
+
+
+def test_results_under_autocast_are_as_exact_as_before():
+    torch.manual_seed(0)
+    model, x = VidTok("tiny").eval(), torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    plain = copy.deepcopy(model)
+    vtok_fast.accelerate(model, check=False)
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double().encoder(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            got, want = model.encoder(x), plain.encoder(x)
+    assert got.dtype == want.dtype
+    assert (got - exact).norm() <= 1.5 * (want - exact).norm()
