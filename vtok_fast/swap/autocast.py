@@ -1,6 +1,6 @@
-"""Under autocast a module's result has the dtype that its own operations make of it: of a norm in float32, of a
-sum with its input. A swap has its own. Where they differ, the class's own method takes the call; which dtype it
-gives is seen on fake tensors, once for each combination of dtypes.
+"""Under autocast a module's result has the dtype that its own operations make of it: of a norm in float32, of
+a sum with its input. A swap has its own. Where they differ, the class's own method takes the call; which dtype
+it gives is seen on fake tensors, once for each combination of dtypes.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def _stripped(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Modul
         for name in HOOKS:
             bare.__dict__[name] = type(bare.__dict__[name])()
         bare.__dict__["_modules"] = {
-            name: None if child is None else _stripped(child, copies) for name, child in module._modules.items()
+            name: None if child is None else _stripped(child, copies)
+            for name, child in module._modules.items()
         }
     return copies[module]
