@@ -316,7 +316,7 @@ def pack_kernel(
 ):
     """Programs (clips * blocks + empty blocks, blocks of channels). FSQ: the value is the index of the
     token's codes. PLANAR: positions are adjacent; then all are read, since a mask between neighbors would
-    split the loads and save hardly a sector. Strides are counted in UNIT but for that which is 1: of channels
+    split the loads and save hardly a sector. Strides are counted in UNIT, except that which is 1: of channels
     (NEAR 1), of positions (2) or none (0)."""
     n *= N_UNIT
     channels *= CHANNEL_UNIT

@@ -18,7 +18,7 @@ from support.triton_signatures import AFTER, OPTIONAL, described, types
 from vtok_fast.kernels import norm_act, norm_act_backward, scope_attention, token_packing
 
 TENSORS = {"q", "k", "v", "out", "grad", "dq", "dk", "dv"}
-ATTENTION = {"scale": "fp32", "blocks": "*i32", "ranges": "*i32"}
+ATTENTION = {"scale": "fp32", "blocks": "*i32", "ranges": "*i32", "merges": "*i32"}
 PACKING = {
     **dict.fromkeys(("before", "totals", "indices", "cu_seqlens", "flag", "basis"), "*i32"),
     **dict.fromkeys(("keep",), "*u8"),
@@ -30,7 +30,7 @@ PACKING = {
 
 
 class Compilation(NamedTuple):
-    """What `support.triton_harness.compile_for` takes, but for the GPU."""
+    """What `support.triton_harness.compile_for` takes, without the GPU."""
 
     kernel: Any
     signature: dict[str, str]
@@ -116,6 +116,8 @@ def every(gpu: int | str, heads: tuple[int, ...] = (64, 128, 512)) -> dict[str, 
     }
     delta = {"D": 64, "BLOCK_D": 64, "BLOCK_M": 64}
     found["delta"] = with_types(scope_attention.delta_kernel, "bf16", delta, 4, 3)
+    combine = {"D": 64, "BLOCK_D": 64, "BLOCK_M": 128, "ROWS": 64}
+    found["combine"] = with_types(scope_attention.combine_kernel, "bf16", combine, 4, 3)
     return found | dict(_norms()) | dict(_packing())
 
 
