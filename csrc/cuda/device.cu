@@ -2,7 +2,13 @@
 
 #include "cuda/launch.cuh"
 
-std::string vtok::cuda::problem() {
+namespace vtok::cuda {
+
+Status use(const Queue& queue) { return use_device(int(queue[0])); }
+
+std::string problem() {
   Device device;
   return current_device(device).message;
 }
+
+}  // namespace vtok::cuda

@@ -189,6 +189,13 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 
 // ---- conversions ------------------------------------------------------------------------------------------
 
+// 2^x within 2^-22 of itself; zero where that is below the normal numbers.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Rounds to nearest, ties away from zero, which is what the instruction offers.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
   uint32_t bits;
@@ -204,6 +211,11 @@ namespace vtok::ptx {
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+
+// x / (1 + exp(-x)), to some units of float32. What exp2_approx takes for zero would not change 1.
+__device__ __forceinline__ float silu(float x) {
+  return __fdividef(x, 1 + exp2_approx(x * -1.4426950408889634f));
+}
 
 // Rounds to nearest even.
 template <class T>

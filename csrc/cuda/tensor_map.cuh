@@ -1,5 +1,5 @@
-// Tensor maps of TMA: how a tensor lies in global memory and which boxes are copied. The driver encodes them;
-// its function is asked from the runtime, so that the module does not depend on libcuda.
+// Tensor maps of TMA: how a tensor lies in global memory and which boxes are copied. The driver encodes them, in a
+// thread that has a context (use_device).
 #pragma once
 #include <cstdint>
 #include <string>
@@ -7,19 +7,9 @@
 #include "cuda/launch.cuh"
 #include "tensor.h"
 
-#ifdef VTOK_EMULATOR
-#include "sm90.h"
-#else
-#include <cuda.h>
-#endif
-
 namespace vtok {
 
-#ifdef VTOK_EMULATOR
-using TensorMap = emu::TensorMap;
-#else
 using TensorMap = CUtensorMap;
-#endif
 
 // Sizes in elements, innermost first. stride[i]: bytes from one element to the next along axis i, multiples
 // of 16; that of axis 0 is an element. box: elements per axis of a copy; step[i] > 1 takes every step[i]-th
@@ -32,22 +22,24 @@ struct TensorMapShape {
   int swizzle;
 };
 
-#ifdef VTOK_EMULATOR
-inline Status encode(TensorMap& map, const void* base, const TensorMapShape& s) {
-  const std::string wrong =
-      emu::encode(map, base, element_size(s.dtype), s.rank, s.size, s.stride, s.box, s.step, s.swizzle);
-  return wrong.empty() ? Status::Ok() : Status::Internal("cuTensorMapEncodeTiled: " + wrong);
+inline std::string text_of(const TensorMapShape& s) {
+  auto row = [&](const auto& values) {
+    std::string text;
+    for (int i = 0; i < s.rank; ++i) text += (i ? "x" : "") + std::to_string(values[i]);
+    return text;
+  };
+  return "size " + row(s.size) + ", byte strides " + row(s.stride) + ", boxes of " + row(s.box) +
+         " with steps " + row(s.step) + ", swizzle " + std::to_string(s.swizzle);
 }
-#else
+
+// Unsupported where the driver takes no such map: another kernel may run then.
 inline Status encode(TensorMap& map, const void* base, const TensorMapShape& s) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  VTOK_RETURN_IF_ERROR(cuda::status_of(
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-      "cuTensorMapEncodeTiled"));
-  if (found != cudaDriverEntryPointSuccess) return Status::Unsupported("the driver has no tensor maps");
+  const cuda::Driver& driver = cuda::driver();
+  VTOK_RETURN_IF_ERROR(driver.problem);
+  if (!driver.encode) return Status::Unsupported("the driver has no tensor maps");
   const CUtensorMapDataType type = s.dtype == DType::f32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : s.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : s.dtype == DType::u8   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUtensorMapSwizzle swizzle = s.swizzle == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : s.swizzle == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
@@ -61,14 +53,13 @@ inline Status encode(TensorMap& map, const void* base, const TensorMapShape& s) 
     box[i] = s.box[i];
     step[i] = s.step[i];
   }
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      &map, type, cuuint32_t(s.rank), const_cast<void*>(base), size, stride + 1, box, step,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS
-             ? Status::Ok()
-             : Status::Internal("cuTensorMapEncodeTiled: error " + std::to_string(int(result)));
+  const CUresult result =
+      driver.encode(&map, type, cuuint32_t(s.rank), const_cast<void*>(base), size, stride + 1, box, step,
+                    CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_ERROR_INVALID_VALUE)
+    return Status::Unsupported("sm90: the driver refuses a tensor map of " + text_of(s));
+  return cuda::driver_status(result, "cuTensorMapEncodeTiled");
 }
-#endif
 
 }  // namespace vtok

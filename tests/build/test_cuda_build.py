@@ -22,7 +22,7 @@ FOLDER = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_usage"
 CONFORMANCE = ROOT / "tests" / "emulator" / "conformance.cu"
 CONFORMANCE_SM90 = CONFORMANCE.with_name("conformance_sm90.cu")
-ONLY_SM90 = [*sorted(FOLDER.rglob("sm90_*.cu")), CONFORMANCE_SM90]
+ONLY_SM90 = [*sorted(FOLDER.rglob("sm90_*.cu")), CONFORMANCE_SM90, CONFORMANCE.with_name("conformance_sm90_more.cu")]
 SOURCES = [*sorted(set(FOLDER.rglob("*.cu")) - set(ONLY_SM90)), CONFORMANCE]
 
 
@@ -197,10 +197,30 @@ def test_hopper_convolution_multiplies_by_wgmma_what_tma_brings(dtype):
         # Four steps of 16 channels: of one tap on two blocks of 64 rows, or of two taps on one.
         whole = min((loop for loop in loops if sum(f"HGMMA.64x{columns}x16" in text for text in loop) == 8), key=len)
         assert sum("LDSM.16.M88.4" in text for text in whole) == 8
+        # Waits for the group before the last, except where the registers leave room for one.
+        waits = [text.split()[-1] for text in whole if "WARPGROUP.DEPBAR.LE" in text]
+        assert waits == (["0x0", "0x0"] if (rows, columns) == (256, 160) else ["0x1", "0x1"]), (rows, columns)
         assert not any("MEMBAR" in text or "CCTL" in text for text in whole)
         cycles = 2 * 8 * columns // 2  # of the tensor cores, for both warpgroups
         print(f"{dtype} {rows}x{columns}: {len(whole)} instructions, 8 HGMMA, {2 * len(whole) / cycles:.2f} of the issue slots")
         assert len(whole) <= 8 * 21
+
+
+@needs_sass
+@pytest.mark.parametrize("source, name", (("sm90_bf16", "conv_sm90_kernel"), ("sm90_wgrad", "wgrad_sm90_kernel")))
+def test_registers_that_warpgroups_hand_over_exist(source, name):
+    """What the producers give up and the others take, of what the compiler gave each: else setmaxnreg waits
+    for ever."""
+    cubin, said = compiled(FOLDER / "causal_conv3d" / f"{source}.cu", "sm_90a")
+    given = {usage.kernel: usage.registers for usage in usages(said) if name in usage.kernel}
+    sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    functions = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL))
+    assert len(given) == 8
+    for kernel, registers in given.items():
+        fewer, more = ({int(n, 16) for n in re.findall(rf"USETMAXREG\.{word}\S*\s+(?:UP\d+,\s*)?(0x[0-9a-f]+)", functions[kernel])}
+                       for word in ("DEALLOC", "TRY_ALLOC"))
+        assert len(fewer) == len(more) == 1 and registers == 168
+        assert max(fewer) <= registers <= min(more) and 128 * max(fewer) + 256 * max(more) <= 384 * registers
 
 
 # ---- which GPUs a build is for -----------------------------------------------------------------------------

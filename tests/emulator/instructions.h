@@ -66,13 +66,16 @@ void ldmatrix(const char* what, uint32_t (&r)[N], uint32_t smem, bool transposed
   struct Offer {
     uint32_t address, *r;
   };
+  emu::sm90_overwrites(r, N, what, where);
   emu::collective(what, ~0u, Offer{smem, r}, where, [&](Offer** lanes) {
     for (int i = 0; i < N; ++i) {
-      int rows_in_banks[8] = {};  // a row fills one of eight groups of four banks
+      int rows_in_banks[8] = {};  // a row fills one of eight groups of four banks; the same row is read once
       for (int row = 0; row < 8; ++row) {
         const uint32_t address = lanes[8 * i + row]->address;
         emu::check_shared(address, 16, 16, what, where);
-        ++rows_in_banks[address / 16 % 8];
+        bool again = false;
+        for (int before = 0; before < row; ++before) again = again || lanes[8 * i + before]->address == address;
+        rows_in_banks[address / 16 % 8] += !again;
       }
       emu::bank_conflicts += *std::max_element(rows_in_banks, rows_in_banks + 8) - 1;
       for (int lane = 0; lane < 32; ++lane) {
@@ -148,6 +151,11 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              Where where = Where::current()) {
   mma<float, 8>("mma_m16n8k8_tf32", d, a, b, where);
+}
+
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0 : y;
 }
 
 // The lower bits are zero here; a GPU leaves them open.

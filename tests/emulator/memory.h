@@ -47,6 +47,9 @@ void record_read(uint32_t place, uint32_t bytes, const Event& event, const char*
 uint8_t* shared_bytes(uint32_t place);
 std::string name(const Event& event);
 
+// The running thread writes registers: not those from which a product under way still reads.
+void sm90_overwrites(const uint32_t* registers, int count, const char* what, const Where& where);
+
 void register_global(const void* begin, uint64_t bytes, const char* name);
 void forget_globals();
 void forget_global_accesses();  // at the start of a launch

@@ -93,6 +93,14 @@ void check_fragment(const uint32_t* a, uint32_t group, const Where& where) {
 
 }  // namespace
 
+// Whatever their values: a load that brings the same ones is as wrong.
+void sm90_overwrites(const uint32_t* registers, int count, const char* what, const Where& where) {
+  if (config.capability != 90) return;
+  for (const Fragment& f : state().fragments)
+    if (!f.landed && registers < f.a + 4 && f.a < registers + count)
+      fail(std::string(what) + ": into registers that a product under way still reads: no wgmma_wait", where);
+}
+
 void wgmma_fence(const Where& where) {
   warpgroup("wgmma_fence", 0, where, [](Warpgroup&, int**) {});
   state().fenced = true;

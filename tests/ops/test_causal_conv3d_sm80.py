@@ -74,7 +74,9 @@ def scratch(call, **device):
         None,
         call.empty_output((1, 1, 1)),
     )
-    Emulated(**A100, **device).causal_conv3d_sm80(*args, None, False, (1, 1, 1), (0, 0, 0), None, need, 0)
+    Emulated(**A100, **device).causal_conv3d_sm80(
+        *args, None, False, (1, 1, 1), (0, 0, 0), None, need, (0, 0)
+    )
     return int(need[0])
 
 

@@ -5,8 +5,11 @@ import functools
 from support import emulator
 
 SOURCES = [
-    f"csrc/cuda/causal_conv3d/{part}.cu"
-    for part in ("sm80_forward", "forward", "dgrad", "sm80_wgrad", "plan", "phases")
+    "csrc/cuda/device.cu",
+    *(
+        f"csrc/cuda/causal_conv3d/{part}.cu"
+        for part in ("sm80_forward", "forward", "dgrad", "sm80_wgrad", "plan", "phases")
+    ),
 ]
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from support.conv_sm80_emulated import SOURCES, emulator
 
 H200 = {"shared_limit": 227 << 10, "capability": 90}
-SM90_SOURCES = [f"csrc/cuda/causal_conv3d/{part}.cu" for part in ("sm90_plan", "sm90_bf16", "sm90_f16")]
+SM90_SOURCES = [
+    f"csrc/cuda/causal_conv3d/{part}.cu" for part in ("sm90_plan", "sm90_bf16", "sm90_f16", "sm90_wgrad")
+]
 
 
 @functools.cache
@@ -16,11 +18,12 @@ def compiled() -> emulator.Library:
     exports = {
         "forward": "vtok::cuda::causal_conv3d_sm90_call",
         "dgrad": "vtok::cuda::causal_conv3d_sm90_dgrad_call",
+        "wgrad": "vtok::cuda::causal_conv3d_sm90_wgrad_call",
     }
     return emulator.build(
         *SOURCES,
         *SM90_SOURCES,
-        includes=["cuda/causal_conv3d/call.h"],
+        includes=["cuda/causal_conv3d/sm90_wgrad.h"],
         exports=exports,
         flags=["-DVTOK_SM90"],
     )
@@ -35,3 +38,6 @@ class Emulated:
 
     def causal_conv3d_sm90_dgrad(self, *args: Any) -> None:
         compiled().dgrad(*args, **self.options)
+
+    def causal_conv3d_sm90_wgrad(self, *args: Any) -> None:
+        compiled().wgrad(*args, **self.options)

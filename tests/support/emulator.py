@@ -28,6 +28,9 @@ allowed, 2 and up at random. ``capability=90`` allows the instructions of ptx_sm
 of the device. After a call ``conv.launched`` is the last launch as the source has it, kernel and arguments,
 and ``conv.bank_conflicts`` what ldmatrix would have lost in it.
 
+Host code meets the runtime and the driver of tests/emulator/runtime.h: a thread has no context until it binds
+one, a kernel no more shared memory than it was granted. ``conv.refusing()`` is a driver that says no.
+
 The environment variable VTOK_EMULATOR_FLAGS adds compiler flags. So AddressSanitizer watches kernels and
 emulator: ``LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 ASAN_OPTIONS=detect_leaks=0 VTOK_EMULATOR_FLAGS="-fsanitize=address -g" pytest ...``
@@ -47,7 +50,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,13 +187,15 @@ def _run(*command: Any, target: Path) -> None:
 
 
 class Library:
-    """Compiled launchers; calls are not for several threads at once."""
+    """Compiled launchers. Kernels of several threads run one after another; `multiprocessors` and the like
+    hold for all threads."""
 
     def __init__(self, path: Path, names: Sequence[str] | Mapping[str, str]):
         self._lib = ctypes.CDLL(str(path))
         self._lib.emu_register.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p
         self._lib.emu_bank_conflicts.restype = ctypes.c_uint64
         self._lib.emu_launched.restype = ctypes.c_char_p
+        self._lib.emu_host_counts.restype = ctypes.POINTER(ctypes.c_int64)
         for name in names:
             setattr(self, name, lambda *args, name=name, **options: self._call(name, args, **options))
 
@@ -198,6 +203,26 @@ class Library:
     def bank_conflicts(self) -> int:
         """Cycles that ldmatrix would have lost to bank conflicts in the last launch."""
         return self._lib.emu_bank_conflicts()
+
+    @property
+    def last_device(self) -> int:
+        """The device of the last launch; there are two, alike."""
+        return self._lib.emu_last_device()
+
+    @property
+    def host_counts(self) -> dict[str, int]:
+        """What the launchers asked of the runtime and the driver since the library was loaded."""
+        names = ("launches", "attributes", "look_ups", "encodes", "occupancies")
+        return dict(zip(names, self._lib.emu_host_counts()[: len(names)]))
+
+    @contextlib.contextmanager
+    def refusing(self, rank: int = 0, occupancy: bool = False) -> Iterator[None]:
+        """The driver refuses tensor maps of this rank, and the occupancy query."""
+        self._lib.emu_refuse(rank, occupancy)
+        try:
+            yield
+        finally:
+            self._lib.emu_refuse(0, 0)
 
     @property
     def launched(self) -> str:

@@ -86,14 +86,14 @@ def _why_no_gpu(index: int | None) -> Reason:
 
 
 @contextmanager
-def cuda_stream(tensor: torch.Tensor) -> Iterator[int]:
-    """Makes the tensor's device the current one, and gives the handle of its current stream, for a
-    launcher."""
+def cuda_queue(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Makes the tensor's device the current one, and gives a launcher its index and the handle of its current
+    stream."""
     if not tensor.is_cuda:  # the emulator of the tests
-        yield 0
+        yield 0, 0
         return
     with torch.cuda.device(tensor.device):
-        yield torch.cuda.current_stream().cuda_stream
+        yield tensor.device.index, torch.cuda.current_stream().cuda_stream
 
 
 _CPU = torch.device("cpu")
@@ -145,6 +145,11 @@ def arg(tensor: torch.Tensor | None, on: torch.device = _CPU) -> _Arg | None:
     ):
         raise ValueError(f"a kernel was given a {type(tensor).__name__}, which has no memory of its own")
     return address, _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def arg_anywhere(tensor: torch.Tensor | None) -> Any:
+    """`arg` for a question about a plan, which reads no memory."""
+    return None if tensor is None else arg(tensor, tensor.device)
 
 
 def arg_on(device: torch.device) -> Callable[[torch.Tensor | None], Any]:

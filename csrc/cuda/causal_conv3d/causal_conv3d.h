@@ -28,8 +28,8 @@ constexpr int kSm90Report = 10;
 // x: float32, bfloat16 or float16; channel stride 1, or any strides through a slower gather. cache: the strides
 // of x except for batch and time. bias: the type of x. residual and out: channel stride 1.
 //
-// Each launcher with `workspace_bytes` set only reports how much scratch memory (16-byte aligned) the call
-// needs.
+// *workspace_bytes is the size of the scratch memory (16-byte aligned), and becomes the size that the call
+// needs. Where that is more, or where there is no memory, nothing is launched.
 Status causal_conv3d_sm80(const ConvProblem& problem, Sm80Choice choice, void* workspace,
                           int64_t* workspace_bytes, void* stream);
 Status causal_conv3d_sm90(const ConvProblem& problem, Sm90Choice choice, void* workspace,

@@ -230,7 +230,7 @@ Status run_dgrad(const RunTask& run, const ConvProblem& problem, const Tensor& g
   Workspace workspace(workspace_base, workspace_bytes);
   task.epilogue = results_to(folds ? nullptr : &grad_x, task, int(problem.x.size[1]), workspace);
   VTOK_RETURN_IF_ERROR(run(task, workspace));
-  if (workspace_bytes || !folds) return Status::Ok();
+  if (workspace.only_counts() || !folds) return Status::Ok();
 
   fold.from = task.epilogue.out;
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);

@@ -73,7 +73,7 @@ __device__ inline int64_t channel_offset(const Epilogue& e, int n, const int64_t
 }
 
 __device__ inline float finish(const Epilogue& e, float v, float residual) {
-  if (e.silu) v = __fdividef(v, 1 + __expf(-v));  // within 2^-20, also in float32
+  if (e.silu) v = ptx::silu(v);
   if (!e.residual) return v;
   return e.blend ? e.alpha * residual + (1 - e.alpha) * v : v + residual;
 }

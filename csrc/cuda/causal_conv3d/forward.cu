@@ -101,12 +101,12 @@ Status run_forward(const RunTask& run, const ConvProblem& problem, void* workspa
   // One after the other on the stream, and so in the same scratch memory.
   int64_t most = 0;
   for (ConvTask& part : merge_taps(task)) {
-    int64_t bytes_of_part = 0;
-    Workspace workspace(workspace_base, workspace_bytes ? &bytes_of_part : nullptr);
+    int64_t bytes_of_part = *workspace_bytes;
+    Workspace workspace(workspace_base, &bytes_of_part);
     VTOK_RETURN_IF_ERROR(run(part, workspace));
     most = std::max(most, bytes_of_part);
   }
-  if (workspace_bytes) *workspace_bytes = most;
+  *workspace_bytes = most;
   return Status::Ok();
 }
 

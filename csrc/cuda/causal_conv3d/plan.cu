@@ -8,18 +8,18 @@
 namespace vtok::cuda {
 namespace {
 
-constexpr int kRelayThreads = 384, kRelayChannels = 64;  // of a block
+constexpr int kRelayThreads = 384, kRelayChannels = 64;  // of a block, at most
 
-// A block moves kRelayChannels channels of one kernel row with all their taps through shared memory,
+// A block moves `channels` channels (a power of two) of one kernel row with all their taps through shared memory,
 // [channel][tap] as they usually lie in the weights, so that both its reads and its writes are of neighbors.
 // Each thread keeps its tap (then its channel): no division is made per element.
 template <class T>
 __global__ void __launch_bounds__(kRelayThreads)
-    relay_weight_kernel(const RelaidWeight w, T* to, float* bias_to) {
+    relay_weight_kernel(const RelaidWeight w, T* to, float* bias_to, int channels) {
   const int row = blockIdx.x, group = row / w.outputs, kernel_n = row - group * w.outputs,
-            first = blockIdx.y * kRelayChannels;
+            first = blockIdx.y * channels;
   const int n = kernel_n % w.phase_channels * w.phases + kernel_n / w.phase_channels;
-  const int count = min(kRelayChannels, w.channels - first), plane = w.taps[1] * w.taps[2],
+  const int count = min(channels, w.channels - first), plane = w.taps[1] * w.taps[2],
             taps = w.taps[0] * plane;
   const uint32_t staged = ptx::smem_base();
   const T* from =
@@ -37,16 +37,16 @@ __global__ void __launch_bounds__(kRelayThreads)
                    ptx::to_float(ptx::ld_global(static_cast<const T*>(w.bias) + group * w.outputs + n)));
   __syncthreads();
 
-  const int c = threadIdx.x % kRelayChannels, kernel_plane = w.kernel[1] * w.kernel[2];
+  const int c = threadIdx.x & (channels - 1), kernel_plane = w.kernel[1] * w.kernel[2];
   auto at = [&](int t, int h, int v) {
     return ptx::ld_shared<T>(staged + (c * taps + (t * w.taps[1] + h) * w.taps[2] + v) * int(sizeof(T)));
   };
-  for (int tap = threadIdx.x / kRelayChannels; tap < w.kernel[0] * kernel_plane;
-       tap += kRelayThreads / kRelayChannels) {
+  for (int tap = threadIdx.x / channels; tap < w.kernel[0] * kernel_plane;
+       tap += kRelayThreads / channels) {
     const int dt = tap / kernel_plane, dh = tap % kernel_plane / w.kernel[2], dw = tap % w.kernel[2];
     T* frame_to = to + (int64_t(row) * w.kernel[0] + dt) * w.k_frame;
     if (first == 0 && tap % kernel_plane == 0)  // the padding at the end of a time tap
-      for (int k = kernel_plane * w.channels + c; k < w.k_frame; k += kRelayChannels)
+      for (int k = kernel_plane * w.channels + c; k < w.k_frame; k += channels)
         ptx::st_global(frame_to + k, ptx::from_float<T>(0));
     if (c >= count) continue;
     T value;
@@ -66,12 +66,19 @@ __global__ void __launch_bounds__(kRelayThreads)
 }  // namespace
 
 Status relay_weight(const RelaidWeight& w, DType dtype, void* to, float* bias_to, void* stream) {
-  const dim3 grid(unsigned(w.groups * w.outputs), unsigned(divide_up(w.channels, kRelayChannels)));
-  const int shared = kRelayChannels * w.taps[0] * w.taps[1] * w.taps[2] * element_size(dtype);
+  Device device;
+  VTOK_RETURN_IF_ERROR(current_device(device));
+  const int64_t row = int64_t(w.taps[0]) * w.taps[1] * w.taps[2] * element_size(dtype);
+  int channels = kRelayChannels;
+  while (channels > 1 && channels * row > device.shared_limit) channels /= 2;
+  if (channels * row > device.shared_limit)
+    return Status::Unsupported("weight: a channel's taps exceed the shared memory of this GPU");
+  const dim3 grid(unsigned(w.groups * w.outputs), unsigned(divide_up(w.channels, channels)));
+  const size_t shared = size_t(channels * row);
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return VTOK_LAUNCH(relay_weight_kernel<T>, grid, dim3(kRelayThreads), shared,
-                       static_cast<cudaStream_t>(stream), w, static_cast<T*>(to), bias_to);
+                       static_cast<cudaStream_t>(stream), w, static_cast<T*>(to), bias_to, channels);
   };
   if (dtype == DType::f16) return run(__half());
   if (dtype == DType::bf16) return run(__nv_bfloat16());

@@ -9,25 +9,26 @@
 
 namespace vtok::cuda {
 
-// Hands out pieces of the caller's scratch memory; without any it only counts.
+// Hands out pieces of the caller's scratch memory of *bytes; where there are too few it only counts.
 class Workspace {
  public:
-  Workspace(void* base, int64_t* bytes) : base_(static_cast<char*>(base)), bytes_(bytes) {}
+  Workspace(void* base, int64_t* bytes)
+      : base_(static_cast<char*>(base)), bytes_(bytes), room_(base ? *bytes : 0) {}
   template <class T = char>
   T* take(int64_t count) {
     const int64_t at = used_;
     used_ += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
     return reinterpret_cast<T*>(base_ + at);
   }
+  // Writes the need to *bytes; true where the room does not suffice, and nothing may be launched.
   bool only_counts() const {
-    if (bytes_) *bytes_ = used_;
-    return bytes_ != nullptr;
+    *bytes_ = used_;
+    return !base_ || used_ > room_;
   }
 
  private:
   char* base_;
-  int64_t* bytes_;
-  int64_t used_ = 0;
+  int64_t *bytes_, room_, used_ = 0;
 };
 
 constexpr int kMaxMergedTaps = 8;

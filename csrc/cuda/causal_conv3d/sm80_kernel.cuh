@@ -230,13 +230,15 @@ __device__ __forceinline__ void multiply_slices(Loader<Tile>& loader, const Corn
     ptx::cp_async_wait<Tile::kStages - 2>();
     // this slice has arrived, and all warps are done with the slice before it, whose stage is now written
     __syncthreads();
-    if (it + Tile::kStages - 1 < end) {
-      loader.load(write);
-      loader.advance();
-    }
-    ptx::cp_async_commit();
-    Tile::Math::multiply(acc, read + at.warp_m * kRowBytes, read + (Tile::kM + at.warp_n) * kRowBytes,
-                         at.lane);
+    // The loads come after the first products: their addresses take a warp longer than its own products do.
+    Tile::Math::multiply(acc, read + at.warp_m * kRowBytes, read + (Tile::kM + at.warp_n) * kRowBytes, at.lane,
+                         [&] {
+                           if (it + Tile::kStages - 1 < end) {
+                             loader.load(write);
+                             loader.advance();
+                           }
+                           ptx::cp_async_commit();
+                         });
     if constexpr (Tile::Math::kTwoLevels)
       if (it % 16 == 15) flush(total, acc);
     write = read;

@@ -62,9 +62,10 @@ struct MatrixUnit {
   }
 
   // acc += A B^T over one slice of 64 bytes of K; a and b are the shared addresses of the warp's first rows
-  // (multiples of 8 rows).
-  template <int MI, int NI>
-  __device__ static void multiply(float (&acc)[MI][NI][4], uint32_t a, uint32_t b, int lane) {
+  // (multiples of 8 rows). Between the products, meanwhile() is called.
+  template <int MI, int NI, class Meanwhile>
+  __device__ static void multiply(float (&acc)[MI][NI][4], uint32_t a, uint32_t b, int lane,
+                                  Meanwhile&& meanwhile) {
     const uint32_t a_lane = a + swizzled(lane % 16, lane / 16),
                    b_lane = b + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
@@ -88,6 +89,7 @@ struct MatrixUnit {
           const uint32_t pair[2] = {fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]};
           mma(acc[i][j], fa[i], pair);
         }
+      if (step == 0) meanwhile();
     }
   }
 
@@ -163,8 +165,10 @@ struct MultiplyAdd {
   using Type = float;
   static constexpr bool kTwoLevels = true;
 
-  template <int MI, int NI>
-  __device__ static void multiply(float (&acc)[MI][NI][4], uint32_t a, uint32_t b, int lane) {
+  template <int MI, int NI, class Meanwhile>
+  __device__ static void multiply(float (&acc)[MI][NI][4], uint32_t a, uint32_t b, int lane,
+                                  Meanwhile&& meanwhile) {
+    meanwhile();
 #pragma unroll 1
     for (int chunk = 0; chunk < 4; ++chunk) {
       float4 fa[MI * 2];

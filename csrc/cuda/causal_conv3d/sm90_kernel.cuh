@@ -255,6 +255,7 @@ struct TapShift {
 template <class T, int M, int N>
 struct Sm90Multiplier {
   static constexpr int kBlocks = M / 128;  // of 64 rows, in a warpgroup's half of the tile
+  static constexpr bool kPipelined = sm90_pipelined(M, N);
   using Shared = Sm90Shared<M, N>;
 
   const Sm90Params& p;
@@ -327,52 +328,95 @@ struct Sm90Multiplier {
     weights.advance(p.weight_stages);
   }
 
-  // All taps of one patch, of which Steps x 16 channels count. While a group of products is under way, the
-  // fragments of the next group are loaded into other registers; then the group is waited for, because ptxas
-  // serializes products whose fragments are loaded while two groups are under way. The other warpgroup's
-  // products fill the gap. A group is 256 cycles of the tensor cores: half of a tap where a warpgroup has 128
-  // rows, a whole one where it has 64.
+  // All taps of one patch, of which Steps x 16 channels count. The tensor cores never run dry between the taps:
+  // the next group of products is issued, then the one before is waited for, and while one is under way the
+  // registers of the other are loaded anew. So a stage of weights is given up when products of the next tap are
+  // under way: there must be two. A group is 256 cycles of the tensor cores: half of a tap where a warpgroup
+  // has 128 rows, a whole one where it has 64.
   template <int Steps>
   __device__ void patch() {
     ptx::mbarrier_wait(shared.patch_full(patches.stage), patches.parity);
     const uint32_t patch = shared.patch(patches.stage);
     const int taps = p.taps[0] * p.taps[1] * p.taps[2];
-    TapShift shift;
-    if constexpr (kBlocks == 2) {
-      constexpr int kFirst = (Steps + 1) / 2, kSecond = Steps / 2;
-      uint32_t first[2][kFirst][4], second[2][kSecond > 0 ? kSecond : 1][4];
-      load<kFirst>(first, patch, shift.rows, 0);
-#pragma unroll 1
-      for (int tap = 0; tap < taps; ++tap) {
-        const uint64_t b = next_weights();
-        multiply<kFirst>(first, b);
-        if constexpr (kSecond > 0) load<kSecond>(second, patch, shift.rows, kFirst);
-        ptx::wgmma_wait<0>();
-        if constexpr (kSecond > 0) multiply<kSecond>(second, b + 2 * kFirst);
-        shift.advance(p, tap + 1 < taps);
-        load<kFirst>(first, patch, shift.rows, 0);
-        finish_tap();
-      }
-    } else {
-      uint32_t even[1][Steps][4], odd[1][Steps][4];
-      load<Steps>(even, patch, shift.rows, 0);
-#pragma unroll 1
-      for (int tap = 0;;) {
-        multiply<Steps>(even, next_weights());
-        shift.advance(p, ++tap < taps);
-        load<Steps>(odd, patch, shift.rows, 0);
-        finish_tap();
-        if (tap == taps) break;
-        multiply<Steps>(odd, next_weights());
-        shift.advance(p, ++tap < taps);
-        load<Steps>(even, patch, shift.rows, 0);
-        finish_tap();
-        if (tap == taps) break;
-      }
-    }
+    if constexpr (kBlocks == 1)
+      whole_taps<Steps>(patch, taps);
+    else if constexpr (kPipelined && Steps > 1)
+      half_taps<(Steps + 1) / 2, Steps / 2>(patch, taps);
+    else
+      drained_taps<(Steps + 1) / 2, Steps / 2>(patch, taps);
     __syncwarp();  // all lanes have read
     if (lane == 0) ptx::mbarrier_arrive(shared.patch_empty(patches.stage));
     patches.advance(p.patch_stages);
+  }
+
+  template <int Steps>
+  __device__ void whole_taps(uint32_t patch, int taps) {
+    uint32_t even[kBlocks][Steps][4], odd[kBlocks][Steps][4];
+    TapShift shift;
+    load<Steps>(even, patch, shift.rows, 0);
+    multiply<Steps>(even, next_weights());
+    // The registers of `next` have been read; those of the tap before are still being read.
+    auto step = [&](auto& next) {
+      shift.advance(p, true);
+      load<Steps>(next, patch, shift.rows, 0);
+      const int used = weights.stage;
+      weights.advance(p.weight_stages);
+      multiply<Steps>(next, next_weights());
+      ptx::wgmma_wait<1>();
+      release_weights(used);
+    };
+#pragma unroll 1
+    for (int tap = 1; tap < taps;) {
+      step(odd);
+      if (++tap == taps) break;
+      step(even);
+      ++tap;
+    }
+    finish_tap();
+  }
+
+  template <int First, int Second>
+  __device__ void half_taps(uint32_t patch, int taps) {
+    uint32_t first[kBlocks][First][4], second[kBlocks][Second][4];
+    TapShift shift;
+    int used = 0;
+    load<First>(first, patch, shift.rows, 0);
+#pragma unroll 1
+    for (int tap = 0; tap < taps; ++tap) {
+      const uint64_t b = next_weights();
+      multiply<First>(first, b);
+      ptx::wgmma_wait<1>();
+      if (tap > 0) release_weights(used);
+      load<Second>(second, patch, shift.rows, First);
+      multiply<Second>(second, b + 2 * First);
+      ptx::wgmma_wait<1>();
+      shift.advance(p, tap + 1 < taps);
+      load<First>(first, patch, shift.rows, 0);
+      used = weights.stage;
+      weights.advance(p.weight_stages);
+    }
+    ptx::wgmma_wait<0>();
+    release_weights(used);
+  }
+
+  // Where the sums leave no registers for two groups under way (ptxas would serialize them), or where a tap is a
+  // single group: each is waited for before the next. The other warpgroup's products fill the gap.
+  template <int First, int Second>
+  __device__ void drained_taps(uint32_t patch, int taps) {
+    uint32_t first[kBlocks][First][4], second[kBlocks][Second > 0 ? Second : 1][4];
+    TapShift shift;
+    load<First>(first, patch, shift.rows, 0);
+#pragma unroll 1
+    for (int tap = 0; tap < taps; ++tap) {
+      const uint64_t b = next_weights();
+      multiply<First>(first, b);
+      if constexpr (Second > 0) load<Second>(second, patch, shift.rows, First);
+      ptx::wgmma_wait<0>();
+      if constexpr (Second > 0) multiply<Second>(second, b + 2 * First);
+      shift.advance(p, tap + 1 < taps);
+      load<First>(first, patch, shift.rows, 0);
+      finish_tap();
+    }
   }
 
   __device__ void start(const Sm90Unit& unit) {
@@ -413,7 +457,7 @@ struct Sm90Multiplier {
     const float of_sum = p.epilogue.blend ? 1 - p.epilogue.alpha : 1,
                 of_residual = p.epilogue.blend ? p.epilogue.alpha : 1;
     auto finished = [&](float v, float residual) {
-      if (Silu) v = __fdividef(v, 1 + __expf(-v));
+      if (Silu) v = ptx::silu(v);
       return Residual ? of_residual * residual + of_sum * v : v;
     };
     const int rows = p.tile[0] * p.tile[1] * p.tile[2];

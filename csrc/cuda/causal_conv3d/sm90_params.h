@@ -33,6 +33,11 @@ struct Sm90Maps {  // channels first, then width, height, time, batch; the weigh
   TensorMap x, cache, weight, out, residual;
 };
 
+// Whether the registers suffice for two groups of products under way: the sums of 256 x 160 take 160 of 224, the
+// fragments 32.
+constexpr bool sm90_pipelined(int m, int n) { return m != 256 || n < 160; }
+constexpr int kFewestWeightStages = 2;  // one is given up while the next is multiplied
+
 // A tile of M x N: the kernel, and what the plan must know of it.
 struct Sm90Variant {
   int m, n;

@@ -1,6 +1,7 @@
 // The sm90 convolution's plan: whether it can run a task, which tile, and the tensor maps. The kernel and
 // the byte counts of its cost model: sm90_kernel.cuh.
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <mutex>
 #include <string>
@@ -142,6 +143,7 @@ int patch_height(const Sm90Params& p) { return p.frame_bytes_loaded / kSlabBytes
 // all its taps. False where not even the fewest fit.
 bool choose_stages(const Sm90Variant& v, const Sm90Params& p, int shared_limit, Plan* plan, int wish) {
   const int taps = p.taps[0] * p.taps[1] * p.taps[2];
+  if (wish && wish < kFewestWeightStages) return false;
   int patches = 2, weights = wish ? wish : 3;
   auto fits = [&](int a, int b) { return sm90_shared_bytes(v, p.patch_bytes, a, b) <= shared_limit; };
   if (!fits(patches, weights)) return false;
@@ -160,23 +162,63 @@ bool choose_stages(const Sm90Variant& v, const Sm90Params& p, int shared_limit, 
   return true;
 }
 
-// Cycles of one multiprocessor for one unit, and of all for the whole task: see the table of bytes in
-// sm90_kernel.cuh.
-double predicted_cycles(const Sm90Variant& v, const Sm90Params& p, const ConvTask& task, int cluster,
-                        int splits, int chip) {
-  constexpr double kL2 = 24, kShared = 128, kMemory = 17;  // bytes a cycle and multiprocessor
-  // of the peak: what the best matrix products keep under an H200's power limit, 790 TFLOP/s
-  constexpr double kTensor = 0.83;
-  constexpr double kStart = 1500, kReduce = 6000;
+// Cycles of an 8x8 matrix for ldmatrix, on average: a row of the patch lies in one of eight groups of banks, and
+// rows of one group are read one after another. A tap moves all rows alike, so that any tap is all taps.
+double bank_cycles(const Sm90Variant& v, const Sm90Params& p) {
   const Source& s = p.source;
-  const double outer = p.tile[0] == 1 ? s.time_taps : 1, taps = outer * p.taps[0] * p.taps[1] * p.taps[2];
+  const int all = p.tile[0] * p.tile[1] * p.tile[2];
+  int cycles = 0;
+  for (int first = 0; first < v.m; first += 8) {
+    int rows[8], most = 1;
+    for (int i = 0; i < 8; ++i) {
+      const int r = first + i, w = r % p.tile[2], h = r / p.tile[2] % p.tile[1], t = r / p.tile[2] / p.tile[1];
+      rows[i] = r >= all ? 0
+                         : t * s.stride[0] * p.frame_rows + h * s.stride[1] * p.patch_width + w * s.stride[2];
+      int together = 1;  // the same row is read once for all
+      for (int k = 0; k < i; ++k) together += rows[k] % 8 == rows[i] % 8 && rows[k] != rows[i];
+      most = std::max(most, together);
+    }
+    cycles += most;
+  }
+  return cycles / (v.m / 8.0);
+}
+
+// What a multiprocessor would take if it had each resource to itself.
+struct Cycles {
+  double tensor, shared, l2;
+};
+
+Cycles cycles_of_unit(const Sm90Variant& v, const Sm90Params& p, const ConvTask& task, double banks,
+                      int cluster) {
+  constexpr double kL2 = 24, kShared = 128;  // bytes a cycle and multiprocessor
+  const double outer = p.tile[0] == 1 ? p.source.time_taps : 1;
+  const double taps = outer * p.taps[0] * p.taps[1] * p.taps[2];
   const double steps = taps * ((task.weight.channels + 15) / 16) * (v.m / 64), slabs = taps * p.slabs;
   const double weights = slabs * v.n * kSlabBytes,
                patches = outer * p.slabs * p.patch_frames * p.frame_bytes_loaded;
-  const double tensor = steps * (v.n / 2) / kTensor, l2 = (weights / cluster + patches) / kL2;
-  const double shared = (steps * (2048 + v.n * 32) + weights + patches) / kShared;
-  // what is not the bound still gets in the way
-  const double bound = std::max({tensor, l2, shared}) + 0.1 * (l2 + shared);
+  return {steps * (v.n / 2), (steps * (2048 * banks + v.n * 32) + weights + patches) / kShared,
+          (weights / cluster + patches) / kL2};
+}
+
+// Together. None is used all the time: what waits for one leaves the others idle, the more so the closer they
+// are to the bound, and the more so where products are waited for before the next are issued (`depth`: 1 would
+// be one after another, infinity all at once). Nor is it faster than the best matrix products under an H200's
+// power limit, 790 TFLOP/s of 946; waits save power, so that this is a bound and no factor. The depths are
+// assumptions: what public kernels of this kind reach, until a GPU has measured ours.
+double together(const Cycles& c, bool pipelined) {
+  constexpr double kTensor = 0.83;
+  const double depth = pipelined ? 3 : 2;
+  const double sum = std::pow(c.tensor, depth) + std::pow(c.shared, depth) + std::pow(c.l2, depth);
+  return std::max(std::pow(sum, 1 / depth), c.tensor / kTensor);
+}
+
+// Cycles of all multiprocessors for the whole task: see the table of bytes in sm90_kernel.cuh.
+double predicted_cycles(const Sm90Variant& v, const Sm90Params& p, const ConvTask& task, double banks,
+                        int cluster, int splits, int chip) {
+  constexpr double kMemory = 17;  // bytes a cycle and multiprocessor
+  constexpr double kStart = 1500, kReduce = 6000;
+  const Source& s = p.source;
+  const double bound = together(cycles_of_unit(v, p, task, banks, cluster), sm90_pipelined(v.m, v.n));
   const double tile = bound / splits + kStart + double(v.m) * v.n / 16;
   const int64_t batch = s.positions / (int64_t(s.out[0]) * s.out[1] * s.out[2]);
   const int64_t tiles = batch * p.tiles[0] * p.tiles[1] * p.tiles[2];
@@ -189,12 +231,15 @@ double predicted_cycles(const Sm90Variant& v, const Sm90Params& p, const ConvTas
   return cycles;
 }
 
-// The lengths that divide an axis into equal parts, one for each number of parts: the longest first.
-std::vector<int> parts_of(int length, int most) {
+// The lengths that divide an axis into equal parts, one for each number of parts: the longest first. And those
+// rounded up to eight, the rows that ldmatrix reads at once, where `eights`.
+std::vector<int> parts_of(int length, int most, bool eights = false) {
   std::vector<int> found;
   for (int count = std::max(1, (length + most - 1) / most); count <= length; ++count) {
     const int part = (length + count - 1) / count;
     if (!found.empty() && part == found.back()) continue;
+    if (const int rounded = (part + 7) / 8 * 8; eights && rounded != part && rounded <= most && part > 4)
+      found.push_back(rounded);
     found.push_back(part);
     if (part <= 4) break;
   }
@@ -212,7 +257,7 @@ Plan search(Sm90Params p, const ConvTask& task, Sm90Choice wish, const Device& d
     std::vector<int> lengths = frames_together ? parts_of(s.out[0], v.m) : std::vector<int>();
     if (lengths.empty() || lengths.back() != 1) lengths.push_back(1);
     for (int frames : lengths) {
-      for (int width : parts_of(s.out[2], std::min(v.m / frames, 256))) {
+      for (int width : parts_of(s.out[2], std::min(v.m / frames, 256), true)) {
         const int rows = parts_of(s.out[1], std::min(v.m / frames / width, 256)).front();
         shape_patch(p, {frames, rows, width});
         Plan plan;
@@ -221,13 +266,14 @@ Plan search(Sm90Params p, const ConvTask& task, Sm90Choice wish, const Device& d
             p.patch_frames * p.frame_bytes_loaded >= 1 << 20 ||
             !choose_stages(v, p, device.shared_limit, &plan, wish.stages))
           continue;
+        const double banks = bank_cycles(v, p);
         for (int cluster : {1, 2}) {
           if (wish.cluster && wish.cluster != cluster) continue;
           const int steps = (frames == 1 ? s.time_taps : 1) * p.slabs;
           for (int splits : {1, 2, 3, 4, 6, 8, 12, 16}) {
             if (wish.splits) splits = frames == 1 ? std::min(wish.splits, steps) : wish.splits;
             if (splits > steps) break;
-            plan.cycles = predicted_cycles(v, p, task, cluster, splits, device.multiprocessors);
+            plan.cycles = predicted_cycles(v, p, task, banks, cluster, splits, device.multiprocessors);
             plan.cluster = cluster;
             plan.splits = splits;
             std::copy(p.tile, p.tile + 3, plan.tile);
@@ -273,13 +319,16 @@ Status choose(const Sm90Params& p, const ConvTask& task, Sm90Choice wish, const 
   const int shared =
       sm90_shared_bytes(*plan->variant, shaped.patch_bytes, plan->patch_stages, plan->weight_stages);
   VTOK_RETURN_IF_ERROR(
-      resident_clusters(plan->variant->kernel, plan->cluster, kSm90Threads, shared, &plan->clusters));
+      resident_clusters(plan->variant->kernel, plan->cluster, kSm90Threads, shared, device, &plan->clusters));
   if (known.size() >= 4096) known.clear();
   known[key] = *plan;
   return Status::Ok();
 }
 
 // ---- the tensor maps --------------------------------------------------------------------------------------
+
+// Scratch memory that is only counted lies nowhere; a map of it is asked for all the same.
+const void* address_of(const void* data) { return data ? data : reinterpret_cast<const void*>(4096); }
 
 // Boxes of `channels` x box[2] x box[1] x box[0] (time, height, width); strides of axes of one element mean
 // nothing.
@@ -297,7 +346,7 @@ Status encode_view(TensorMap& map, const View& view, DType dtype, int channels, 
     shape.stride[i] = single ? shape.stride[i - 1] * shape.size[i - 1] : uint64_t(view.stride[i]);
     if (single && shape.stride[i] >= uint64_t(1) << 40) shape.stride[i] = 16;
   }
-  return encode(map, view.data, shape);
+  return encode(map, address_of(view.data), shape);
 }
 
 struct WeightRows {  // channels innermost
@@ -325,7 +374,7 @@ bool read_in_place(const RelaidWeight& w, WeightRows* rows) {
 Status encode_weights(TensorMap& map, const WeightRows& rows, const RelaidWeight& w, DType dtype,
                       int box_outputs) {
   const uint64_t taps = uint64_t(w.kernel[0]) * w.kernel[1] * w.kernel[2];
-  return encode(map, rows.data,
+  return encode(map, address_of(rows.data),
                 {dtype,
                  3,
                  {uint64_t(w.channels), taps, uint64_t(w.outputs)},
@@ -393,17 +442,11 @@ Status run_task(ConvTask& task, Sm90Choice choice, Workspace& workspace, void* s
   const bool direct = read_in_place(w, &rows);
   const int64_t taps = int64_t(w.kernel[0]) * w.kernel[1] * w.kernel[2];
   void* relaid = direct ? nullptr : workspace.take(w.outputs * taps * w.channels * 2);
+  if (!direct) rows = {relaid, w.channels * 2, taps * w.channels * 2};
   if (p.splits > 1)
     p.partial = workspace.take<float>(int64_t(p.splits) * p.source.positions * p.partial_stride);
-  if (workspace.only_counts()) return Status::Ok();
-  if (!direct) {
-    RelaidWeight relay = w;
-    relay.k_frame = w.kernel[1] * w.kernel[2] * w.channels;
-    relay.bias = nullptr;
-    VTOK_RETURN_IF_ERROR(relay_weight(relay, task.dtype, relaid, nullptr, stream_handle));
-    rows = {relaid, w.channels * 2, taps * w.channels * 2};
-  }
 
+  // Also where only a question is asked: what the driver refuses, another kernel runs.
   Sm90Maps maps = {};
   const int patch[3] = {1, patch_height(p), p.patch_width};
   VTOK_RETURN_IF_ERROR(encode_view(maps.x, v.x, task.dtype, 64, patch));
@@ -413,6 +456,13 @@ Status run_task(ConvTask& task, Sm90Choice choice, Workspace& workspace, void* s
   VTOK_RETURN_IF_ERROR(encode_view(maps.out, v.out, task.dtype, variant.piece, p.tile));
   if (v.residual.data)
     VTOK_RETURN_IF_ERROR(encode_view(maps.residual, v.residual, task.dtype, variant.piece, p.tile));
+  if (workspace.only_counts()) return Status::Ok();
+  if (!direct) {
+    RelaidWeight relay = w;
+    relay.k_frame = w.kernel[1] * w.kernel[2] * w.channels;
+    relay.bias = nullptr;
+    VTOK_RETURN_IF_ERROR(relay_weight(relay, task.dtype, relaid, nullptr, stream_handle));
+  }
 
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   const int clusters = std::min(p.units, std::max(plan.clusters, 1));

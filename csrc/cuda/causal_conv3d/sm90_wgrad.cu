@@ -30,6 +30,7 @@
 #include "cuda/causal_conv3d/sm90_wgrad.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "cuda/causal_conv3d/plan.h"
@@ -272,10 +273,71 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+struct Operand {  // batch, channel, time, height, width; strides in elements
+  const void* data;
+  int64_t stride[5];
+
+  __device__ int64_t offset(int b, int c, int t, int h, int w) const {
+    return b * stride[0] + c * stride[1] + t * stride[2] + h * stride[3] + w * stride[4];
+  }
+};
+
 struct Sm90WgradResult {
   void* weight;
   void* bias;  // or null
   int64_t stride_o, stride_c, stride_tap[3];
+  Operand grad, x, cache;
+};
+
+// One element of the gradient, term by term.
+template <class T>
+struct Term {
+  const Sm90WgradParams& p;
+  const Sm90WgradResult& r;
+  const int o, c, dt, dh, dw;
+
+  // What position (t, h, w) of the output multiplies, also where the output has no such position.
+  __device__ float x(int b, int t, int h, int w) const {
+    const Source& s = p.source;
+    const int row = h * s.stride[1] + dh * s.dilation[1] - s.pad[1],
+              column = w * s.stride[2] + dw * s.dilation[2] - s.pad[2], frame = tap_index(s, 0, t, dt);
+    if (frame < 0 || row < 0 || row >= s.length[1] || column < 0 || column >= s.length[2]) return 0;
+    const bool cached = frame < s.used_cache;
+    const Operand& from = cached ? r.cache : r.x;
+    const int at = cached ? frame + s.cached - s.used_cache : frame - s.used_cache;
+    return ptx::to_float(
+        ptx::ld_global(static_cast<const T*>(from.data) + from.offset(b, c, at, row, column)));
+  }
+
+  // Whether a slice of 8 x 8 positions that hangs over the edge has multiplied its zeros by what is no number.
+  __device__ bool spoiled() const {
+#pragma unroll 1
+    for (int b = 0; b < p.batch; ++b)
+#pragma unroll 1
+      for (int t = 0; t < p.source.out[0]; ++t)
+#pragma unroll 1
+        for (int h = 0; h < p.patches[0] * kSide; ++h)
+#pragma unroll 1
+          for (int w = h < p.source.out[1] ? p.source.out[2] : 0; w < p.patches[1] * kSide; ++w)
+            if (const float v = x(b, t, h, w); v - v != 0) return true;
+    return false;
+  }
+  __device__ float sum() const {
+    float sum = 0;
+#pragma unroll 1
+    for (int b = 0; b < p.batch; ++b)
+#pragma unroll 1
+      for (int t = 0; t < p.source.out[0]; ++t)
+#pragma unroll 1
+        for (int h = 0; h < p.source.out[1]; ++h)
+#pragma unroll 1
+          for (int w = 0; w < p.source.out[2]; ++w) {
+            const float v = x(b, t, h, w);
+            const T* grad = static_cast<const T*>(r.grad.data) + r.grad.offset(b, o, t, h, w);
+            sum = fmaf(ptx::to_float(ptx::ld_global(grad)), v, sum);
+          }
+    return sum;
+  }
 };
 
 // One thread per column of a row of tiles: sums the shares in order and rounds once. A column more stands for
@@ -303,6 +365,8 @@ __global__ void __launch_bounds__(256)
       const int64_t row = (int64_t(tile + s * p.rest) * p.cluster + row_tile % p.cluster) * kRows + o % kRows;
       sum += ptx::ld_global(is_bias ? p.partial_bias + row : p.partial + row * Tile::kColumns + within);
     }
+    if (sum != sum && !is_bias)  // an Inf in x beside the edge: rare, and slow to mend
+      if (const Term<T> term = {p, r, o, c, dt, dh, dw}; term.spoiled()) sum = term.sum();
     T* to = is_bias ? static_cast<T*>(r.bias) + o
                     : static_cast<T*>(r.weight) + o * r.stride_o + c * r.stride_c + dt * r.stride_tap[0] +
                           dh * r.stride_tap[1] + dw * r.stride_tap[2];
@@ -332,6 +396,12 @@ Status channels_last_map(TensorMap& map, const Tensor& t, int rows, int row_step
   return encode(map, t.data, shape);
 }
 
+Operand operand(const Tensor& t) {
+  Operand o = {t.data, {}};
+  std::copy(t.stride, t.stride + 5, o.stride);
+  return o;
+}
+
 Status check_tensor(const Tensor& t, const char* name) {
   const std::string expected = std::string(name) + ": sm90 reads channels_last_3d of 8, 16, ... channels";
   if (t.stride[1] != 1 || t.size[1] % 8 || !aligned16(t.data)) return Status::Unsupported(expected);
@@ -359,6 +429,18 @@ Status check(const ConvProblem& problem, const Source& s, const Tensor& grad, co
   return check_tensor(grad, "grad");
 }
 
+// Of the tensor cores, of shared memory and of the L2, together as in the plan of the forward kernel, whose
+// loop keeps a group of products under way too.
+double cycles_of_slice(int columns, int products, int stage_bytes, double bytes_of_l2) {
+  constexpr double kTensor = 0.83, kShared = 128, kL2 = 20, kDepth = 3;
+  const double tensor = 4.0 * columns;
+  // of each warpgroup and 16 positions: 64 outputs for each product, and all columns
+  const double shared = (2 * kSide * kSide / 16 * (products * 2048.0 + columns * 32) + stage_bytes) / kShared;
+  const double sum =
+      std::pow(tensor, kDepth) + std::pow(shared, kDepth) + std::pow(bytes_of_l2 / kL2, kDepth);
+  return std::max(std::pow(sum, 1 / kDepth), tensor / kTensor);
+}
+
 template <class Tile>
 Status plan_and_launch(const ConvProblem& problem, Sm90WgradParams p, const Sm90WgradResult& result,
                        const Tensor& grad, Sm90WgradChoice choice, const Device& device, Workspace workspace,
@@ -384,9 +466,8 @@ Status plan_and_launch(const ConvProblem& problem, Sm90WgradParams p, const Sm90
     if (row_tiles % p.cluster || (choice.cluster && choice.cluster != p.cluster)) continue;
     p.tiles_m = row_tiles / p.cluster;
     const int tiles = p.tiles_m * columns, at_once = std::max(device.multiprocessors / p.cluster, 1);
-    // Cycles of a slice: of the tensor cores, or of what the L2 gives.
-    const double slice =
-        std::max(4.0 * Tile::kColumns, (2 * kTile + double(Tile::kBoxes) * p.box_bytes / p.cluster) / 20);
+    const double slice = cycles_of_slice(Tile::kColumns, Tile::kProducts, stage_bytes,
+                                         2 * kTile + double(Tile::kBoxes) * p.box_bytes / p.cluster);
     for (int waves = std::max(tiles / at_once - 1, 0); waves <= tiles / at_once; ++waves)
       for (int splits :
            {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24, 28, 32, 40, 48, 64}) {
@@ -429,7 +510,6 @@ Status plan_and_launch(const ConvProblem& problem, Sm90WgradParams p, const Sm90
   const int64_t blocks = (int64_t(p.whole) + int64_t(chosen.rest) * p.splits) * p.cluster;
   p.partial = workspace.take<float>(blocks * kRows * Tile::kColumns);
   p.partial_bias = result.bias ? workspace.take<float>(blocks * kRows) : nullptr;
-  if (workspace.only_counts()) return Status::Ok();
   if (blocks >= (int64_t(1) << 31)) return Status::Unsupported("weight: more tiles than a grid holds");
   Sm90WgradMaps maps;
   VTOK_RETURN_IF_ERROR(channels_last_map(maps.grad, grad, kSide, 1, 1));
@@ -438,6 +518,7 @@ Status plan_and_launch(const ConvProblem& problem, Sm90WgradParams p, const Sm90
   if (s.used_cache)
     VTOK_RETURN_IF_ERROR(
         channels_last_map(maps.cache, problem.cache, box_rows, tall ? 1 : s.stride[1], s.stride[2]));
+  if (workspace.only_counts()) return Status::Ok();
   VTOK_RETURN_IF_ERROR(VTOK_LAUNCH_CLUSTER(dim3(unsigned(p.cluster)), wgrad_sm90_kernel<Tile>,
                                            dim3(unsigned(blocks)), dim3(kThreads),
                                            fixed + p.stages * stage_bytes, stream, maps, p));
@@ -491,7 +572,10 @@ Status causal_conv3d_sm90_wgrad(const ConvProblem& problem, const Tensor& grad, 
                                   grad_bias.data,
                                   grad_weight.stride[0],
                                   grad_weight.stride[1],
-                                  {grad_weight.stride[2], grad_weight.stride[3], grad_weight.stride[4]}};
+                                  {grad_weight.stride[2], grad_weight.stride[3], grad_weight.stride[4]},
+                                  operand(grad),
+                                  operand(problem.x),
+                                  operand(problem.cache)};
   const Workspace workspace(workspace_base, workspace_bytes);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   if (problem.x.dtype == DType::f16)

@@ -23,11 +23,12 @@ Status causal_conv3d_sm90_wgrad(const ConvProblem& problem, const Tensor& grad, 
 // no weight is read, and a problem wants a tensor of that shape.
 inline Status causal_conv3d_sm90_wgrad_call(Tensor x, Tensor grad_weight, Tensor cache, ConvGeometry geometry,
                                             Tensor grad, Tensor grad_bias, Triple choice, Tensor workspace,
-                                            Tensor need, uint64_t stream) {
+                                            Tensor need, Queue queue) {
+  VTOK_RETURN_IF_ERROR(use(queue));
   Sm90WgradChoice wanted = {choice[0], choice[1], choice[2]};
   if (need.size[0] == 1 + kSm90WgradReport) wanted.report = static_cast<int64_t*>(need.data) + 1;
   return causal_conv3d_sm90_wgrad(conv_problem(x, grad_weight, cache, geometry), grad, grad_weight, grad_bias,
-                                  wanted, workspace.data, only_bytes(workspace, need), stream_of(stream));
+                                  wanted, workspace.data, bytes_of(workspace, need), stream_of(queue));
 }
 
 }  // namespace vtok::cuda

@@ -18,7 +18,7 @@ from vtok_fast.dispatch import backends, native
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import sm80, sm90, sm90_wgrad
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall, Geometry, Gradients, Triple, run
-from vtok_fast.ops.causal_conv3d.launch import LAST, inputs, why_not_machine
+from vtok_fast.ops.causal_conv3d.launch import LAST, inputs, laid_out, why_not_machine
 from vtok_fast.reference import causal_conv3d as reference
 
 # ---- adjoints ----------------------------------------------------------------------------------------------
@@ -186,16 +186,17 @@ def _run_cpu(call: ConvBackwardCall) -> Gradients:
 def _why_not_sm90(call: ConvBackwardCall) -> Reason:
     if (reason := why_not_machine(call.x) or sm80.why_not(call)) is not None:
         return reason
-    call = _as_read(call)
+    call = _as_read(call, copied=False)
     of_weight = sm90_wgrad.why_not(call) if call.wanted[1] or call.wanted[2] else None
     of_input = sm90.why_not_dgrad(call) if call.wanted[0] or call.wanted[3] else None
     return of_weight and of_input
 
 
-def _as_read(call: ConvBackwardCall) -> ConvBackwardCall:
-    """The call with its tensors in the memory format that the CUDA kernels read."""
-    x, cache = inputs(call.x, call.cache, call.geometry.groups)
-    return call._replace(grad=call.grad.contiguous(memory_format=LAST), x=x, cache=cache)
+def _as_read(call: ConvBackwardCall, copied: bool = True) -> ConvBackwardCall:
+    """The call with its tensors in the memory format that the CUDA kernels read; only described where they
+    are not ``copied``, but would be."""
+    x, cache = inputs(call.x, call.cache, call.geometry.groups, copied)
+    return call._replace(grad=laid_out(call.grad, copied), x=x, cache=cache)
 
 
 def run_cuda(

@@ -7,9 +7,10 @@ of few channels (a video at the first layer), which is read as it is.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
@@ -22,28 +23,40 @@ LAST = torch.channels_last_3d
 
 
 @overload
-def channels_last(tensor: Tensor) -> Tensor: ...
+def channels_last(tensor: Tensor, copied: bool = ...) -> Tensor: ...
 
 
 @overload
-def channels_last(tensor: Tensor | None) -> Tensor | None: ...
+def channels_last(tensor: Tensor | None, copied: bool = ...) -> Tensor | None: ...
 
 
-def channels_last(tensor: Tensor | None) -> Tensor | None:
-    """The tensor with channel stride 1; a view as it is."""
+def channels_last(tensor: Tensor | None, copied: bool = True) -> Tensor | None:
+    """The tensor with channel stride 1; a view as it is. Where only a plan is asked for, nothing is
+    ``copied``: what a copy would be is a tensor on the meta device."""
     if tensor is None or tensor.stride(1) == 1:
         return tensor
-    return tensor.contiguous(memory_format=LAST)
+    return laid_out(tensor, copied)
 
 
-def inputs(x: Tensor, cache: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+def laid_out(tensor: Tensor, copied: bool) -> Tensor:
+    """The tensor in ``channels_last_3d``, or what it would be."""
+    if copied:
+        return tensor.contiguous(memory_format=LAST)
+    return (
+        tensor
+        if tensor.is_contiguous(memory_format=LAST)
+        else torch.empty_like(tensor, device="meta", memory_format=LAST)
+    )
+
+
+def inputs(x: Tensor, cache: Tensor | None, groups: int, copied: bool = True) -> tuple[Tensor, Tensor | None]:
     """x and its cache as the kernels read them: alike in all strides but those of batch and time."""
     chunk = 16 // x.element_size()
     # Else the kernels gather element by element, from any strides
     if x.shape[1] // groups % chunk == 0 or cache is not None:
-        x = channels_last(x)
+        x = channels_last(x, copied)
     if cache is not None and any(cache.shape[i] > 1 and cache.stride(i) != x.stride(i) for i in (1, 3, 4)):
-        x, cache = x.contiguous(memory_format=LAST), cache.contiguous(memory_format=LAST)
+        x, cache = laid_out(x, copied), laid_out(cache, copied)
     return x, cache
 
 
@@ -56,28 +69,53 @@ def allow_tf32(x: Tensor) -> bool:
     return conv.fp32_precision == "tf32" if conv is not None else torch.backends.cudnn.allow_tf32
 
 
+_memory = threading.local()
+_scratch: dict[tuple[Any, ...], int] = {}  # bytes that a launch of these shapes needed last
+
+
 def launch(function: Callable[..., None], like: Tensor, *args: Any) -> None:
-    """Asks for the scratch memory, takes it from torch's allocator and launches on the current stream of the
-    tensor's device."""
-    need = torch.zeros(1, dtype=torch.int64, device="cpu")
-    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-        stream = torch.cuda.current_stream().cuda_stream if like.is_cuda else 0
-        function(*args, None, native.arg(need), stream)
-        workspace = torch.empty(max(int(need[0]), 16), dtype=torch.uint8, device=like.device)
-        function(*args, native.arg(workspace, like.device), native.arg(need), stream)
+    """Launches on the current stream of the tensor's device. Scratch memory comes from torch's allocator, as
+    much as the last call of these shapes needed; where this one needs more, the launcher says so and does
+    nothing else. The arguments begin with x and the weights."""
+    number, need = _need()
+    key = (function.__name__, args[0][2], args[1][2], args[-1])
+    room = _scratch.get(key, 16)
+    with native.cuda_queue(like) as queue:
+        while True:
+            number.value = 0
+            workspace = torch.empty(room, dtype=torch.uint8, device=like.device)
+            function(*args, native.arg(workspace, like.device), need, queue)
+            found = max(number.value, 16)
+            if found != room:
+                if len(_scratch) >= 4096:
+                    _scratch.clear()
+                _scratch[key] = found
+            if found <= room:
+                return
+            room = found
+
+
+def _need() -> tuple[ctypes.c_int64, Any]:
+    """This thread's number in which a launcher leaves the bytes that it needs, also as an argument."""
+    if not hasattr(_memory, "need"):
+        number = ctypes.c_int64()
+        _memory.need = number, (ctypes.addressof(number), 5, torch.Size([1]), (1,))
+    return _memory.need
 
 
 # ---- questions, without a launch ---------------------------------------------------------------------------
 
 
-def ask(launcher: Any, args: tuple, choice: tuple[int, ...], numbers: int) -> list[int]:
-    """What a launcher would do with these arguments: so many numbers. No tensor is read.
+def ask(
+    launcher: Any, args: tuple, choice: tuple[int, ...], numbers: int, device: int | None = None
+) -> list[int]:
+    """What a launcher would do with these arguments on a device: so many numbers. No tensor is read.
 
     Raises:
         NotImplementedError: the kernel cannot run them; the message says why.
     """
     need = torch.zeros(numbers, dtype=torch.int64, device="cpu")
-    launcher(*_without_addresses(args), choice, None, native.arg(need), 0)
+    launcher(*_without_addresses(args), choice, None, native.arg(need), (device or 0, 0))
     return need.tolist()
 
 
@@ -95,7 +133,7 @@ def _why_refused(
     device: int | None, launcher: str, args: tuple, choice: tuple[int, ...], numbers: int
 ) -> Reason:
     try:
-        ask(getattr(native.lib(), launcher), args, choice, numbers)
+        ask(getattr(native.lib(), launcher), args, choice, numbers, device)
     except NotImplementedError as error:
         return str(error).removeprefix("sm90: ")
     return None

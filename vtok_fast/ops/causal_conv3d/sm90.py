@@ -57,7 +57,7 @@ def why_not(call: ConvCall) -> Reason:
     """The reason why the kernel cannot run a checked call, or None."""
     if (reason := why_not_machine(call.x)) is not None:
         return reason
-    args, _ = _forward_args(call, call.empty_output(device="meta"))
+    args, _ = _forward_args(call, call.empty_output(device="meta"), copied=False)
     return why_refused(call.x, "causal_conv3d_sm90", args, ANY, len(Plan._fields))
 
 
@@ -71,12 +71,13 @@ def run(call: ConvCall) -> Tensor:
     return tuned.launch(forward, call, "sm90", ANY)
 
 
-def _forward_args(call: ConvCall, out: Tensor) -> tuple[tuple, list[Tensor | None]]:
-    """The launcher's arguments, and the tensors that they point into."""
-    x, cache = inputs(call.x, call.cache, call.geometry.groups)
-    bias = None if call.bias is None else call.bias.contiguous()
-    residual = channels_last(call.residual)
-    arg = native.arg_on(call.x.device)
+def _forward_args(call: ConvCall, out: Tensor, copied: bool = True) -> tuple[tuple, list[Tensor | None]]:
+    """The launcher's arguments, and the tensors that they point into; only described where they are not
+    ``copied``, but would be."""
+    x, cache = inputs(call.x, call.cache, call.geometry.groups, copied)
+    bias = call.bias if call.bias is None or not copied else call.bias.contiguous()
+    residual = channels_last(call.residual, copied)
+    arg = native.arg_on(call.x.device) if copied else native.arg_anywhere
     args = (
         arg(x),
         arg(call.weight),
@@ -84,7 +85,7 @@ def _forward_args(call: ConvCall, out: Tensor) -> tuple[tuple, list[Tensor | Non
         call.geometry.native(),
         arg(bias),
         arg(residual),
-        native.arg(out, out.device),  # a plan is asked for with an output on the meta device
+        native.arg_anywhere(out),  # a plan is asked for with an output on the meta device
         call.alpha,
         call.activation == "silu",
         call.depth_to_space,
@@ -98,7 +99,7 @@ def plan(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Choice = ANY) 
     Raises:
         NotImplementedError: the kernel cannot run it; the message says why.
     """
-    args, _ = _forward_args(call, out)
+    args, _ = _forward_args(call, out, copied=False)
     return Plan(*ask((lib or native.lib()).causal_conv3d_sm90, args, choice, len(Plan._fields)))
 
 
@@ -112,8 +113,10 @@ def forward(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Choice = AN
 # ---- the input's gradient ----------------------------------------------------------------------------------
 
 
-def _dgrad_args(call: ConvBackwardCall, grad_x: Tensor | None, grad_cache: Tensor | None) -> tuple:
-    arg = native.arg_on(call.x.device)
+def _dgrad_args(
+    call: ConvBackwardCall, grad_x: Tensor | None, grad_cache: Tensor | None, asked: bool = False
+) -> tuple:
+    arg = native.arg_anywhere if asked else native.arg_on(call.x.device)
     return (
         arg(call.x),
         arg(call.weight),
@@ -126,11 +129,10 @@ def _dgrad_args(call: ConvBackwardCall, grad_x: Tensor | None, grad_cache: Tenso
 
 
 def why_not_dgrad(call: ConvBackwardCall) -> Reason:
-    """The reason why the kernel cannot compute the input's gradient, or None. All tensors are channels-last
-    already."""
-    return why_refused(
-        call.x, "causal_conv3d_sm90_dgrad", _dgrad_args(call, call.x, call.cache), ANY, len(Plan._fields)
-    )
+    """The reason why the kernel cannot compute the input's gradient on the weights' device, or None. x, cache
+    and grad are channels-last already, or are tensors on the meta device that describe such ones."""
+    args = _dgrad_args(call, call.x, call.cache, asked=True)
+    return why_refused(call.weight, "causal_conv3d_sm90_dgrad", args, ANY, len(Plan._fields))
 
 
 def dgrad(

@@ -30,10 +30,12 @@ class Plan(NamedTuple):
     cycles: int
 
 
-def _args(call: ConvBackwardCall, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple:
+def _args(
+    call: ConvBackwardCall, grad_weight: Tensor, grad_bias: Tensor | None, asked: bool = False
+) -> tuple:
     """The launcher's arguments. Where the others take the weights, it gets their gradient: it does not read
     the weights, and needs only their shape."""
-    arg = native.arg_on(call.x.device)
+    arg = native.arg_anywhere if asked else native.arg_on(call.x.device)
     return (
         arg(call.x),
         arg(grad_weight),
@@ -51,15 +53,14 @@ def plan(call: ConvBackwardCall, *, lib: Any = None, choice: Choice = ANY) -> Pl
         NotImplementedError: the kernel cannot run it; the message says why.
     """
     launcher = (lib or native.lib()).causal_conv3d_sm90_wgrad
-    return Plan(*ask(launcher, _args(call, call.weight, None), choice, len(Plan._fields)))
+    return Plan(*ask(launcher, _args(call, call.weight, None, asked=True), choice, len(Plan._fields)))
 
 
 def why_not(call: ConvBackwardCall) -> Reason:
-    """The reason why the kernel cannot compute these gradients, or None. x, cache and grad are as
-    `wgrad` takes them."""
-    return why_refused(
-        call.x, "causal_conv3d_sm90_wgrad", _args(call, call.weight, None), ANY, len(Plan._fields)
-    )
+    """The reason why the kernel cannot compute these gradients on the weights' device, or None. x, cache and
+    grad are as `wgrad` takes them, or are tensors on the meta device that describe such ones."""
+    args = _args(call, call.weight, None, asked=True)
+    return why_refused(call.weight, "causal_conv3d_sm90_wgrad", args, ANY, len(Plan._fields))
 
 
 def wgrad(

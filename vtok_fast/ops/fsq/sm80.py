@@ -32,9 +32,9 @@ def why_not(call: FSQCall) -> Reason:
 def run(call: FSQCall, lib: Any = None) -> tuple[Tensor, Tensor]:
     codes, indices = empty_outputs(call.z, call.dim)
     arg, table = native.arg_on(call.z.device), threshold_table(call.levels, call.variant)
-    with native.cuda_stream(call.z) as stream:
+    with native.cuda_queue(call.z) as queue:
         (lib or native.lib()).fsq_sm80_quantize(
-            arg(call.z), arg(codes), arg(indices), native.arg(table), call.levels, call.dim, stream
+            arg(call.z), arg(codes), arg(indices), native.arg(table), call.levels, call.dim, queue
         )
     return codes, indices
 
@@ -52,8 +52,8 @@ def decode(call: FSQDecodeCall, lib: Any = None) -> Tensor:
         -1, call.dim
     )
     arg = native.arg_on(call.indices.device)
-    with native.cuda_stream(call.indices) as stream:
-        (lib or native.lib()).fsq_sm80_decode(arg(call.indices), arg(codes), call.levels, call.dim, stream)
+    with native.cuda_queue(call.indices) as queue:
+        (lib or native.lib()).fsq_sm80_decode(arg(call.indices), arg(codes), call.levels, call.dim, queue)
     return codes
 
 
@@ -67,8 +67,8 @@ def backward(call: FSQBackwardCall, lib: Any = None) -> Tensor:
     grad_z, arg = torch.empty_like(call.z), native.arg_on(call.z.device)
     half_l, _, shifts = zip(*(reference.bound_constants(level, call.variant) for level in call.levels))
     slopes = [half / (level // 2) for half, level in zip(half_l, call.levels)]
-    with native.cuda_stream(call.z) as stream:
+    with native.cuda_queue(call.z) as queue:
         (lib or native.lib()).fsq_sm80_backward(
-            arg(call.grad), arg(call.z), arg(grad_z), list(shifts), slopes, call.dim, stream
+            arg(call.grad), arg(call.z), arg(grad_z), list(shifts), slopes, call.dim, queue
         )
     return grad_z
