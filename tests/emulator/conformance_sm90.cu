@@ -5,6 +5,7 @@
 //
 // nvcc -std=c++17 -gencode arch=compute_90a,code=sm_90a -I csrc tests/emulator/conformance_sm90.cu -o
 // conformance && ./conformance
+#include "conformance_main.inc"
 #include "cuda/ptx_sm90.cuh"
 
 namespace vtok::cuda {
@@ -166,6 +167,7 @@ __global__ void clusters(const __grid_constant__ TensorMap from, const __grid_co
 }
 
 Status conformance_sm90(const Tensor& from, const Tensor& words) {
+  VTOK_RETURN_IF_ERROR(use_device(0));
   auto* out = static_cast<uint32_t*>(words.data);
   if (words.numel() != kWords || from.numel() != kElements)
     return Status::Invalid("expected " + std::to_string(kWords) + " words");
@@ -194,31 +196,8 @@ Status conformance_sm90(const Tensor& from, const Tensor& words) {
 }  // namespace vtok::cuda
 
 #ifndef VTOK_EMULATOR
-#include <cstdio>
-#include <vector>
-
 int main() {
   using namespace vtok;
-  std::vector<uint16_t> elements(cuda::kElements);
-  std::vector<uint32_t> words(cuda::kWords);
-  for (int i = 0; i < cuda::kElements; ++i) elements[i] = uint16_t(i + 1);
-  Tensor from, out;
-  from.rank = out.rank = 1;
-  from.size[0] = cuda::kElements;
-  out.size[0] = cuda::kWords;
-  auto tried = [](cudaError_t error) {
-    if (error != cudaSuccess) {
-      std::printf("%s\n", cudaGetErrorString(error));
-      std::exit(1);
-    }
-  };
-  tried(cudaMalloc(&from.data, 2 * elements.size()));
-  tried(cudaMalloc(&out.data, 4 * words.size()));
-  tried(cudaMemset(out.data, 0xff, 4 * words.size()));
-  tried(cudaMemcpy(from.data, elements.data(), 2 * elements.size(), cudaMemcpyHostToDevice));
-  const Status status = cuda::conformance_sm90(from, out);
-  if (!status.ok()) return std::printf("%s\n", status.message.c_str()), 1;
-  tried(cudaMemcpy(words.data(), out.data, 4 * words.size(), cudaMemcpyDeviceToHost));
-  for (uint32_t word : words) std::printf("%08x\n", word);
+  return conformance_main(cuda::conformance_sm90, cuda::kElements, cuda::kWords);
 }
 #endif

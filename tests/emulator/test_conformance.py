@@ -176,6 +176,52 @@ def clusters():
     yield from (int(low) | int(high) << 16 for low, high in stored.reshape(-1, 2))
 
 
+FIVE = np.arange(1, 16 * 9 * 6 * 4 * 3 + 1).reshape(3, 4, 6, 9, 16)
+
+
+def words_of(rows):
+    yield from (int(low) | int(high) << 16 for low, high in np.asarray(rows).reshape(-1, 2))
+
+
+def boxes_of_five():
+    """Zeros wherever any of the five coordinates is out of bounds; of a stepped box every step-th element,
+    counted from its corner, be that out of bounds or not."""
+
+    def row(w, h, t, b):
+        inside = 0 <= w < 9 and 0 <= h < 6 and 0 <= t < 4 and 0 <= b < 3
+        return FIVE[b, t, h, w] if inside else np.zeros(16, dtype=int)
+
+    for w, h, t, b in ((-1, 1, -1, 0), (2, -1, 4, 1), (7, 4, 3, 2), (0, 0, 1, -1), (0, 0, 1, 3)):
+        for i in range(3):
+            for j in range(4):
+                yield from words_of(row(w + j, h + i, t, b))
+    for step in (2, 4, 8):
+        for i in range(2):
+            for j in range(2):
+                yield from words_of(row(-1 + j * step, -1 + i * step, 2, 1))
+
+
+def stored_boxes():
+    for width in (32, 16):
+        stored = np.full((5, 7, 80), 0xFFFF)
+        box = 100 * np.arange(18).reshape(6, 3, 1) + np.arange(width)
+        stored[2:, 5:, 40 : 40 + width] = box[:3, :2]
+        yield from words_of(stored)
+
+
+def wide_products():
+    for columns in (96, 112, 128, 144, 160, 192, 160, 256, 256):
+        yield from warpgroup_products(columns)
+
+
+def halves():
+    """Line r, chunk c, at chunk c ^ r % 8."""
+    lines = np.arange(1, 80 * 35 + 1).reshape(35, 80)[:32, :64].reshape(32, 8, 8)
+    swizzled = np.stack([line[np.arange(8) ^ r % 8] for r, line in enumerate(lines)])
+    for _ in range(2):
+        yield from words_of(swizzled)
+
+
 PARTS = {
     "matrices": matrices,
     "bf16 products": lambda: products(2, 16),
@@ -194,6 +240,14 @@ PARTS_SM90 = {
     "stored matrices": stored_matrices,
     "clusters": clusters,
 }
+PARTS_SM90_MORE = {
+    "boxes of five axes": boxes_of_five,
+    "stored boxes": stored_boxes,
+    "products of every width": wide_products,
+    "weights in halves": halves,
+    "moved registers": lambda: (7 * t for t in range(384)),
+}
+WORDS_SM90_MORE = 5 * 96 + 3 * 32 + 2 * 1400 + 1504 * 64 + 2 * 1024 + 384
 WORDS_SM90 = 18 * 64 + (64 + 64 + 128 + 192 + 8) * 64 + 256 + 2 * (2 * 18 * 32 + 128) + 1400
 
 
@@ -237,14 +291,35 @@ def test_emulator_sm90(seed):
     check([n & 0xFFFFFFFF for n in words.tolist()], PARTS_SM90)
 
 
+@pytest.mark.needs_emulator
+@pytest.mark.parametrize("seed", range(3))
+def test_emulator_sm90_more(seed):
+    library = emulator.build(
+        "tests/emulator/conformance_sm90_more.cu",
+        exports={"run": "vtok::cuda::conformance_sm90_more"},
+        glue="namespace vtok::cuda { Status conformance_sm90_more(const Tensor&, const Tensor&); }",
+    )
+    elements = torch.arange(1, FIVE.size + 1, dtype=torch.int16).view(torch.float16)
+    words = torch.full((WORDS_SM90_MORE,), -1, dtype=torch.int32)
+    library.run(elements, words, seed=seed, capability=90)
+    check([n & 0xFFFFFFFF for n in words.tolist()], PARTS_SM90_MORE)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or shutil.which("nvcc") is None, reason="needs a GPU and nvcc"
 )
-@pytest.mark.parametrize("name, parts", (("conformance", PARTS), ("conformance_sm90", PARTS_SM90)))
+@pytest.mark.parametrize(
+    "name, parts",
+    (
+        ("conformance", PARTS),
+        ("conformance_sm90", PARTS_SM90),
+        ("conformance_sm90_more", PARTS_SM90_MORE),
+    ),
+)
 def test_gpu(tmp_path, name, parts):
     capability = torch.cuda.get_device_capability()
-    if parts is PARTS_SM90 and capability != (9, 0):
+    if parts is not PARTS and capability != (9, 0):
         pytest.skip("needs compute capability 9.0")
     arch = "90a" if capability == (9, 0) else "".join(map(str, capability))
     program = tmp_path / name
