@@ -26,12 +26,14 @@ from vtok_fast.ops.causal_conv3d import sm90  # noqa: E402
 from vtok_fast.ops.causal_conv3d.call import ConvCall, Geometry  # noqa: E402
 
 PREDICTIONS = ROOT / "benchmarks" / "predictions" / "causal_conv3d_sm90.json"
-MHZ = 1750  # of an H200 under load
+MHZ, MULTIPROCESSORS = 1750, 132  # of an H200 under load
+PEAK = 4096 * MULTIPROCESSORS * MHZ / 1e6  # TFLOP/s of the tensor cores
 NOTE = (
     "Per layer class the plan that the model of the cost chooses (rows and columns of the tile, K splits, "
     "blocks per cluster, "
     "stages of weights) and its figure for an H200. Operations on frames of zeros, which are skipped, "
-    "count. Nothing here is "
+    "count. of_peak: of what the tensor cores could do; filled: of the multiprocessors' time, what the last "
+    "wave leaves; busy: cycles of shared memory and L2 for one of the tensor cores. Nothing here is "
     "measured. Written by scripts/predict_causal_conv3d_sm90.py."
 )
 
@@ -62,8 +64,14 @@ def plan(layer: layers.Layer, lib: Any) -> sm90.Plan:
     return sm90.plan(call, call.empty_output(), lib=lib)
 
 
+def filled(best: sm90.Plan) -> float:
+    """The share of the chip's time in which there is a tile left for a cluster: what the last wave wastes."""
+    at_once = MULTIPROCESSORS // best.cluster
+    return best.units / (-(-best.units // at_once) * at_once)
+
+
 def main() -> None:
-    lib, table = Emulated(multiprocessors=132), {}
+    lib, table = Emulated(multiprocessors=MULTIPROCESSORS), {}
     for name, layer in classes().items():
         try:
             best = plan(layer, lib)
@@ -83,8 +91,17 @@ def main() -> None:
             "tile": (best.frames, best.rows, best.columns),
             "predicted_us": round(microseconds, 1),
             "predicted_tflops": round(layer.gflop * 1e3 / microseconds),
+            "of_peak": round(layer.gflop * 1e3 / microseconds / PEAK, 2),
+            "filled": round(filled(best), 2),
+            "busy": {
+                part: round(cycles / best.tensor_cycles, 2)
+                for part, cycles in (("shared", best.shared_cycles), ("l2", best.l2_cycles))
+            },
         }
-        print(f"{name}: {best.choice}, {microseconds:.1f} us, {table[name]['predicted_tflops']} TFLOP/s")
+        print(
+            f"{name}: {best.choice}, {microseconds:.1f} us, {table[name]['predicted_tflops']} TFLOP/s, "
+            f"{table[name]['of_peak']} of the peak, filled {table[name]['filled']}, {table[name]['busy']}"
+        )
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items())
     text = f'{{"note": {json.dumps(NOTE)},\n"classes": {{\n{lines}\n}}}}\n'
     write_atomically(PREDICTIONS, lambda temporary: Path(temporary).write_text(text))

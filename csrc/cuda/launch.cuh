@@ -58,7 +58,8 @@ inline const Driver& driver() {
     find(d.device, "cuDeviceGet");
     find(d.retain, "cuDevicePrimaryCtxRetain");
     find(d.encode, "cuTensorMapEncodeTiled");
-    if (d.problem.ok() && !(d.context_of_thread && d.set_context && d.device_of_context && d.device && d.retain))
+    if (d.problem.ok() &&
+        !(d.context_of_thread && d.set_context && d.device_of_context && d.device && d.retain))
       d.problem = Status::Internal("CUDA: the driver lacks the functions of contexts");
     return d;
   }();

@@ -17,6 +17,7 @@ void emu_register(const void* begin, uint64_t bytes, const char* name) {
 }
 const char* emu_launched() { return emu::launched; }
 uint64_t emu_bank_conflicts() { return emu::bank_conflicts; }
+uint64_t emu_matrices_read() { return emu::matrices_read; }
 int emu_last_device() { return emu::last_device; }
 // launches, grants of shared memory, look-ups of the driver's functions, tensor maps, questions of occupancy
 const int64_t* emu_host_counts() { return &emu::host_counts.launches; }

@@ -10,7 +10,7 @@ namespace vtok::cuda {
 constexpr int kElements = 16 * 9 * 6 * 4 * 3;
 constexpr int kBoxWords = 12 * 8, kSteppedWords = 4 * 8, kStored = 80 * 7 * 5;
 constexpr int kColumns = 96 + 112 + 128 + 144 + 160 + 192 + 160 + 256 + 256;  // of all products
-constexpr int kHalves = 2 * 16 * 32;                                        // of a block
+constexpr int kHalves = 2 * 16 * 32;                                          // of a block
 constexpr int kWords =
     5 * kBoxWords + 3 * kSteppedWords + 2 * kStored / 2 + kColumns * 64 + 2 * kHalves + 384;
 
@@ -19,7 +19,8 @@ struct Place {
 };
 
 // One box of rows of 32 bytes.
-__global__ void box_of_five(const __grid_constant__ TensorMap map, const Place place, uint32_t* out, int words) {
+__global__ void box_of_five(const __grid_constant__ TensorMap map, const Place place, uint32_t* out,
+                            int words) {
   const uint32_t base = (ptx::smem_base() + 1023) / 1024 * 1024, bar = base + 1024;
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(bar, 1);
@@ -40,7 +41,8 @@ template <int W>
 __global__ void stored_box(const __grid_constant__ TensorMap to) {
   const uint32_t base = (ptx::smem_base() + 1023) / 1024 * 1024;
   for (uint32_t i = threadIdx.x; i < 18 * W / 2; i += 32)
-    ptx::st_shared(ptx::swizzled<W>(base, i / (W / 2), i % (W / 2) * 2), uint16_t(i / (W / 2) * 100 + i % (W / 2)));
+    ptx::st_shared(ptx::swizzled<W>(base, i / (W / 2), i % (W / 2) * 2),
+                   uint16_t(i / (W / 2) * 100 + i % (W / 2)));
   ptx::fence_proxy_async();
   __syncthreads();
   if (threadIdx.x > 0) return;
@@ -73,7 +75,8 @@ __global__ void products(uint32_t* out) {
     }
   float d[N / 2];
   for (float& x : d) x = float(t);
-  const uint64_t of_left = ptx::wgmma_descriptor<128>(base), of_right = ptx::wgmma_descriptor<128>(base + 8192);
+  const uint64_t of_left = ptx::wgmma_descriptor<128>(base),
+                 of_right = ptx::wgmma_descriptor<128>(base + 8192);
 #pragma unroll
   for (int group = 0; group < 2; ++group) {
     ptx::wgmma_fence();
@@ -134,8 +137,9 @@ Status multiply(uint32_t*& out) {
 }
 
 Status boxes_of_five(const Tensor& from, uint32_t*& out) {
-  const Place places[] = {{0, -1, 1, -1, 0}, {0, 2, -1, 4, 1}, {0, 7, 4, 3, 2}, {0, 0, 0, 1, -1}, {0, 0, 0, 1, 3}};
-  TensorMapShape shape = {DType::f16, 5,  {16, 9, 6, 4, 3}, {2, 32, 288, 1728, 6912}, {16, 4, 3, 1, 1},
+  const Place places[] = {
+      {0, -1, 1, -1, 0}, {0, 2, -1, 4, 1}, {0, 7, 4, 3, 2}, {0, 0, 0, 1, -1}, {0, 0, 0, 1, 3}};
+  TensorMapShape shape = {DType::f16,      5, {16, 9, 6, 4, 3}, {2, 32, 288, 1728, 6912}, {16, 4, 3, 1, 1},
                           {1, 1, 1, 1, 1}, 0};
   TensorMap map;
   VTOK_RETURN_IF_ERROR(encode(map, from.data, shape));
@@ -177,7 +181,8 @@ Status conformance_sm90_more(const Tensor& from, const Tensor& words) {
                           multiply<B, 144, true>, multiply<B, 160, true>, multiply<B, 192, true>,
                           multiply<H, 160, true>, multiply<H, 256, false>, multiply<B, 256, false>})
     VTOK_RETURN_IF_ERROR(multiplied(out));
-  VTOK_RETURN_IF_ERROR(encode(map, from.data, {DType::f16, 3, {80, 35, 1}, {2, 160, 5600}, {64, 8, 1}, {1, 1, 1}, 128}));
+  VTOK_RETURN_IF_ERROR(
+      encode(map, from.data, {DType::f16, 3, {80, 35, 1}, {2, 160, 5600}, {64, 8, 1}, {1, 1, 1}, 128}));
   VTOK_RETURN_IF_ERROR(VTOK_LAUNCH_CLUSTER(dim3(2), halves, 2, 128, 4096, nullptr, map, out));
   return VTOK_LAUNCH(moved_registers, 1, 384, 0, nullptr, out + 2 * kHalves);
 }

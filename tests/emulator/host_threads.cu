@@ -40,10 +40,12 @@ Status two_threads(const Tensor& out, int small, int large, bool exact, Queue qu
         std::unique_lock<std::mutex> lock(mutex);
         changed.wait_for(lock, std::chrono::seconds(5), [&] { return granted == 1; });
       }
-      results[i] = status_of(cudaFuncSetAttribute(fill<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "");
+      results[i] =
+          status_of(cudaFuncSetAttribute(fill<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "");
       cudaLaunchConfig_t config = {dim3(1), dim3(32), size_t(bytes), nullptr, nullptr, 0};
       if (results[i].ok())
-        results[i] = status_of(cudaLaunchKernelEx(&config, fill<true>, static_cast<int*>(out.data) + i, i + 1), "");
+        results[i] =
+            status_of(cudaLaunchKernelEx(&config, fill<true>, static_cast<int*>(out.data) + i, i + 1), "");
       return;
     }
     if (results[i].ok())

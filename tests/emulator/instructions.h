@@ -74,9 +74,11 @@ void ldmatrix(const char* what, uint32_t (&r)[N], uint32_t smem, bool transposed
         const uint32_t address = lanes[8 * i + row]->address;
         emu::check_shared(address, 16, 16, what, where);
         bool again = false;
-        for (int before = 0; before < row; ++before) again = again || lanes[8 * i + before]->address == address;
+        for (int before = 0; before < row; ++before)
+          again = again || lanes[8 * i + before]->address == address;
         rows_in_banks[address / 16 % 8] += !again;
       }
+      ++emu::matrices_read;
       emu::bank_conflicts += *std::max_element(rows_in_banks, rows_in_banks + 8) - 1;
       for (int lane = 0; lane < 32; ++lane) {
         emu::Thread& by = emu::cluster.threads[32 * emu::self->warp + lane];

@@ -241,7 +241,7 @@ std::string run(dim3 g, dim3 c, dim3 b, size_t shared_bytes, const std::function
   grid = g;
   kernel = &body;
   error.clear();
-  bank_conflicts = 0;
+  bank_conflicts = matrices_read = 0;
   random_bits.seed(unsigned(config.seed));
   forget_global_accesses();
   std::vector<uint32_t> order(uint64_t(g.x) * g.y * g.z / (uint64_t(c.x) * c.y * c.z));

@@ -76,8 +76,9 @@ inline dim3 grid;
 inline Cluster cluster;
 inline Thread* self = nullptr;
 inline std::mt19937 random_bits;
-inline const char* launched = "";    // the last launch, as its source has it
-inline uint64_t bank_conflicts = 0;  // cycles that ldmatrix would have lost to them, in that launch
+inline const char* launched = "";  // the last launch, as its source has it
+// cycles that ldmatrix would have lost to them, and matrices that it read, in that launch
+inline uint64_t bank_conflicts = 0, matrices_read = 0;
 
 // What goes on beside the threads, such as copies by TMA: done at random, or when no thread can go on.
 inline std::vector<std::function<void()>> in_flight;

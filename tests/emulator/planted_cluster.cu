@@ -133,6 +133,7 @@ Status encode_rows(TensorMap& map, const Tensor& t, uint32_t rows) {
 }  // namespace
 
 Status planted_cluster(Tensor a, Tensor b, Tensor c, Tensor words, int bug) {
+  VTOK_RETURN_IF_ERROR(cuda::use_device(0));
   TensorMap maps[3];
   VTOK_RETURN_IF_ERROR(encode_rows(maps[0], a, 64));
   VTOK_RETURN_IF_ERROR(encode_rows(maps[1], b, 32));

@@ -7,13 +7,13 @@
 
 namespace {
 
-thread_local int slot = 0;              // the runtime's device
+thread_local int slot = 0;               // the runtime's device
 thread_local CUcontext bound = nullptr;  // the driver's context
-thread_local std::string detail;        // of this thread's last error
+thread_local std::string detail;         // of this thread's last error
 thread_local cudaError_t last = cudaSuccess;
 
-std::mutex guard;      // of what follows
-std::mutex machine;    // one kernel at a time
+std::mutex guard;                                    // of what follows
+std::mutex machine;                                  // one kernel at a time
 std::map<std::pair<const void*, int>, int> granted;  // shared memory of a kernel on a device
 
 char contexts[emu::kDevices];  // one address for each
@@ -37,8 +37,10 @@ std::string too_much_shared(const void* kernel, int device, size_t bytes) {
   const auto found = granted.find({kernel, device});
   const int most = std::max(48 << 10, found == granted.end() ? 0 : found->second);
   return bytes <= size_t(most) ? ""
-                               : "launch: " + std::to_string(bytes) + " bytes of shared memory, and the kernel is "
-                                     "granted " + std::to_string(most);
+                               : "launch: " + std::to_string(bytes) +
+                                     " bytes of shared memory, and the kernel is "
+                                     "granted " +
+                                     std::to_string(most);
 }
 
 }  // namespace
@@ -135,8 +137,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   uint64_t stride[5] = {};  // the driver takes none of the innermost axis
   for (cuuint32_t i = 1; i < rank && i < 5; ++i) stride[i] = strides[i - 1];
   const int bytes = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0 : 16 << int(swizzle);
-  const std::string wrong =
-      emu::encode(*map, address, element, int(rank), sizes, stride, box, steps, bytes);
+  const std::string wrong = emu::encode(*map, address, element, int(rank), sizes, stride, box, steps, bytes);
   return wrong.empty() ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 

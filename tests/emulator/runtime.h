@@ -100,7 +100,7 @@ struct HostCounts {
   int64_t launches, attributes, look_ups, encodes, occupancies;
 };
 inline HostCounts host_counts;
-inline int last_device = -1;  // where the last launch went
+inline int last_device = -1;     // where the last launch went
 inline bool run_kernels = true;  // else a launch is checked, and done at once
 inline int64_t refuse_rank = 0;  // tensor maps of this rank are refused; 0: none
 inline bool refuse_occupancy = false;

@@ -18,7 +18,7 @@ from support.conv_cases import (
     in_double,
     make_call,
 )
-from support.conv_sm90_emulated import Emulated
+from support.conv_sm90_emulated import Emulated, compiled
 
 from vtok_fast import parity
 from vtok_fast.dispatch import native
@@ -100,7 +100,7 @@ def test_splits(splits, cluster, seed):
     close(forward(call, seed, (128, 128, splits, cluster, 0)), call)
 
 
-@pytest.mark.parametrize("stages", [3, 4, 8])
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_stages(stages, seed):
     """Rings that wrap often and at other places than the taps."""
@@ -253,6 +253,52 @@ def test_input_gradient(name, seed):
             assert result.ok, result
 
 
+# ---- what shared memory has to do ----------------------------------------------------------------------
+
+
+def bank_cycles(p, tile_m, kernel, stride):
+    """Cycles of ldmatrix for a matrix of eight rows, of the tile that the plan has: rows of 128 bytes lie in
+    one of eight groups of banks, and different rows of one group are read one after another."""
+    width = (p.columns - 1) * stride[2] + kernel[2]
+    frame = -(-((p.rows - 1) * stride[1] + kernel[1]) * width // 8) * 8
+    rows = [
+        t * stride[0] * frame + h * stride[1] * width + w * stride[2]
+        for t in range(p.frames)
+        for h in range(p.rows)
+        for w in range(p.columns)
+    ]
+    rows += [0] * (tile_m - len(rows))
+    groups = [set(rows[i : i + 8]) for i in range(0, tile_m, 8)]
+    return sum(max(sum(r % 8 == bank for r in g) for bank in range(8)) for g in groups) / len(groups)
+
+
+@pytest.mark.parametrize(
+    "size, stride, cycles",
+    [
+        ((1, 16, 16), (1, 1, 1), 1.0),  # eight rows of a matrix in a row of the patch
+        ((1, 9, 13), (1, 1, 1), None),
+        ((1, 6, 22), (1, 1, 1), None),
+        ((1, 16, 32), (1, 2, 2), 2.0),  # every second row is in half of the banks
+        ((1, 17, 29), (1, 2, 2), None),
+    ],
+)
+def test_bank_conflicts(size, stride, cycles):
+    """As the emulator counts them, they are those for which the plan accounts."""
+    x, weight, bias = drawn(64, 64, (1, 3, 3), size, BF16)
+    call = checked_call(x, weight, bias, stride=stride, spatial_pad=((1, 1), (1, 1)))
+    choice, device = (128, 64, 1, 1, 0), {"multiprocessors": 1}
+    p = plan(call, choice, **device)
+    close(forward(call, 0, choice, **device), call)
+    library = compiled()
+    found = 1 + library.bank_conflicts / library.matrices_read
+    assert found == pytest.approx(bank_cycles(p, 128, (1, 3, 3), stride))
+    assert cycles is None or found == cycles
+    # The model's: products read 64 weights for each of 16 channels, TMA writes both operands.
+    tensor, read = p.tensor_cycles, (p.tensor_cycles / 32) * (2048 * found + 64 * 32)
+    patch = ((p.rows - 1) * stride[1] + 3) * ((p.columns - 1) * stride[2] + 3) * 128
+    assert p.shared_cycles == int((read + 9 * 64 * 128 + patch) / 128) and tensor == 9 * 4 * 2 * 32
+
+
 # ---- the plan ----------------------------------------------------------------------------------------------
 
 
@@ -322,6 +368,8 @@ def test_reasons():
         plan(checked_call(*drawn(16, 16, (1, 1, 1), (1, 2, 2), BF16)), capability=80)
     with pytest.raises(NotImplementedError, match="bfloat16 and float16 only"):
         plan(checked_call(*drawn(16, 16, (1, 1, 1), (1, 2, 2), torch.float32)))
+    with pytest.raises(NotImplementedError, match="no tile whose patches"):  # products of two taps at once
+        plan(checked_call(*drawn(16, 16, (1, 3, 3), (1, 8, 8), BF16)), (128, 64, 1, 1, 1))
     with pytest.raises(NotImplementedError, match="no tile whose patches"):
         plan(checked_call(*drawn(16, 16, (1, 1, 3), (1, 2, 900), BF16), dilation=(1, 1, 200)))
     assert native.why_no_cuda() is None or not x.is_cuda

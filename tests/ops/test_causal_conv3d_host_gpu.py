@@ -1,6 +1,6 @@
 """What surrounds the convolution's launches on a GPU: threads that have done nothing there yet, several
-threads at once, a second device, CUDA graphs of forward and backward. Each on the Hopper kernels and on those for
-every GPU."""
+threads at once, a second device, CUDA graphs of forward and backward. Each on the Hopper kernels and on those
+for every GPU."""
 
 import threading
 

@@ -59,9 +59,11 @@ def lib(monkeypatch: pytest.MonkeyPatch) -> Native:
     monkeypatch.setattr(sm90, "why_not_machine", lambda x: None)
     monkeypatch.setattr(gradient.sm80, "why_not", lambda call: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    launch._why_refused.cache_clear()
+    for clear in (launch._why_refused.cache_clear, sm90._reasons.clear):
+        clear()
     yield stub
-    launch._why_refused.cache_clear()
+    for clear in (launch._why_refused.cache_clear, sm90._reasons.clear):
+        clear()
 
 
 def planar(*shape: int) -> torch.Tensor:
@@ -109,3 +111,26 @@ def test_what_is_laid_out_already_is_described_by_itself() -> None:
     assert launch.channels_last(crop, copied=False) is crop
     described = launch.laid_out(crop, copied=False)
     assert described.device.type == "meta" and described.stride() == launch.laid_out(crop, True).stride()
+
+
+def test_a_question_is_asked_once_for_what_decides_it(lib: Native) -> None:
+    """Not again for other contents, but for another layout, alignment or activation."""
+    memory = torch.zeros(1 << 16, dtype=BF16)
+    last = torch.channels_last_3d
+    x = memory[: 32 * 192].view(1, 3, 8, 8, 32).permute(0, 4, 1, 2, 3)
+    odd = memory[1 : 32 * 192 + 1].view(1, 3, 8, 8, 32).permute(0, 4, 1, 2, 3)
+    weight = torch.zeros(16, 32, 3, 3, 3, dtype=BF16)
+    call = ConvCall(x, weight, geometry=Geometry(pad=(2, 0, 1, 1, 1, 1)))
+    asked = []
+    for other in (
+        call,
+        call._replace(x=x.clone(memory_format=last)),
+        call._replace(x=odd),
+        call._replace(activation="silu"),
+        call._replace(weight=weight.contiguous(memory_format=last)),
+        call._replace(residual=torch.zeros(1, 16, 3, 8, 8, dtype=BF16)),
+        call,
+    ):
+        assert sm90.why_not(other) is None
+        asked.append(len(lib.asked))
+    assert asked == [1, 1, 2, 3, 4, 5, 5]

@@ -194,6 +194,7 @@ class Library:
         self._lib = ctypes.CDLL(str(path))
         self._lib.emu_register.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p
         self._lib.emu_bank_conflicts.restype = ctypes.c_uint64
+        self._lib.emu_matrices_read.restype = ctypes.c_uint64
         self._lib.emu_launched.restype = ctypes.c_char_p
         self._lib.emu_host_counts.restype = ctypes.POINTER(ctypes.c_int64)
         for name in names:
@@ -203,6 +204,11 @@ class Library:
     def bank_conflicts(self) -> int:
         """Cycles that ldmatrix would have lost to bank conflicts in the last launch."""
         return self._lib.emu_bank_conflicts()
+
+    @property
+    def matrices_read(self) -> int:
+        """By ldmatrix in the last launch: a cycle of shared memory each, and one more for a conflict."""
+        return self._lib.emu_matrices_read()
 
     @property
     def last_device(self) -> int:

@@ -20,7 +20,7 @@ struct Sm90Choice {
   // the tile's frames, rows and columns, and the cycles predicted
   int64_t* report = nullptr;
 };
-constexpr int kSm90Report = 10;
+constexpr int kSm90Report = 14;
 
 // Which of the two runs a call is the caller's choice. Those of sm90 are only in a build that has 90a, and
 // return Unsupported, with the reason, where their kernel cannot run a call.

@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(kRelayThreads)
   auto at = [&](int t, int h, int v) {
     return ptx::ld_shared<T>(staged + (c * taps + (t * w.taps[1] + h) * w.taps[2] + v) * int(sizeof(T)));
   };
-  for (int tap = threadIdx.x / channels; tap < w.kernel[0] * kernel_plane;
-       tap += kRelayThreads / channels) {
+  for (int tap = threadIdx.x / channels; tap < w.kernel[0] * kernel_plane; tap += kRelayThreads / channels) {
     const int dt = tap / kernel_plane, dh = tap % kernel_plane / w.kernel[2], dw = tap % w.kernel[2];
     T* frame_to = to + (int64_t(row) * w.kernel[0] + dt) * w.k_frame;
     if (first == 0 && tap % kernel_plane == 0)  // the padding at the end of a time tap

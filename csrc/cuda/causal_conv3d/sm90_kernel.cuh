@@ -338,12 +338,12 @@ struct Sm90Multiplier {
     ptx::mbarrier_wait(shared.patch_full(patches.stage), patches.parity);
     const uint32_t patch = shared.patch(patches.stage);
     const int taps = p.taps[0] * p.taps[1] * p.taps[2];
-    if constexpr (kBlocks == 1)
-      whole_taps<Steps>(patch, taps);
-    else if constexpr (kPipelined && Steps > 1)
+    if constexpr (!kPipelined || (kBlocks == 2 && Steps == 1))
+      drained_taps<(Steps + 1) / 2, Steps / 2>(patch, taps);
+    else if constexpr (kBlocks == 2)
       half_taps<(Steps + 1) / 2, Steps / 2>(patch, taps);
     else
-      drained_taps<(Steps + 1) / 2, Steps / 2>(patch, taps);
+      whole_taps<Steps>(patch, taps);
     __syncwarp();  // all lanes have read
     if (lane == 0) ptx::mbarrier_arrive(shared.patch_empty(patches.stage));
     patches.advance(p.patch_stages);

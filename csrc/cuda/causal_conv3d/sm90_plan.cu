@@ -110,11 +110,17 @@ Sm90Variants variants_for(DType dtype) {
   return dtype == DType::f16 ? sm90_variants_f16() : sm90_variants_bf16();
 }
 
+// What a multiprocessor would take if it had each resource to itself.
+struct Cycles {
+  double tensor, shared, l2;
+};
+
 struct Plan {
   const Sm90Variant* variant = nullptr;
   int tile[3], cluster, splits, patch_stages, weight_stages;
   int clusters;   // that are there at once
   double cycles;  // predicted
+  Cycles unit;
 };
 
 // Everything of a tile's shape that the kernel and the model need.
@@ -171,9 +177,10 @@ double bank_cycles(const Sm90Variant& v, const Sm90Params& p) {
   for (int first = 0; first < v.m; first += 8) {
     int rows[8], most = 1;
     for (int i = 0; i < 8; ++i) {
-      const int r = first + i, w = r % p.tile[2], h = r / p.tile[2] % p.tile[1], t = r / p.tile[2] / p.tile[1];
-      rows[i] = r >= all ? 0
-                         : t * s.stride[0] * p.frame_rows + h * s.stride[1] * p.patch_width + w * s.stride[2];
+      const int r = first + i, w = r % p.tile[2], h = r / p.tile[2] % p.tile[1],
+                t = r / p.tile[2] / p.tile[1];
+      rows[i] =
+          r >= all ? 0 : t * s.stride[0] * p.frame_rows + h * s.stride[1] * p.patch_width + w * s.stride[2];
       int together = 1;  // the same row is read once for all
       for (int k = 0; k < i; ++k) together += rows[k] % 8 == rows[i] % 8 && rows[k] != rows[i];
       most = std::max(most, together);
@@ -182,11 +189,6 @@ double bank_cycles(const Sm90Variant& v, const Sm90Params& p) {
   }
   return cycles / (v.m / 8.0);
 }
-
-// What a multiprocessor would take if it had each resource to itself.
-struct Cycles {
-  double tensor, shared, l2;
-};
 
 Cycles cycles_of_unit(const Sm90Variant& v, const Sm90Params& p, const ConvTask& task, double banks,
                       int cluster) {
@@ -274,6 +276,7 @@ Plan search(Sm90Params p, const ConvTask& task, Sm90Choice wish, const Device& d
             if (wish.splits) splits = frames == 1 ? std::min(wish.splits, steps) : wish.splits;
             if (splits > steps) break;
             plan.cycles = predicted_cycles(v, p, task, banks, cluster, splits, device.multiprocessors);
+            plan.unit = cycles_of_unit(v, p, task, banks, cluster);
             plan.cluster = cluster;
             plan.splits = splits;
             std::copy(p.tile, p.tile + 3, plan.tile);
@@ -396,10 +399,21 @@ Status sum_splits(const Sm90Params& p, cudaStream_t stream) {
   return VTOK_LAUNCH(reduce_splits_kernel<T>, dim3(unsigned(blocks)), dim3(256), 0, stream, r, p.splits);
 }
 
-void report(const Plan& plan, int64_t* to) {
-  const int64_t numbers[] = {plan.variant->m,    plan.variant->n,     plan.splits,  plan.cluster,
-                             plan.weight_stages, plan.patch_stages,   plan.tile[0], plan.tile[1],
-                             plan.tile[2],       int64_t(plan.cycles)};
+void report(const Plan& plan, int64_t units, int64_t* to) {
+  const int64_t numbers[kSm90Report] = {plan.variant->m,
+                                        plan.variant->n,
+                                        plan.splits,
+                                        plan.cluster,
+                                        plan.weight_stages,
+                                        plan.patch_stages,
+                                        plan.tile[0],
+                                        plan.tile[1],
+                                        plan.tile[2],
+                                        int64_t(plan.cycles),
+                                        units,
+                                        int64_t(plan.unit.tensor),
+                                        int64_t(plan.unit.shared),
+                                        int64_t(plan.unit.l2)};
   std::copy(std::begin(numbers), std::end(numbers), to);
 }
 
@@ -423,7 +437,6 @@ Status run_task(ConvTask& task, Sm90Choice choice, Workspace& workspace, void* s
   p.last_steps = ((w.channels - 1) % 64) / 16 + 1;
   Plan plan;
   VTOK_RETURN_IF_ERROR(choose(p, merged, choice, device, &plan));
-  if (choice.report) report(plan, choice.report);
   shape_patch(p, plan.tile);
   const Sm90Variant& variant = *plan.variant;
   p.cluster = plan.cluster;
@@ -434,6 +447,7 @@ Status run_task(ConvTask& task, Sm90Choice choice, Workspace& workspace, void* s
   p.tiles_n = int(divide_up(w.outputs, variant.n));
   const int64_t units = divide_up(tiles, p.cluster) * p.tiles_n * p.splits;
   if (units >= int64_t(1) << 31) return Status::Unsupported("sm90: more tiles than the kernel counts");
+  if (choice.report) report(plan, units, choice.report);
   p.tiles_m = int(tiles);
   p.units = int(units);
   p.partial_stride = w.outputs;

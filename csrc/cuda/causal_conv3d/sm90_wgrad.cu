@@ -303,10 +303,10 @@ struct Term {
               column = w * s.stride[2] + dw * s.dilation[2] - s.pad[2], frame = tap_index(s, 0, t, dt);
     if (frame < 0 || row < 0 || row >= s.length[1] || column < 0 || column >= s.length[2]) return 0;
     const bool cached = frame < s.used_cache;
-    const Operand& from = cached ? r.cache : r.x;
-    const int at = cached ? frame + s.cached - s.used_cache : frame - s.used_cache;
-    return ptx::to_float(
-        ptx::ld_global(static_cast<const T*>(from.data) + from.offset(b, c, at, row, column)));
+    const T* from = static_cast<const T*>(cached ? r.cache.data : r.x.data);
+    const int64_t at = cached ? r.cache.offset(b, c, frame + s.cached - s.used_cache, row, column)
+                              : r.x.offset(b, c, frame - s.used_cache, row, column);
+    return ptx::to_float(ptx::ld_global(from + at));
   }
 
   // Whether a slice of 8 x 8 positions that hangs over the edge has multiplied its zeros by what is no number.

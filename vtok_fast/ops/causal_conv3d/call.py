@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,11 +43,7 @@ class Geometry(NamedTuple):
 
     def native(self) -> tuple[Any, ...]:
         """The same fields as the native module takes them: the modes as numbers."""
-        modes: Any = {
-            "time_mode": MODES.index(self.time_mode),
-            "spatial_mode": MODES.index(self.spatial_mode),
-        }
-        return self._replace(**modes)
+        return _native(self)
 
 
 class ConvCall(NamedTuple):
@@ -76,12 +73,29 @@ class ConvCall(NamedTuple):
     def empty_output(self, depth_to_space: Triple | None = None, device: Any = None) -> Tensor:
         """A tensor of the output's shape in ``channels_last_3d``, on the device of ``x`` or another."""
         ratios = self.depth_to_space if depth_to_space is None else depth_to_space
-        size = self.geometry.output_size(self.x.shape[2:], self.weight.shape[2:])
-        channels = self.weight.shape[0] // math.prod(ratios)
-        shape = (self.x.shape[0], channels, *(s * r for s, r in zip(size, ratios)))
+        plain = type(self.x) is torch.Tensor  # else sizes may be symbols, which nothing remembers
+        shape_of = _output_shape if plain else _output_shape.__wrapped__
         return torch.empty(
-            shape, dtype=self.x.dtype, device=device or self.x.device, memory_format=torch.channels_last_3d
+            shape_of(self.geometry, self.x.shape, self.weight.shape, ratios),
+            dtype=self.x.dtype,
+            device=device or self.x.device,
+            memory_format=torch.channels_last_3d,
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _native(geometry: Geometry) -> tuple[Any, ...]:
+    modes: Any = {
+        "time_mode": MODES.index(geometry.time_mode),
+        "spatial_mode": MODES.index(geometry.spatial_mode),
+    }
+    return geometry._replace(**modes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _output_shape(geometry: Geometry, x: torch.Size, weight: torch.Size, ratios: Triple) -> tuple[int, ...]:
+    size = geometry.output_size(x[2:], weight[2:])
+    return x[0], weight[0] // math.prod(ratios), *(s * r for s, r in zip(size, ratios))
 
 
 # The op's signature: a call taken apart.

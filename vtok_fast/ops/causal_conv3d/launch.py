@@ -11,6 +11,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
@@ -80,11 +81,13 @@ def launch(function: Callable[..., None], like: Tensor, *args: Any) -> None:
     number, need = _need()
     key = (function.__name__, args[0][2], args[1][2], args[-1])
     room = _scratch.get(key, 16)
-    with native.cuda_queue(like) as queue:
+    device = like.device
+    with torch.cuda.device(device) if like.is_cuda else nullcontext():
+        queue = (device.index, torch.cuda.current_stream(device).cuda_stream) if like.is_cuda else (0, 0)
         while True:
             number.value = 0
-            workspace = torch.empty(room, dtype=torch.uint8, device=like.device)
-            function(*args, native.arg(workspace, like.device), need, queue)
+            workspace = torch.empty(room, dtype=torch.uint8, device=device)
+            function(*args, (workspace.data_ptr(), 6, workspace.shape, (1,)), need, queue)
             found = max(number.value, 16)
             if found != room:
                 if len(_scratch) >= 4096:

@@ -31,7 +31,8 @@ ANY: Choice = (0, 0, 0, 0, 0)
 
 
 class Plan(NamedTuple):
-    """What the native module would launch. ``cycles`` are predicted, of a multiprocessor's clock."""
+    """What the native module would launch. ``cycles`` are predicted, of a multiprocessor's clock: of the
+    whole call, and those for which a unit of work, before splits, would keep each resource busy."""
 
     scratch_bytes: int
     tile_m: int
@@ -44,6 +45,10 @@ class Plan(NamedTuple):
     rows: int
     columns: int
     cycles: int
+    units: int
+    tensor_cycles: int
+    shared_cycles: int
+    l2_cycles: int
 
     @property
     def choice(self) -> Choice:
@@ -54,11 +59,48 @@ class Plan(NamedTuple):
 
 
 def why_not(call: ConvCall) -> Reason:
-    """The reason why the kernel cannot run a checked call, or None."""
-    if (reason := why_not_machine(call.x)) is not None:
-        return reason
-    args, _ = _forward_args(call, call.empty_output(device="meta"), copied=False)
-    return why_refused(call.x, "causal_conv3d_sm90", args, ANY, len(Plan._fields))
+    """The reason why the kernel cannot run a checked call, or None; remembered by what decides it."""
+    key = _signature(call)
+    try:
+        return _reasons[key]
+    except KeyError:
+        pass
+    if (reason := why_not_machine(call.x)) is None:
+        args, _ = _forward_args(call, call.empty_output(device="meta"), copied=False)
+        reason = why_refused(call.x, "causal_conv3d_sm90", args, ANY, len(Plan._fields))
+    if len(_reasons) >= 4096:
+        _reasons.clear()
+    _reasons[key] = reason
+    return reason
+
+
+_reasons: dict[tuple[Any, ...], Reason] = {}
+
+
+def _signature(call: ConvCall) -> tuple[Any, ...]:
+    """All of a call but the contents and the addresses of its tensors, of which only the alignment counts."""
+    x, weight, bias, cache, residual = call[:5]
+    addresses = x.data_ptr() | weight.data_ptr()
+    of_cache = of_residual = None
+    if cache is not None:
+        addresses |= cache.data_ptr()
+        of_cache = cache.shape, cache.stride()
+    if residual is not None:
+        addresses |= residual.data_ptr()
+        of_residual = residual.shape, residual.stride()
+    return (
+        x.device,
+        x.dtype,
+        x.shape,
+        x.stride(),
+        weight.shape,
+        weight.stride(),
+        bias is None,
+        of_cache,
+        of_residual,
+        addresses & 15,
+        *call[5:],
+    )
 
 
 def why_slower(call: ConvCall) -> Reason:
