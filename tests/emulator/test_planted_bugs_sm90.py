@@ -120,7 +120,10 @@ CLUSTER_BUGS = {
         "a block ends, and its shared memory with it|of a block that has ended",
     ),
     7: ("multicast to a block that is not there", "to blocks that the cluster does not have"),
-    8: ("registers loaded again before the products have read them", "left operand changed before"),
+    8: (
+        "registers loaded again before the products have read them",
+        "into registers that a product under way still reads",
+    ),
     9: ("registers loaded after the fence", "left operand changed since the last wgmma_fence"),
     10: ("more registers than there are", "deadlock: .* wait at setmaxnreg_inc"),
     11: ("takes registers by asking for fewer", "setmaxnreg_inc: to 160 registers from 168"),
