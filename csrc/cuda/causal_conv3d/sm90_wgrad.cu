@@ -309,7 +309,7 @@ struct Term {
     return ptx::to_float(ptx::ld_global(from + at));
   }
 
-  // Whether a slice of 8 x 8 positions that hangs over the edge has multiplied its zeros by what is no number.
+  // Whether a slice of 8 x 8 positions that hangs over the edge has multiplied its zeros by what is not finite.
   __device__ bool spoiled() const {
 #pragma unroll 1
     for (int b = 0; b < p.batch; ++b)
