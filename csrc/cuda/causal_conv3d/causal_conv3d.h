@@ -17,7 +17,8 @@ struct Sm80Choice {
 struct Sm90Choice {
   int tile_m = 0, tile_n = 0, splits = 0, cluster = 0, stages = 0;  // blocks per cluster, stages of weights
   // takes the plan, kSm90Report numbers: tile_m, tile_n, splits, cluster, stages of weights, stages of patches,
-  // the tile's frames, rows and columns, and the cycles predicted
+  // the tile's frames, rows and columns, the cycles predicted; units of work (of a cluster, one tile each), and
+  // the cycles that one would keep the tensor cores, shared memory and L2 busy, before splits
   int64_t* report = nullptr;
 };
 constexpr int kSm90Report = 14;
