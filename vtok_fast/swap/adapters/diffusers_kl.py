@@ -49,12 +49,14 @@ def as_images(frames: Tensor) -> Tensor:
 # ---- blocks ------------------------------------------------------------------------------------------------
 
 
-def resnet_block(block: nn.Module, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any):
+def resnet_block(
+    block: nn.Module, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
+) -> Tensor | Skip:
     if args or kwargs:
         return Skip(f"it was called with {', '.join(kwargs) or 'more arguments'}")
     x = as_frames(input_tensor)
     h = frame_conv(block.conv1, group_norm(block.norm1, x, per_frame=True))
-    modulation = {}
+    modulation: dict[str, Any] = {}
     if block.time_emb_proj is not None:
         temb = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))[
             :, :, None, None

@@ -95,7 +95,8 @@ def resnet_block(
     generator: torch.Generator | None = None,
     causal: bool | None = None,
 ) -> Tensor:
-    first, second = {}, {}
+    first: dict[str, Any] = {}
+    second: dict[str, Any] = {}
     if block.scale_shift_table is not None:
         shift1, scale1, shift2, scale2 = modulation(temb, block.scale_shift_table)
         first, second = {"scale": scale1, "shift": shift1}, {"scale": scale2, "shift": shift2}
@@ -168,7 +169,7 @@ def decoder(network: nn.Module, hidden_states: Tensor, temb: Tensor | None = Non
         temb = temb * network.timestep_scale_multiplier
     for block in [network.mid_block, *network.up_blocks]:
         x = _run(network, block, x, temb, **causal)
-    modulated = {}
+    modulated: dict[str, Any] = {}
     if network.time_embedder is not None:
         temb = network.time_embedder(
             timestep=temb.flatten(),
@@ -260,7 +261,7 @@ def table(
     block, a downsampling and an upsampling."""
     run_conv, run_block, down, up = functions or (conv, resnet_block, downsample, upsample)
     kind = f"{prefix}CausalConv3d"
-    resampling = {"sample": resampling_sample, "why_not": partial(why_not_resampling, kind)}
+    resampling: dict[str, Any] = {"sample": resampling_sample, "why_not": partial(why_not_resampling, kind)}
     return {
         kind: Swap(
             "causal conv with virtual padding",
