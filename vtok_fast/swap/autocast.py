@@ -1,6 +1,6 @@
 """Under autocast a module's result has the dtype that its own operations make of it: of a norm in float32, of
-a sum with its input. A swap has its own. Where they differ, the class's own method takes the call; which dtype
-it gives is seen on fake tensors, once for each combination of dtypes.
+a sum with its input. A swap has its own. Where they differ, the class's own method takes the call; which
+dtype it gives is seen on fake tensors, once for each combination of dtypes.
 """
 
 from __future__ import annotations

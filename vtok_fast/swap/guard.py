@@ -212,8 +212,10 @@ class Guard:
                 return f"{type(part).__name__}.{attribute} was replaced"
         now = settings(part, self._ignored)
         for key in known.keys() | now.keys():
-            missing = _ABSENT if key not in known and hasattr(type(part), key) else None
-            if known.get(key, missing) != now.get(key):
+            # A new attribute matters where it hides one of the class
+            if known.get(key, _ABSENT) != now.get(key, _ABSENT) and (
+                key in known or hasattr(type(part), key)
+            ):
                 return f"the settings of {name or 'the module'} were changed ({key})"
         return None
 
