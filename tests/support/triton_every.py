@@ -65,7 +65,7 @@ def with_types(function, element: str, constants: dict[str, Any], warps: int, st
     )
 
 
-def _norms() -> Iterator[tuple[str, Compilation]]:
+def _norms(gpu: int | str) -> Iterator[tuple[str, Compilation]]:
     once = {"CENTER": True, "SILU": True, "CHAIN": 0, **AFTER}
     for planar in (False, True):
         layout, narrow = "planar" if planar else "channels last", 16 if planar else 128
@@ -77,7 +77,10 @@ def _norms() -> Iterator[tuple[str, Compilation]]:
             (norm_act_backward.group_sums_kernel, narrow, {"SILU": True}),
             (norm_act_backward.group_backward_kernel, narrow, {"SILU": True, "CENTER": True}),
         ):
-            signature, constants, aligned, warps = described(kernel, "bf16", width, planar=planar, **options)
+            fast = {} if gpu != "hip" else {"FAST": False}  # of NVIDIA's instructions
+            signature, constants, aligned, warps = described(
+                kernel, "bf16", width, planar=planar, **options, **fast
+            )
             yield f"{kernel.__name__} {layout}", Compilation(kernel, signature, constants, warps, 3, aligned)
     options = {"CENTER": True, "BLOCK_PARTS": norm_act.STATISTICS // 4, "WIDTH": 4}
     signature, constants, aligned, _ = described(norm_act.statistics_kernel, "bf16", 4, **options)
@@ -118,7 +121,7 @@ def every(gpu: int | str, heads: tuple[int, ...] = (64, 128, 512)) -> dict[str, 
     found["delta"] = with_types(scope_attention.delta_kernel, "bf16", delta, 4, 3)
     combine = {"D": 64, "BLOCK_D": 64, "BLOCK_M": 128, "ROWS": 64}
     found["combine"] = with_types(scope_attention.combine_kernel, "bf16", combine, 4, 3)
-    return found | dict(_norms()) | dict(_packing())
+    return found | dict(_norms(gpu)) | dict(_packing())
 
 
 if __name__ == "__main__":
