@@ -23,7 +23,7 @@ from vtok_fast.kernels import on_device_of, tuned_tile, unit_of
 
 BUDGET, CAPACITY, ROWS = 1, 2, 4  # bits of the error flag
 STRATEGIES = {"elbo": 0, "global_elbo": 1, "bin": 2, "elbo_ema": 1}
-SELECT_BLOCK = 2048  # twice as many spill on 10.0
+SELECT_BLOCK = 4096
 FEW = 8192  # tokens of a clip whose keys fit into the registers of one program; twice as many spill
 CLIPS = 128  # totals that are added up at a time
 # Integers that differ from call to call: nothing is compiled anew for one that happens to be 1 or a multiple
