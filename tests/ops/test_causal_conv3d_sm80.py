@@ -360,7 +360,7 @@ def test_replicated_frames_cost_the_input_gradient_no_scratch_memory():
             None,
             None,
         )
-        Emulated(**A100).causal_conv3d_sm80_backward(*args, (0, 0, 1), None, need, 0)
+        Emulated(**A100).causal_conv3d_sm80_backward(*args, (0, 0, 1), None, need, (0, 0))
         return int(need[0])
 
     plain = scratch_of_input_gradient()
