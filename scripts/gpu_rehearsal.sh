@@ -1,6 +1,6 @@
 # For gpu_check.sh --rehearse: a copy of the tree, which is what the check then builds in and writes to, and stand-ins for the
 # programs and the GPU. `cmake` makes the module that the tree has already; Python sees one GPU of compute capability 9.0,
-# on which the GPU tests skip themselves; the commands with a device run on the CPU.
+# on which the GPU tests skip themselves; of the benchmarks and of tuning only the arguments are read.
 REHEARSAL=$(mktemp -d)
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$REHEARSAL" || return 1
 cp vtok_fast/_C*.so "$REHEARSAL/vtok_fast/" || return 1
@@ -39,10 +39,18 @@ torch.cuda.get_device_name = lambda device=None: "rehearsal"
 if "pytest" in " ".join(sys.orig_argv) or "vtok_fast.cli" in " ".join(sys.orig_argv):
     torch.cuda.is_available = lambda: False  # as it is: tests and commands say so themselves
 END
+cat >stand-ins/python <<END
+#!/bin/sh
+case " \$* " in
+  *" vtok_fast.cli tune "* | *" vtok_fast.cli bench "*) exec "$PYTHON" "\$@" --help ;;
+esac
+exec "$PYTHON" "\$@"
+END
 mkdir stand-ins/pybind11
 touch stand-ins/pybind11/__init__.py
 echo 'print("stand-ins")' >stand-ins/pybind11/__main__.py
 printf '#!/bin/sh\n' | tee stand-ins/nvcc >stand-ins/ninja
-chmod +x stand-ins/nvcc stand-ins/ninja stand-ins/cmake stand-ins/nvidia-smi stand-ins/compute-sanitizer stand-ins/ncu
+chmod +x stand-ins/python stand-ins/nvcc stand-ins/ninja stand-ins/cmake stand-ins/nvidia-smi stand-ins/compute-sanitizer stand-ins/ncu
 SLOW=10  # times what a GPU's machine would take
-export PATH=$PWD/stand-ins:$PATH PYTHONPATH=$PWD/stand-ins DEVICE=cpu OPS=fsq VTOK_REHEARSE=1
+export PATH=$PWD/stand-ins:$PATH PYTHONPATH=$PWD/stand-ins VTOK_REHEARSE=1
+PYTHON=$PWD/stand-ins/python
