@@ -23,7 +23,7 @@ from vtok_fast.kernels import on_device_of, tuned_tile, unit_of
 
 BUDGET, CAPACITY, ROWS = 1, 2, 4  # bits of the error flag
 STRATEGIES = {"elbo": 0, "global_elbo": 1, "bin": 2, "elbo_ema": 1}
-SELECT_BLOCK = 4096
+SELECT_BLOCK, SELECT_WARPS = 4096, 16  # eight warps spill on 10.0
 FEW = 8192  # tokens of a clip whose keys fit into the registers of one program; twice as many spill
 CLIPS = 128  # totals that are added up at a time
 # Integers that differ from call to call: nothing is compiled anew for one that happens to be 1 or a multiple
@@ -515,7 +515,7 @@ def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) 
         block, warps = tuned_tile(
             "token_packing",
             scores,
-            (block, 8 if block >= 2048 else 4),
+            (block, SELECT_WARPS),
             "select",
             scores.dtype,
             power_of_two(scores.shape[1]),

@@ -41,7 +41,7 @@ def needs(system: Path, python: str) -> Path:
     for file in (interpreter, header):
         if not file.is_file():
             sys.exit(
-                f"aarch64: SYSTEM has no {file.relative_to(system)}; the head of this script says how to get it"
+                f"aarch64: SYSTEM has no {file.relative_to(system)}; this script's head says how to get it"
             )
     return interpreter
 

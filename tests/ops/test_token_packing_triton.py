@@ -53,9 +53,9 @@ def test_selection_compiles(cc, strictly):
     signature = types(
         kernels.select_kernel, constants, scores="*fp32", budget="*i64", keep="*u8", flag="*i32"
     )
+    warps, aligned = kernels.SELECT_WARPS, ("scores", "keep")
     assert_fits(
-        compile_for(kernels.select_kernel, signature, constants, cc, num_warps=8, aligned=("scores", "keep")),
-        cc,
+        compile_for(kernels.select_kernel, signature, constants, cc, num_warps=warps, aligned=aligned), cc
     )
     for strategy, released in ((0, False), (1, True), (2, False)):
         constants = {"STRATEGY": strategy, "RELEASED": released, "BLOCK": 2048}

@@ -67,7 +67,7 @@ def test_tiles_of_norms_fit(cc, planar):
 @pytest.mark.slow
 @pytest.mark.parametrize("cc", (80, 90))
 def test_tiles_of_packing_fit(cc):
-    for block, warps in tiles_near((token_packing.SELECT_BLOCK, 8))[1:]:
+    for block, warps in tiles_near((token_packing.SELECT_BLOCK, token_packing.SELECT_WARPS))[1:]:
         constants = {"N_UNIT": 8, "STRICTLY": False, "BLOCK": block}
         signature = types(
             token_packing.select_kernel, constants, scores="*fp32", budget="*i64", keep="*u8", flag="*i32"

@@ -98,7 +98,7 @@ def _packing() -> Iterator[tuple[str, Compilation]]:
         (
             token_packing.select_kernel,
             {"N_UNIT": 8, "STRICTLY": False, "BLOCK": token_packing.SELECT_BLOCK},
-            8,
+            token_packing.SELECT_WARPS,
         ),
         (token_packing.select_few_kernel, {"STRICTLY": False, "BLOCK": token_packing.FEW}, 16),
         (token_packing.count_kernel, {"N_UNIT": 8, "BLOCK": block, "BLOCKS": 4096 // block}, 4),
