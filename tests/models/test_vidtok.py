@@ -198,7 +198,9 @@ def test_tokens_file(tmp_path):
         assert torch.equal(loaded.data, tokens.data) and loaded.data.dtype == tokens.data.dtype
         for field in ("model", "config", "video_shape", "dtype"):
             assert getattr(loaded, field) == getattr(tokens, field), field
-        assert torch.equal(model.decode(loaded), model.decode(tokens))
+        # PyTorch rounds by layout on some processors, and a file has one layout.
+        kept = {k: v.contiguous() for k in ("indices", "latents") if (v := getattr(tokens, k)) is not None}
+        assert torch.equal(model.decode(loaded), model.decode(replace(tokens, **kept)))
     assert [p.name for p in tmp_path.iterdir()] == ["tokens.safetensors"]
 
 

@@ -173,9 +173,9 @@ def check_acceleration(model, video: torch.Tensor) -> vtok_fast.Report:
     """Accelerated, outputs and gradients are close to those of the float64 model with the reference ops;
     reverting gives it back.
 
-    The output's contract is *close*, as for an op. A gradient has come through all n swapped layers twice,
-    each of which may have the contract's floor for an error; these errors are independent, so sqrt(n) floors
-    are allowed, or twice what the worst gradient has without swaps.
+    Each of n swapped layers may have the floor of the contract *close* for an error, and these errors are
+    independent: sqrt(n) floors are allowed for the output, which has come through all of them, or twice its
+    error without swaps. A gradient has come through all of them twice.
     """
     double = copy.deepcopy(model).double()
     with vtok_fast.backend("reference"):
@@ -184,7 +184,10 @@ def check_acceleration(model, video: torch.Tensor) -> vtok_fast.Report:
     report = vtok_fast.accelerate(model, example=video)
     assert not [e for e in report.skipped if e.error is not None], report
     fast = _outputs(model, video)
-    assert (measured := parity.close(fast["video"], ref64["video"], eager["video"])).ok, measured
+    # A whole model, whose swapped layers follow one another: independent errors add up as a root of their number.
+    measured = parity.close(fast["video"], ref64["video"], eager["video"])
+    together = parity.floor(video.dtype) * max(1, len(report.swapped)) ** 0.5
+    assert measured.error <= max(measured.bound, together), measured
     errors, eager_errors = (
         {
             (name, region): error

@@ -230,8 +230,9 @@ def measure(trial: Trial, settings: Settings, ceilings: dict[str, Any] | None = 
     seconds, extras = interleave(trial.candidates, settings)
     times = {c.name: {"role": c.role, **spread(seconds[c.name]), **extras[c.name]} for c in trial.candidates}
     for entry in times.values():
-        own = entry["role"] in ("ours", "variant")
-        entry |= rates(entry["median"], trial.facts | ({"gflop": trial.done_gflop} if own else {}), ceilings)
+        own = entry["role"] in ("ours", "variant") and trial.done_gflop is not None
+        done = {"gflop": trial.done_gflop} if own else {}
+        entry |= rates(entry["median"], trial.facts | done, ceilings)
     rivals = [c.name for c in trial.candidates if c.role in ("eager", "peer")]
     return {
         "case": trial.name,
