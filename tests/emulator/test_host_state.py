@@ -148,7 +148,7 @@ def test_what_the_driver_refuses_is_a_reason():
 
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_occupancy_is_a_hint(cluster):
-    """It is asked for real clusters only, and a refusal is no reason not to run."""
+    """It is asked for real clusters only, and the kernel runs where that is refused."""
     x, weight, bias = drawn(16, 16, (1, 3, 3), (2, 8, 9 + cluster), BF16)
     call = checked_call(x, weight, bias)
     with compiled().refusing(occupancy=True):

@@ -241,7 +241,7 @@ def test_empty_videos_of_every_op():
 
 
 class Wrapped(torch.Tensor):
-    """A tensor around another: its own address is none."""
+    """A tensor around another: it has no address of its own."""
 
     @staticmethod
     def __new__(cls, inner):

@@ -114,7 +114,7 @@ def test_what_is_laid_out_already_is_described_by_itself() -> None:
 
 
 def test_a_question_is_asked_once_for_what_decides_it(lib: Native) -> None:
-    """Not again for other contents, but for another layout, alignment or activation."""
+    """The same for other contents; again for another layout, alignment or activation."""
     memory = torch.zeros(1 << 16, dtype=BF16)
     last = torch.channels_last_3d
     x = memory[: 32 * 192].view(1, 3, 8, 8, 32).permute(0, 4, 1, 2, 3)

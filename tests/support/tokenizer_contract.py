@@ -184,7 +184,7 @@ def check_acceleration(model, video: torch.Tensor) -> vtok_fast.Report:
     report = vtok_fast.accelerate(model, example=video)
     assert not [e for e in report.skipped if e.error is not None], report
     fast = _outputs(model, video)
-    # A whole model, whose swapped layers follow one another: independent errors add up as a root of their number.
+    # Swapped layers follow one another: independent errors add up as a root of their number.
     measured = parity.close(fast["video"], ref64["video"], eager["video"])
     together = parity.floor(video.dtype) * max(1, len(report.swapped)) ** 0.5
     assert measured.error <= max(measured.bound, together), measured

@@ -108,7 +108,7 @@ def test_dtypes(name, dtype):
         # Within a block of the fast model its parts are not called one by one.
         assert all(set(got[path]) <= set(want[path]) for path in paths if want[path]), (got, want)
     assert any(want.values()) and (sum(report.ran().values()) or "casts" in name)
-    with torch.no_grad():  # nothing of the look at dtypes stays behind
+    with torch.no_grad():  # nothing of the look at dtypes is left
         run(model)
 
 

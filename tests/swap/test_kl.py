@@ -147,7 +147,7 @@ BLOCKS = {
     "up": (lambda: upsampling.Upsample2D(16, use_conv=True), (2, 16, 9, 7), ()),
     "up, wider": (lambda: upsampling.Upsample2D(16, True, out_channels=24, name="op"), (2, 16, 9, 7), ()),
     "down": (lambda: downsampling.Downsample2D(16, use_conv=True), (2, 16, 9, 8), ()),
-    "down, padded behind": (lambda: downsampling.Downsample2D(16, True, padding=0), (2, 16, 9, 8), ()),
+    "down, padded at the end": (lambda: downsampling.Downsample2D(16, True, padding=0), (2, 16, 9, 8), ()),
 }
 
 

@@ -12,7 +12,8 @@ import vtok_fast
 from vtok_fast.models import VidTok
 from vtok_fast.swap import report_picture, summary
 from vtok_fast.swap.patch import Swap
-from vtok_fast.swap.report import Entry, Report
+from vtok_fast.swap.record import Entry
+from vtok_fast.swap.report import Report
 from vtok_fast.swap.whole import without
 
 accelerating = importlib.import_module("vtok_fast.swap.accelerate")  # the package has the function

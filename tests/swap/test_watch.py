@@ -1,5 +1,5 @@
 """The one pass that compares a module with an earlier look: natively and in Python alike, every kind of
-change is seen, and what is none is not."""
+change is seen, and nothing else is taken for one."""
 
 import copy
 import enum

@@ -148,7 +148,7 @@ def arg(tensor: torch.Tensor | None, on: torch.device = _CPU) -> _Arg | None:
 
 
 def arg_anywhere(tensor: torch.Tensor | None) -> Any:
-    """`arg` for a question about a plan, which reads no memory: that of a tensor on the meta device is at 0."""
+    """`arg` for a question about a plan, which reads no memory. On the meta device it is at 0."""
     if tensor is None or not tensor.is_meta:
         return None if tensor is None else arg(tensor, tensor.device)
     return 0, _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()

@@ -43,7 +43,8 @@ from vtok_fast.swap.layout import Place
 from vtok_fast.swap.live_memory import peak_bytes
 from vtok_fast.swap.patch import Calls, Patch, Skip, Swap, described, why_hooked
 from vtok_fast.swap.pipeline import of_pipeline
-from vtok_fast.swap.report import Entry, Report
+from vtok_fast.swap.record import Entry
+from vtok_fast.swap.report import Report
 from vtok_fast.swap.results import Incomparable, close, equal
 from vtok_fast.swap.watch import is_swapped
 from vtok_fast.swap.whole import costs

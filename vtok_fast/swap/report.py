@@ -5,49 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.io.files import write_atomically
-from vtok_fast.parity import TokenParity
-from vtok_fast.swap import summary
+from vtok_fast.swap import report_picture, summary
 from vtok_fast.swap.patch import Calls
+from vtok_fast.swap.record import Record
 
 if TYPE_CHECKING:
     from vtok_fast.swap.patch import Patch
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One module. ``error`` and ``bound`` are relative to float64 (see `vtok_fast.parity`), times in
-    milliseconds and the most memory that tensors took in bytes, both on the check's inputs; None where
-    nothing was measured. ``note`` is what else the check saw."""
-
-    path: str
-    kind: str
-    what: str = ""
-    why: str = ""
-    contract: str = ""
-    error: float | None = None
-    bound: float | None = None
-    eager_ms: float | None = None
-    fast_ms: float | None = None
-    eager_bytes: int | None = None
-    fast_bytes: int | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Bypassed:
-    """Why a swap left calls to the class's own method, at last, and how many."""
-
-    why: str
-    count: int
-
-
-class Report:
+class Report(Record):
     """The result of `vtok_fast.accelerate`.
 
     Printed, it is short: the verdict, the whole model, the modules by kind; `details` has each of them.
@@ -64,13 +36,7 @@ class Report:
     """
 
     def __init__(self, contract: str, model: str = ""):
-        self.contract, self.model = contract, model
-        self.swapped: list[Entry] = []
-        self.skipped: list[Entry] = []
-        self.end_to_end: Entry | None = None
-        self.tokens: list[TokenParity] = []
-        self.notes: list[str] = []
-        self._calls: dict[str, Calls] = {}
+        super().__init__(contract, model)
         self._warned: list[str] = []
         self._patches: list[Patch] = []
         self._on_revert: list[Any] = []
@@ -80,19 +46,12 @@ class Report:
         """Whether all that was measured is within its contract: no swap had to be taken back for its error,
         the whole model is within its bound on ``example`` (or only tokens differ that may), and so are the
         tokens."""
-        return next(summary.problems(self), None) is None
+        return summary.holds(self)
 
     @property
     def active(self) -> bool:
         """Whether the swaps are in place."""
         return any(patch.installed for patch in self._patches)
-
-    @property
-    def bypassed(self) -> dict[str, Bypassed]:
-        """The swapped modules whose class's own method ran in the place of the swap since, by path: how
-        often, and the latest reason. A hook, an adapter or a cast that was added later is one; a call that
-        the swap was not made for is another."""
-        return {path: Bypassed(c.why, c.bypassed) for path, c in self._calls.items() if c.bypassed}
 
     def ran(self) -> dict[str, int]:
         """How often each swapped module's swap has run since, by path. Calls within a graph of
@@ -166,9 +125,7 @@ class Report:
 
         Returns the figure; with ``path`` (.png, .svg or .pdf) it is also written there.
         """
-        from vtok_fast.swap.report_picture import draw
-
-        figure = draw(self)
+        figure = report_picture.draw(self)
         if path is not None:
             write_atomically(
                 path,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vtok_fast.swap import summary
-
-if TYPE_CHECKING:
-    from vtok_fast.swap.report import Entry, Report
+from vtok_fast.swap.record import Entry, Record
 
 GRAY, BLUE, RED = "#b8b8b8", "#2a78b5", "#c0392b"
 MOST = 60  # rows; those that take longest where there are more
 
 
-def draw(report: Report) -> Any:
+def draw(report: Record) -> Any:
     """A figure of matplotlib: the verdict and the whole model above, then time, memory and error module by
     module. What failed is red."""
     from matplotlib.figure import Figure
@@ -30,7 +28,7 @@ def draw(report: Report) -> Any:
     if left_out > 0:
         lines.append(f"The {MOST} modules that take longest; {left_out} are not shown.")
     figure = Figure(figsize=(14, 1.6 + 0.24 * max(len(entries), 4) + 0.22 * len(lines)), layout="constrained")
-    color = "black" if report.ok else RED
+    color = "black" if summary.holds(report) else RED
     title = f"vtok_fast.accelerate({report.model or 'model'})\n"
     figure.suptitle(title + "\n".join(lines), x=0.01, ha="left", size=10.5, color=color)
     if not entries:

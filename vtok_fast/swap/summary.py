@@ -5,10 +5,9 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from vtok_fast.swap.report import Entry, Report
+from vtok_fast.swap.record import Entry, Record
 
 LEAST_MS = 1.0  # what is shorter is told from noise by many runs, not by the few of a check
 
@@ -25,14 +24,14 @@ def memory(e: Entry) -> float | None:
     return e.fast_bytes / e.eager_bytes if e.eager_bytes and e.fast_bytes is not None else None
 
 
-def failed(report: Report) -> list[Entry]:
+def failed(report: Record) -> list[Entry]:
     """The swaps that were beyond their bound, and were taken back."""
     return [
         e for e in report.skipped if e.error is not None and e.bound is not None and not e.error <= e.bound
     ]
 
 
-def problems(report: Report) -> Iterator[str]:
+def problems(report: Record) -> Iterator[str]:
     """What is beyond its contract, in a sentence each."""
     for e in failed(report):
         yield f"{e.path or 'the model'} was beyond its contract and runs as before: {e.why}"
@@ -44,7 +43,12 @@ def problems(report: Report) -> Iterator[str]:
         yield f"the whole model is {e.why}"
 
 
-def verdict(report: Report) -> str:
+def holds(report: Record) -> bool:
+    """Whether all that was measured is within its contract."""
+    return next(problems(report), None) is None
+
+
+def verdict(report: Record) -> str:
     """One line."""
     found = list(problems(report))
     counts = f"{len(report.swapped)} modules swapped, {len(report.skipped)} left alone"
@@ -58,7 +62,7 @@ def verdict(report: Report) -> str:
     return f"OK: {counts}; all that was measured is within the contract {report.contract}"
 
 
-def whole(report: Report) -> str:
+def whole(report: Record) -> str:
     """Speed, memory and error of the whole model, or how to get them."""
     e = report.end_to_end
     if e is None:
@@ -86,12 +90,12 @@ def _ms(value: float | None) -> str:
     return "" if value is None else f"{value / 1e3:.2f} s" if value >= 1e3 else f"{value:.3g} ms"
 
 
-def summary(report: Report) -> Iterator[Any]:
+def summary(report: Record) -> Iterator[Any]:
     """Lines and tables for rich."""
     from rich.text import Text
 
     title = f"{report.model}: " if report.model else ""
-    yield Text(title + verdict(report), style="bold" if report.ok else "bold red")
+    yield Text(title + verdict(report), style="bold" if holds(report) else "bold red")
     yield Text(whole(report))
     for tokens in report.tokens:
         yield Text(f"Tokens: {tokens}{'' if tokens.ok else ': TOO MANY'}.")
@@ -157,7 +161,7 @@ def _with_whole_paths(table: Any, entries: list[Entry]) -> Any:
     return table
 
 
-def details(report: Report) -> Iterator[Any]:
+def details(report: Record) -> Iterator[Any]:
     """The tables of every module, for rich."""
     from rich.table import Table
     from rich.text import Text
