@@ -3,8 +3,10 @@ not lost, ctrl-C, completion, the demo without a clone."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,30 @@ def clip(tmp_path_factory):
 
 def test_the_names_are_those_of_the_models():
     assert names.MODELS == PRESETS
+
+
+ONLY_IN_A_CLONE = re.compile(r"(?<![\w/])(?:scripts|examples|docs|tests|benchmarks|csrc)/\w")
+
+
+def said_to_users(source: str) -> list[str]:
+    """The strings of a module other than docstrings: messages, helps, formats."""
+    tree = ast.parse(source)
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, owners)}
+    strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return [text for text in strings if text not in docs]
+
+
+def test_no_message_names_a_file_that_only_a_clone_has():
+    found = [
+        (file.name, text)
+        for file in sorted((ROOT / "vtok_fast").rglob("*.py"))
+        for text in said_to_users(file.read_text())
+        if ONLY_IN_A_CLONE.search(text)
+    ]
+    assert not found
+    planted = said_to_users("def f():\n    raise ValueError('see scripts/fetch.py')")
+    assert ONLY_IN_A_CLONE.search(planted[0])
 
 
 MISTAKES = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ from support.corpora import corpus, settings, tokens_file
 
 import vtok_fast
 from vtok_fast.corpus.bits import pack, packed_bytes, unpack, width_of
+from vtok_fast.corpus.durable import digest_of
 from vtok_fast.corpus.manifest import NAME, read_manifest, writing
 from vtok_fast.corpus.shard import SafeTensors, Shard, storage_of, write_shard
+from vtok_fast.io.files import write_header
 from vtok_fast.io.token_windows import TokenWindows
 
 CODES = [2, 256, 32768, 65536, 65537, 262144, 2**31]
@@ -93,6 +97,98 @@ def test_equal_clips_give_equal_bytes_and_their_own_files(tmp_path):
         for number, (_, file) in enumerate(files):
             shard.tokens_file(number, tmp_path / "back")
             assert (tmp_path / "back").read_bytes() == file.read_bytes()
+
+
+def described(path, change):
+    """Write a file of windows anew, sound, after `change(header, tensors)`, of uint8 or int32 arrays."""
+    file = SafeTensors(path)
+    data, header = path.read_bytes(), json.loads(file.metadata["tokens"])
+    tensors = [np.frombuffer(data[one[2] : one[3]], np.uint8) for one in file.tensors.values()]
+    change(header, tensors)
+    entries, end = {}, 0
+    text = json.dumps(header, sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    for number, tensor in enumerate(tensors):
+        digest.update(f"torch.{tensor.dtype}{tensor.shape}".encode() + tensor.tobytes())
+        name = {"uint8": "U8", "int32": "I32"}[str(tensor.dtype)]
+        place = [end, end + tensor.nbytes]
+        entries[f"{number:09d}"] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": place}
+        end += tensor.nbytes
+    metadata = {"format": file.metadata["format"], "tokens": text, "sha256": digest.hexdigest()}
+    with path.open("wb") as out:
+        write_header(out, {"__metadata__": metadata, **entries})
+        out.write(b"".join(tensor.tobytes() for tensor in tensors))
+
+
+def from_before_packing(header, tensors, only=(0, 1)):
+    for number in only:
+        window = header["windows"][number]
+        grid, width = window.pop("grid"), window.pop("bits")
+        window["kind"] = "indices"
+        tensors[number] = unpack(tensors[number], math.prod(grid), width).reshape(grid)
+
+
+def in_manifest(folder, paths):
+    """Let the manifest know files as they are now."""
+    rows = [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
+    for row in rows:
+        if row.get("clip") in paths:
+            row["bytes"], row["sha256"] = paths[row["clip"]].stat().st_size, digest_of(paths[row["clip"]])
+    (folder / NAME).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("codes", [512, 262144])
+@pytest.mark.parametrize("only", [(0,), (1,), (0, 1)])
+def test_windows_from_before_packing_are_read(tmp_path, codes, only):
+    """int32, also beside packed ones: by themselves, and in a shard that gives the same file back."""
+    folder = corpus(tmp_path / "c", 3, codes)
+    before = [clip.indices for clip in vtok_fast.TokenDataset(folder)]
+    paths = {path.name.removesuffix(".tokens"): path for path in sorted(folder.glob("*.tokens"))}
+    for path in paths.values():
+        described(path, partial(from_before_packing, only=only))
+    in_manifest(folder, paths)
+    dataset = vtok_fast.TokenDataset(folder, verify=True)
+    assert all(torch.equal(clip.indices, one) for clip, one in zip(dataset, before, strict=True))
+    assert torch.equal(torch.cat([one.indices.flatten() for one in dataset.tokens(1)]), before[1])
+    write_shard(tmp_path / "shard", list(paths.items()), codes)
+    shard = Shard(tmp_path / "shard")
+    for number, path in enumerate(paths.values()):
+        shard.tokens_file(number, tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == path.read_bytes()
+
+
+def test_dropped_tokens_are_refused(tmp_path):
+    folder = corpus(tmp_path / "c", 2)
+    path = folder / "clip-0001.mp4.tokens"
+    tokens_file(path, 32768, [(2, 3, 4), (1, 3, 4)], dropped=True)
+    in_manifest(folder, {"clip-0001.mp4": path})
+    with pytest.raises(ValueError, match=r"clip-0001.mp4 in .* has dropped tokens; read it by `tokens`"):
+        vtok_fast.TokenDataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bits", 14),
+        ("bits", 32),
+        ("bits", "15"),
+        ("grid", [1, 2, 3, 5]),
+        ("grid", [2, 1, 3, 4]),
+        ("grid", [24]),
+    ],
+)
+def test_windows_that_their_header_does_not_describe_are_refused(tmp_path, key, value):
+    """Read by themselves and into a shard, whether or not the number of bytes tells."""
+    folder = corpus(tmp_path / "c", 1)
+    path = folder / "clip-0000.mp4.tokens"
+    described(path, lambda header, _: header["windows"][0].update({"bits": 15, key: value}))
+    in_manifest(folder, {"clip-0000.mp4": path})
+    for read in (
+        lambda: vtok_fast.TokenDataset(folder),
+        lambda: write_shard(tmp_path / "shard", [("a", path)], 32768),
+    ):
+        with pytest.raises(ValueError, match="does not describe tokens"):
+            read()
 
 
 def test_a_shard_that_fails_leaves_nothing(tmp_path):

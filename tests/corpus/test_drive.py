@@ -92,6 +92,7 @@ def test_tokens_are_those_of_tokenize(undisturbed, videos, tmp_path):
         assert all(torch.equal(a, b.indices[0]) for a, b in zip(clip.windows, own, strict=True))
 
 
+@pytest.mark.slow
 def test_a_rerun_does_what_is_missing_or_changed(tmp_path):
     some = tmp_path / "some"
     some.mkdir()
@@ -121,6 +122,7 @@ def test_a_rerun_does_what_is_missing_or_changed(tmp_path):
     assert (output / NAME).read_bytes() == after
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with(undisturbed, videos, hook, tmp_path):
     """SIGKILL of the process that works, then of the driver: the next run gives what an undisturbed one
     gives, to the byte."""

@@ -20,7 +20,7 @@ from support.corpora import outcome  # noqa: E402
 from vtok_fast.corpus.drive import make_corpus  # noqa: E402
 from vtok_fast.corpus.manifest import NAME  # noqa: E402
 
-pytestmark = pytest.mark.volatile
+pytestmark = [pytest.mark.volatile, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,13 @@ def blocks(page):
 RUN = [p for p in PAGES if any(blocks(p))]
 
 
-@pytest.mark.parametrize("page", RUN, ids=[str(p.relative_to(ROOT)) for p in RUN])
+def paced(page):
+    """The gallery draws for half a minute."""
+    slow = [pytest.mark.slow] if page.name == "gallery.md" else []
+    return pytest.param(page, marks=slow, id=str(page.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("page", map(paced, RUN))
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(backends, "_ops", dict(backends._ops))  # a page registers an op of its own

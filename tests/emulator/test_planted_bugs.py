@@ -37,7 +37,7 @@ BUGS = {
     25: ("shuffle from outside of the mask", "__shfl_sync: reads a lane that is not in the mask"),
     26: ("plain store beside atomic additions", "race in global memory: (st_global|red_add)"),
     27: ("block of 2048 threads", "launch: block of 2048 x 1 x 1 threads"),
-    28: ("more shared memory than a block may have", "launch: 204800 bytes of shared memory, at most 101376"),
+    28: ("more shared memory than a block may have", "204800 bytes of shared memory, .* granted 101376"),
 }
 
 

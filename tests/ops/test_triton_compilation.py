@@ -59,7 +59,7 @@ def test_every_kernel_compiles_with_the_oldest_triton():
     assert len(said) == len(every(90)) and all(f"Triton {OLDEST['triton']}" in line for line in said)
 
 
-@pytest.mark.parametrize("gpu", AMD)
+@pytest.mark.parametrize("gpu", [AMD[0], *(pytest.param(gpu, marks=pytest.mark.slow) for gpu in AMD[1:])])
 @pytest.mark.parametrize("name", every("hip", (16, 32, 64, 128, 512)))
 def test_every_kernel_fits_amd(name, gpu):
     """Compiled, not run: LDS for two blocks of a compute unit, and no register spills."""

@@ -13,13 +13,14 @@ import vtok_fast
 from vtok_fast.dispatch import lasting
 from vtok_fast.ops.scope_attention import triton as launcher
 from vtok_fast.ops.scope_attention.scope import Scope
-from vtok_fast.ops.token_packing import op, packed_tokens, selection
+from vtok_fast.ops.token_packing import budget, packed_tokens, selection
+from vtok_fast.ops.token_packing import triton as packing
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     monkeypatch.setattr(packed_tokens, "_flags", {})
-    monkeypatch.setattr(op, "_tables", {})
+    monkeypatch.setattr(packing, "_tables", {})
     lasting._streams.cache_clear()
     yield FakeCuda(monkeypatch)
     lasting._streams.cache_clear()
@@ -37,7 +38,7 @@ def refused():
     rates, whole = torch.rand(3), torch.tensor([1, 2, 3])
     return {
         "the flag for errors": lambda: packed_tokens.error_flag(DEVICE),
-        "the tables of FSQ": lambda: op._fsq_tables((8, 8), "vidtok", DEVICE),
+        "the tables of FSQ": lambda: packing._fsq_tables((8, 8), "vidtok", DEVICE),
         "the plan of a scope on the host": lambda: launcher.prepared(host, 16, DEVICE),
         "a scope of the host": lambda: Scope.block_causal(2, 8).to(torch.empty(0, device="meta").device),
         "rate": lambda: selection._quantile_call(scores(), rates, 4),
@@ -52,7 +53,7 @@ def test_a_recording_without_a_call_before_says_what_is_missing(cuda, what, monk
     cuda.recording = True
     with pytest.raises(RuntimeError, match=f"{what} must be made on .* before a CUDA graph is recorded"):
         refused()[what]()
-    assert not packed_tokens._flags and not op._tables
+    assert not packed_tokens._flags and not packing._tables
 
 
 def test_rates_of_budgets_are_refused_too(cuda):
@@ -60,7 +61,7 @@ def test_rates_of_budgets_are_refused_too(cuda):
     floating = type("Scores", (), {"is_floating_point": lambda self: True, "dim": lambda self: 2})()
     floating.device, floating.shape = DEVICE, torch.Size((3, 8))
     with pytest.raises(RuntimeError, match="rate must be made on cuda:0 before a CUDA graph"):
-        selection._budget_call(floating, torch.rand(3), "elbo", None, 0.9, False)
+        budget._checked(floating, torch.rand(3), "elbo", None, 0.9, False)
 
 
 def test_a_budget_of_numbers_is_recorded_without_memory_of_the_host(cuda, monkeypatch):

@@ -36,7 +36,8 @@ emulator: ``LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-nam
 ASAN_OPTIONS=detect_leaks=0 VTOK_EMULATOR_FLAGS="-fsanitize=address -g" pytest ...``
 
 Compiled code is kept in tests/emulator/.cache for two weeks, by a hash of all sources and flags. Processes
-that want the same file wait for the one that compiles it.
+that want the same file wait for the one that compiles it. What is compiled while a source is edited is not
+kept: it may be of other text than was hashed.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ ERRORS = {1: ValueError, 2: NotImplementedError, 3: MemoryError}
 
 class EmulatorError(RuntimeError):
     """What the emulator found wrong with a kernel."""
+
+
+class SourcesChanged(RuntimeError):
+    """A source was edited while it was compiled."""
 
 
 class _Tensor(ctypes.Structure):
@@ -130,14 +135,33 @@ def build(
     flags: Sequence[str] = (),
 ) -> Library:
     """Compiles sources (from the repository's root) with the emulator; ``exports`` become methods of the
-    result."""
+    result. SourcesChanged where they are edited again and again meanwhile."""
+    for _ in range(2):
+        with contextlib.suppress(SourcesChanged):
+            return Library(_built(sources, exports, includes, glue, flags), exports)
+    return Library(_built(sources, exports, includes, glue, flags), exports)
+
+
+def _built(
+    sources: Sequence[str | Path],
+    exports: Mapping[str, str],
+    includes: Sequence[str],
+    glue: str,
+    flags: Sequence[str],
+) -> Path:
     text = "".join(f'#include "{name}"\n' for name in (*includes, "calls.h")) + glue + "\n"
     text += "".join(f"EMU_EXPORT({name}, {function})\n" for name, function in exports.items())
     parts = [*(ROOT / source for source in sources), *sorted(HERE.glob("*.cpp"))]
     headers = sorted(p for folder in (ROOT / "csrc", HERE) for p in folder.rglob("*.*h") if p.is_file())
+    read = {path: path.read_bytes() for path in (*headers, *parts)}
     seen = hashlib.sha256(
-        repr((FLAGS, tuple(flags), _compiler())).encode() + b"".join(p.read_bytes() for p in headers)
+        repr((FLAGS, tuple(flags), _compiler())).encode() + b"".join(read[p] for p in headers)
     )
+
+    def check() -> None:
+        for path, content in read.items():
+            if not path.exists() or path.read_bytes() != content:
+                raise SourcesChanged(f"{path} was edited while it was compiled")
 
     def compiled(name: str, content: bytes, source: Path) -> tuple[Path, tuple[Any, ...]]:
         digest = seen.copy()
@@ -146,21 +170,21 @@ def build(
         return CACHE / f"{name}.{digest.hexdigest()[:16]}.o", command
 
     CACHE.mkdir(exist_ok=True)
-    made = dict(compiled(part.stem, part.read_bytes(), part) for part in parts)
+    made = dict(compiled(part.stem, read[part], part) for part in parts)
     written = CACHE / f"exports.{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
     temporary = written.with_suffix(f".{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, written)
     made |= [compiled("exports", text.encode(), written)]
-    _make(made)
+    _make(made, check)
     target = CACHE / f"lib.{hashlib.sha256(repr([*made]).encode()).hexdigest()[:16]}.so"
     _make({target: (_compiler(), "-shared", *flags, *FLAGS, *made)})
-    return Library(target, exports)
+    return target
 
 
-def _make(commands: Mapping[Path, Sequence[Any]]) -> None:
-    """Runs the command of every file that is missing. What another process is at comes last: processes that
-    want the same files share the work."""
+def _make(commands: Mapping[Path, Sequence[Any]], check: Callable[[], None] = lambda: None) -> None:
+    """Runs the command of every file that is missing, and keeps its result unless `check` raises. What
+    another process is at comes last: processes that want the same files share the work."""
     for wait in (fcntl.LOCK_NB, 0):
         for target, command in commands.items():
             if target.exists():
@@ -168,17 +192,23 @@ def _make(commands: Mapping[Path, Sequence[Any]]) -> None:
             with open(target.with_suffix(".lock"), "w") as lock, contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | wait)
                 if not target.exists():
-                    _run(*command, target=target)
+                    _run(*command, target=target, check=check)
     for target in commands:
         os.utime(target)
     for old in CACHE.iterdir():
-        if old.stat().st_mtime < time.time() - 14 * 86400:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has renamed or removed it
+            if old.stat().st_mtime < time.time() - 14 * 86400:
+                old.unlink()
 
 
-def _run(*command: Any, target: Path) -> None:
+def _run(*command: Any, target: Path, check: Callable[[], None]) -> None:
     temporary = target.with_suffix(f".{os.getpid()}")
     result = subprocess.run([*map(str, command), "-o", str(temporary)], capture_output=True, text=True)
+    try:
+        check()  # before an error, too: it may be of half an edit
+    except SourcesChanged:
+        temporary.unlink(missing_ok=True)
+        raise
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}:\n{result.stderr[-8000:]}")
     if "warning:" in result.stderr:

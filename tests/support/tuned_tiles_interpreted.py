@@ -148,9 +148,12 @@ def test_every_tile_of_packing_is_exact(monkeypatch):
 def launched(monkeypatch, name):
     """The launches of a kernel of scope_attention: their configurations."""
     seen, launch = [], kernels._launch
-    monkeypatch.setattr(
-        kernels, "_launch", lambda kernel, c, *args: (seen.append((kernel, c)), launch(kernel, c, *args))
-    )
+
+    def watched(kernel, c, *args, **options):
+        seen.append((kernel, c))
+        launch(kernel, c, *args, **options)
+
+    monkeypatch.setattr(kernels, "_launch", watched)
     return seen
 
 
@@ -194,10 +197,10 @@ def test_a_tile_that_cannot_be_launched_puts_the_table_aside(monkeypatch):
     built_in, other = found.tiles[0], found.tiles[1]
     launch = kernels._launch
 
-    def too_large(kernel, c, *args):
+    def too_large(kernel, c, *args, **options):
         if c == other:
             raise OutOfResources(300_000, 232_448, "shared memory")
-        launch(kernel, c, *args)
+        launch(kernel, c, *args, **options)
 
     monkeypatch.setattr(kernels, "_launch", too_large)
     write(of[0], {of[1]: {"choice": list(other)}})
@@ -283,10 +286,10 @@ def test_what_computes_something_else_or_does_not_fit_is_left_out(monkeypatch):
     ((of, launch),) = tune_triton.launches_of(partial(scope_attention.run, call, "triton")).items()
     wrong, large = launch.tiles[1:3]
 
-    def planted(kernel, c, blocks, n, x, q, k, v, out, *args):
+    def planted(kernel, c, blocks, n, x, q, k, v, out, *args, **options):
         if c == large:
             raise RuntimeError("out of shared memory")
-        launch_kernel(kernel, c, blocks, n, x, q, k, v, out, *args)
+        launch_kernel(kernel, c, blocks, n, x, q, k, v, out, *args, **options)
         if c == wrong:
             out.mul_(1.01)
 

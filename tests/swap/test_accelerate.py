@@ -263,9 +263,8 @@ def test_threads_share_one_model(model, video):
 def test_report_is_readable(model, tmp_path):
     report = vtok_fast.accelerate(model)
     text = str(report)
-    assert (
-        "Swapped" in text and "encoder.conv_in" in text and f"{len(report.swapped)} modules swapped" in text
-    )
+    assert "Swapped" in text and f"{len(report.swapped)} modules swapped" in text
+    assert "encoder.conv_in" in report.details()
     import json
 
     data = json.loads(report.to_json())

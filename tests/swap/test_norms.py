@@ -10,7 +10,7 @@ from torch import nn
 
 import vtok_fast
 from vtok_fast import parity
-from vtok_fast.swap.layout import Place, is_channels_last
+from vtok_fast.swap.layout import is_channels_last
 
 from support import swap_contract as contract  # isort: skip
 
@@ -197,11 +197,7 @@ def test_results_flow_through_them(norm):
         expected, ref64 = model(x), copy.deepcopy(model).double()(x.double())
         report = vtok_fast.accelerate(model, example=x)
         assert len(report.swapped) == 3
-        places = {p.module: p.switch.place for p in report._patches}
-        assert places == {
-            model.first: Place.INSIDE,
-            model.norm: Place.INSIDE,
-            model.second: Place.EDGE,
-        }
+        flow = {p.module: (p.switch.hands_on, bool(p.switch.fed_by)) for p in report._patches}
+        assert flow == {model.first: (True, False), model.norm: (True, True), model.second: (False, True)}
         y = model(x)
     assert y.is_contiguous() and (p := parity.close(y, ref64, expected)).ok, p

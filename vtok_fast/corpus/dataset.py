@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vtok_fast.corpus.manifest import Contents, Row, read_manifest
-from vtok_fast.corpus.shard import Shard, TokensFile, indices_in, storage_of
+from vtok_fast.corpus.shard import Shard, TokensFile, storage_of
+from vtok_fast.corpus.windows import Window, indices_in, indices_of
 from vtok_fast.io.tokens import Tokens
 
 OPEN = 256  # files that a process keeps mapped; each takes a file descriptor
@@ -90,7 +91,10 @@ class TokenDataset(Dataset[TokenClip]):
         count = len(self.names)
         self._file, self._start = np.empty(count, np.int32), np.empty(count, np.int64)
         self._grid, self.lengths = np.empty(count, np.int32), np.empty(count, np.int64)
-        self._stored: list[str] = []  # of each file
+        self._stored: list[
+            str | tuple[str, ...]
+        ] = []  # of each shard, or of each window of a clip's own file
+        forms: dict[tuple[str, ...], tuple[str, ...]] = {}
         places = {name: number for number, name in enumerate(self.names)}
         grids: dict[tuple[Grid, ...], int] = {}
         shards: dict[str, list[str]] = {}
@@ -102,10 +106,10 @@ class TokenDataset(Dataset[TokenClip]):
                 shards.setdefault(row["shard"], []).append(name)
         self.fingerprint = digest.hexdigest()
 
-        def place(name: str, start: int, shapes: Any, path: Path) -> None:
-            if not all(dtype == "I32" and len(shape) == 4 for dtype, shape in shapes):
+        def place(name: str, start: int, windows: tuple[Window, ...] | None, path: Path) -> None:
+            if windows is None:
                 raise ValueError(f"folder: {name} in {path} has dropped tokens; read it by `tokens`")
-            shape = tuple(tuple(one[1:]) for _, one in shapes)
+            shape = tuple((t, h, w) for (_, t, h, w), _ in windows)
             at = places[name]
             self._file[at], self._start[at] = len(self._files) - 1, start
             self._grid[at] = grids.setdefault(shape, len(grids))
@@ -122,8 +126,9 @@ class TokenDataset(Dataset[TokenClip]):
                 if verify:
                     clip.read()
                 self._files.append(path)
-                self._stored.append("int32")
-                place(name, clip.span[0], clip.shapes, path)
+                stored = tuple(form for _, form in clip.windows or ())
+                self._stored.append(forms.setdefault(stored, stored))
+                place(name, clip.span[0], clip.windows, path)
         self._grids = list(grids)
 
     def _open_shard(self, row: Row, names: list[str], contents: Contents, place: Any, verify: bool) -> None:
@@ -146,7 +151,7 @@ class TokenDataset(Dataset[TokenClip]):
             number = contents.clips[name]["number"]
             if shard.clips[number]["name"] != name:
                 raise ValueError(f"folder: clip {number} of {path} is not {name}, as the manifest says")
-            place(name, tensors[number][2], shard.clips[number]["shapes"], path)
+            place(name, tensors[number][2], shard.windows(number), path)
 
     def _check_row(self, row: Row, size: int, path: Path) -> None:
         if size != row["bytes"]:
@@ -166,11 +171,13 @@ class TokenDataset(Dataset[TokenClip]):
         """Raises IndexError; OSError or ValueError if the file was removed or cut off meanwhile."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index={index}: there are {len(self)} clips")
-        file = int(self._file[index])
-        data = indices_in(
-            self._map(file), int(self._start[index]), int(self.lengths[index]), self._stored[file]
-        )
-        return TokenClip(self.names[index], torch.from_numpy(data), self._grids[self._grid[index]])
+        file, start = int(self._file[index]), int(self._start[index])
+        stored, grids = self._stored[file], self._grids[self._grid[index]]
+        if isinstance(stored, str):
+            data = indices_in(self._map(file), start, int(self.lengths[index]), stored)
+        else:
+            data = indices_of(self._map(file), start, zip(map(math.prod, grids), stored))
+        return TokenClip(self.names[index], torch.from_numpy(data), grids)
 
     def __iter__(self) -> Iterator[TokenClip]:
         return (self[index] for index in range(len(self)))

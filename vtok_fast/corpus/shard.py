@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from vtok_fast.corpus.bits import Array, pack, packed_bytes, unpack, width_of
+from vtok_fast.corpus.bits import Array, pack, packed_bytes, width_of
 from vtok_fast.corpus.durable import digest_of, write_durably
+from vtok_fast.corpus.windows import Window, indices_in, indices_of, plain_windows
 from vtok_fast.io.token_windows import WINDOWS_FORMAT
 
 FORMAT = "vtok-fast token shard 1"
@@ -91,10 +92,14 @@ class TokensFile:
     def header(self) -> dict[str, Any]:
         return json.loads(self.file.metadata["tokens"])
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether every window holds indices, none of them dropped."""
-        return all(window["kind"] == "indices" for window in self.header["windows"])
+    @cached_property
+    def windows(self) -> tuple[Window, ...] | None:
+        """Shape and storage of each window, if all hold indices and none is dropped. Raises ValueError for a
+        file that does not describe them."""
+        try:
+            return plain_windows(self.header["windows"], self.shapes)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path: {self.file.path} does not describe tokens ({error})") from error
 
     @property
     def shapes(self) -> list[tuple[str, list[int]]]:
@@ -189,9 +194,9 @@ def write_shard(path: Path, clips: Sequence[tuple[str, Path]], codes: int | None
 def _stored(clip: TokensFile, storage: str) -> tuple[str, int]:
     """How a clip is stored, and as how many numbers."""
     start, end = clip.span
-    if storage == "bytes" or not clip.is_plain:
+    if storage == "bytes" or clip.windows is None:
         return "bytes", -(-(end - start) // 8) * 8  # so that uint16 of the clips that follow stay aligned
-    count = (end - start) // 4
+    count = sum(math.prod(grid) for grid, _ in clip.windows)
     return storage, count if storage == "uint16" else packed_bytes(count, int(storage[4:]))
 
 
@@ -199,7 +204,7 @@ def _data(clip: TokensFile, stored: str, codes: int | None) -> bytes:
     data = clip.read()
     if stored == "bytes":
         return data + bytes(-len(data) % 8)
-    indices: Array = np.frombuffer(data, "<i4")
+    indices = indices_of(data, 0, [(math.prod(grid), form) for grid, form in clip.windows or ()])
     if len(indices) and not 0 <= indices.min() <= indices.max() < (codes or 0):
         raise ValueError(
             f"clips: indices of {clip.file.path} lie in [{indices.min()}, {indices.max()}], the codebook has "
@@ -242,8 +247,20 @@ class Shard:
 
     def count(self, number: int) -> int:
         """Tokens of a clip whose windows all hold indices; 0 of another one."""
+        return sum(math.prod(grid) for grid, _ in self.windows(number) or ())
+
+    def windows(self, number: int) -> tuple[Window, ...] | None:
+        """Shape of each window of a clip, and how the clip's own file stores it; None of a clip with other
+        windows. Raises ValueError for a shard that does not describe them."""
         clip = self.clips[number]
-        return 0 if clip["stored"] == "bytes" else sum(math.prod(shape) for _, shape in clip["shapes"])
+        try:
+            if clip["stored"] == "bytes":
+                return None
+            return plain_windows(clip["header"]["windows"], clip["shapes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"path: clip {number} of {self.file.path} does not describe tokens ({error})"
+            ) from error
 
     def window_data(self, number: int) -> list[Array]:
         """The tensor of each window of a clip, as its own file stores it (bfloat16 as uint16)."""
@@ -251,9 +268,17 @@ class Shard:
         with self.file.path.open("rb") as file:
             file.seek(start)
             data = file.read(end - start)
-        if clip["stored"] != "bytes":
-            data = indices_in(data, 0, self.count(number), clip["stored"]).tobytes()
-        arrays, at = [], 0
+        arrays: list[Array] = []
+        at = 0
+        if (windows := self.windows(number)) is not None:
+            indices = indices_in(data, 0, self.count(number), clip["stored"])
+            for grid, form in windows:
+                part, at = indices[at : at + math.prod(grid)], at + math.prod(grid)
+                if form == "int32":
+                    arrays.append(part.reshape(grid))
+                else:
+                    arrays.append(np.frombuffer(pack(part, int(form[4:])), np.uint8))
+            return arrays
         for dtype, shape in clip["shapes"]:
             count, kind = math.prod(shape), np.dtype(NUMPY[dtype])
             arrays.append(np.frombuffer(data, kind, count, at).reshape(shape))
@@ -283,13 +308,3 @@ class Shard:
                     out.write(array.tobytes())
 
         write_durably(path, write)
-
-
-def indices_in(data: Any, start: int, count: int, stored: str) -> Array:
-    """(count,) int32 of the indices that begin at that byte of a buffer; stored: "uint16", "int32" (as in a
-    clip's own file) or "bits18"."""
-    if stored == "uint16":
-        return np.frombuffer(data, "<u2", count, start).astype(np.int32)
-    if stored == "int32":
-        return np.frombuffer(data, "<i4", count, start).astype(np.int32)
-    return unpack(data, count, int(stored[4:]), start)

@@ -53,10 +53,13 @@ class Dtypes:
         torch.set_autocast_cache_enabled(False)  # or it would keep fake weights
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+                copies: dict[nn.Module, nn.Module] = {}
+                bare = _stripped(module, copies)
                 args, kwargs = tree_map(
-                    lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v, (args, kwargs)
+                    lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else _apart(v, copies),
+                    (args, kwargs),
                 )
-                result = function(_stripped(module, {}), *args, **kwargs)
+                result = function(bare, *args, **kwargs)
         finally:
             torch.set_autocast_cache_enabled(caching)
         return next((v.dtype for v in tree_leaves(result) if isinstance(v, Tensor)), type(result).__name__)
@@ -75,3 +78,18 @@ def _stripped(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Modul
             for name, child in module._modules.items()
         }
     return copies[module]
+
+
+def _apart(value: Any, copies: dict[nn.Module, nn.Module]) -> Any:
+    """An argument that keeps something by layer, such as the frames of a stream, as a copy that keeps it by
+    these copies of the layers; any other as it is."""
+    by_layer = {
+        name: {copies.get(key, key): kept for key, kept in entry.items()}
+        for name, entry in getattr(value, "__dict__", {}).items()
+        if type(entry) is dict and all(isinstance(key, nn.Module) for key in entry)
+    }
+    if not by_layer or isinstance(value, nn.Module):
+        return value
+    clone = copy.copy(value)
+    vars(clone).update(by_layer)
+    return clone

@@ -213,10 +213,10 @@ class Guard:
         now = settings(part, self._ignored)
         for key in known.keys() | now.keys():
             # A new attribute matters where it hides one of the class
-            if known.get(key, _ABSENT) != now.get(key, _ABSENT) and (
-                key in known or hasattr(type(part), key)
-            ):
-                return f"the settings of {name or 'the module'} were changed ({key})"
+            before, value = known.get(key, _ABSENT), now.get(key, _ABSENT)
+            if before != value and (key in known or hasattr(type(part), key)):
+                what = f"{key} is a {value.__name__} now" if isinstance(value, type) else key
+                return f"the settings of {name or 'the module'} were changed ({what})"
         return None
 
 

@@ -230,17 +230,32 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable
 
     method.__name__, method.__doc__, method.__module__ = attribute, function.__doc__, function.__module__
     method.__wrapped__ = function
-    method.__guard__ = guard
+    method.__guard__, method.__dtypes__ = guard, dtypes
     return method
 
 
-def runs(module: nn.Module, function: Callable[..., Any], x: Tensor, attribute: str = "forward") -> bool:
-    """Whether a module called with ``x`` would run this swap function, and no hook would see ``x``."""
+def runs(
+    module: nn.Module,
+    function: Callable[..., Any],
+    x: Tensor,
+    attribute: str = "forward",
+    *,
+    like: tuple | None = None,
+) -> bool:
+    """Whether a module called with ``x`` would run this swap function, and no hook would see ``x``.
+
+    ``like``: arguments of the same dtypes that the class's own method takes, where it does not take ``x``.
+    """
     method = getattr(module.__dict__.get(attribute), "__func__", None)
     return (
         getattr(method, "__wrapped__", None) is function
         and not (module._forward_hooks or module._forward_pre_hooks)
         and method.__guard__.why_not(module, (x,), {}) is None
+        and (
+            torch.compiler.is_dynamo_compiling()
+            or not autocast.is_on()
+            or method.__dtypes__.why_not(module, (x,) if like is None else like, {}) is None
+        )
     )
 
 

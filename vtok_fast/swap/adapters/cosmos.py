@@ -9,8 +9,11 @@ strided convolution beside them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.models.common.regularizers import Regularized
@@ -68,9 +71,12 @@ def resblock(block: blocks.ResBlock, x: Tensor) -> Tensor:
 
 def attention(block: blocks.SpatialAttention | blocks.TemporalAttention, x: Tensor) -> Tensor:
     y = norm(block.norm, x, activation=None)
-    return conv(
-        block.proj_out, block.attend(conv(block.q, y), conv(block.k, y), conv(block.v, y)), residual=x
-    )
+    q, k, v = conv(block.q, y), conv(block.k, y), conv(block.v, y)
+    # PyTorch's kernel for channels-last on a CPU has no second derivative; the one that eager code takes has.
+    recorded = q.is_cpu and torch.is_grad_enabled() and q.requires_grad
+    with sdpa_kernel(SDPBackend.MATH) if recorded else nullcontext():
+        y = block.attend(q, k, v)
+    return conv(block.proj_out, y, residual=x)
 
 
 def hybrid_down(block: blocks.HybridDown, x: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ def decoder(network: nn.Module, z: Tensor) -> Tensor:
 def _blocks(over_frames: nn.ModuleList, over_time: nn.ModuleList, x: Tensor) -> Tensor:
     for spatial, temporal in zip(over_frames, over_time):
         x = _over_frames(spatial, x, None)
-        if runs(temporal, resnet_block, x):
+        if runs(temporal, resnet_block, x, like=(x[..., 0, 0], None)):
             x = temporal(x, None)
         else:
             b, _, _, h, w = x.shape

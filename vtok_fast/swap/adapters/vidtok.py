@@ -232,7 +232,7 @@ def run_level(
     would copy it."""
     for block, over_frames in zip(spatial.block, temporal.block):
         x = per_frame(block, x)
-        if runs(over_frames, resblock1d_forward, x):
+        if runs(over_frames, resblock1d_forward, x, like=(x[..., 0, 0],)):
             x = blocks.run(over_frames, x, caches)
         else:
             x = over_time(over_frames, x, caches)
