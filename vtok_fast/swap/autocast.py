@@ -81,14 +81,16 @@ def _stripped(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Modul
 
 
 def _apart(value: Any, copies: dict[nn.Module, nn.Module]) -> Any:
-    """An argument that keeps something by layer, such as the frames of a stream, as a copy that keeps it by
-    these copies of the layers; any other as it is."""
+    """An argument that is a part of the module, or keeps something by layer such as the frames of a stream:
+    these copies take the place of the layers. Any other as it is."""
+    if isinstance(value, nn.Module):
+        return copies.get(value, value)
     by_layer = {
         name: {copies.get(key, key): kept for key, kept in entry.items()}
         for name, entry in getattr(value, "__dict__", {}).items()
         if type(entry) is dict and all(isinstance(key, nn.Module) for key in entry)
     }
-    if not by_layer or isinstance(value, nn.Module):
+    if not by_layer:
         return value
     clone = copy.copy(value)
     vars(clone).update(by_layer)
