@@ -37,7 +37,7 @@ demo: setup $(if $(VIDEO),,data/bikes.mp4) ## a real clip through VidTok, plain 
 test: setup ## the tests, but for the slow ones
 	@$(TESTS) -m "not slow"
 
-test-all: setup ## every test, on random examples; SEED=123 repeats those of a run
+test-all: setup oldest-triton ## every test, on random examples; SEED=123 repeats those of a run
 	@echo "Random examples of seed $(SEED): make test-all SEED=$(SEED) repeats them"
 	@VTOK_FAST_TEST_SEED=$(SEED) $(TESTS)
 
