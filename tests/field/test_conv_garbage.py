@@ -38,7 +38,12 @@ SINGLE = list(GEOMETRIES)[:6]
 PIXELS = ((0, 0), (0, 17), (14, 0), (14, 17), (3, 4), (4, 4), (7, 8), (9, 6))  # corners, both sides of tiles
 
 
-@pytest.fixture(params=[] if lib is None else lib.supported_isas())
+ISAS = [] if lib is None else lib.supported_isas()
+# The portable instance takes half of the time of them all.
+PACED = [pytest.param(i, marks=[pytest.mark.slow] if i == "portable" and len(ISAS) > 1 else []) for i in ISAS]
+
+
+@pytest.fixture(params=PACED)
 def isa(request):
     before = lib.isa()
     lib.set_isa(request.param)

@@ -124,6 +124,7 @@ class TestLTX(OfLTX):
         self.check(model, contract.noise(1, 3, 9, 256, 256), contract.noise(1, 8, 3, 32, 32))
 
 
+@pytest.mark.slow
 class TestLTX095(OfLTX):
     video, latent = (1, 3, 9, 32, 48), (1, 8, 2, 8, 12)
     exact_swaps = False  # no convolution pads nothing
@@ -136,6 +137,7 @@ class TestLTX095(OfLTX):
         super().test_any_number_of_frames(model, x, z, frames)
 
 
+@pytest.mark.slow
 class TestLTX2(OfLTX):
     video, latent = (1, 3, 9, 32, 48), (1, 8, 2, 4, 6)
     exact_swaps = False
