@@ -20,7 +20,7 @@ from vtok_fast import stream
 from vtok_fast.bench import report
 from vtok_fast.bench.cases.models import MODELS, VARIANTS, Model
 from vtok_fast.swap import accelerated
-from vtok_fast.swap.report import Entry
+from vtok_fast.swap.record import Entry
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"

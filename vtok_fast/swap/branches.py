@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,11 +42,15 @@ def executed() -> Iterator[Code]:
         if event == "call" and package not in _KNOWN:
             code.seen.add(frame.f_code)
 
+    collects = gc.isenabled()
+    gc.disable()  # a collection calls code that is not the model's
     sys.setprofile(profile)
     try:
         yield code
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
 
 
 @functools.lru_cache(4096)
