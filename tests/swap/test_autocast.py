@@ -93,6 +93,7 @@ def seen(model, paths, dtype):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.bfloat16,), ids=str)
 @pytest.mark.parametrize("name", [*LAYERS, *MODELS])
 def test_dtypes(name, dtype):
