@@ -15,8 +15,9 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
+from support.commands import run_here  # noqa: E402
+
 import vtok_fast
-from vtok_fast import cli
 from vtok_fast.bench import process_memory
 from vtok_fast.commands import demo as demo_module
 from vtok_fast.installation import doctor
@@ -37,19 +38,6 @@ def run(*options: str | Path, cwd: Path | None = None, **environment: str) -> su
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | environment,
     )
-
-
-def run_here(*options: str | Path) -> int:
-    """The same in this process, which has torch already: the exit code."""
-    before = sys.argv
-    sys.argv = ["vtok-fast", *map(str, options)]
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 def one_line(code: int, said: str) -> str:

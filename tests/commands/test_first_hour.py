@@ -17,30 +17,15 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
-from vtok_fast import cli, models
+from support.commands import run_here  # noqa: E402
+
+from vtok_fast import models
 from vtok_fast.commands import clips, names
 from vtok_fast.io.token_windows import TokenWindows
 from vtok_fast.io.video import read_video, write_video
-from vtok_fast.models.common.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESETS = {
-    kind.system: tuple(kind.Config.presets)
-    for kind in vars(models).values()
-    if isinstance(kind, type) and issubclass(kind, Tokenizer)
-}
-
-
-def run_here(*options: str | Path) -> int:
-    before = sys.argv
-    sys.argv = ["vtok-fast", *map(str, options)]
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    finally:
-        sys.argv = before
-    return 0
+PRESETS = {system: tuple(getattr(models, name).Config.presets) for system, name in models.SYSTEMS.items()}
 
 
 @pytest.fixture(scope="module")

@@ -16,33 +16,17 @@ import vtok_fast
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from diffusers.models.autoencoders import autoencoder_kl_cogvideox, autoencoder_kl_wan  # noqa: E402
+from support import small_models  # noqa: E402
 from support.swap_contract import noise, randomize  # noqa: E402
 
-from vtok_fast.models import VidTok  # noqa: E402
 from vtok_fast.models.vidtok import blocks  # noqa: E402
 
 pytestmark = [
     pytest.mark.needs_native,
     pytest.mark.filterwarnings("ignore:.*runs as it was before vtok_fast.accelerate:RuntimeWarning"),
 ]
-SMALL = {
-    "latent_channels": 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "block_out_channels": (8, 8, 8, 8),
-}
 MAKERS = {
-    "Wan": lambda: diffusers.AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ),
-    "CogVideoX": lambda: diffusers.AutoencoderKLCogVideoX(**SMALL),
-    "HunyuanVideo": lambda: diffusers.AutoencoderKLHunyuanVideo(**SMALL),
-    "VidTok": lambda: VidTok("tiny"),
+    **small_models.MAKERS,
     "convolutions": lambda: nn.Sequential(nn.Conv3d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv3d(8, 4, 1)),
 }
 

@@ -249,3 +249,24 @@ class SwapContract:
         ):
             torch.testing.assert_close(y, e, rtol=1e-4, atol=1e-4)
         report.revert()
+
+
+class Trained:
+    """Beside `SwapContract`, for models of diffusers that checkpoint gradients and run under autocast."""
+
+    def test_gradient_checkpointing(self, model, x, z):
+        grads = []
+        for m in (model, copy.deepcopy(model)):
+            vtok_fast.accelerate(m, check=False) if grads else None
+            m.train()
+            m.enable_gradient_checkpointing()
+            (self.decode(m, z).square().mean() + self.encode(m, x).square().mean()).backward()
+            grads.append(torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]))
+        assert (grads[0] - grads[1]).norm() <= 1e-4 * grads[0].norm()
+
+    def test_autocast(self, model, x, z):
+        with torch.autocast("cpu", torch.bfloat16):
+            eager = self.results(model, x, z)
+            vtok_fast.accelerate(model, check=False)
+            for y, e in zip(self.results(model, x, z), eager):
+                assert y.dtype == e.dtype and (y - e).norm() <= 0.05 * e.norm()

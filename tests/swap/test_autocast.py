@@ -10,31 +10,16 @@ from support.swap_contract import noise, randomize
 from torch import nn
 
 import vtok_fast
-from vtok_fast.models import Cosmos, ProMAG, VidTok
+from vtok_fast.models import VidTok
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+from support.small_models import MAKERS as MODELS  # noqa: E402
 
 pytestmark = [
     pytest.mark.needs_native,
     pytest.mark.filterwarnings("ignore:.*runs as it was before vtok_fast.accelerate:RuntimeWarning"),
 ]
-SMALL = {
-    "latent_channels": 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "block_out_channels": (8, 8, 8, 8),
-}
-MODELS = {
-    "Wan": lambda: diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1),
-    "CogVideoX": lambda: diffusers.AutoencoderKLCogVideoX(**SMALL),
-    "HunyuanVideo": lambda: diffusers.AutoencoderKLHunyuanVideo(**SMALL),
-    "diffusers' VidTok": lambda: diffusers.AutoencoderVidTok(
-        ch=32, ch_mult=[1, 1], z_channels=4, num_res_blocks=1
-    ),
-    "VidTok": lambda: VidTok("tiny"),
-    "Cosmos": lambda: Cosmos("tiny"),
-    "ProMAG": lambda: ProMAG("tiny"),
-}
 
 
 class CastsBack(nn.Conv3d):

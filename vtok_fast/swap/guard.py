@@ -190,7 +190,8 @@ class Guard:
         for path, kind, called, known in self._parts:
             part, name = part_at(module, path), ".".join(path)
             if type(part) is not kind and (path or not _only_wraps(type(part), kind)):
-                return f"{name or 'it'} is a {type(part).__name__}, and was a {kind.__name__}"
+                now, before = _told_apart(type(part), kind)
+                return f"{name or 'it'} is a {now}, and was a {before}"
             if path and (why := why_bypassed(name, part)):
                 return why
             if why := self._why_changed(part, name, called, known):
@@ -218,6 +219,13 @@ class Guard:
                 what = f"{key} is a {value.__name__} now" if isinstance(value, type) else key
                 return f"the settings of {name or 'the module'} were changed ({what})"
         return None
+
+
+def _told_apart(kind: type, other: type) -> tuple[str, str]:
+    """The names of two classes, with their modules where the names are equal: peft calls its own Conv2d."""
+    if kind.__name__ != other.__name__:
+        return kind.__name__, other.__name__
+    return f"{kind.__module__}.{kind.__qualname__}", f"{other.__module__}.{other.__qualname__}"
 
 
 def _only_wraps(kind: type, before: type) -> bool:

@@ -14,7 +14,6 @@ Crop = tuple[int, int, int, int]  # top, bottom, left, right
 DEINTERLACERS = ("bwdif", "yadif")
 FLAGGING = ("h264", "hevc", "mpeg2video", "mpeg1video", "vc1", "mpeg4", "dvvideo", "prores", "av1", "vp9")
 """Codecs whose frames say themselves whether they are interlaced; of others the container does."""
-TOP_FIRST = ("TT", "TB")
 
 
 def field_order(stream: Any) -> int:

@@ -68,8 +68,3 @@ def longest_part(steps: Sequence[int], copies: int, places: int) -> int | None:
         for longest in {-(-top // parts) for parts in range(2, MOST_PARTS + 1)}
     )
     return -best[1] if whole >= LEAST_GAIN * best[0] else None
-
-
-def efficiency(useful: float, span: int, places: int) -> float:
-    """The share of the places' time that goes into steps that are needed."""
-    return useful / places / span if span else 1.0
