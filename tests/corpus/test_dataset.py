@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 from support.corpora import corpus, settings, tokens_file
 
 import vtok_fast
-from vtok_fast.corpus.bits import pack, packed_bytes, unpack, width_of
-from vtok_fast.corpus.durable import digest_of
 from vtok_fast.corpus.manifest import NAME, read_manifest, writing
 from vtok_fast.corpus.shard import SafeTensors, Shard, storage_of, write_shard
-from vtok_fast.io.files import write_header
+from vtok_fast.io.bits import pack, packed_bytes, unpack, width_of
+from vtok_fast.io.files import digest_of, write_header
 from vtok_fast.io.token_windows import TokenWindows
 
 CODES = [2, 256, 32768, 65536, 65537, 262144, 2**31]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -26,18 +27,22 @@ def test_every_width(width, count):
     indices = torch.randint(2**width, (count,), dtype=torch.int64).to(torch.int32).clamp_(min=0)
     if count:
         indices[-1] = 2**width - 1
-    data, found = bits.pack(indices)
+    data, found = bits.pack_indices(indices)
     assert found == (width if count else 1) and len(data) == -(-count * found // 8)
-    assert torch.equal(bits.unpack(data, [count], found), indices)
+    assert torch.equal(bits.unpack_indices(data, [count], found), indices)
 
 
-def test_more_than_a_block(monkeypatch):
-    monkeypatch.setattr(bits, "BLOCK", 24)
-    indices = torch.arange(1000, dtype=torch.int32) % 37
-    small = bits.pack(indices)
-    monkeypatch.undo()
-    assert torch.equal(small[0], bits.pack(indices)[0])
-    assert torch.equal(bits.unpack(*small[:1], [1000], small[1]), indices)
+@pytest.mark.parametrize("width", [1, 7, 18, 25, 26, 31])
+def test_the_layout(width):
+    """The lowest bit of the first index first: as numpy packs the bits one by one."""
+    indices = torch.randint(2**width - 1, (999,), dtype=torch.int32)
+    indices[-1] = 2**width - 1
+    data, found = bits.pack_indices(indices)
+    one_by_one = (indices.numpy()[:, None] >> np.arange(width)) & 1
+    assert (
+        found == width
+        and data.numpy().tobytes() == np.packbits(one_by_one.astype(np.uint8), bitorder="little").tobytes()
+    )
 
 
 @pytest.mark.parametrize("high", [2, 625, 2**18])
@@ -94,6 +99,6 @@ def test_files_of_int32_still_read(tmp_path):
     ],
 )
 def test_what_does_not_go_together_is_refused(shape, width, said):
-    data, _ = bits.pack(_tokens(625).indices)
+    data, _ = bits.pack_indices(_tokens(625).indices)
     with pytest.raises(ValueError, match=said):
-        bits.unpack(data, shape, width)
+        bits.unpack_indices(data, shape, width)

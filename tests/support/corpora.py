@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from vtok_fast.corpus.durable import digest_of
 from vtok_fast.corpus.manifest import NAME, WORK, read_manifest, writing
 from vtok_fast.corpus.shard import write_shard
+from vtok_fast.io.files import digest_of
 from vtok_fast.io.token_windows import write_windows
 from vtok_fast.io.tokens import Tokens
 

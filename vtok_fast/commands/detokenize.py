@@ -3,7 +3,6 @@ that of `vtok_fast.commands.tokenize`."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from vtok_fast.commands.load_model import description, fingerprint
 from vtok_fast.commands.model_frames import whole
 from vtok_fast.commands.resumable import Parts, Progress
-from vtok_fast.io.files import check_distinct
+from vtok_fast.io.files import digest_of
+from vtok_fast.io.paths import check_distinct
 from vtok_fast.io.token_windows import TokenWindows
 from vtok_fast.io.video import Times, join_videos, write_video
 from vtok_fast.io.video.writer import writable
@@ -63,7 +63,7 @@ def detokenize(
     times = writable(windows.times or Times.constant(windows.info.get("fps", 25.0), frames))
     if len(times) != frames:
         raise ValueError(f"tokens: of {frames} frames, with the times of {len(times)}")
-    job = Parts(output, {"tokens": _digest(path), "times": True, "model": description(model, weights)})
+    job = Parts(output, {"tokens": digest_of(path), "times": True, "model": description(model, weights)})
     parameter = next(model.parameters())
     stream = WindowStream(model, whole(length, model), overlap)
     decoded = -1
@@ -95,11 +95,3 @@ def detokenize(
         parts = [job.part(index, "mp4") for index in range(len(windows))]
         join_videos(output, parts, start=max(0, times.pts[0]) * times.base)
         job.finish()
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

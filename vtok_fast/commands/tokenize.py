@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from vtok_fast.commands.load_model import description, fingerprint
 from vtok_fast.commands.model_frames import center, filled, frame_size, window_of
 from vtok_fast.commands.resumable import Parts, Progress
-from vtok_fast.io.files import check_distinct, write_atomically
+from vtok_fast.io.files import write_atomically
+from vtok_fast.io.paths import check_distinct
 from vtok_fast.io.token_windows import TokenWindows, part_info, write_windows
 from vtok_fast.io.video import (
     Reading,

@@ -13,6 +13,7 @@ import typer
 
 from vtok_fast.commands import names
 from vtok_fast.commands.options import Force, Json, device_of, dtype_of, pixels, print_json
+from vtok_fast.io.paths import check_distinct
 
 Checkpoint = Annotated[
     Path | None, typer.Option(help="The model's weights. Without: the demo weights of vidtok/tiny.")
@@ -177,7 +178,7 @@ def tokenize(
     names.check_model(model, checkpoint)
     names.check_input("checkpoint", checkpoint)
     scaled = None if size is None else pixels(size)
-    _check_distinct(output, video=video, checkpoint=checkpoint)
+    check_distinct(output, video=video, checkpoint=checkpoint)
     names.check_output(output, names.TOKENS, force=force, what="tokens")
     from vtok_fast.commands.tokenize import tokenize as write_tokens
 
@@ -290,7 +291,7 @@ def detokenize(
     names.check_input("checkpoint", checkpoint)
     if model is not None:
         names.check_model(model, checkpoint)
-    _check_distinct(output, tokens=tokens, checkpoint=checkpoint)
+    check_distinct(output, tokens=tokens, checkpoint=checkpoint)
     names.check_output(output, names.MP4, force=force, what="a video (MP4)")
     from vtok_fast.commands.detokenize import detokenize as write_frames
     from vtok_fast.io.token_windows import TokenWindows
@@ -437,10 +438,3 @@ def _progress(
                 raise KeyboardInterrupt(f"{done}; nothing is kept of them") from None
             kept = f"; they lie in {resumed}.parts, and the same command goes on from there"
             raise KeyboardInterrupt(done + (kept if seen[0] else "; the same command starts again")) from None
-
-
-def _check_distinct(output: Path, **inputs: Path | None) -> None:
-    """Before --force may replace it: the output is none of the inputs."""
-    from vtok_fast.io.paths import check_distinct
-
-    check_distinct(output, **inputs)

@@ -22,11 +22,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vtok_fast.corpus.durable import digest_of, move_durably
+from vtok_fast.corpus.durable import move_durably
 from vtok_fast.corpus.inputs import file_system, identity, is_remote
 from vtok_fast.corpus.manifest import NAME as MANIFEST
 from vtok_fast.corpus.manifest import SUFFIX, WORK, Contents, Row, read_manifest
 from vtok_fast.corpus.shard import Shard
+from vtok_fast.io.files import digest_of
 from vtok_fast.io.token_windows import TokenWindows
 
 FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)  # the machine's, not the clip's

@@ -3,7 +3,6 @@ folder."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,12 +38,3 @@ def move_durably(source: Path, target: Path) -> None:
     os.replace(source, target)
     for folder in {target.parent, *(folder.parent for folder in made)}:
         sync(folder)
-
-
-def digest_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from vtok_fast.corpus.bits import Array, pack, packed_bytes, width_of
-from vtok_fast.corpus.durable import digest_of, write_durably
+from vtok_fast.corpus.durable import write_durably
 from vtok_fast.corpus.windows import Window, indices_in, indices_of, plain_windows
+from vtok_fast.io.bits import Array, pack, packed_bytes, width_of
+from vtok_fast.io.files import digest_of
 from vtok_fast.io.token_windows import WINDOWS_FORMAT
 
 FORMAT = "vtok-fast token shard 1"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vtok_fast.corpus.bits import Array, packed_bytes, unpack
+from vtok_fast.io.bits import Array, check_grid, check_width, packed_bytes, unpack
 
 Window = tuple[tuple[int, ...], str]  # (B, t, h, w), and how its own file stores it: "bits18" or "int32"
 
@@ -27,10 +27,8 @@ def plain_windows(headers: Sequence[dict[str, Any]], tensors: Iterable[Any]) -> 
             grid, stored, expected = shape, "int32", ("I32", shape)
         else:
             grid, width = header.get("grid"), header.get("bits")
-            if not isinstance(width, int) or not 1 <= width <= 31:
-                raise ValueError(f"bits: expected 1 to 31, got {width!r}")
-            if not isinstance(grid, list) or not all(isinstance(n, int) and n >= 0 for n in grid):
-                raise ValueError(f"grid: expected whole numbers, got {grid!r}")
+            check_width(width)
+            check_grid(grid)
             stored, expected = f"bits{width}", ("U8", [packed_bytes(math.prod(grid), width)])
         if len(grid) != 4 or grid[0] != 1:
             raise ValueError(f"grid: expected [1, t, h, w], got {grid!r}")

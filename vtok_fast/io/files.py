@@ -15,8 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vtok_fast.io.paths import check_distinct as check_distinct
-
 
 def open_tensors(path: Path) -> tuple[Any, dict[str, str]]:
     """A safetensors file, mapped into memory, and its metadata. Raises FileNotFoundError, or ValueError for
@@ -100,3 +98,12 @@ def _umask() -> int:
     mask = os.umask(0o022)  # the only way to read it is to set it
     os.umask(mask)
     return mask
+
+
+def digest_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

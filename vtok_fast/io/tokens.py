@@ -129,7 +129,7 @@ class Tokens:
             data, kind = _pack(data), "packed"
         elif self.indices is not None:
             kind, form["grid"] = "bits", list(data.shape)
-            data, form["bits"] = bits.pack(data)
+            data, form["bits"] = bits.pack_indices(data)
         header = {
             "model": self.model,
             "config": self.config,
@@ -193,7 +193,7 @@ class Tokens:
         if kind not in ("bits", "indices", "latents", "packed"):
             raise ValueError(f"kind: expected bits, indices, latents or packed, got {kind!r}")
         if kind == "bits":
-            data, kind = bits.unpack(data, header["grid"], header["bits"]), "indices"
+            data, kind = bits.unpack_indices(data, header["grid"], header["bits"]), "indices"
         elif kind == "packed":
             data, kind = _unpack(data), "indices"
         if not isinstance(dtype, torch.dtype):

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.norm_act import norm_act
 from vtok_fast.swap.adapters.layers import Answer, random
 from vtok_fast.swap.layout import is_channels_last
@@ -103,16 +102,11 @@ def axis_of(module: nn.Module) -> int | None:
 
 def rms_over_axis(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the channels of images or videos."""
-    if args or kwargs or _why_not_axis(norm) or not is_channels_last(x) or _is_autocast(x):
+    if args or kwargs or not is_channels_last(x) or _is_autocast(x):
         return type(norm).forward(norm, x, *args, **kwargs)
     video = x if x.dim() == 5 else x.unsqueeze(2)
     y = norm_act(video, kind="rms", eps=norm.eps)
     return y if x.dim() == 5 else y.squeeze(2)
-
-
-def _why_not_axis(norm: nn.Module) -> Reason:
-    axis = next((norm.__dict__[name] for name in _AXES if name in norm.__dict__), None)
-    return None if axis == 1 else "its axis was changed"
 
 
 def _axis_sample(norm: nn.Module) -> tuple[Tensor]:
