@@ -114,6 +114,7 @@ def test_the_second_stage_trains_the_decoder_alone(run, data, tmp_path, monkeypa
     assert "--start" in train("--stage", 2, "--steps", 1).stderr
 
 
+@pytest.mark.slow
 def test_a_grown_model_learns_above_its_lower_one(data, tmp_path):
     common = ("--model", "promag", "--data", data, "--steps", 2, "--threads", 1, "--crop", "1x9x16x16")
     result = train(*common, "--output", tmp_path / "4x")
@@ -160,6 +161,7 @@ def test_it_learns(data, tmp_path):
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
 
 
+@pytest.mark.slow
 def test_a_discriminator_learns_beside_it_and_is_resumed(data, tmp_path):
     gan = ("--gan", 0.2, "--gan-start", 1, "--steps", 4, "--every", 2, "--data", data, *SMALL)
     for folder, *more in (("whole",), ("parts", "--stop", 2), ("parts", "--resume")):

@@ -115,7 +115,9 @@ MODES = ("bfloat16", "float16", "float64", "default device", "device block", "in
 
 
 @pytest.mark.skipif(native.lib() is None, reason="needs the native module")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=[pytest.mark.slow] if m in ("float16", "float64") else []) for m in MODES]
+)
 def test_every_op_first_in(mode):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     run = subprocess.run(

@@ -211,6 +211,7 @@ def sharded(rank, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_fsdp_with_mixed_precision_on_parts(tmp_path):
     """pytorch/pytorch #102981's kind for shards: the dtype that is read off a parameter is not the dtype that
     the model computes in."""

@@ -23,7 +23,12 @@ INTERPRETED = Path(__file__).resolve().parents[1] / "support" / "token_packing_i
 
 
 def test_results_under_the_interpreter():
-    assert "passed" in run_interpreted(INTERPRETED)
+    assert "passed" in run_interpreted(INTERPRETED, "-m", "not slow")
+
+
+@pytest.mark.slow
+def test_slow_results_under_the_interpreter():
+    assert "passed" in run_interpreted(INTERPRETED, "-m", "slow")
 
 
 @pytest.mark.parametrize("cc", CAPABILITIES)

@@ -10,7 +10,7 @@ from vtok_fast.kernels import norm_act as kernels
 from vtok_fast.kernels import norm_act_backward as backward
 from vtok_fast.reference import norm_act as reference
 
-DTYPES = (torch.float32, torch.float16)
+DTYPES = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow))
 LAYOUTS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
 

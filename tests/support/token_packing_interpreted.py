@@ -11,11 +11,14 @@ from vtok_fast.ops.fsq import fsq_quantize, threshold_table
 from vtok_fast.reference import token_packing as reference
 
 
+DTYPES = (torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow))
+
+
 def flag():
     return torch.zeros(1, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ("planar", "channels_last", "transposed"))
 def test_scores(dtype, layout):
     for shape, grid in (
@@ -55,7 +58,7 @@ def test_budgets_count_like_the_reference_at_every_half():
 
 
 @pytest.mark.parametrize("few", (kernels.FEW, 0), ids=("in registers", "by histograms"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_selection(dtype, few, monkeypatch):
     monkeypatch.setattr(kernels, "FEW", few)
     for n in (1, 5, 300, 9000):

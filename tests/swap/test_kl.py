@@ -257,6 +257,7 @@ def test_other_models_of_these_blocks(name):
         assert (p := parity.close(run(fast, given), run(double, given.double()), run(model, given))).ok, p
 
 
+@pytest.mark.slow
 def test_in_graphs():
     torch.manual_seed(0)
     model, z = contract.randomize(diffusers.AutoencoderKL(**SMALL)), contract.noise(1, 4, 12, 10)

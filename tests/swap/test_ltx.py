@@ -200,6 +200,7 @@ def test_a_hook_that_comes_later_is_called():
     assert len(seen) == 2 and len(report.bypassed) == 2
 
 
+@pytest.mark.slow
 def test_in_graphs():
     torch.manual_seed(0)
     model, z = contract.randomize(ltx(**SMALL)), contract.noise(1, 8, 3, 4, 6)

@@ -143,6 +143,7 @@ class TestCausal(VidTok):
         assert shapes[0] == shapes[1] == ((32 * 24, 16, 8),) * 2
 
 
+@pytest.mark.slow
 class TestNotCausal(VidTok):
     video, latent = (1, 3, 16, 32, 24), (1, 4, 4, 4, 3)
     options = {"double_z": True, "is_causal": False}

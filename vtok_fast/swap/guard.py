@@ -27,7 +27,6 @@ from vtok_fast.swap.watch import (
     CALLED,
     HOOKS,
     Tree,
-    frozen,
     function_of,
     functions,
     look,
@@ -155,6 +154,7 @@ class Guard:
         self._parts = tuple(self._seen(path, part, CALLED) for path, part in parts)
         if "*" not in state:
             self._parts = (self._seen((), module, self._called), *self._parts)
+        self._plain = tuple((path, _plain(known)) for path, _, _, known in self._parts)
         self._tree = Tree([path for path, *_ in self._parts])
         self._hooks = _GLOBAL_HOOKS if parts else ()
         self._watch: Any = None
@@ -169,7 +169,7 @@ class Guard:
         if type(x) is not Tensor:
             x = first_tensor(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
-            return self._review(module, x)
+            return self._why_not_compiled(module, x)
         watch = self._watch
         if x is None:
             if watch is not None and watch.same(module, None) is not False:
@@ -179,13 +179,13 @@ class Guard:
                 return "its input is empty"
             if watch is not None and (x.is_cpu or x.is_cuda) and watch.same(module, x.dtype):
                 return None
-        if why := self._review(module, x):
+        if why := self._review(module, *_kind_of(x)):
             return why
         self._watch = watched(look(module, self._tree, self._called, self._ignored), self._hooks)
         return None
 
-    def _review(self, module: nn.Module, x: Tensor | None) -> Reason:
-        """Reads the parts one by one."""
+    def _review(self, module: nn.Module, dtype: torch.dtype | None, device: str | None) -> Reason:
+        """Reads the parts one by one. ``dtype``, ``device``: of the input, None where there is none."""
         weights: list[tuple[str, nn.Module]] = []
         for path, kind, called, known in self._parts:
             part, name = part_at(module, path), ".".join(path)
@@ -199,15 +199,22 @@ class Guard:
             weights.append((name, part))
         if any(self._hooks):
             return "a hook on all modules is registered, which a fused block would not call"
-        return None if x is None else _why_dtypes(weights, x)
+        return None if dtype is None or device is None else _why_dtypes(weights, dtype, device)
+
+    def _why_not_compiled(self, module: nn.Module, x: Tensor | None) -> Reason:
+        """For a graph, the parts are read while it is made and not traced, which would take most of the time
+        that making it takes. The graph is made again where a setting or a class of a part changes."""
+        for path, plain in self._plain:
+            part = part_at(module, path)
+            for key, value in plain:
+                if getattr(part, key, None) != value:
+                    return f"the settings of {'.'.join(path) or 'the module'} were changed ({key})"
+        return _reviewed(self, module, *_kind_of(x))
 
     def _why_changed(
         self, part: nn.Module, name: str, called: tuple[tuple[str, Any], ...], known: dict[str, Any]
     ) -> Reason:
         """What of a part's class or of its own settings is not as it was when the swap was made."""
-        if torch.compiler.is_dynamo_compiling():  # which looks at no classes
-            same = all(frozen(getattr(part, key, None)) == value for key, value in known.items())
-            return None if same else f"the settings of {name or 'the module'} were changed"
         for attribute, function in called:
             if function_of(type(part), attribute) is not function:
                 return f"{type(part).__name__}.{attribute} was replaced"
@@ -228,22 +235,36 @@ def _told_apart(kind: type, other: type) -> tuple[str, str]:
     return f"{kind.__module__}.{kind.__qualname__}", f"{other.__module__}.{other.__qualname__}"
 
 
+def _plain(known: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The settings that are one number, name or switch."""
+    return tuple((k, v) for k, v in known.items() if isinstance(v, (int, float, str)) or v is None)
+
+
 def _only_wraps(kind: type, before: type) -> bool:
     """Whether a class is another with more of torch.distributed's behavior around it, as FSDP2 makes them."""
     added = [base for base in kind.__mro__ if base not in before.__mro__]
     return before in kind.__mro__ and all(b.__module__.startswith("torch.distributed.") for b in added)
 
 
-def _why_dtypes(weights: list[tuple[str, nn.Module]], x: Tensor) -> Reason:
-    if x.device.type not in ("cpu", "cuda"):
-        return f"the input is on {x.device}"
-    autocast = torch.is_autocast_enabled(x.device.type)
+@torch.compiler.assume_constant_result
+def _reviewed(guard: Guard, module: nn.Module, dtype: torch.dtype | None, device: str | None) -> Reason:
+    return guard._review(module, dtype, device)
+
+
+def _kind_of(x: Tensor | None) -> tuple[torch.dtype | None, str | None]:
+    return (None, None) if x is None else (x.dtype, x.device.type)
+
+
+def _why_dtypes(weights: list[tuple[str, nn.Module]], dtype: torch.dtype, device: str) -> Reason:
+    if device not in ("cpu", "cuda"):
+        return f"the input is on {device}"
+    autocast = torch.is_autocast_enabled(device)
     for name, part in weights:
         if why := why_weights(part, name):
             return why
         for key, weight in part._parameters.items():
-            if weight is not None and weight.dtype != x.dtype and not autocast and x.is_floating_point():
-                return f"{name or 'its'} {key} is {weight.dtype}, the input {x.dtype}"
+            if weight is not None and weight.dtype != dtype and not autocast and dtype.is_floating_point:
+                return f"{name or 'its'} {key} is {weight.dtype}, the input {dtype}"
     return None
 
 
