@@ -132,7 +132,7 @@ def close_locally(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
     cache = options.pop("cache", None)
 
     def apply(function: Any) -> Tensor:
-        tensors = [None if t is None else function(t.double()) for t in (x, weight, bias, cache)]
+        tensors: list[Any] = [None if t is None else function(t.double()) for t in (x, weight, bias, cache)]
         return causal_conv3d(*tensors[:3], cache=tensors[3], backend="reference", **options)
 
     ref = apply(lambda t: t)

@@ -10,7 +10,6 @@ from vtok_fast.kernels import token_packing as kernels
 from vtok_fast.ops.fsq import fsq_quantize, threshold_table
 from vtok_fast.reference import token_packing as reference
 
-
 DTYPES = (torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow))
 
 

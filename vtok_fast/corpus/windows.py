@@ -22,6 +22,8 @@ def plain_windows(headers: Sequence[dict[str, Any]], tensors: Iterable[Any]) -> 
     found: list[Window] = []
     if not all(header["kind"] in ("bits", "indices") for header in headers):
         return None
+    grid: Any
+    width: Any
     for header, (dtype, shape) in zip(headers, tensors, strict=True):
         if header["kind"] == "indices":  # of files from before packing
             grid, stored, expected = shape, "int32", ("I32", shape)

@@ -53,7 +53,7 @@ class Backend:
 
     name: str
     why_not: Callable[[Any], Reason]
-    run: Callable[[Any], Any]
+    run: Callable[..., Any]
     why_slower: Callable[[Any], Reason] = lambda call: None
     needs_native: bool = True
 

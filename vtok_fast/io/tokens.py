@@ -124,7 +124,8 @@ class Tokens:
 
         Raises OSError if it cannot be written; then nothing is left behind.
         """
-        data, kind, form = self.data.detach().cpu().contiguous(), "latents", {}
+        data, kind = self.data.detach().cpu().contiguous(), "latents"
+        form: dict[str, Any] = {}
         if self.indices is not None and bool((data == DROPPED).any()):
             data, kind = _pack(data), "packed"
         elif self.indices is not None:

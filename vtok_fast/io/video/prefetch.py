@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -15,10 +15,10 @@ def ahead(make: Callable[[], Iterator[Item]], depth: int = 1) -> Generator[Item,
 
     An exception there is raised here, in its place. The thread ends when this iterator does, or is closed.
     """
-    items: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(depth)
+    items: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stop = threading.Event()
 
-    def put(done: bool, value: Item | BaseException | None) -> None:
+    def put(done: bool, value: Any) -> None:
         while not stop.is_set():
             try:
                 items.put((done, value), timeout=0.1)

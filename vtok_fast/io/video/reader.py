@@ -86,7 +86,7 @@ class open_video:
             yield from pictures_from(self._source, start)
             return
         begun, self._begun = self._begun, None
-        pictures = chain((self._first,), begun) if begun else self._source.shown()
+        pictures = chain((self._first,), begun) if begun and self._first else self._source.shown()
         self._first = None
         try:
             for number, picture in enumerate(pictures):

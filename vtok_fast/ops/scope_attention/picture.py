@@ -29,7 +29,7 @@ def draw(
     from vtok_fast.io.files import write_atomically
 
     path = Path(where) if isinstance(where, (str, os.PathLike)) else None
-    axes = where if path is None and where is not None else Figure(layout="constrained").subplots()
+    axes: Any = where if path is None and where is not None else Figure(layout="constrained").subplots()
     q, r, ranges = (t.tolist() for t in csr)
     boxes = [
         Rectangle((lo, q[s]), hi - lo, q[s + 1] - q[s])

@@ -233,8 +233,8 @@ class Scope:
     def _cat(cls, scopes: Sequence[Scope]) -> Scope:
         parts = builders.cat([builders.Parts(*s.csr, s.q_len, s.k_len) for s in scopes])
         whole = cls._make(*parts, all(s.validated for s in scopes))
-        names = [s.cache.get("names") for s in scopes]
-        if None in names:
+        names = [s.cache["names"] for s in scopes if "names" in s.cache]
+        if len(names) < len(scopes):
             return whole
         return whole._called(lambda: [f"{i}: {name}" for i, made in enumerate(names, 1) for name in made()])
 
