@@ -32,9 +32,10 @@ code (see `vtok_fast/parity.py`); `accelerate(model, contract="exact")` removes 
 and every result is bit-equal. Any other model is handled by the general rule: `nn.Conv1d`, `nn.Conv2d`,
 `nn.Conv3d`, modules that pad and then convolve, which are recognized by running them, and norms.
 
-The adapter for LTX Video is also that of `AutoencoderKLLTX2Video`, and the one for `AutoencoderKL` that of
-models of the same blocks (`AutoencoderKLFlux2`, `AutoencoderKLTemporalDecoder`, `VQModel`). Those are too
-large, or too similar, to be listed.
+The adapter for LTX Video is also that of `AutoencoderKLLTX2Video`, the one for `AutoencoderKL` that of
+models of the same blocks (`AutoencoderKLFlux2`, `AutoencoderKLTemporalDecoder`, `VQModel`), and one serves
+`AutoencoderKLHunyuanVideo15` and `AutoencoderKLHunyuanImageRefiner`. Those are too large, or too similar, to
+be listed.
 
 This page is written by `python -m benchmarks.models_page`; `vtok-fast bench models --full` measures.
 """

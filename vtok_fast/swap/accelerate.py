@@ -23,6 +23,7 @@ from vtok_fast.swap.adapters import (
     diffusers_cogvideox,
     diffusers_cosmos,
     diffusers_hunyuan,
+    diffusers_hunyuan15,
     diffusers_kl,
     diffusers_ltx,
     diffusers_ltx2,
@@ -57,7 +58,8 @@ class Adapter(Protocol):
     Their tokens are judged on an example.
 
     ``NETWORKS``, the name of the last layer by the class, or the class name, of a network in which no code of
-    the library looks at the strides of a video. Within it videos stay channels-last.
+    the library looks at the strides of a video. Within it videos stay channels-last. ``LIBRARY``, the module
+    of classes that are given by name, or several.
     """
 
     def propose(self, module: nn.Module) -> list[Swap] | Skip | None:
@@ -71,6 +73,7 @@ LIBRARIES: tuple[Adapter, ...] = (
     diffusers_qwenimage,
     diffusers_cogvideox,
     diffusers_hunyuan,
+    diffusers_hunyuan15,
     diffusers_cosmos,
     diffusers_vidtok,
     diffusers_ltx,
@@ -266,7 +269,11 @@ def _last_layer(module: nn.Module) -> str | None:
         networks = getattr(adapter, "NETWORKS", {})
         if kind in networks:
             return networks[kind]
-        if kind.__module__ == getattr(adapter, "LIBRARY", None) and kind.__name__ in networks:
+        library = getattr(adapter, "LIBRARY", ())
+        if (
+            kind.__module__ in ((library,) if isinstance(library, str) else library)
+            and kind.__name__ in networks
+        ):
             return networks[kind.__name__]
     return None
 

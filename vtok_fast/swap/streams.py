@@ -279,6 +279,7 @@ _STREAMS = {
 }
 _WHY_NOT = {
     "AutoencoderKLHunyuanVideo": "its norms and its attention see all frames of a clip",
+    "AutoencoderKLHunyuanVideo15": "its attention sees all earlier frames",
     "AutoencoderKLCosmos": "its attention over time sees all earlier frames, and the library keeps none of "
     "them",
 }

@@ -91,7 +91,7 @@ def resnet_block(block: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def mid_block(block: nn.Module, hidden_states: Tensor) -> Tensor:
-    run = _runner(block)
+    run = runner(block)
     x = run(block.resnets[0], hidden_states)
     for attn, resnet in zip(block.attentions, block.resnets[1:]):
         x = run(resnet, x if attn is None else attention(attn, x))
@@ -107,14 +107,14 @@ def decoder(network: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def _network(network: nn.Module, x: Tensor, parts: list[nn.Module]) -> Tensor:
-    run = _runner(network)
+    run = runner(network)
     x = network.conv_in(x)
     for part in parts:
         x = run(part, x)
     return network.conv_out(group_norm(network.conv_norm_out, x))
 
 
-def _runner(module: nn.Module):
+def runner(module: nn.Module):
     """How a module runs its parts: diffusers' gradient checkpointing, or a plain call."""
     if torch.is_grad_enabled() and module.gradient_checkpointing:
         return module._gradient_checkpointing_func
