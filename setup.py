@@ -99,6 +99,26 @@ def version() -> str:
     return plain if "sdist" in sys.argv or not local_tag() else f"{plain}+{local_tag()}"
 
 
+def long_description(readme: str, project: str) -> str:
+    """The README for those who have no clone: relative links lead to the address that pyproject.toml names as
+    Source under project.urls, at this version's tag; where it names none, their words stay, and where the
+    files are is said once. Code is left as it is."""
+    found = re.search(r'^Source = "(.+?)/?"$', project, re.MULTILINE)
+    tag = re.search(r'__version__ = "(.+)"', (ROOT / "vtok_fast" / "__init__.py").read_text())[1]
+
+    def link(match: re.Match[str]) -> str:
+        picture, words, path = match.groups()
+        if found is None:
+            return "" if picture else words
+        return f"{picture}[{words}]({found[1]}/{'raw' if picture else 'blob'}/v{tag}/{path})"
+
+    parts = re.split(r"(^```.*?^```)", readme, flags=re.DOTALL | re.MULTILINE)
+    relative = r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s]+)\)"
+    parts[::2] = [re.sub(relative, link, part) for part in parts[::2]]
+    where = "" if found else "\nThe files that are named here are in the source distribution.\n"
+    return "".join(parts) + where
+
+
 class CMakeBuild(build_ext):
     """Runs CMake, which knows the sources and their instruction sets, and puts the module where setuptools
     wants it."""
@@ -165,6 +185,10 @@ class CMakeBuild(build_ext):
 
 setup(
     version=version(),
+    long_description=long_description(
+        *((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "pyproject.toml"))
+    ),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["vtok_fast", "vtok_fast.*"]), "vtok_fast.kernels"],
     package_dir={"vtok_fast.kernels": "kernels"},
     ext_modules=[Extension("vtok_fast._C", [])],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -116,6 +117,23 @@ def test_a_module_that_loads_passes(script):
     script.check_loads(Path(native.lib().__file__))
 
 
+RELATIVE = re.compile(r"\]\((?!https?:|mailto:|#)")  # a link to a file beside the page
+LINKED = "See [a page](docs/a.md#b), ![one](a.png), [there](https://arxiv.org).\n```py\nx = f[0](y)\n```\n"
+
+
+def test_links_of_the_long_description_lead_to_the_project(script):
+    project = '[project.urls]\nSource = "https://example.org/v/"\n'
+    tag = f"v{script.version()}"
+    assert script.long_description(LINKED, project) == (
+        f"See [a page](https://example.org/v/blob/{tag}/docs/a.md#b), "
+        f"![one](https://example.org/v/raw/{tag}/a.png), [there](https://arxiv.org).\n"
+        "```py\nx = f[0](y)\n```\n"
+    )
+    plain = script.long_description(LINKED, "[project]\n")
+    assert plain.startswith("See a page, , [there](https://arxiv.org).\n```py\nx = f[0](y)\n```\n")
+    assert "source distribution" in plain
+
+
 def tracked() -> list[str]:
     command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -155,3 +173,8 @@ def test_the_source_distribution_is_the_check_out(tmp_path):
         name for name in inside if name in ("PKG-INFO", "setup.cfg") or name.startswith("vtok_fast.egg-info/")
     }
     assert inside - made == set(files)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        (name,) = [m.name for m in archive.getmembers() if re.fullmatch(r"[^/]+/PKG-INFO", m.name)]
+        said = archive.extractfile(name).read().decode()
+    assert "Description-Content-Type: text/markdown" in said and "## Install" in said
+    assert RELATIVE.search((ROOT / "README.md").read_text()) and not RELATIVE.search(said)
