@@ -1,10 +1,12 @@
-"""The first hour of a stranger: `python scripts/first_hour.py WHEEL [--packages FOLDER]`.
+"""The first hour of a stranger: `python scripts/first_hour.py WHEEL [--torch NAME | --packages FOLDER]`.
 
-In an empty environment and an empty folder it installs the wheel, runs the lines of the README that begin
-with `vtok-fast` (not those that measure for minutes) and its first block of Python, and makes three mistakes,
-each of which must be one sentence. Prints how long each step took; exit code 1 if one did not go as expected.
+In an empty environment and an empty folder it installs torch and the wheel, runs the lines of the README that
+begin with `vtok-fast` (not those that measure for minutes) and its first block of Python, and makes three
+mistakes, each of which must be one sentence. Prints how long each step took; exit code 1 if one did not go as
+expected.
 
-With --packages the dependencies are those of another environment's site-packages, and nothing is downloaded.
+--torch says which torch pip takes; without, it is PyPI's newest, with gigabytes of CUDA. With --packages the
+dependencies are those of another environment's site-packages, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 LONG = ("check", "bench", "tune")
+DESCRIPTION = r"""
+import importlib.metadata, re
+text = importlib.metadata.metadata("vtok-fast").get_payload()
+assert "## Install" in text and not re.search(r"\]\((?!https?:|mailto:|#)", text), text[:2000]
+"""
 MISTAKES = {  # what the one sentence says
     "vtok-fast tokenize clip.mp5 -o other.tokens": "no video at clip.mp5",
     "vtok-fast tokenize clip.mp4 -o other.tokens --model vidtok/nope": "the configurations of vidtok are",
@@ -78,6 +85,7 @@ class Hour:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
+    parser.add_argument("--torch", default="torch", help="what pip installs first")
     parser.add_argument("--packages", type=Path, help="site-packages with the dependencies")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="first_hour_") as top:
@@ -86,8 +94,13 @@ def main() -> int:
         variables = environment(home, options.packages) | {"VTOK_FAST_CACHE": str(Path(top, "cache"))}
         hour, python = Hour(work, variables), str(home / "bin" / "python")
         wheel = str(options.wheel.resolve())
-        extra = ("--no-deps", wheel) if options.packages else (f"{wheel}[all]",)
-        hour.step("pip install", python, "-m", "pip", "install", "--quiet", *extra)
+        pip = (python, "-m", "pip", "install", "--quiet")
+        if options.packages:
+            hour.step("pip install", *pip, "--no-deps", wheel)
+        else:
+            hour.step(f"pip install {options.torch}", *pip, options.torch)
+            hour.step("pip install WHEEL[all]", *pip, f"{wheel}[all]")
+        hour.step("the long description needs no clone", python, "-c", DESCRIPTION)
         clip = "from vtok_fast.commands.clips import draw; draw('clip.mp4')"
         hour.step("a clip", python, "-c", clip)
         page = README.read_text()

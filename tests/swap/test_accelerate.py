@@ -172,13 +172,6 @@ def test_torch_convolutions(module):
     assert single.shape == eager.shape[1:]
 
 
-def test_exact_contract_replaces_no_arithmetic(model, video):
-    expected = model(video)
-    report = vtok_fast.accelerate(model, contract="exact")
-    assert not report.swapped and all(e.why for e in report.skipped)
-    assert torch.equal(model(video), expected)
-
-
 def test_bad_arguments():
     with pytest.raises(TypeError, match="model: expected an nn.Module, got function"):
         vtok_fast.accelerate(lambda x: x)

@@ -213,7 +213,7 @@ def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candid
         swaps = answer if isinstance(answer, list) else []
         if swaps and report.contract == "exact":
             swaps = [
-                replace(swap, function=swap.exact, judge=equal)
+                replace(swap, what=swap.exact_what, function=swap.exact, judge=equal)
                 for swap in swaps
                 if swap.exact is not None and swap.exact_where(module)
             ]
@@ -231,7 +231,9 @@ def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candid
             covered.update(m for part in parts for m in part.modules())
         for swap in swaps:
             place = places.get(module, Place.ANYWHERE)
-            if last is not None and swap.attribute != "forward":
+            if report.contract == "exact":
+                place = Place.UNCHANGED
+            elif last is not None and swap.attribute != "forward":
                 place = Place.INSIDE if swap.inner and foreign is None else Place.EDGE
             candidates.append(_Candidate(path, module, swap, place))
         if not swaps and (why or _computes(module)):

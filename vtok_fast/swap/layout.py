@@ -23,6 +23,7 @@ class Place(enum.Enum):
     ANYWHERE = enum.auto()  # anybody; the input comes from anybody too
     INSIDE = enum.auto()  # known code of a network, which looks at no strides
     EDGE = enum.auto()  # anybody; the input is a result from inside
+    UNCHANGED = enum.auto()  # whoever got the class's own, at its strides
 
 
 def is_channels_last(x: Tensor) -> bool:

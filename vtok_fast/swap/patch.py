@@ -69,6 +69,11 @@ class Swap:
     inner: bool = False
     state: tuple[str, ...] = ()
 
+    @property
+    def exact_what(self) -> str:
+        """One line for the report on ``exact``."""
+        return self.what if self.exact is self.function else "the same operations, fewer copies"
+
 
 @dataclass(frozen=True)
 class Skip:
@@ -210,6 +215,8 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable
             if type(result) is not Skip:
                 if not torch.compiler.is_dynamo_compiling():
                     calls.ran += 1
+                if switch.place is Place.UNCHANGED:
+                    return result
                 if switch.place is Place.INSIDE and not module._forward_hooks:
                     return result
                 given = first_tensor(args, kwargs) if switch.place is Place.ANYWHERE else None
@@ -223,7 +230,7 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable
             calls.bypass(why)
         if switch.hands_on:
             switch.hand_on_nothing()
-        if switch.place is not Place.ANYWHERE or switch.is_fed():
+        if switch.place in (Place.INSIDE, Place.EDGE) or switch.is_fed():
             args = tuple(map(from_channels_last, args))
             kwargs = {name: from_channels_last(value) for name, value in kwargs.items()}
         return getattr(type(module), attribute)(module, *args, **kwargs)

@@ -22,6 +22,7 @@ from vtok_fast.models.cosmos.networks import Decoder, Encoder
 from vtok_fast.models.cosmos.quantizers import FSQuantizer
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import fsq_quantize
+from vtok_fast.swap.adapters import cosmos_exact, vidtok_exact
 from vtok_fast.swap.adapters.layers import Answer, group_norm, judge_fsq, lookup, only_end, random
 from vtok_fast.swap.patch import Swap
 
@@ -150,25 +151,39 @@ _END = Swap(
     covers=("norm_out",),
     probe=only_end,
     sample=lambda m: (random(m, 1, m.norm_out.norm.num_channels, 3, 10, 14),),
+    exact=cosmos_exact.run_out,
+)
+_ATTENTION = Swap(
+    "norm, projections and residual fused", attention, sample=_block_input, exact=cosmos_exact.attention
 )
 _SWAPS: dict[type, Swap] = {
     Encoder: _END,
     Decoder: _END,
     blocks.ResBlock: Swap(
-        "norm + SiLU in one pass, factorized convs, residual fused", resblock, sample=_block_input
+        "norm + SiLU in one pass, factorized convs, residual fused",
+        resblock,
+        sample=_block_input,
+        exact=cosmos_exact.resblock,
     ),
-    blocks.SpatialAttention: Swap("norm, projections and residual fused", attention, sample=_block_input),
-    blocks.TemporalAttention: Swap("norm, projections and residual fused", attention, sample=_block_input),
+    blocks.SpatialAttention: _ATTENTION,
+    blocks.TemporalAttention: _ATTENTION,
     blocks.HybridDown: Swap(
-        "pools folded into the convs", hybrid_down, sample=_block_input, why_not=_why_not_resampler
+        "pools folded into the convs",
+        hybrid_down,
+        sample=_block_input,
+        exact=cosmos_exact.hybrid_down,
+        why_not=_why_not_resampler,
     ),
     blocks.HybridUp: Swap(
         "repetition folded into the convs, residuals fused",
         hybrid_up,
         sample=_block_input,
+        exact=cosmos_exact.hybrid_up,
         why_not=_why_not_resampler,
     ),
-    blocks.CausalConv3d: Swap("conv with virtual padding", conv, sample=_block_input),
+    blocks.CausalConv3d: Swap(
+        "conv with virtual padding", conv, sample=_block_input, exact=cosmos_exact.causal_conv3d
+    ),
     blocks.Norm: Swap(
         "norm in one pass", norm_forward, sample=lambda m: (random(m, 1, m.norm.num_channels, 4, 10, 14),)
     ),
@@ -177,6 +192,7 @@ _SWAPS: dict[type, Swap] = {
         fsq_forward,
         sample=lambda m: (torch.randn(1, len(m.levels), 4, 10, 14),),
         judge=judge_fsq,
+        exact=vidtok_exact.fsq,
         why_not=_why_not_fsq,
     ),
 }

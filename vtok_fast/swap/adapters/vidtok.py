@@ -19,6 +19,7 @@ from vtok_fast.models.vidtok.networks import Decoder, Encoder, over_time, per_fr
 from vtok_fast.ops.causal_conv3d import causal_conv3d
 from vtok_fast.ops.fsq import fsq_quantize
 from vtok_fast.ops.norm_act import norm_act
+from vtok_fast.swap.adapters import vidtok_exact
 from vtok_fast.swap.adapters.layers import (
     Answer,
     attention_per_frame,
@@ -289,6 +290,7 @@ _NETWORK = (
         covers=("norm_out",),
         probe=only_end,
         sample=lambda m: (random(m.conv_out, 1, _channels(m), 4, 10, 14), None),
+        exact=vidtok_exact.run_out,
     ),
 )
 _SWAPS: dict[type, Swap | tuple[Swap, ...]] = {
@@ -298,22 +300,26 @@ _SWAPS: dict[type, Swap | tuple[Swap, ...]] = {
         "norm + SiLU in one pass, 3x3 convs, residual fused",
         resblock2d_forward,
         sample=lambda m: (random(m, 2, _channels(m), 10, 14),),
+        exact=vidtok_exact.resblock2d,
     ),
     blocks.ResBlock1d: Swap(
         "norm + SiLU in one pass, temporal convs, residual fused",
         resblock1d_forward,
         sample=lambda m: (random(m, 70, _channels(m), 5),),
+        exact=vidtok_exact.resblock1d,
         why_not=_why_not_resblock1d,
     ),
     blocks.ResBlock3d: Swap(
         "norm + SiLU in one pass, 3x3x3 convs, residual fused",
         resblock,
         sample=lambda m: (random(m, 1, _channels(m), 4, 10, 14),),
+        exact=vidtok_exact.resblock3d,
     ),
     blocks.FrameAttention: Swap(
         "norm, projections and residual fused",
         attention,
         sample=lambda m: (random(m, 1, _channels(m), 2, 10, 14),),
+        exact=vidtok_exact.attention,
     ),
     blocks.SpatialDown: Swap(
         "strided conv with virtual padding",
@@ -335,16 +341,19 @@ _SWAPS: dict[type, Swap | tuple[Swap, ...]] = {
         "upsampling folded into the conv, blend fused",
         time_up,
         sample=lambda m: (random(m, 1, _conv_channels(m), 3, 10, 14),),
+        exact=vidtok_exact.time_up,
     ),
     blocks.CausalConv3d: Swap(
         "conv with virtual padding",
         causal_conv3d_forward,
         sample=lambda m: (random(m, 1, m.conv.in_channels, 4, 10, 14),),
+        exact=vidtok_exact.causal_conv3d,
     ),
     FSQRegularizer: Swap(
         "thresholds instead of tanh and rounding",
         fsq_forward,
         sample=lambda m: (random(m, 1, len(m.levels), 4, 10, 14),),
+        exact=vidtok_exact.fsq,
         judge=judge_fsq,
         why_not=_why_not_fsq,
     ),
