@@ -290,7 +290,7 @@ def test_bad_checkpoints(tmp_path):
     state = make().state_dict()
     torch.save({"state_dict": state}, path)
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:100], b"", b"not a checkpoint"):
+    for content in (whole[: len(whole) // 2], whole[:100], b"", b"not a checkpoint", b"hello\n", b"j\x00"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="model.ckpt"):
             VidTok.from_checkpoint(path, FSQ)
