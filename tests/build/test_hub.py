@@ -107,7 +107,7 @@ def test_the_command_writes_every_variant(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hub.py", str(tmp_path / "out"), "--version", "3"])
     hub.main()
     said, variants = capsys.readouterr(), {path.name for path in (tmp_path / "out" / "build").iterdir()}
-    assert variants == {"torch-cpu", "torch-cuda", hub.variant_here()}
+    assert variants == {"torch-cpu", "torch-cuda", "torch-rocm", hub.variant_here()}
     assert all(f"{name}: _vtok_fast_" in said.out for name in variants)
     assert "version=3" in (tmp_path / "out" / "README.md").read_text()
     assert f"{hub.variant_here()}: no native module for Python 3.1" in said.err
@@ -117,7 +117,7 @@ def test_the_command_writes_every_variant(tmp_path, monkeypatch, capsys):
     "variant",
     [
         "torch",
-        "torch-rocm",
+        "torch-xpu",
         "torch213",
         "torch213-cxx11-cu130",
         "torch213-cxx11-rocm-x86_64-linux",

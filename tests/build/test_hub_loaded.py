@@ -126,13 +126,16 @@ def together(tmp_path, builds):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("names", [("id", "id", "id"), ("one", "two", "three"), ("one", "one", "one")])
+@pytest.mark.parametrize("names", ["id", "other names", "one name"])
 def test_builds_in_one_process_keep_apart(repository, tmp_path, names):
     """Under their ids, as kernels imports them, under other names, and under one name that is taken again."""
     folder, ids = repository
-    builds = [
-        (ids[v] if n == "id" else n, str(folder / "build" / v)) for n, v in zip(names, ids, strict=True)
-    ]
+    given = {
+        "id": ids.values(),
+        "other names": map("name_{}".format, range(len(ids))),
+        "one name": ["one"] * len(ids),
+    }
+    builds = [(name, str(folder / "build" / v)) for name, v in zip(given[names], ids, strict=True)]
     found = together(tmp_path, builds)
     for (name, path), (variant, own) in zip(builds, ids.items(), strict=True):
         facts = found["facts"][f"{name} {path}"]
@@ -192,6 +195,24 @@ def test_kernels_loads_two_variants_that_keep_apart(repository, tmp_path):
         str(folder / "build" / v / "layers.py") for v in ("torch-cpu", hub.variant_here())
     ]
     assert loaded[0][2] is not None and (loaded[1][2] is None) == (native.lib() is not None)
+
+
+ON_ROCM = """
+import json, pathlib, sys, torch
+torch.version.hip = "7.1.25424"
+from kernels import get_loaded_kernels, get_local_kernel
+vtok = get_local_kernel(pathlib.Path(sys.argv[1]))
+(kernel,) = get_loaded_kernels()
+print(json.dumps([kernel.metadata.id, str(kernel.metadata.backend.backend_type), vtok.layers.__file__]))
+"""
+
+
+def test_kernels_takes_the_variant_for_rocm_where_torch_is_one(repository, tmp_path):
+    """As far as that goes without such a GPU: torch says that it was built for ROCm."""
+    folder, ids = repository
+    name, backend, file = json.loads(with_kernels(ON_ROCM, tmp_path, str(folder)))
+    assert name == ids["torch-rocm"] and "rocm" in backend.lower()
+    assert file == str(folder / "build" / "torch-rocm" / "layers.py")
 
 
 @pytest.mark.parametrize("text", ["README.md", "wheels.md"])

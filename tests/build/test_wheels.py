@@ -275,7 +275,8 @@ def test_a_wheel_that_needed_libraries_is_refused(monkeypatch, tmp_path, listed)
         if "--outdir" in words:
             fake(tmp_path / "raw", "cu130.sm90a", "cp311-cp311-linux_x86_64")
         if "repair" in words:
-            fake(tmp_path / "raw" / "repaired", "cu130.sm90a", "cp311-cp311-manylinux_2_34_x86_64")
+            module = {"vtok_fast/_C.so": "machine code"}
+            fake(tmp_path / "raw" / "repaired", "cu130.sm90a", "cp311-cp311-manylinux_2_34_x86_64", module)
         return listed if "zipfile" in words else "vtok-fast: built\n"
 
     monkeypatch.setattr(wheels, "WORK", tmp_path)
@@ -286,8 +287,10 @@ def test_a_wheel_that_needed_libraries_is_refused(monkeypatch, tmp_path, listed)
             wheels.build(Path("/t/bin/python"), tmp_path, "sm90a", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
-    wheel, _ = wheels.build(Path("/t/bin/python"), tmp_path, "sm90a", tmp_path / "out")
-    assert wheel == tmp_path / "out" / "cu130-sm90a" / NAME and wheel.is_file()
+    built = wheels.build(Path("/t/bin/python"), tmp_path, "sm90a", tmp_path / "out")
+    wheel = tmp_path / "out" / "cu130-sm90a" / NAME
+    assert (built.wheel, built.python, built.module) == (NAME, "3.11", len("machine code"))
+    assert built.size == wheel.stat().st_size
     assert asked[0][1] == {"VTOK_FAST_CUDA_ARCHS": "90a", "SOURCE_DATE_EPOCH": "1700000000"}
 
 

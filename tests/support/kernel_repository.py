@@ -17,4 +17,4 @@ def write_repository(folder: Path) -> tuple[Path, dict[str, str]]:
     """The portable variants and the one of this torch, with the native module where there is one: where, and
     the id of each."""
     natives = [Path(native.lib().__file__)] if native.lib() else []
-    return folder, hub.write(folder, ["torch-cpu", "torch-cuda", hub.variant_here()], natives)
+    return folder, hub.write(folder, [*hub.PORTABLE, hub.variant_here()], natives)

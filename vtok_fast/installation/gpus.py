@@ -12,13 +12,15 @@ NO_CUDA = "the native module was built without CUDA kernels; VTOK_FAST_CUDA_ARCH
 NOT_NVIDIA = "the CUDA kernels are for GPUs of NVIDIA"
 
 # What scripts/wheels.py builds, one folder each. Code for 8.0 runs on 8.6 too. Every list also has the PTX of
-# its lowest architecture, which newer GPUs compile at first use.
+# its lowest architecture, which newer GPUs compile at first use. ALL is one wheel for every GPU.
+ALL = "all"
 FAMILIES: dict[str, tuple[str, ...]] = {
     "cpu": (),
     "sm80-89": ("80", "89"),
     "sm90a": ("90a",),
     "sm80-90a": ("80", "90a"),
     "sm100a-120": ("100a", "120"),
+    ALL: ("80", "86", "89", "90a", "100a", "120"),
 }
 CUDA = "cu130"  # the toolkit that they are built with, unless an installed wheel names another
 
@@ -64,8 +66,10 @@ def fit(gpu: Capability, archs: Sequence[str]) -> str:
 
 def family_for(gpu: Capability) -> str | None:
     """The family to install for a GPU: the first one with machine code for it, else the last one whose
-    intermediate code its driver can compile; None for a GPU older than 8.0."""
-    codes = {family: code for family, archs in FAMILIES.items() if (code := code_for(gpu, archs))}
+    intermediate code its driver can compile; None for a GPU older than 8.0. Of those for few GPUs, whose
+    wheels are the smaller ones."""
+    few = {family: archs for family, archs in FAMILIES.items() if family != ALL}
+    codes = {family: code for family, archs in few.items() if (code := code_for(gpu, archs))}
     return next(
         (family for family, code in codes.items() if code.startswith("sm_")), next(reversed(codes), None)
     )
