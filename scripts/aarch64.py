@@ -122,9 +122,10 @@ def main() -> int:
     interpreter = needs(system, options.python)
     wheels.WORK.mkdir(parents=True, exist_ok=True)
     tools = wheels.environment(sys.executable, wheels.WORK / "aarch64-tools", *TOOLS)
+    about = wheels.circumstances(options.note) if options.json else {}
     built = build(tools, system, options.python, options.out, options.sysroot)
     if options.json:
-        wheels.record(options.json, [built], options.note)
+        wheels.record(options.json, [built], about)
     print(built.row(), flush=True)
     print(test(options.out / "cpu" / built.wheel, system, interpreter, options.calls), end="")
     return 0

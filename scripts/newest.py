@@ -2,8 +2,9 @@
 
 Each is installed alone into a fresh environment that finds everything else in this Python's packages, and
 there `vtok-fast check` must hold. At the end: a table of what is here, what is newest, and how it went.
-torch is left out unless `--torch VERSION` names one, because its newest release on an index may be one for
-GPUs, of some gigabytes.
+torch is left out unless `--torch VERSION` names one, because a release for GPUs has some hundred megabytes.
+CUDA's libraries, of some gigabytes, are not fetched with it: others stand in for those that it loads
+(stand_ins.py), and it runs on the CPU.
 
 Exit status 1 where something newer does not work.
 """
@@ -12,17 +13,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
+import platform
 import re
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tomllib
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import wheel_files  # noqa: E402
 import wheels  # noqa: E402
+from stand_ins import stand_in  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "newest"
@@ -77,6 +83,9 @@ def attempt(name: str, wanted: str, run: Callable[..., str] = wheels.run) -> Out
         newest = run(inside, "-c", version, name).strip()
         if newest == here:
             return Outcome(name, here, newest, "the same")
+        if name == "torch":
+            where = "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+            stand_in(Path(run(inside, "-c", where).strip()))
         run(inside, "-c", "import vtok_fast", cwd=WORK)
         run(inside, "-m", "vtok_fast.cli", "check", cwd=WORK)
     except RuntimeError as error:
@@ -84,10 +93,25 @@ def attempt(name: str, wanted: str, run: Callable[..., str] = wheels.run) -> Out
     return Outcome(name, here, newest, "works")
 
 
+def record(file: Path, outcomes: list[Outcome]) -> None:
+    """Adds these to a run's file, in the place of earlier ones of their releases."""
+    kept = json.loads(file.read_text())["outcomes"] if file.is_file() else []
+    about = {
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": wheels.run("git", "log", "-1", "--format=%h").strip(),
+    }
+    rows = {(row["name"], row["newest"]): row for row in kept}
+    rows |= {(one.name, one.newest): asdict(one) | about for one in outcomes if one.said != "not tried"}
+    what = "scripts/newest.py: `vtok-fast check` with one requirement in another release"
+    wheel_files.write(file, json.dumps({"what": what, "outcomes": list(rows.values())}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Try the newest release of each requirement.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these; default: all but torch")
     parser.add_argument("--torch", metavar="VERSION", help="try this torch too, such as 2.14.1+cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add what was found to a run's file")
     options = parser.parse_args()
     names = requirements(ROOT / "pyproject.toml")
     for name in options.names:
@@ -107,6 +131,8 @@ def main() -> int:
     print(
         "\n".join(["requirement         here          newest        outcome", *(o.row() for o in outcomes)])
     )
+    if options.json:
+        record(options.json, outcomes)
     return int(any(outcome.failed for outcome in outcomes))
 
 

@@ -178,15 +178,19 @@ def repair(tools: Path, wheel: Path) -> Path:
     return wheel
 
 
-def record(file: Path, built: list[Built], note: str) -> None:
-    """Adds these wheels to a run's file, in the place of earlier ones of their names."""
-    kept = json.loads(file.read_text())["wheels"] if file.is_file() else []
-    about = {
+def circumstances(note: str) -> dict[str, str]:
+    """Of a run that begins now."""
+    return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": run("git", "log", "-1", "--format=%h").strip(),
         "jobs": os.environ.get("MAX_JOBS", str(os.cpu_count())),
         "note": note,
     }
+
+
+def record(file: Path, built: list[Built], about: dict[str, str]) -> None:
+    """Adds these wheels to a run's file, in the place of earlier ones of their names."""
+    kept = json.loads(file.read_text())["wheels"] if file.is_file() else []
     rows = {row["wheel"]: row for row in kept} | {one.wheel: asdict(one) | about for one in built}
     what = "scripts/wheels.py: bytes of wheel and module, seconds of the build by the clock and of all cores"
     wheel_files.write(file, json.dumps({"what": what, "wheels": list(rows.values())}, indent=1) + "\n")
@@ -237,14 +241,14 @@ def main() -> int:
                 print(f"{python}: {family}: VTOK_FAST_CUDA_ARCHS={archs_of(family)}")
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
-    built, source = [], None
+    built, source, about = [], None, circumstances(options.note) if options.json else {}
     for python in interpreters:
         tools = environment(python, WORK / "tools", *TOOLS)
         source = source or source_tree(tools, options.out)
         for family in families:
             built.append(build(tools, source, family, options.out, options.sysroot))
             if options.json:
-                record(options.json, built[-1:], options.note)
+                record(options.json, built[-1:], about)
     head = "python   family           wheel    module    clock    cores  name"
     print("\n".join(["", head, *(one.row() for one in built)]), flush=True)
     if options.no_test:

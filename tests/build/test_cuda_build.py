@@ -127,6 +127,23 @@ def test_local_memory_would_be_found(tmp_path):
         check(source, "sm_80")
 
 
+@needs_nvcc
+@pytest.mark.slow
+def test_two_compilations_have_the_same_bytes(tmp_path):
+    """With the option that CMakeLists.txt gives; without it, a symbol is called after the process."""
+    option = "--objdir-as-tempdir"
+    assert option in (ROOT / "CMakeLists.txt").read_text()
+    source = tmp_path / "twice.cu"
+    source.write_text("namespace { template <class T> __global__ void twice(T* x) { *x *= 2; } }\n"
+                      "void call(float* x) { twice<<<1, 1>>>(x); }\n")
+    for given, times in (((option,), 1), ((), 2)):
+        made = set()
+        for _ in range(2):
+            subprocess.run([NVCC, "-std=c++17", "-arch=sm_80", *given, "-c", source, "-o", tmp_path / "twice.o"], check=True)
+            made.add((tmp_path / "twice.o").read_bytes())
+        assert len(made) == times, given
+
+
 @needs_sass
 def test_fsq_moves_16_bytes_at_a_time():
     """Of the launches with addresses that allow it: planar kernels by LDG, rows by asynchronous copies, both

@@ -1,6 +1,10 @@
-"""scripts/newest.py: which requirements it tries, and that one that breaks the package is reported."""
+"""scripts/newest.py: which requirements it tries, that one that breaks the package is reported, and what stands
+in for CUDA's libraries (scripts/stand_ins.py)."""
 
+import ctypes
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +19,12 @@ pytest.importorskip("tomllib")
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     return SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "newest.py")))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return runpy.run_path(str(ROOT / "scripts" / "stand_ins.py"))["stand_in"]
 
 
 def test_everything_that_an_installation_asks_for_is_tried(script):
@@ -46,6 +56,31 @@ def test_an_outcome(script, monkeypatch, newest, broken, said, failed):
     assert (outcome.said, outcome.failed) == (said, failed)
     assert outcome.newest == ("?" if broken == "install" else newest or script.version_here("numpy"))
     assert said in outcome.row()
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or shutil.which("objdump") is None, reason="no g++ or no binutils"
+)
+@pytest.mark.parametrize("versions", [False, True])
+def test_libraries_stand_in_for_those_of_cuda(stand_in, tmp_path, versions):
+    """What calls one that is not there can then be loaded, and runs as far as the call."""
+    (tmp_path / "lib").mkdir()
+    source, absent = tmp_path / "torch.cpp", tmp_path / "lib" / f"libcudart_{versions}.so.13"
+    source.write_text('void launch();\nextern "C" int answer(bool gpu) { if (gpu) launch(); return 42; }\n')
+    (tmp_path / "cuda.cpp").write_text("void launch() {}\n")
+    (tmp_path / "cuda.map").write_text(
+        "CUDA_13 { global: *launch*; };\n" if versions else "{ global: *; };\n"
+    )
+    gpp = ("g++", "-shared", "-fPIC", f"-Wl,--version-script={tmp_path / 'cuda.map'}")
+    subprocess.run([*gpp, tmp_path / "cuda.cpp", f"-Wl,-soname,{absent.name}", "-o", absent], check=True)
+    gpp = gpp[:-1]
+    library = tmp_path / "lib" / "libtorch.so"
+    subprocess.run([*gpp, source, absent, "-Wl,-rpath,$ORIGIN", "-o", library], check=True)
+    absent.unlink()
+    with pytest.raises(OSError, match=absent.name):
+        ctypes.CDLL(str(library))
+    assert stand_in(tmp_path) == [absent.name]
+    assert ctypes.CDLL(str(library)).answer(False) == 42
 
 
 def test_an_unknown_requirement_is_refused(script, monkeypatch):

@@ -294,6 +294,19 @@ def test_a_wheel_that_needed_libraries_is_refused(monkeypatch, tmp_path, listed)
     assert asked[0][1] == {"VTOK_FAST_CUDA_ARCHS": "90a", "SOURCE_DATE_EPOCH": "1700000000"}
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is not a check-out")
+def test_a_run_replaces_what_it_built_again(tmp_path):
+    """And keeps the others; the commit is the one that it began with."""
+    file, about = tmp_path / "wheels.json", wheels.circumstances("beside other work")
+    one, two = (wheels.Built(f"{name}.whl", "cpu", "3.11", 5_000_000, 3_000_000, 60, 30) for name in "ab")
+    wheels.record(file, [one, two], about)
+    wheels.record(file, [wheels.Built("b.whl", "cpu", "3.11", 5_000_000, 3_000_000, 50, 20)], about)
+    rows = json.loads(file.read_text())["wheels"]
+    assert [(row["wheel"], row["seconds"], row["note"]) for row in rows] == [
+        ("a.whl", 60, "beside other work"), ("b.whl", 50, "beside other work")]  # fmt: skip
+    assert all(row["commit"] == about["commit"] for row in rows)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is not a check-out")
