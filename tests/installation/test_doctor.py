@@ -269,6 +269,24 @@ def test_packages_that_are_known_to_be_bad(monkeypatch, torch_version, cuda, pac
 
 
 @pytest.mark.parametrize(
+    ("capability", "triton", "found"),
+    [((10, 0), "3.8.0", True), ((10, 3), "3.6.0", True), ((10, 3), "3.9.0", False), ((12, 0), "3.8.0", False),
+     ((9, 0), "3.8.0", False), ((10, 0), "3.5.1", False)],
+)  # fmt: skip
+def test_a_pair_that_needs_a_gpu_of_a_major_version(capability, triton, found):
+    gpu = {"name": "a GPU", "capability": list(capability)}
+    said = doctor._pairs(probed(torch="2.14.1", cudnn=92801, gpus=[gpu], packages={"triton": triton}))
+    assert [f.text.rpartition("(")[2].rstrip(")") for f in said] == ["triton#10821"] * found
+
+
+def test_every_pair_has_a_public_source():
+    places = {"pytorch", "triton", "diffusers", "vector-quantize-pytorch"}
+    for pair in known_bad.PAIRS:
+        place, _, number = pair.source.partition("#")
+        assert place in places and number.isdigit() and f"``{place}``" in known_bad.__doc__, pair
+
+
+@pytest.mark.parametrize(
     ("text", "version"),
     [
         ("2.9.1+cu128", (2, 9, 1)),

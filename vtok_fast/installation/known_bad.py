@@ -1,9 +1,9 @@
 """Versions of torch, cuDNN and others that are known to be bad for video models, and what cures them.
 Only the standard library.
 
-Sources are issues and pull requests on GitHub: ``pytorch`` is pytorch/pytorch, ``diffusers``
-huggingface/diffusers, ``vector-quantize-pytorch`` lucidrains/vector-quantize-pytorch. Looked through up to
-torch 2.14.1, cuDNN 9.28, Triton 3.9 and diffusers 0.42.1; more were not found.
+Sources are issues and pull requests on GitHub: ``pytorch`` is pytorch/pytorch, ``triton`` triton-lang/triton,
+``diffusers`` huggingface/diffusers, ``vector-quantize-pytorch`` lucidrains/vector-quantize-pytorch. Looked
+through up to torch 2.14.1, cuDNN 9.28, Triton 3.9 and diffusers 0.42.1; more were not found.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ NEW_CUDNN = (
 )
 
 
-def has_gpu(capability: Version) -> Callable[[dict], bool]:
-    """Whether there is a GPU of this compute capability."""
-    return lambda probe: any(tuple(gpu["capability"]) == capability for gpu in probe.get("gpus") or ())
+def has_gpu(*capability: int) -> Callable[[dict], bool]:
+    """Whether there is a GPU of this compute capability, or with one number, of this major version."""
+    return lambda probe: any(
+        tuple(gpu["capability"])[: len(capability)] == capability for gpu in probe.get("gpus") or ()
+    )
 
 
 PAIRS = (
@@ -108,7 +110,7 @@ PAIRS = (
         "convolutions on GPUs of compute capability 8.6 give other results from run to run",
         "pip install 'nvidia-cudnn-cu13>=9.24' (cu12 for CUDA 12)",
         "pytorch#188288",
-        has_gpu((8, 6)),
+        has_gpu(8, 6),
     ),
     Pair(
         "hint",
@@ -119,6 +121,16 @@ PAIRS = (
         "pytorch#193183",
         lambda probe: bool(probe.get("cuda")),
         ("triton", ((3, 7), (3, 8))),
+    ),
+    Pair(
+        "hint",
+        ANY,
+        None,
+        "two tl.dot into one accumulator in a loop give wrong results on GPUs of compute capability 10.x",
+        "give each product an accumulator of its own, and add them behind the loop",
+        "triton#10821",
+        has_gpu(10),
+        ("triton", ((3, 6), (3, 9))),
     ),
     Pair(
         "hint",
