@@ -1,7 +1,8 @@
 """Libraries in the place of CUDA's, so that a torch for GPUs can be loaded without them: `stand_in(FOLDER)`.
 
-They have what torch's own libraries ask for by name and version, as functions that end the program. A CPU
-calls none of them. Needs gcc, and binutils' nm and objdump.
+They have what torch's own libraries ask for by name and version, as functions that return 100, by which CUDA
+says that there is no device: kernels are registered as a library is loaded, and devices are counted. Needs
+gcc, and binutils' nm and objdump.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def build(place: Path, functions: dict[str, str]) -> None:
     for name, version in functions.items():
         groups[version].append(name)
     code = "".join(
-        f'void f{i}(void) __asm__("{name}"); void f{i}(void) {{ __builtin_trap(); }}\n'
+        f'long f{i}(void) __asm__("{name}"); long f{i}(void) {{ return 100; }}\n'
         for i, name in enumerate(functions)
     )
     versions = "".join(f"{v} {{ global: {'; '.join(names)}; }};\n" for v, names in groups.items() if v)

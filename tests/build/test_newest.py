@@ -63,11 +63,11 @@ def test_an_outcome(script, monkeypatch, newest, broken, said, failed):
 )
 @pytest.mark.parametrize("versions", [False, True])
 def test_libraries_stand_in_for_those_of_cuda(stand_in, tmp_path, versions):
-    """What calls one that is not there can then be loaded, and runs as far as the call."""
+    """What calls one that is not there can then be loaded, and is told that there is no device."""
     (tmp_path / "lib").mkdir()
     source, absent = tmp_path / "torch.cpp", tmp_path / "lib" / f"libcudart_{versions}.so.13"
-    source.write_text('void launch();\nextern "C" int answer(bool gpu) { if (gpu) launch(); return 42; }\n')
-    (tmp_path / "cuda.cpp").write_text("void launch() {}\n")
+    source.write_text('int launch();\nextern "C" int answer(bool gpu) { return gpu ? launch() : 42; }\n')
+    (tmp_path / "cuda.cpp").write_text("int launch() { return 0; }\n")
     (tmp_path / "cuda.map").write_text(
         "CUDA_13 { global: *launch*; };\n" if versions else "{ global: *; };\n"
     )
@@ -80,7 +80,8 @@ def test_libraries_stand_in_for_those_of_cuda(stand_in, tmp_path, versions):
     with pytest.raises(OSError, match=absent.name):
         ctypes.CDLL(str(library))
     assert stand_in(tmp_path) == [absent.name]
-    assert ctypes.CDLL(str(library)).answer(False) == 42
+    loaded = ctypes.CDLL(str(library))
+    assert (loaded.answer(False), loaded.answer(True)) == (42, 100)
 
 
 def test_an_unknown_requirement_is_refused(script, monkeypatch):
