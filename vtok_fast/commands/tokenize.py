@@ -1,7 +1,7 @@
 """Video files to token files, window by window: any length in bounded memory, and a run that was stopped
 goes on.
 
-The video is read as a player shows it (docs/videos.md), and each frame's own time is kept.
+The video is read as a player shows it, and each frame's own time is kept.
 
 A window is what the model's `window` says: 17 frames, or 16 of a model that is not causal; InfoTok 81 that
 share 3 with the window before; ProMAG its chunk and overlap; TivTok eight chunks, which share their invariant
