@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ class Parity:
         return f"{self.error:.2e} of {self.bound:.2e} allowed ({self.region})"
 
 
-def close(y: Tensor, ref64: Tensor, same_dtype: Tensor | None = None) -> Parity:
+def close(y: Tensor, ref64: Tensor, same_dtype: Tensor | None = None, *, inside: float = 0.0) -> Parity:
     """Measures the *close* contract.
 
     Args:
@@ -86,6 +87,9 @@ def close(y: Tensor, ref64: Tensor, same_dtype: Tensor | None = None) -> Parity:
         ref64: the reference in float64, the same shape.
         same_dtype: PyTorch's own result in the dtype of ``y`` on the same inputs, or None to allow only the
             floor.
+        inside: for the result of several layers in a row, the root of the sum of the squares of the errors
+            that those which were replaced have by themselves. Independent errors add up that way to the error
+            that PyTorch's layers make together.
     """
     if y.shape != ref64.shape:
         raise ValueError(f"y: expected shape {tuple(ref64.shape)}, got {tuple(y.shape)}")
@@ -95,7 +99,8 @@ def close(y: Tensor, ref64: Tensor, same_dtype: Tensor | None = None) -> Parity:
     allowed = dict.fromkeys(errors, floor(y.dtype))
     if same_dtype is not None:
         allowed |= {
-            name: max(floor(y.dtype), 2 * e) for name, e in relative_errors(same_dtype, ref64).items()
+            name: max(floor(y.dtype), 2 * math.hypot(e, inside))
+            for name, e in relative_errors(same_dtype, ref64).items()
         }
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
     return Parity("close", errors[worst] <= allowed[worst], errors[worst], allowed[worst], worst)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 import weakref
@@ -42,7 +43,7 @@ from vtok_fast.swap.flow import followed
 from vtok_fast.swap.guard import by_whom, is_replaced
 from vtok_fast.swap.layout import Place
 from vtok_fast.swap.live_memory import peak_bytes
-from vtok_fast.swap.patch import Calls, Patch, Skip, Swap, described, why_hooked
+from vtok_fast.swap.patch import EVERYTHING, Calls, Patch, Skip, Swap, described, why_hooked
 from vtok_fast.swap.pipeline import of_pipeline
 from vtok_fast.swap.record import Entry
 from vtok_fast.swap.report import Report
@@ -205,7 +206,7 @@ def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candid
         if last is not None and foreign is None:
             edge = set(getattr(module, last).modules())
             places |= {m: Place.EDGE if m in edge else Place.INSIDE for m in module.modules()}
-            places[module] = Place.ANYWHERE
+            places[module] = Place.NETWORK
         if module in covered:
             continue
         answer = _ask(module)
@@ -236,11 +237,24 @@ def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candid
             elif last is not None and swap.attribute != "forward":
                 place = Place.INSIDE if swap.inner and foreign is None else Place.EDGE
             candidates.append(_Candidate(path, module, swap, place))
+        if (
+            places.get(module) is Place.NETWORK
+            and report.contract != "exact"
+            and not is_replaced(module, "forward")
+            and all(swap.attribute != "forward" for swap in swaps)
+        ):
+            candidates.append(_Candidate(path, module, _own_network(type(module)), Place.NETWORK))
         if not swaps and (why or _computes(module)):
             report.skipped.append(
                 Entry(path, type(module).__name__, why=why or "no adapter knows this kind of module")
             )
-    return candidates
+    swapped = {c.module for c in candidates if c.swap.what}
+    return [c for c in candidates if c.swap.what or not swapped.isdisjoint(c.module.modules())]
+
+
+def _own_network(kind: type) -> Swap:
+    """A network as it is; but its result gets the layout that it would have without the swaps inside."""
+    return Swap("", kind.forward, covers=(), state=EVERYTHING, contiguous=True)
 
 
 def _ask(module: nn.Module) -> list[Swap] | Skip | None:
@@ -298,6 +312,10 @@ def _computes(module: nn.Module) -> bool:
 
 
 def _install(c: _Candidate, measured: _Measurement | str | None, report: Report) -> None:
+    if not c.swap.what:
+        report._patches.append(Patch(c.module, c.swap, Calls(warned=["not here"]), c.place))
+        report._patches[-1].install()
+        return
     entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract=report.contract)
     if isinstance(measured, str):
         report.skipped.append(replace(entry, why=measured))
@@ -515,8 +533,9 @@ def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Re
     report._take_out(
         lambda calls: f"the class's own method takes the calls: {calls.why}" if calls.unused else None
     )
+    errors = [entry.error for entry in report.swapped if entry.error is not None]
     try:
-        p = close(fast[0], whole.eager[0], whole.ref64[0])
+        p = close(fast[0], whole.eager[0], whole.ref64[0], inside=math.hypot(*errors))
     except Exception as error:
         why = str(error) if isinstance(error, (Incomparable, ValueError)) else described(error)
         report.notes.append(f"not measured end to end: {why}")

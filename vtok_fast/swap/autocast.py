@@ -5,17 +5,15 @@ dtype it gives is seen on fake tensors, once for each combination of dtypes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from vtok_fast.dispatch.backends import Reason
-from vtok_fast.swap.watch import HOOKS, is_swapped
+from vtok_fast.swap.simulate import simulated
 
 is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
@@ -40,6 +38,8 @@ class Dtypes:
         return self._known[key]
 
     def _compare(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Reason:
+        if self._function is getattr(type(module), self._attribute):
+            return None
         try:
             own = self._dtype(getattr(type(module), self._attribute), module, args, kwargs)
             ours = self._dtype(self._function, module, args, kwargs)
@@ -49,49 +49,5 @@ class Dtypes:
 
     @staticmethod
     def _dtype(function: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        caching = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # or it would keep fake weights
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-                copies: dict[nn.Module, nn.Module] = {}
-                bare = _stripped(module, copies)
-                args, kwargs = tree_map(
-                    lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else _apart(v, copies),
-                    (args, kwargs),
-                )
-                result = function(bare, *args, **kwargs)
-        finally:
-            torch.set_autocast_cache_enabled(caching)
+        result = simulated(function, module, args, kwargs)
         return next((v.dtype for v in tree_leaves(result) if isinstance(v, Tensor)), type(result).__name__)
-
-
-def _stripped(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A module of the same weights without swaps and hooks, whose attributes may be set."""
-    if module not in copies:
-        bare = copies[module] = copy.copy(module)
-        for name in [name for name, value in bare.__dict__.items() if is_swapped(value)]:
-            del bare.__dict__[name]
-        for name in HOOKS:
-            bare.__dict__[name] = type(bare.__dict__[name])()
-        bare.__dict__["_modules"] = {
-            name: None if child is None else _stripped(child, copies)
-            for name, child in module._modules.items()
-        }
-    return copies[module]
-
-
-def _apart(value: Any, copies: dict[nn.Module, nn.Module]) -> Any:
-    """An argument that is a part of the module, or keeps something by layer such as the frames of a stream:
-    these copies take the place of the layers. Any other as it is."""
-    if isinstance(value, nn.Module):
-        return copies.get(value, value)
-    by_layer = {
-        name: {copies.get(key, key): kept for key, kept in entry.items()}
-        for name, entry in getattr(value, "__dict__", {}).items()
-        if type(entry) is dict and all(isinstance(key, nn.Module) for key in entry)
-    }
-    if not by_layer:
-        return value
-    clone = copy.copy(value)
-    vars(clone).update(by_layer)
-    return clone

@@ -108,7 +108,8 @@ class Flow(TorchFunctionMode):
 @contextmanager
 def followed(patches: Iterable[Patch]) -> Iterator[Flow]:
     """Follows the results of these patches' modules within the block."""
-    patches = [p for p in patches if p.switch.place is Place.ANYWHERE and p.swap.attribute == "forward"]
+    places = (Place.ANYWHERE, Place.NETWORK)
+    patches = [p for p in patches if p.switch.place in places and p.swap.attribute == "forward"]
 
     def traced(patch: Patch, flow: Flow) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from vtok_fast.dispatch.backends import Reason
 from vtok_fast.parity import Parity
 from vtok_fast.swap import autocast
 from vtok_fast.swap.guard import Guard, first_tensor, parts_of, why_bypassed, why_patched, why_weights
-from vtok_fast.swap.layout import Place, as_pytorch, from_channels_last, is_channels_last
+from vtok_fast.swap.layout import OwnLayout, Place, from_channels_last, is_channels_last, laid_out
 
 _ABSENT = object()
 EVERYTHING = ("*",)  # the state of a swap that knows nothing of the module itself
@@ -53,6 +53,8 @@ class Swap:
         inner: whether only the module's own code calls the method.
         state: attributes of the module and its parts that the function reads at each call, or that change
             from call to call. Where another one changes, the class's own method takes the call.
+        contiguous: whether the class's own method is known to give contiguous results where no argument or
+            weight is channels-last; else its layout is found out for each set of sizes and strides.
     """
 
     what: str
@@ -68,6 +70,7 @@ class Swap:
     why_not: Callable[[nn.Module], Reason] = lambda module: None
     inner: bool = False
     state: tuple[str, ...] = ()
+    contiguous: bool = False
 
     @property
     def exact_what(self) -> str:
@@ -131,11 +134,6 @@ class _Switch:
         self.hands_on, self.fed_by = False, ()
         self._local = local()
 
-    def layout_from(self, x: Tensor | None) -> Tensor | None:
-        """What decides the result's layout: the input, or None (contiguous) where that is a result that was
-        handed on in channels-last."""
-        return None if self.is_fed() else x
-
     def is_fed(self) -> bool:
         """Whether the input is a result that was handed on in channels-last."""
         return any(getattr(maker._local, "handed", False) for maker in self.fed_by)
@@ -145,8 +143,8 @@ class _Switch:
 
     def hand_on(self, x: Tensor | None) -> bool:
         """Whether this result stays channels-last, which those that get it must know."""
-        given = self.layout_from(x)
-        self._local.handed = self.hands_on and (given is None or not is_channels_last(given))
+        own = x is None or self.is_fed() or not is_channels_last(x)
+        self._local.handed = self.hands_on and own
         return self._local.handed
 
     def is_off_for(self, module: nn.Module) -> bool:
@@ -169,7 +167,8 @@ class Patch:
         self.calls = Calls() if calls is None else calls
         self.switch = _Switch(module, place)
         guard = Guard(module, swap.covers, swap.attribute, swap.state)
-        method = _method(swap, guard, self.calls, self.switch)
+        layout = OwnLayout(module, swap.attribute, known=swap.contiguous or place is Place.NETWORK)
+        method = _method(swap, guard, layout, self.calls, self.switch)
         self.method = MethodType(method, module)
         self._previous: Any = _ABSENT
         self.installed = False
@@ -194,7 +193,7 @@ class Patch:
         self._previous, self.installed = _ABSENT, False
 
 
-def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable[..., Any]:
+def _method(swap: Swap, guard: Guard, layout: OwnLayout, calls: Calls, switch: _Switch) -> Callable[..., Any]:
     """What takes the place of a method, for a module and its deep copies: the swap's function, or the class's
     own method where that has to take the call.
 
@@ -202,6 +201,7 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable
     before it was accelerated.
     """
     function, attribute = swap.function, swap.attribute
+    only_moves = swap.covers == () and swap.sample is None
     dtypes = autocast.Dtypes(attribute, function)
 
     def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -211,20 +211,18 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable
         if why is None and autocast.is_on() and not torch.compiler.is_dynamo_compiling():
             why = dtypes.why_not(module, args, kwargs)
         if why is None:
+            inner, hands_on = switch.place in (Place.INSIDE, Place.EDGE), False
+            if (switch.hands_on or switch.fed_by) and not torch.compiler.is_dynamo_compiling():
+                hands_on = switch.hand_on(first_tensor(args, kwargs))
+                inner = inner or switch.is_fed()
+            stays = (hands_on or switch.place is Place.INSIDE) and not module._forward_hooks
+            stays = stays or only_moves and switch.place is Place.ANYWHERE or switch.place is Place.UNCHANGED
+            own = stays or layout.of(module, args, kwargs, inner=inner)
             result = function(module, *args, **kwargs)
             if type(result) is not Skip:
                 if not torch.compiler.is_dynamo_compiling():
                     calls.ran += 1
-                if switch.place is Place.UNCHANGED:
-                    return result
-                if switch.place is Place.INSIDE and not module._forward_hooks:
-                    return result
-                given = first_tensor(args, kwargs) if switch.place is Place.ANYWHERE else None
-                if (switch.hands_on or switch.fed_by) and not torch.compiler.is_dynamo_compiling():
-                    if switch.hand_on(given) and not module._forward_hooks:
-                        return result
-                    given = switch.layout_from(given)
-                return as_pytorch(result, given, module)
+                return result if stays else laid_out(result, own)
             why = result.why
         if not torch.compiler.is_dynamo_compiling():
             calls.bypass(why)
@@ -233,7 +231,10 @@ def _method(swap: Swap, guard: Guard, calls: Calls, switch: _Switch) -> Callable
         if switch.place in (Place.INSIDE, Place.EDGE) or switch.is_fed():
             args = tuple(map(from_channels_last, args))
             kwargs = {name: from_channels_last(value) for name, value in kwargs.items()}
-        return getattr(type(module), attribute)(module, *args, **kwargs)
+        if switch.place is not Place.NETWORK:
+            return getattr(type(module), attribute)(module, *args, **kwargs)
+        own = layout.of(module, args, kwargs)
+        return laid_out(getattr(type(module), attribute)(module, *args, **kwargs), own)
 
     method.__name__, method.__doc__, method.__module__ = attribute, function.__doc__, function.__module__
     method.__wrapped__ = function

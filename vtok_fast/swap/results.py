@@ -17,14 +17,14 @@ class Incomparable(Exception):
     """Two results that have no tensors at the same places; the message says what they have."""
 
 
-def close(fast: Any, eager: Any, ref64: Any) -> parity.Parity:
-    """The worst over all tensors: the *close* contract on floating point ones, equality with the eager ones
-    on integers.
+def close(fast: Any, eager: Any, ref64: Any, *, inside: float = 0.0) -> parity.Parity:
+    """The worst over all tensors: the *close* contract on floating point ones (``inside`` as there), equality
+    with the eager ones on integers.
 
     Raises Incomparable.
     """
     measured = [
-        parity.close(f, r, e) if f.is_floating_point() else parity.exact(f, e)
+        parity.close(f, r, e, inside=inside) if f.is_floating_point() else parity.exact(f, e)
         for f, e, r in (map(_real, values) for values in _tensors(fast, eager, ref64))
     ]
     return max(measured, key=lambda p: (not p.ok, p.error / p.bound if p.bound else 0.0))

@@ -36,6 +36,14 @@ inline int64_t winograd_chunk(int64_t channels) {
 
 constexpr float kContrast = 8;
 
+// A build with VTOK_WINOGRAD_UNCHECKED looks for no such tiles, to measure what that costs
+// (scripts/compare_builds.py).
+#ifdef VTOK_WINOGRAD_UNCHECKED
+constexpr bool kWinogradChecked = false;
+#else
+constexpr bool kWinogradChecked = true;
+#endif
+
 struct WinogradTerm {
   int32_t slot, variant;
 };

@@ -53,6 +53,7 @@ VTOK_INLINE void transform_tile(const typename E::type* const* pixels, int64_t c
     Tile<M>::input(columns[i], t);
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) store(v + (i * N + j) * v_stride, t[j]);
+    if constexpr (!kWinogradChecked) continue;
     if (i <= 1 || i == N - 1) *energy = fma(t[1], t[1], *energy);
     if (i == 1) *energy = fma(t[0], t[0], fma(t[N - 1], t[N - 1], *energy));
   }
@@ -252,7 +253,7 @@ void input(const WinogradBlock& b, int64_t t, bool from_cache, int slot, int64_t
         i += tiles;
       }
     }
-    find_uneven<E, M>(b, x, frame, first, stop, energy, uneven);
+    if constexpr (kWinogradChecked) find_uneven<E, M>(b, x, frame, first, stop, energy, uneven);
   }
 }
 
@@ -276,7 +277,7 @@ void output(const WinogradBlock& b, int64_t panel, const float* acc) {
         const int n = plan.out_channels - o < kLanes ? int(plan.out_channels - o) : kLanes;
         const float* at = acc + (f * b.tiles + i) * kPanel + j * kLanes;
         const vfloat d = load(at + (inner - acc));
-        squares = fma(d, d, squares);
+        if constexpr (kWinogradChecked) squares = fma(d, d, squares);
         vfloat columns[M][N];
 #pragma GCC unroll 8
         for (int q = 0; q < N; ++q) {
@@ -296,7 +297,7 @@ void output(const WinogradBlock& b, int64_t panel, const float* acc) {
         }
       }
     }
-  if (is_finite(tree_sum(squares))) return;
+  if (!kWinogradChecked || is_finite(tree_sum(squares))) return;
   for (int64_t i = 0; i < b.frames * b.tiles; ++i) {
     vfloat own = {};
     for (int j = 0; j < kVectors; ++j) {

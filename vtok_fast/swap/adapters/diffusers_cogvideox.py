@@ -327,6 +327,7 @@ _SWAPS: Table = {
     "CogVideoXCausalConv3d": Swap(
         "causal conv with virtual padding and cache",
         conv,
+        contiguous=True,
         sample=lambda m: (_video(m, m.conv.in_channels, 3),),
         exact=conv_exact,
         exact_where=lambda layer: not any(layer.conv.padding) and not any(layer.time_causal_padding),
@@ -334,7 +335,10 @@ _SWAPS: Table = {
         state=("pad_mode",),
     ),
     "CogVideoXSafeConv3d": Swap(
-        "conv with virtual padding", safe_conv, sample=lambda m: (_video(m, m.in_channels, 3),)
+        "conv with virtual padding",
+        safe_conv,
+        sample=lambda m: (_video(m, m.in_channels, 3),),
+        contiguous=True,
     ),
     "CogVideoXSpatialNorm3D": Swap(
         "scale and shift made from the small latent, applied in one pass",

@@ -215,6 +215,7 @@ _SWAPS: Table = {
     "CosmosCausalConv3d": Swap(
         "causal conv with virtual padding",
         conv,
+        contiguous=True,
         sample=lambda m: (_video(m, m.in_channels),),
         exact=conv_exact,
         exact_where=lambda layer: not layer.temporal_pad or not any(layer.spatial_pad),

@@ -194,6 +194,7 @@ _SWAPS: Table = {
     "HunyuanVideoCausalConv3d": Swap(
         "causal conv with virtual padding",
         conv,
+        contiguous=True,
         sample=lambda m: (_video(m, m.conv.in_channels),),
         exact=conv_exact,
         exact_where=lambda layer: not any(layer.time_causal_padding),

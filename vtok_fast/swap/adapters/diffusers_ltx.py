@@ -266,6 +266,7 @@ def table(
         kind: Swap(
             "causal conv with virtual padding",
             run_conv,
+            contiguous=True,
             sample=lambda m: (random(m, 1, m.conv.in_channels, 3, 10, 14),),
             exact=conv_exact,
             exact_where=lambda layer: not any(map(any, rule(layer, True).pads)),

@@ -431,6 +431,7 @@ _CONV = Swap(
     "causal conv with virtual padding and a short cache",
     _conv_forward,
     sample=_conv_sample,
+    contiguous=True,
     why_not=_why_not_causal_conv,
     state=_CHUNK,
 )

@@ -303,6 +303,7 @@ def blocks(prefix: str) -> Table:
             "causal conv with virtual padding and cache",
             conv,
             sample=_conv_sample,
+            contiguous=True,
             exact=conv_exact,
             exact_where=lambda layer: not any(layer._padding),
             why_not=_why_not_conv,

@@ -55,6 +55,7 @@ def propose(module: nn.Module) -> Answer:
             f"conv with virtual padding {rule.pads}",
             _forward(virtual, rule, as_found),
             sample=lambda m: _sample(_only_conv(m)),
+            contiguous=True,
             exact=_forward(exact, rule, as_found) if copies_for_nothing else None,
         )
     ]
@@ -67,7 +68,7 @@ def _propose_plain(module: nn.Module) -> list[Swap] | Skip:
     if why := _why_not_plain(module):
         return Skip(why)
     frames = ", frame by frame" if type(module) is nn.Conv2d else ""
-    return [Swap(f"conv with virtual padding{frames}", plain_forward, sample=_sample)]
+    return [Swap(f"conv with virtual padding{frames}", plain_forward, sample=_sample, contiguous=True)]
 
 
 def _why_not_plain(conv: nn.Module) -> Reason:
