@@ -50,12 +50,14 @@ def folder_for(wheel: str) -> str:
 
 
 def normalize(wheel: Path, epoch: int) -> None:
-    """Writes a wheel anew with its files in order, of one date, readable by all: what is left are their
-    contents."""
+    """Writes a wheel anew with its files in order, of one date, readable by all, and without entries for
+    folders: what is left are their contents."""
     date = time.gmtime(max(epoch, FIRST_DATE))[:6]
     part = wheel.with_name(f".{wheel.name}.part")
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(part, "w", compresslevel=9) as new:
         for entry in sorted(old.infolist(), key=lambda entry: entry.filename):
+            if entry.is_dir():
+                continue
             content = old.read(entry)
             if entry.filename.endswith(".dist-info/RECORD"):
                 content = b"".join(sorted(content.splitlines(keepends=True)))

@@ -128,7 +128,7 @@ def is_that(inside: Path, wheel: Path) -> Path:
     RuntimeError where not."""
     site = Path(run(inside, "-c", "import sysconfig; print(sysconfig.get_paths()['platlib'])").strip())
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if not name.endswith(".dist-info/RECORD")]
+        names = [name for name in archive.namelist() if not name.endswith((".dist-info/RECORD", "/"))]
         for name in names:
             if not (site / name).is_file() or (site / name).read_bytes() != archive.read(name):
                 raise RuntimeError(f"{wheel.name}: what was installed has another {name}")
