@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+from support.layouts import laid, strides_of
 from torch import nn
 from torch.utils._pytree import tree_map
 
 import vtok_fast
-from tests.support.layouts import laid, strides_of
 
 pytestmark = pytest.mark.needs_native
 FAST = ("AutoencoderKL",)
@@ -31,7 +31,7 @@ OWN = ("VidTok", "Cosmos", "ProMAG")
 def small_model(name):
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     if name in OWN:
-        from tests.support.small_models import MAKERS
+        from support.small_models import MAKERS
 
         torch.manual_seed(0)
         return MAKERS[name]().eval(), (1, 3, 9, 32, 32)

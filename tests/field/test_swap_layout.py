@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
+from support.layouts import strides_of
 from torch import nn
 
 import vtok_fast
-from tests.support.layouts import strides_of
 from vtok_fast import parity
 from vtok_fast.models import VidTok
 from vtok_fast.swap.layout import is_channels_last
@@ -401,3 +401,20 @@ def test_the_layout_is_that_of_each_call(between, order):
             got, want = model(given), plain(given)
             assert strides_of(got) == strides_of(want)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_errors_of_layers_in_a_row_add_in_quadrature_and_a_less_exact_layer_is_still_found():
+    """kijai/ComfyUI-WanVideoWrapper #1339, as above: what a norm loses on channels-last inputs is no error of
+    the convolution before it, so the bound for the whole does not grow with it."""
+    torch.manual_seed(0)
+    ref64 = torch.randn(64, 64, dtype=torch.float64)
+    unit = torch.randn(64, 64, dtype=torch.float64)
+    unit *= ref64.norm() / unit.norm()
+    eager, inside = (ref64 + 1e-6 * unit).float(), 4e-6
+    rounding = parity.relative_errors(ref64.float(), ref64)["whole"]  # of the float32 result itself
+    allowed = 2 * (1e-6**2 + inside**2) ** 0.5
+    for factor, ok in ((0.95, True), (1.05, False)):
+        y = (ref64 + factor * allowed * unit).float()
+        measured = parity.close(y, ref64, eager, inside=inside)
+        assert measured.ok == ok and abs(measured.bound - allowed) <= 2 * rounding
+    assert not parity.close((ref64 + 4e-6 * unit).float(), ref64, eager).ok

@@ -209,3 +209,32 @@ def test_in_graphs():
         expected = model.decoder(z)
         compiled = torch.compile(model.decoder, backend="aot_eager", fullgraph=True, dynamic=False)
         torch.testing.assert_close(compiled(z), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", (16, 32))
+def test_the_error_of_the_whole_model_is_that_of_its_layers_together(width):
+    """At most what the layers' errors make in quadrature, and not far below: the bound is met for its
+    reason."""
+    torch.manual_seed(0)
+    widths, layers = (width, width, 32, 32), (1,) * 5
+    model = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        layers_per_block=layers,
+        decoder_layers_per_block=layers,
+    ).eval()
+
+    class Pass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = model
+
+        def forward(self, x):
+            return self.vae.decode(self.vae.encode(x).latent_dist.mode()).sample
+
+    report = vtok_fast.accelerate(Pass().eval(), example=contract.noise(1, 3, 9, 64, 64))
+    whole = report.end_to_end
+    assert whole.error <= whole.bound and not whole.why
+    assert whole.bound / 6 <= whole.error <= whole.bound / 2 * 1.5
