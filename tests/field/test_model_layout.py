@@ -153,3 +153,24 @@ def test_a_first_call_of_the_layouts_leaves_everything_as_it_was():
     with torch.inference_mode():
         assert layer(x.clone()).stride() == plain(x.clone()).stride()
     assert len(calls) == 2 and torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_network_whose_blocks_alone_are_swapped(monkeypatch):
+    """pytorch/pytorch #129362 and its like, for what is put around such a network to lay its results out: its
+    class's forward of the moment runs, and nothing of it stays."""
+    model, shape = small_model("Cosmos CV8x8x8")
+    plain, x = copy.deepcopy(model.encoder), torch.randn(shape)
+    report, kind = vtok_fast.accelerate(model, check=False), type(model.encoder)
+    assert "encoder" not in {e.path for e in report.swapped} and "encoder" not in report.ran()
+    with torch.no_grad():
+        want = plain(x)
+        torch.testing.assert_close(model.encoder(x), want, rtol=1e-4, atol=1e-5)
+        with monkeypatch.context() as patch:
+            own = kind.forward
+            patch.setattr(kind, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs) + 1)
+            torch.testing.assert_close(model.encoder(x), want + 1, rtol=1e-4, atol=1e-5)
+        clone = copy.deepcopy(model)
+        assert clone.encoder.__dict__["forward"].__self__ is clone.encoder
+    report.revert()
+    assert not report.active and not any("forward" in m.__dict__ for m in model.modules())
+    assert not vtok_fast.accelerate(model.to("meta")).active

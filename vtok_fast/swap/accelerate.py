@@ -243,7 +243,7 @@ def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candid
             and not is_replaced(module, "forward")
             and all(swap.attribute != "forward" for swap in swaps)
         ):
-            candidates.append(_Candidate(path, module, _own_network(type(module)), Place.NETWORK))
+            candidates.append(_Candidate(path, module, _OWN, Place.NETWORK))
         if not swaps and (why or _computes(module)):
             report.skipped.append(
                 Entry(path, type(module).__name__, why=why or "no adapter knows this kind of module")
@@ -252,9 +252,12 @@ def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candid
     return [c for c in candidates if c.swap.what or not swapped.isdisjoint(c.module.modules())]
 
 
-def _own_network(kind: type) -> Swap:
-    """A network as it is; but its result gets the layout that it would have without the swaps inside."""
-    return Swap("", kind.forward, covers=(), state=EVERYTHING, contiguous=True)
+def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(module).forward(module, *args, **kwargs)
+
+
+# A network as it is; but its result gets the layout that it would have without the swaps inside.
+_OWN = Swap("", _own_forward, covers=(), state=EVERYTHING)
 
 
 def _ask(module: nn.Module) -> list[Swap] | Skip | None:

@@ -7,11 +7,12 @@ else reads a result, by ``view`` or by its strides, finds the layout that the cl
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from vtok_fast.swap.simulate import simulated
 
@@ -75,7 +76,8 @@ class OwnLayout:
     def __init__(self, module: nn.Module, attribute: str, known: bool):
         self._attribute, self._known = attribute, known
         self._strides: dict[Any, Strides | None] = {}
-        kernels = (n for n, p in module.named_parameters() if p.dim() in (4, 5) and p.shape[2:].numel() > 1)
+        weights = ((name, p) for name, p in module.named_parameters() if not is_lazy(p))
+        kernels = (name for name, p in weights if p.dim() in (4, 5) and p.shape[2:].numel() > 1)
         *self._path, self._kernel = next(kernels, "").split(".")
 
     def of(
@@ -170,14 +172,16 @@ def _row_major(shape: Sequence[int]) -> Strides:
     return tuple(reversed(strides))
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def _tensors(values: Any) -> list[Tensor]:
+    found = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
+            found += _tensors(value)
         elif isinstance(value, dict):
-            yield from _tensors(value.values())
+            found += _tensors(value.values())
+    return found
 
 
 def _signature(value: Any, inner: bool) -> Any:

@@ -208,7 +208,7 @@ def _method(swap: Swap, guard: Guard, layout: OwnLayout, calls: Calls, switch: _
         if switch.over and switch.is_off_for(module):
             return getattr(type(module), attribute)(module, *args, **kwargs)
         why = guard.why_not(module, args, kwargs)
-        if why is None and autocast.is_on() and not torch.compiler.is_dynamo_compiling():
+        if why is None and swap.what and autocast.is_on() and not torch.compiler.is_dynamo_compiling():
             why = dtypes.why_not(module, args, kwargs)
         if why is None:
             inner, hands_on = switch.place in (Place.INSIDE, Place.EDGE), False

@@ -64,9 +64,11 @@ class Report(Record):
     def _take_out(self, why_not: Callable[[Calls], Reason]) -> None:
         """Undoes the swaps for whose calls a reason is found, and counts anew."""
         out: dict[str, str] = {path: why for path, c in self._calls.items() if (why := why_not(c))}
-        for patch in [p for p in self._patches if p.calls.path in out]:
-            patch.remove()
-            self._patches.remove(patch)
+        stays = [p for p in self._patches if p.swap.what and p.calls.path not in out]
+        for patch in self._patches[::-1]:
+            if patch.swap.what and patch not in stays or not stays:  # those without words only serve others
+                patch.remove()
+                self._patches.remove(patch)
         self.skipped += [replace(e, why=out[e.path]) for e in self.swapped if e.path in out]
         self.swapped = [e for e in self.swapped if e.path not in out]
         for path, calls in list(self._calls.items()):
