@@ -441,107 +441,151 @@ double cycles_of_slice(int columns, int products, int stage_bytes, double bytes_
   return std::max(std::pow(sum, 1 / kDepth), tensor / kTensor);
 }
 
+// What a call asks of a tile: one of several that may suit it.
+struct Sm90WgradCall {
+  const ConvProblem& problem;
+  const Tensor& grad;
+  Sm90WgradChoice choice;
+  const Device& device;
+};
+
+// Shared memory beside the ring of stages.
+constexpr int kFixedBytes = 1024 + kOnesBytes + 16 * kMostStages;
+
 template <class Tile>
-Status plan_and_launch(const ConvProblem& problem, Sm90WgradParams p, const Sm90WgradResult& result,
-                       const Tensor& grad, Sm90WgradChoice choice, const Device& device, Workspace workspace,
-                       cudaStream_t stream, double* best_cost, bool only_cost) {
-  const Source& s = p.source;
+int rows_of_box(const Source& s) {
+  return Tile::kHigh > 1 ? (kSide - 1) * s.stride[1] + (Tile::kHigh - 1) * s.dilation[1] + 1 : kSide;
+}
+template <class Tile>
+int bytes_of_stage(const Sm90WgradParams& p) {
+  return 2 * kTile + Tile::kBoxes * p.box_bytes;
+}
+
+// Boxes, their bytes and as many stages as fit; false where the tile does not suit the call.
+template <class Tile>
+bool fit(const Sm90WgradCall& call, Sm90WgradParams* p) {
+  const Source& s = p->source;
   const bool tall = Tile::kHigh > 1;
-  const int box_rows = tall ? (kSide - 1) * s.stride[1] + (Tile::kHigh - 1) * s.dilation[1] + 1 : kSide;
-  p.box_bytes = box_rows * kSide * kLine;
-  p.boxes = p.channel_blocks * s.kernel[2] * (tall ? 1 : s.kernel[1]);
-  const int stage_bytes = 2 * kTile + Tile::kBoxes * p.box_bytes,
-            fixed = 1024 + kOnesBytes + 16 * kMostStages;
-  p.stages = std::min((device.shared_limit - fixed) / stage_bytes, kMostStages);
-  const bool fits = p.stages >= 2 && box_rows <= 256 && (!tall || s.kernel[1] == Tile::kHigh) &&
-                    (!choice.columns || choice.columns == Tile::kColumns);
-  if (!fits)
-    return Status::Unsupported("sm90: no tile suits the kernel, its dilation and this GPU's shared memory");
-  p.tiles_n = int(divide_up(p.boxes, Tile::kBoxes));
-  const int row_tiles = int(divide_up(p.outputs, kRows)), columns = s.kernel[0] * p.tiles_n;
-  const double slices = double(p.batch) * s.out[0] * p.patches[0] * p.patches[1];
-  double best = 0;
-  Sm90WgradParams chosen = p;
+  const int rows = rows_of_box<Tile>(s);
+  p->box_bytes = rows * kSide * kLine;
+  p->boxes = p->channel_blocks * s.kernel[2] * (tall ? 1 : s.kernel[1]);
+  p->tiles_n = int(divide_up(p->boxes, Tile::kBoxes));
+  p->stages = std::min((call.device.shared_limit - kFixedBytes) / bytes_of_stage<Tile>(*p), kMostStages);
+  return p->stages >= 2 && rows <= 256 && (!tall || s.kernel[1] == Tile::kHigh) &&
+         (!call.choice.columns || call.choice.columns == Tile::kColumns);
+}
+
+// The cycles of a division of the tiles among the multiprocessors, `at_once` clusters of them.
+template <class Tile>
+double predicted_cycles(const Sm90WgradParams& p, int at_once, double slices, const Device& device) {
+  const double slice = cycles_of_slice(Tile::kColumns, Tile::kProducts, bytes_of_stage<Tile>(p),
+                                       2 * kTile + double(Tile::kBoxes) * p.box_bytes / p.cluster);
+  const double shares = double(p.whole) + double(p.rest) * p.splits,
+               more = std::ceil(double(p.rest) * p.splits / at_once);
+  return p.whole / at_once * (slices * slice + 3000) + more * (slices / p.splits * slice + 3000) +
+         8 * shares * p.cluster * kRows * Tile::kColumns / (20.0 * device.multiprocessors);
+}
+
+// Blocks per cluster, tiles of one share and those of several, and of how many: the fewest cycles, or 0 where
+// no cluster has the size that was asked for.
+template <class Tile>
+double divide_tiles(const Sm90WgradCall& call, Sm90WgradParams* best) {
+  const Sm90WgradChoice& choice = call.choice;
+  Sm90WgradParams p = *best;
+  const int row_tiles = int(divide_up(p.outputs, kRows)), columns = p.source.kernel[0] * p.tiles_n;
+  const double slices = double(p.batch) * p.source.out[0] * p.patches[0] * p.patches[1];
+  double fewest = 0;
+  auto consider = [&](int whole, int splits, int at_once) {
+    p.whole = whole;
+    p.rest = p.tiles_m * columns - whole;
+    p.splits = splits;
+    const double cycles = predicted_cycles<Tile>(p, at_once, slices, call.device);
+    if (fewest && cycles >= fewest) return;
+    fewest = cycles;
+    *best = p;
+  };
   for (p.cluster = 1; p.cluster <= 2; ++p.cluster) {
     if (row_tiles % p.cluster || (choice.cluster && choice.cluster != p.cluster)) continue;
     p.tiles_m = row_tiles / p.cluster;
-    const int tiles = p.tiles_m * columns, at_once = std::max(device.multiprocessors / p.cluster, 1);
-    const double slice = cycles_of_slice(Tile::kColumns, Tile::kProducts, stage_bytes,
-                                         2 * kTile + double(Tile::kBoxes) * p.box_bytes / p.cluster);
+    const int tiles = p.tiles_m * columns, at_once = std::max(call.device.multiprocessors / p.cluster, 1);
+    if (choice.splits) {
+      consider(0, choice.splits, at_once);
+      continue;
+    }
     for (int waves = std::max(tiles / at_once - 1, 0); waves <= tiles / at_once; ++waves)
       for (int splits :
            {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24, 28, 32, 40, 48, 64}) {
-        p.whole = waves * at_once;
-        p.rest = tiles - p.whole;
-        p.splits = splits;
-        if (choice.splits) {
-          p.whole = 0;
-          p.rest = tiles;
-          p.splits = choice.splits;
-        }
-        if (!choice.splits && splits > 1 && (p.rest == 0 || splits * 4 > slices)) break;
-        const double shares = double(p.whole) + double(p.rest) * p.splits,
-                     more = std::ceil(double(p.rest) * p.splits / at_once);
-        const double cycles =
-            p.whole / at_once * (slices * slice + 3000) + more * (slices / p.splits * slice + 3000) +
-            8 * shares * p.cluster * kRows * Tile::kColumns / (20.0 * device.multiprocessors);
-        if (!best || cycles < best) {
-          best = cycles;
-          chosen = p;
-        }
-        if (choice.splits) break;
+        if (splits > 1 && (tiles == waves * at_once || splits * 4 > slices)) break;
+        consider(waves * at_once, splits, at_once);
       }
   }
-  if (!best) return Status::Unsupported("sm90: no cluster of that size for so many outputs");
-  *best_cost = best;
-  if (only_cost) return Status::Ok();
-  p = chosen;
-  if (choice.report) {
-    const double report[kSm90WgradReport] = {double(Tile::kColumns),
-                                             double(p.splits),
-                                             double(p.cluster),
-                                             double(p.whole),
-                                             double(p.rest),
-                                             double(p.stages),
-                                             best};
-    std::copy(report, report + kSm90WgradReport, choice.report);
-  }
+  return fewest;
+}
+
+// The plan of a call with this tile, and the cycles that it predicts.
+template <class Tile>
+Status plan(const Sm90WgradCall& call, Sm90WgradParams* p, double* cycles) {
+  if (!fit<Tile>(call, p))
+    return Status::Unsupported("sm90: no tile suits the kernel, its dilation and this GPU's shared memory");
+  *cycles = divide_tiles<Tile>(call, p);
+  if (!*cycles) return Status::Unsupported("sm90: no cluster of that size for so many outputs");
+  return Status::Ok();
+}
+
+void report(const Sm90WgradParams& p, int columns, double cycles, int64_t* to) {
+  const int64_t numbers[kSm90WgradReport] = {columns, p.splits, p.cluster,      p.whole,
+                                             p.rest,  p.stages, int64_t(cycles)};
+  std::copy(std::begin(numbers), std::end(numbers), to);
+}
+
+template <class Tile>
+Status encode_maps(const Sm90WgradCall& call, const Source& s, Sm90WgradMaps* maps) {
+  const int rows = rows_of_box<Tile>(s), row_step = Tile::kHigh > 1 ? 1 : s.stride[1];
+  VTOK_RETURN_IF_ERROR(channels_last_map(maps->grad, call.grad, kSide, 1, 1));
+  VTOK_RETURN_IF_ERROR(channels_last_map(maps->x, call.problem.x, rows, row_step, s.stride[2]));
+  maps->cache = maps->x;
+  if (!s.used_cache) return Status::Ok();
+  return channels_last_map(maps->cache, call.problem.cache, rows, row_step, s.stride[2]);
+}
+
+// Takes the scratch memory, and launches unless that is all that was asked.
+template <class Tile>
+Status launch_plan(const Sm90WgradCall& call, Sm90WgradParams p, const Sm90WgradResult& result,
+                   Workspace workspace, cudaStream_t stream) {
+  const int64_t blocks = (int64_t(p.whole) + int64_t(p.rest) * p.splits) * p.cluster;
   p.rest = std::max(p.rest, 1);  // a divisor
-  const int64_t blocks = (int64_t(p.whole) + int64_t(chosen.rest) * p.splits) * p.cluster;
   p.partial = workspace.take<float>(blocks * kRows * Tile::kColumns);
   p.partial_bias = result.bias ? workspace.take<float>(blocks * kRows) : nullptr;
   if (blocks >= (int64_t(1) << 31)) return Status::Unsupported("weight: more tiles than a grid holds");
   Sm90WgradMaps maps;
-  VTOK_RETURN_IF_ERROR(channels_last_map(maps.grad, grad, kSide, 1, 1));
-  VTOK_RETURN_IF_ERROR(channels_last_map(maps.x, problem.x, box_rows, tall ? 1 : s.stride[1], s.stride[2]));
-  maps.cache = maps.x;
-  if (s.used_cache)
-    VTOK_RETURN_IF_ERROR(
-        channels_last_map(maps.cache, problem.cache, box_rows, tall ? 1 : s.stride[1], s.stride[2]));
+  VTOK_RETURN_IF_ERROR(encode_maps<Tile>(call, p.source, &maps));
   if (workspace.only_counts()) return Status::Ok();
-  VTOK_RETURN_IF_ERROR(VTOK_LAUNCH_CLUSTER(dim3(unsigned(p.cluster)), wgrad_sm90_kernel<Tile>,
-                                           dim3(unsigned(blocks)), dim3(kThreads),
-                                           fixed + p.stages * stage_bytes, stream, maps, p));
-  const dim3 grid(unsigned(divide_up(int64_t(columns) * Tile::kColumns + 1, 256)),
-                  unsigned(std::min(p.outputs, 65535)));
+  VTOK_RETURN_IF_ERROR(
+      VTOK_LAUNCH_CLUSTER(dim3(unsigned(p.cluster)), wgrad_sm90_kernel<Tile>, dim3(unsigned(blocks)),
+                          dim3(kThreads), kFixedBytes + p.stages * bytes_of_stage<Tile>(p), stream, maps, p));
+  const int64_t columns = int64_t(p.source.kernel[0]) * p.tiles_n * Tile::kColumns + 1;
+  const dim3 grid(unsigned(divide_up(columns, 256)), unsigned(std::min(p.outputs, 65535)));
   return VTOK_LAUNCH(wgrad_sm90_reduce_kernel<Tile>, grid, dim3(256), 0, stream, p, result);
 }
 
 // The cheaper of two tiles by the plan's own model.
 template <class T>
-Status launch(const ConvProblem& problem, const Sm90WgradParams& p, const Sm90WgradResult& result,
-              const Tensor& grad, Sm90WgradChoice choice, const Device& device, const Workspace& workspace,
-              cudaStream_t stream) {
-  auto with = [&](auto tile, double* cost, bool only_cost) {
-    return plan_and_launch<decltype(tile)>(problem, p, result, grad, choice, device, workspace, stream, cost,
-                                           only_cost);
-  };
+Status launch(const Sm90WgradCall& call, const Sm90WgradParams& p, const Sm90WgradResult& result,
+              const Workspace& workspace, cudaStream_t stream) {
   auto cheaper = [&](auto wide, auto narrow) {
-    double wide_cost = 0, narrow_cost = 0;
-    const Status first = with(wide, &wide_cost, true), second = with(narrow, &narrow_cost, true);
+    using Wide = decltype(wide);
+    using Narrow = decltype(narrow);
+    Sm90WgradParams of_wide = p, of_narrow = p;
+    double wide_cycles = 0, narrow_cycles = 0;
+    const Status first = plan<Wide>(call, &of_wide, &wide_cycles),
+                 second = plan<Narrow>(call, &of_narrow, &narrow_cycles);
     if (!first.ok() && !second.ok()) return second;
-    const bool take_wide = first.ok() && (!second.ok() || wide_cost <= narrow_cost);
-    return take_wide ? with(wide, &wide_cost, false) : with(narrow, &narrow_cost, false);
+    const bool take_wide = first.ok() && (!second.ok() || wide_cycles <= narrow_cycles);
+    if (call.choice.report)
+      take_wide ? report(of_wide, Wide::kColumns, wide_cycles, call.choice.report)
+                : report(of_narrow, Narrow::kColumns, narrow_cycles, call.choice.report);
+    return take_wide ? launch_plan<Wide>(call, of_wide, result, workspace, stream)
+                     : launch_plan<Narrow>(call, of_narrow, result, workspace, stream);
   };
   const Status tall = p.source.kernel[1] == 3 ? cheaper(Sm90WgradTile<T, 3, 2>(), Sm90WgradTile<T, 3, 1>())
                                               : Status::Unsupported("");
@@ -578,9 +622,9 @@ Status causal_conv3d_sm90_wgrad(const ConvProblem& problem, const Tensor& grad, 
                                   operand(problem.cache)};
   const Workspace workspace(workspace_base, workspace_bytes);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-  if (problem.x.dtype == DType::f16)
-    return launch<__half>(problem, p, result, grad, choice, device, workspace, stream);
-  return launch<__nv_bfloat16>(problem, p, result, grad, choice, device, workspace, stream);
+  const Sm90WgradCall call = {problem, grad, choice, device};
+  if (problem.x.dtype == DType::f16) return launch<__half>(call, p, result, workspace, stream);
+  return launch<__nv_bfloat16>(call, p, result, workspace, stream);
 }
 
 }  // namespace vtok::cuda
