@@ -200,7 +200,7 @@ def test_an_entry_that_makes_no_sense_counts_as_none(cache, entry):
 def test_a_tile_that_the_gpu_kernels_have_no_more_gives_way_to_their_own_choice(cache, monkeypatch):
     call, got = a_call(), []
 
-    def forward(call, out, *, choice):
+    def forward(call, *, choice):
         got.append(choice)
         if choice[0] == 512:
             raise NotImplementedError("no such tile")
@@ -216,8 +216,8 @@ def test_a_tile_that_the_gpu_kernels_have_no_more_gives_way_to_their_own_choice(
 
 def test_tiles_of_the_table_reach_the_gpu_kernels(cache, monkeypatch):
     call, got = a_call(), {}
-    monkeypatch.setattr(sm80, "forward", lambda call, out, **options: got.update(sm80=options["choice"]))
-    monkeypatch.setattr(sm90, "forward", lambda call, out, **options: got.update(sm90=options["choice"]))
+    monkeypatch.setattr(sm80, "forward", lambda call, **options: got.update(sm80=options["choice"]))
+    monkeypatch.setattr(sm90, "forward", lambda call, **options: got.update(sm90=options["choice"]))
     sm80.run(call)
     sm90.run(call)
     assert got == {"sm80": (0, 0, 0), "sm90": sm90.ANY}

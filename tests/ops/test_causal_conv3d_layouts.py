@@ -59,10 +59,10 @@ def lib(monkeypatch: pytest.MonkeyPatch) -> Native:
     monkeypatch.setattr(sm90, "why_not_machine", lambda x: None)
     monkeypatch.setattr(gradient.sm80, "why_not", lambda call: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    for clear in (launch._why_refused.cache_clear, sm90._reasons.clear):
+    for clear in (launch._why_refused.cache_clear, sm90._calls.clear):
         clear()
     yield stub
-    for clear in (launch._why_refused.cache_clear, sm90._reasons.clear):
+    for clear in (launch._why_refused.cache_clear, sm90._calls.clear):
         clear()
 
 

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
@@ -72,38 +71,63 @@ def allow_tf32(x: Tensor) -> bool:
 
 _memory = threading.local()
 _scratch: dict[tuple[Any, ...], int] = {}  # bytes that a launch of these shapes needed last
+UNKNOWN = 16  # bytes to begin with
 
 
 def launch(function: Callable[..., None], like: Tensor, *args: Any) -> None:
-    """Launches on the current stream of the tensor's device. Scratch memory comes from torch's allocator, as
-    much as the last call of these shapes needed; where this one needs more, the launcher says so and does
-    nothing else. The arguments begin with x and the weights."""
-    number, need = _need()
+    """Launches on the current stream of the tensor's device, with as much scratch memory as the last call of
+    these shapes needed. The arguments begin with x and the weights."""
     key = (function.__name__, args[0][2], args[1][2], args[-1])
-    room = _scratch.get(key, 16)
-    device = like.device
-    with torch.cuda.device(device) if like.is_cuda else nullcontext():
-        queue = (device.index, torch.cuda.current_stream(device).cuda_stream) if like.is_cuda else (0, 0)
-        while True:
-            number.value = 0
+    room = _scratch.get(key, UNKNOWN)
+    needed = launch_with(function, like.device, args, room)
+    if needed != room:
+        if len(_scratch) >= 4096:
+            _scratch.clear()
+        _scratch[key] = needed
+
+
+def launch_with(function: Callable[..., None], device: torch.device, args: tuple[Any, ...], room: int) -> int:
+    """Launches on the device's current stream. Scratch memory comes from torch's allocator: ``room`` bytes,
+    and where the launcher needs more, it says so and does nothing else. Returns the bytes that it needs."""
+    if device.type != "cuda":  # the emulator of the tests
+        return _launch_on((0, 0), function, device, args, room)
+    with torch.cuda.device(device):
+        queue = device.index, torch.cuda.current_stream(device).cuda_stream
+        return _launch_on(queue, function, device, args, room)
+
+
+def _launch_on(
+    queue: tuple[int, int],
+    function: Callable[..., None],
+    device: torch.device,
+    args: tuple[Any, ...],
+    room: int,
+) -> int:
+    number, need = _need()
+    while True:
+        number.value = 0
+        if room:
             workspace = torch.empty(room, dtype=torch.uint8, device=device)
-            function(*args, (workspace.data_ptr(), 6, workspace.shape, (1,)), need, queue)
-            found = max(number.value, 16)
-            if found != room:
-                if len(_scratch) >= 4096:
-                    _scratch.clear()
-                _scratch[key] = found
-            if found <= room:
-                return
-            room = found
+            scratch = (workspace.data_ptr(), 6, workspace.shape, (1,))
+        else:
+            scratch = NO_BYTES
+        function(*args, scratch, need, queue)
+        if number.value <= room:
+            return number.value
+        room = number.value
+
+
+NO_BYTES = (4096, 6, torch.Size([0]), (1,))  # an address: with none, the call is a question
 
 
 def _need() -> tuple[ctypes.c_int64, Any]:
     """This thread's number in which a launcher leaves the bytes that it needs, also as an argument."""
-    if not hasattr(_memory, "need"):
+    try:
+        return _memory.need
+    except AttributeError:
         number = ctypes.c_int64()
         _memory.need = number, (ctypes.addressof(number), 5, torch.Size([1]), (1,))
-    return _memory.need
+        return _memory.need
 
 
 # ---- questions, without a launch ---------------------------------------------------------------------------

@@ -53,9 +53,10 @@ def run(call: ConvCall) -> Tensor:
     return tuned.launch(forward, call, "sm80", ANY)
 
 
-def forward(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Triple = ANY) -> Tensor:
-    """Runs a checked call into ``out``: the final shape, channels_last_3d. ``choice`` insists where it is not
-    0."""
+def forward(call: ConvCall, out: Tensor | None = None, *, lib: Any = None, choice: Triple = ANY) -> Tensor:
+    """Runs a checked call into ``out``: the final shape, channels_last_3d; a fresh one where it is None.
+    ``choice`` insists where it is not 0."""
+    out = call.empty_output() if out is None else out
     x, cache = inputs(call.x, call.cache, call.geometry.groups)
     bias = None if call.bias is None else call.bias.contiguous()
     arg = native.arg_on(call.x.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import native
@@ -17,10 +18,13 @@ from vtok_fast.dispatch.backends import Reason
 from vtok_fast.ops.causal_conv3d import tuned
 from vtok_fast.ops.causal_conv3d.call import ConvBackwardCall, ConvCall
 from vtok_fast.ops.causal_conv3d.launch import (
+    LAST,
+    UNKNOWN,
     ask,
     channels_last,
     inputs,
     launch,
+    launch_with,
     why_not_machine,
     why_refused,
 )
@@ -58,23 +62,57 @@ class Plan(NamedTuple):
 # ---- forward -----------------------------------------------------------------------------------------------
 
 
-def why_not(call: ConvCall) -> Reason:
-    """The reason why the kernel cannot run a checked call, or None; remembered by what decides it."""
+class _Known:
+    """What calls of one signature have in common.
+
+    Attributes:
+        reason: why the kernel cannot run them; ``...`` where nobody has asked.
+        shape: of the output.
+        layouts: what the launcher is told of x, weight, cache, bias, residual and the output but their
+            addresses; None where a launch copies one of them first.
+        scratch: bytes of scratch memory by the choice of the tile.
+    """
+
+    __slots__ = ("layouts", "reason", "scratch", "shape")
+
+    def __init__(self, call: ConvCall) -> None:
+        self.reason: Any = ...
+        self.scratch: dict[Choice, int] = {}
+        out = call.empty_output(device="meta")
+        self.shape = out.shape
+        args, _ = _forward_args(call, out, copied=False)
+        tensors = (args[0], args[1], args[2], args[4], args[5], args[6])
+        x, cache = inputs(call.x, call.cache, call.geometry.groups, copied=False)
+        given = (call.x, call.cache, call.residual)
+        copied = any(a is not b for a, b in zip(given, (x, cache, channels_last(call.residual, False))))
+        in_a_row = call.bias is None or call.bias.is_contiguous()
+        self.layouts = [t and t[1:] for t in tensors] if in_a_row and not copied else None
+
+
+_calls: dict[tuple[Any, ...], _Known] = {}
+
+
+def _known(call: ConvCall) -> _Known:
     key = _signature(call)
     try:
-        return _reasons[key]
+        return _calls[key]
     except KeyError:
         pass
-    if (reason := why_not_machine(call.x)) is None:
-        args, _ = _forward_args(call, call.empty_output(device="meta"), copied=False)
-        reason = why_refused(call.x, "causal_conv3d_sm90", args, ANY, len(Plan._fields))
-    if len(_reasons) >= 4096:
-        _reasons.clear()
-    _reasons[key] = reason
-    return reason
+    if len(_calls) >= 4096:
+        _calls.clear()
+    found = _calls[key] = _Known(call)
+    return found
 
 
-_reasons: dict[tuple[Any, ...], Reason] = {}
+def why_not(call: ConvCall) -> Reason:
+    """The reason why the kernel cannot run a checked call, or None; remembered by what decides it."""
+    known = _known(call)
+    if known.reason is ...:
+        known.reason = why_not_machine(call.x)
+        if known.reason is None:
+            args, _ = _forward_args(call, call.empty_output(device="meta"), copied=False)
+            known.reason = why_refused(call.x, "causal_conv3d_sm90", args, ANY, len(Plan._fields))
+    return known.reason
 
 
 def _signature(call: ConvCall) -> tuple[Any, ...]:
@@ -95,6 +133,7 @@ def _signature(call: ConvCall) -> tuple[Any, ...]:
         x.stride(),
         weight.shape,
         weight.stride(),
+        bias is None or bias.is_contiguous(),
         bias is None,
         of_cache,
         of_residual,
@@ -145,11 +184,33 @@ def plan(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Choice = ANY) 
     return Plan(*ask((lib or native.lib()).causal_conv3d_sm90, args, choice, len(Plan._fields)))
 
 
-def forward(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Choice = ANY) -> Tensor:
-    """Runs a checked call into ``out``: the final shape, channels_last_3d."""
-    args, _alive = _forward_args(call, out)
-    launch((lib or native.lib()).causal_conv3d_sm90, call.x, *args, choice)
+def forward(call: ConvCall, out: Tensor | None = None, *, lib: Any = None, choice: Choice = ANY) -> Tensor:
+    """Runs a checked call into ``out``: the final shape, channels_last_3d; a fresh one where it is None."""
+    known, device = _known(call), call.x.device
+    if out is None:
+        out = torch.empty(known.shape, dtype=call.x.dtype, device=device, memory_format=LAST)
+    args, _alive = _quick_args(call, out, known) or _forward_args(call, out)
+    launcher = (lib or native.lib()).causal_conv3d_sm90
+    room = known.scratch.get(choice, UNKNOWN)
+    known.scratch[choice] = launch_with(launcher, device, (*args, choice), room)
     return out
+
+
+def _quick_args(call: ConvCall, out: Tensor, known: _Known) -> tuple[tuple, None] | None:
+    """What `_forward_args` gives, from what is known of it; None where that does not suffice."""
+    if known.layouts is None or out.shape != known.shape or not out.is_contiguous(memory_format=LAST):
+        return None
+    x, weight, bias, cache, residual, geometry, alpha, activation, ratios = call
+    at: list[Any] = []
+    for tensor, layout in zip((x, weight, cache, bias, residual, out), known.layouts):
+        if tensor is None:
+            at.append(None)
+        elif address := tensor.data_ptr():
+            at.append((address, *layout))
+        else:  # no memory: the long way says so
+            return None
+    args = (*at[:3], geometry.native(), *at[3:], alpha, activation == "silu", ratios)
+    return args, None
 
 
 # ---- the input's gradient ----------------------------------------------------------------------------------

@@ -67,10 +67,10 @@ def why_slower(backend: str, call: ConvCall) -> Reason:
 def launch(forward: Callable[..., Tensor], call: ConvCall, backend: str, default: tuple[int, ...]) -> Tensor:
     """Launches with the table's choice; with the default where that is a tile which these kernels no longer
     have."""
-    choice, out = choice_of(call, backend), call.empty_output()
+    choice = choice_of(call, backend)
     if choice is not None:
         try:
-            return forward(call, out, choice=tuple(choice))
+            return forward(call, choice=tuple(choice))
         except (NotImplementedError, ValueError):
             pass
-    return forward(call, out, choice=default)
+    return forward(call, choice=default)
