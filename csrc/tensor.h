@@ -7,7 +7,7 @@
 
 namespace vtok {
 
-enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3, i32 = 4, i64 = 5, u8 = 6 };
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3, i32 = 4, i64 = 5, u8 = 6, e4m3 = 7 };
 
 constexpr int kMaxRank = 6;
 
@@ -34,7 +34,8 @@ constexpr int element_size(DType t) {
     case DType::bf16: return 2;
     case DType::f64:
     case DType::i64: return 8;
-    case DType::u8: return 1;
+    case DType::u8:
+    case DType::e4m3: return 1;
   }
   return 0;
 }

@@ -110,7 +110,7 @@ checks conformance 300 -- tests/emulator/test_conformance.py
 # 2. Memory, on small shapes.
 SMALL="test_splits or test_strides or test_infinities or test_input_gradient or test_first_call or test_cache or test_every_layout"
 FILES=(tests/ops/test_causal_conv3d_sm80_gpu.py tests/ops/test_causal_conv3d_sm90_gpu.py
-  tests/ops/test_causal_conv3d_sm90_wgrad_gpu.py tests/ops/test_fsq_sm80.py)
+  tests/ops/test_causal_conv3d_sm90_wgrad_gpu.py tests/ops/test_causal_conv3d_e4m3_gpu.py tests/ops/test_fsq_sm80.py)
 if command -v compute-sanitizer >/dev/null; then
   checks memcheck 300 compute-sanitizer --tool memcheck --error-exitcode 9 -- "${FILES[@]}" -k "$SMALL"
   checks memcheck-triton 240 compute-sanitizer --tool memcheck --error-exitcode 9 -- \

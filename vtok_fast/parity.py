@@ -1,4 +1,4 @@
-"""The two contracts, measured.
+"""The contracts, measured.
 
 - *exact*: the result equals the reference bit for bit (`torch.equal`, same dtype and shape).
 - *close*: with ref64 computed in float64, the relative error ``norm(y - ref64) / norm(ref64)`` is at most the
@@ -9,6 +9,8 @@
   and a region that happens to be almost zero does not fail for nothing. What these norms average over,
   `close_locally` measures for `causal_conv3d`: the error of every output against what it and its neighbors
   read.
+- *fast*: the same relative error, per region, is at most `FAST`: what rounding both operands of a product to
+  e4m3 can do to it at most.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CONTRACTS = ("exact", "close")
+from vtok_fast.reference.e4m3 import ROUNDING as E4M3_ROUNDING
+
+CONTRACTS = ("exact", "close", "fast")
+FAST = (1 + E4M3_ROUNDING) ** 2 - 1  # 0.129
 
 
 def floor(dtype: torch.dtype) -> float:
@@ -104,6 +109,25 @@ def close(y: Tensor, ref64: Tensor, same_dtype: Tensor | None = None, *, inside:
         }
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
     return Parity("close", errors[worst] <= allowed[worst], errors[worst], allowed[worst], worst)
+
+
+def fast(y: Tensor, ref64: Tensor) -> Parity:
+    """Measures the *fast* contract; the arguments are those of `close`."""
+    if y.shape != ref64.shape:
+        raise ValueError(f"y: expected shape {tuple(ref64.shape)}, got {tuple(y.shape)}")
+    if not torch.equal(torch.isfinite(y), torch.isfinite(ref64.to(y.dtype))):
+        return Parity("fast", False, float("inf"), FAST, "values that are not finite")
+    errors = relative_errors(y, ref64)
+    worst = max(errors, key=lambda name: errors[name])
+    return Parity("fast", errors[worst] <= FAST, errors[worst], FAST, worst)
+
+
+def psnr(y: Tensor, ref64: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB: the square of the range of the float64 result, from its least value
+    to its largest, over the mean squared error. Infinite where they are equal."""
+    error = (y.double() - ref64).square().mean().item()
+    span = (ref64.max() - ref64.min()).item()
+    return 10 * math.log10(span**2 / error) if error > 0 and span > 0 else math.inf if error == 0 else 0.0
 
 
 LOCAL = 16.0  # eps of float32, see close_locally

@@ -18,6 +18,7 @@ void bind_causal_conv3d_cuda(pybind11::module_& m) {
   m.def("causal_conv3d_sm80_backward", released(cuda::causal_conv3d_sm80_backward_call));
 #ifdef VTOK_SM90
   m.def("causal_conv3d_sm90", released(cuda::causal_conv3d_sm90_call));
+  m.def("causal_conv3d_sm90_e4m3", released(cuda::causal_conv3d_sm90_e4m3_call));
   m.def("causal_conv3d_sm90_dgrad", released(cuda::causal_conv3d_sm90_dgrad_call));
   m.def("causal_conv3d_sm90_wgrad", released(cuda::causal_conv3d_sm90_wgrad_call));
 #endif

@@ -5,6 +5,15 @@
 #include "cuda/ptx.cuh"
 #include "cuda/tensor_map.cuh"
 
+namespace vtok::ptx {
+
+// A float of 8 bits: 4 of exponent, 3 of fraction; 448 at most, no infinities.
+struct E4m3 {
+  uint8_t bits;
+};
+
+}  // namespace vtok::ptx
+
 #ifndef VTOK_EMULATOR
 
 namespace vtok::ptx {
@@ -282,21 +291,21 @@ __device__ __forceinline__ void wgmma_wait() {
 #define VTOK_D16(i) VTOK_D4(i), VTOK_D4(i + 4), VTOK_D4(i + 8), VTOK_D4(i + 12)
 #define VTOK_D64(i) VTOK_D16(i), VTOK_D16(i + 16), VTOK_D16(i + 32), VTOK_D16(i + 48)
 // One instruction: the texts of its operands, the left one's constraints, and in `...` those of the sums.
-#define VTOK_WGMMA(n, type, registers, a_text, b_text, flag_text, tail, a_operand, ...)                    \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag_text                                               \
-               ", 0;\n"                                                                                    \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " a_text \
-               ", " b_text ", p, 1, 1" tail ";\n}"                                                         \
-               : __VA_ARGS__                                                                               \
+#define VTOK_WGMMA(n, types, registers, a_text, b_text, flag_text, tail, a_operand, ...)            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag_text                                        \
+               ", 0;\n"                                                                             \
+               "wgmma.mma_async.sync.aligned.m64n" #n types " {" registers "}, " a_text ", " b_text \
+               ", p, 1, 1" tail ";\n}"                                                              \
+               : __VA_ARGS__                                                                        \
                : "r"(int(accumulate)), "l"(b), VTOK_UNPACK a_operand)
 #define VTOK_UNPACK(...) __VA_ARGS__
 #define VTOK_A_DESCRIPTOR ("l"(a), "n"(int(TransposeA)), "n"(int(TransposeB)))
 #define VTOK_A_REGISTERS ("n"(int(TransposeB)), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
-#define VTOK_WGMMA_TYPES(n, ...)                  \
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) \
-    VTOK_WGMMA(n, "bf16", __VA_ARGS__);           \
-  else                                            \
-    VTOK_WGMMA(n, "f16", __VA_ARGS__)
+#define VTOK_WGMMA_TYPES(n, ...)                     \
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)    \
+    VTOK_WGMMA(n, "k16.f32.bf16.bf16", __VA_ARGS__); \
+  else                                               \
+    VTOK_WGMMA(n, "k16.f32.f16.f16", __VA_ARGS__)
 // i0 to i4 (i6): N / 2 and the numbers after it.
 #define VTOK_WGMMA_SS(n, registers, i0, i1, i2, i3, i4, ...)                                        \
   VTOK_WGMMA_TYPES(n, registers, "%" #i2, "%" #i1, "%" #i0, ", %" #i3 ", %" #i4, VTOK_A_DESCRIPTOR, \
@@ -357,6 +366,43 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], const uint32_t (
   } else {
     VTOK_WGMMA_RS(256, VTOK_R7, 128, 129, 130, 131, 132, 133, 134, VTOK_D64(0), VTOK_D64(64));
   }
+}
+
+// i0 to i5: N / 2 and the numbers after it.
+#define VTOK_WGMMA_E4M3(n, registers, i0, i1, i2, i3, i4, i5, ...)                                         \
+  VTOK_WGMMA(n, "k32.f32.e4m3.e4m3", registers, "{%" #i2 ",%" #i3 ",%" #i4 ",%" #i5 "}", "%" #i1, "%" #i0, \
+             "", ("r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])), __VA_ARGS__)
+
+// The same of elements of one byte, 32 of k: byte for byte where those of two bytes are, so that ldmatrix_x4
+// brings them too. Only with k innermost. The sums keep fewer bits than float32 has: about 14, as others have
+// measured (docs/kernels.md).
+template <int N>
+__device__ __forceinline__ void wgmma_m64k32_e4m3(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
+                                                  bool accumulate = true) {
+  static_assert(N == 64 || N == 96 || N == 112 || N == 128 || N == 144 || N == 160,
+                "add it where it is needed");
+  if constexpr (N == 64) {
+    VTOK_WGMMA_E4M3(64, VTOK_R1, 32, 33, 34, 35, 36, 37, VTOK_D16(0), VTOK_D16(16));
+  } else if constexpr (N == 96) {
+    VTOK_WGMMA_E4M3(96, VTOK_R2, 48, 49, 50, 51, 52, 53, VTOK_D16(0), VTOK_D16(16), VTOK_D16(32));
+  } else if constexpr (N == 112) {
+    VTOK_WGMMA_E4M3(112, VTOK_R2 "," VTOK_R8(48, 49, 50, 51, 52, 53, 54, 55), 56, 57, 58, 59, 60, 61,
+                    VTOK_D16(0), VTOK_D16(16), VTOK_D16(32), VTOK_D4(48), VTOK_D4(52));
+  } else if constexpr (N == 128) {
+    VTOK_WGMMA_E4M3(128, VTOK_R3, 64, 65, 66, 67, 68, 69, VTOK_D64(0));
+  } else if constexpr (N == 144) {
+    VTOK_WGMMA_E4M3(144, VTOK_R3 "," VTOK_R8(64, 65, 66, 67, 68, 69, 70, 71), 72, 73, 74, 75, 76, 77,
+                    VTOK_D64(0), VTOK_D4(64), VTOK_D4(68));
+  } else {
+    VTOK_WGMMA_E4M3(160, VTOK_R4, 80, 81, 82, 83, 84, 85, VTOK_D64(0), VTOK_D16(64));
+  }
+}
+
+// Two values, the first in the lower byte: to nearest even, at most 448 in size, also infinity; NaN stays NaN.
+__device__ __forceinline__ uint16_t to_e4m3x2(float low, float high) {
+  uint16_t bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+  return bits;
 }
 
 }  // namespace vtok::ptx

@@ -37,10 +37,10 @@ inline Status encode(TensorMap& map, const void* base, const TensorMapShape& s) 
   const cuda::Driver& driver = cuda::driver();
   VTOK_RETURN_IF_ERROR(driver.problem);
   if (!driver.encode) return Status::Unsupported("the driver has no tensor maps");
-  const CUtensorMapDataType type = s.dtype == DType::f32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                   : s.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                   : s.dtype == DType::u8   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapDataType type = s.dtype == DType::f32        ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : s.dtype == DType::bf16     ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : element_size(s.dtype) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUtensorMapSwizzle swizzle = s.swizzle == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : s.swizzle == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                      : s.swizzle == 32 ? CU_TENSOR_MAP_SWIZZLE_32B

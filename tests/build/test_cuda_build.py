@@ -100,7 +100,7 @@ def test_sm80(source):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", [pytest.param(source, marks=pytest.mark.slow if "_f16_" in source.name else (), id=name(source))
+@pytest.mark.parametrize("source", [pytest.param(source, marks=pytest.mark.slow if "_f16_" in source.name or "e4m3_" in source.name else (), id=name(source))
                                     for source in ONLY_SM90])
 def test_sm90a(source):
     check(source, "sm_90a")
@@ -191,7 +191,8 @@ def test_hopper_wgrad_multiplies_by_wgmma_what_tma_brings():
 
 
 @needs_sass
-@pytest.mark.parametrize("dtype", ("bf16", pytest.param("f16", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("dtype", ("bf16", *(pytest.param(name, marks=pytest.mark.slow)
+                                             for name in ("f16", "e4m3_bf16", "e4m3_f16"))))
 def test_hopper_convolution_multiplies_by_wgmma_what_tma_brings(dtype):
     """The loop over taps: its products are not serialized, no fence of all memory stands in it, and of every
     21 instructions at least one is a product of 64 x N x 16, so that they need fewer issue slots than the
@@ -203,6 +204,7 @@ def test_hopper_convolution_multiplies_by_wgmma_what_tma_brings(dtype):
     kernels = {tuple(map(int, re.findall(r"Li(\d+)E", name))): body for name, body in functions.items()
                if "conv_sm90_kernel" in name}
     assert len(kernels) == 8
+    product = "QGMMA.64x{}x32" if "e4m3" in dtype else "HGMMA.64x{}x16"
     wanted = ("UTMALDG.5D", "UTMALDG.3D ", "UTMALDG.3D.MULTICAST", "UTMASTG.5D", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC",
               "STSM.16.M88.4")
     for (rows, columns), body in kernels.items():
@@ -211,20 +213,21 @@ def test_hopper_convolution_multiplies_by_wgmma_what_tma_brings(dtype):
         jumps = [(int(target, 16), int(at, 16)) for at, text in lines
                  for target in re.findall(r"BRA(?:\.\w+)*\s.*?(0x[0-9a-f]+)", text)]
         loops = [[text for at, text in lines if begin <= int(at, 16) <= end] for begin, end in jumps if begin < end]
-        # Four steps of 16 channels: of one tap on two blocks of 64 rows, or of two taps on one.
-        whole = min((loop for loop in loops if sum(f"HGMMA.64x{columns}x16" in text for text in loop) == 8), key=len)
+        # Four steps of 32 bytes of channels: of one tap on two blocks of 64 rows, or of two taps on one.
+        whole = min((loop for loop in loops if sum(product.format(columns) in text for text in loop) == 8), key=len)
         assert sum("LDSM.16.M88.4" in text for text in whole) == 8
         # Waits for the group before the last, except where the registers leave room for one.
         waits = [text.split()[-1] for text in whole if "WARPGROUP.DEPBAR.LE" in text]
         assert waits == (["0x0", "0x0"] if (rows, columns) == (256, 160) else ["0x1", "0x1"]), (rows, columns)
         assert not any("MEMBAR" in text or "CCTL" in text for text in whole)
         cycles = 2 * 8 * columns // 2  # of the tensor cores, for both warpgroups
-        print(f"{dtype} {rows}x{columns}: {len(whole)} instructions, 8 HGMMA, {2 * len(whole) / cycles:.2f} of the issue slots")
+        print(f"{dtype} {rows}x{columns}: {len(whole)} instructions, 8 products, {2 * len(whole) / cycles:.2f} of the issue slots")
         assert len(whole) <= 8 * 21
 
 
 @needs_sass
-@pytest.mark.parametrize("source, name", (("sm90_bf16", "conv_sm90_kernel"), ("sm90_wgrad", "wgrad_sm90_kernel")))
+@pytest.mark.parametrize("source, name", (("sm90_bf16", "conv_sm90_kernel"), ("sm90_wgrad", "wgrad_sm90_kernel"),
+                                          pytest.param("sm90_e4m3_bf16", "conv_sm90_kernel", marks=pytest.mark.slow)))
 def test_registers_that_warpgroups_hand_over_exist(source, name):
     """What the producers give up and the others take, of what the compiler gave each: else setmaxnreg waits
     for ever."""

@@ -1,6 +1,6 @@
 // As conformance_sm90.cu, the rest of what the Hopper kernels rely on: boxes of five axes, out of bounds on the outer
 // ones and with steps between elements; boxes stored with the narrower swizzles; products of every shape that is
-// used, in both types; weights multicast in halves and given up by relaxed arrivals of both blocks; registers
+// used, in both types and in e4m3; rounding to e4m3; weights multicast in halves and given up by relaxed arrivals of both blocks; registers
 // moved between warpgroups.
 #include "conformance_main.inc"
 #include "cuda/ptx_sm90.cuh"
@@ -10,9 +10,10 @@ namespace vtok::cuda {
 constexpr int kElements = 16 * 9 * 6 * 4 * 3;
 constexpr int kBoxWords = 12 * 8, kSteppedWords = 4 * 8, kStored = 80 * 7 * 5;
 constexpr int kColumns = 96 + 112 + 128 + 144 + 160 + 192 + 160 + 256 + 256;  // of all products
-constexpr int kHalves = 2 * 16 * 32;                                          // of a block
-constexpr int kWords =
-    5 * kBoxWords + 3 * kSteppedWords + 2 * kStored / 2 + kColumns * 64 + 2 * kHalves + 384;
+constexpr int kNarrowColumns = 64 + 96 + 112 + 128 + 144 + 160, kNarrowed = 512;
+constexpr int kHalves = 2 * 16 * 32;  // of a block
+constexpr int kWords = 5 * kBoxWords + 3 * kSteppedWords + 2 * kStored / 2 + kColumns * 64 +
+                       kNarrowColumns * 64 + kNarrowed / 4 + 2 * kHalves + 384;
 
 struct Place {
   int at[5];
@@ -93,6 +94,42 @@ __global__ void products(uint32_t* out) {
   for (int i = 0; i < N / 2; ++i) ptx::st_global(out + 128 * i + t, static_cast<uint32_t>(int(d[i])));
 }
 
+// left right^T for 64 rows, N columns and 128 of k, in e4m3, plus the thread's number.
+template <int N>
+__global__ void narrow_products(uint32_t* out) {
+  const uint32_t base = (ptx::smem_base() + 1023) / 1024 * 1024, t = threadIdx.x;
+  for (uint32_t i = t; i < N * 64; i += 128) {
+    const uint32_t c = i / 64, k = i % 64 * 2;
+    ptx::st_shared(ptx::swizzled<128>(base, c, k), ptx::to_e4m3x2(right(c, k), right(c, k + 1)));
+  }
+  ptx::fence_proxy_async();
+  __syncthreads();
+  uint32_t a[4][4];
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t row = t / 32 * 16 + t % 32 / 4 + j % 2 * 8, k = 32 * i + t % 4 * 4 + j / 2 * 16;
+      a[i][j] = ptx::to_e4m3x2(left(row, k), left(row, k + 1)) |
+                uint32_t(ptx::to_e4m3x2(left(row, k + 2), left(row, k + 3))) << 16;
+    }
+  float d[N / 2];
+  for (float& x : d) x = float(t);
+  const uint64_t of_right = ptx::wgmma_descriptor<128>(base);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32_e4m3<N>(d, a[i], of_right + 2 * i);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  for (int i = 0; i < N / 2; ++i) ptx::st_global(out + 128 * i + t, static_cast<uint32_t>(int(d[i])));
+}
+
+// Value i: of all sizes from 2^-12 to 1024, and ties among them.
+__global__ void narrowed(uint32_t* out) {
+  auto value = [](uint32_t i) { return float(int(i * 37 % 2048) - 1024) / float(1 << i % 13); };
+  const uint32_t i = 4 * threadIdx.x;
+  ptx::st_global(out + threadIdx.x, ptx::to_e4m3x2(value(i), value(i + 1)) |
+                                        uint32_t(ptx::to_e4m3x2(value(i + 2), value(i + 3))) << 16);
+}
+
 // Sixteen rows for both blocks, eight brought by each; and sixteen more in their place once both have read them.
 __global__ void halves(const __grid_constant__ TensorMap from, uint32_t* out) {
   const uint32_t base = (ptx::smem_base() + 1023) / 1024 * 1024, full = base + 2048, empty = full + 8;
@@ -134,6 +171,13 @@ Status multiply(uint32_t*& out) {
   uint32_t* to = out;
   out += N * 64;
   return VTOK_LAUNCH((products<T, N, Registers>), 1, 128, (64 + N) * 128 + 1024, nullptr, to);
+}
+
+template <int N>
+Status multiply_narrow(uint32_t*& out) {
+  uint32_t* to = out;
+  out += N * 64;
+  return VTOK_LAUNCH(narrow_products<N>, 1, 128, N * 128 + 1024, nullptr, to);
 }
 
 Status boxes_of_five(const Tensor& from, uint32_t*& out) {
@@ -181,6 +225,11 @@ Status conformance_sm90_more(const Tensor& from, const Tensor& words) {
                           multiply<B, 144, true>, multiply<B, 160, true>, multiply<B, 192, true>,
                           multiply<H, 160, true>, multiply<H, 256, false>, multiply<B, 256, false>})
     VTOK_RETURN_IF_ERROR(multiplied(out));
+  for (auto multiplied : {multiply_narrow<64>, multiply_narrow<96>, multiply_narrow<112>,
+                          multiply_narrow<128>, multiply_narrow<144>, multiply_narrow<160>})
+    VTOK_RETURN_IF_ERROR(multiplied(out));
+  VTOK_RETURN_IF_ERROR(VTOK_LAUNCH(narrowed, 1, kNarrowed / 4, 0, nullptr, out));
+  out += kNarrowed / 4;
   VTOK_RETURN_IF_ERROR(
       encode(map, from.data, {DType::f16, 3, {80, 35, 1}, {2, 160, 5600}, {64, 8, 1}, {1, 1, 1}, 128}));
   VTOK_RETURN_IF_ERROR(VTOK_LAUNCH_CLUSTER(dim3(2), halves, 2, 128, 4096, nullptr, map, out));

@@ -127,6 +127,12 @@ void tma_load(uint32_t smem, const TensorMap* map, uint32_t bar, const int* at, 
 void tma_store(const TensorMap* map, uint32_t smem, const int* at, int rank, const Where& where);
 void tma_store_wait(uint32_t left, bool written);
 
+// The value of an element, from its bits; and its bytes.
+struct Element {
+  float (*value)(uint16_t);
+  int bytes;
+};
+
 struct Operand {  // by a descriptor; or, the left one, in registers
   uint64_t descriptor;
   bool transposed;
@@ -136,8 +142,7 @@ struct Operand {  // by a descriptor; or, the left one, in registers
 void wgmma_fence(const Where& where);
 void wgmma_commit(const Where& where);
 void wgmma_wait(uint32_t left, const Where& where);
-void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*element)(uint16_t),
-           const Where& where);
+void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, Element element, const Where& where);
 void set_registers(int count, bool more, const Where& where);
 
 }  // namespace emu
@@ -271,13 +276,40 @@ template <class T, int N, bool TransposeA = false, bool TransposeB = false>
 void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true,
                   Where where = Where::current()) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
-  emu::wgmma(d, N, {a, TransposeA}, {b, TransposeB}, accumulate, wgmma_element<T>, where);
+  emu::wgmma(d, N, {a, TransposeA}, {b, TransposeB}, accumulate, {wgmma_element<T>, 2}, where);
 }
 template <class T, int N, bool TransposeB = false>
 void wgmma_m64k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true,
                   Where where = Where::current()) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
-  emu::wgmma(d, N, {0, false, a}, {b, TransposeB}, accumulate, wgmma_element<T>, where);
+  emu::wgmma(d, N, {0, false, a}, {b, TransposeB}, accumulate, {wgmma_element<T>, 2}, where);
 }
+
+// In float32, where the hardware keeps fewer bits of such sums.
+inline float e4m3_value(uint16_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float size = exponent == 15 && fraction == 7 ? NAN
+                     : exponent                      ? std::ldexp(float(8 + fraction), exponent - 10)
+                                                     : std::ldexp(float(fraction), -9);
+  return bits & 0x80 ? -size : size;
+}
+template <int N>
+void wgmma_m64k32_e4m3(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true,
+                       Where where = Where::current()) {
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+  emu::wgmma(d, N, {0, false, a}, {b, false}, accumulate, {e4m3_value, 1}, where);
+}
+
+inline uint8_t to_e4m3(float v) {
+  const uint8_t sign = std::bit_cast<uint32_t>(v) >> 24 & 0x80;
+  if (v != v) return sign | 0x7f;
+  const float size = std::min(std::fabs(v), 448.0f);
+  // Steps of 2^-9 below the normal numbers, and eight in each power of two above.
+  int exponent = 0;
+  std::frexp(std::max(size, 0x1p-6f), &exponent);
+  const int steps = int(std::nearbyint(std::ldexp(size, 4 - exponent)));  // 16 is the next power of two
+  return uint8_t(sign | ((exponent + 5) * 8 + steps));
+}
+inline uint16_t to_e4m3x2(float low, float high) { return uint16_t(to_e4m3(low) | to_e4m3(high) << 8); }
 
 }  // namespace vtok::ptx

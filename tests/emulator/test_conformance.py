@@ -130,10 +130,10 @@ def boxes():
         yield from box((40, -1, 2), swizzle)
 
 
-def warpgroup_products(columns=64):
+def warpgroup_products(columns=64, depth=64):
     r = np.arange(64)[:, None]
     n = np.arange(columns)[:, None]
-    k = np.arange(64)[None]
+    k = np.arange(depth)[None]
     yield from registers(((3 * r + 5 * k) % 7 - 3) @ ((2 * n + 11 * k) % 9 - 4).T)
 
 
@@ -214,6 +214,17 @@ def wide_products():
         yield from warpgroup_products(columns)
 
 
+def narrow_products():
+    for columns in (64, 96, 112, 128, 144, 160):
+        yield from warpgroup_products(columns, 128)
+
+
+def narrowed():
+    i = torch.arange(512)
+    value = (i * 37 % 2048 - 1024).float() / 2.0 ** (i % 13)
+    yield from value.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().view("<u4").tolist()
+
+
 def halves():
     """Line r, chunk c, at chunk c ^ r % 8."""
     lines = np.arange(1, 80 * 35 + 1).reshape(35, 80)[:32, :64].reshape(32, 8, 8)
@@ -244,10 +255,12 @@ PARTS_SM90_MORE = {
     "boxes of five axes": boxes_of_five,
     "stored boxes": stored_boxes,
     "products of every width": wide_products,
+    "products in e4m3": narrow_products,
+    "rounded to e4m3": narrowed,
     "weights in halves": halves,
     "moved registers": lambda: (7 * t for t in range(384)),
 }
-WORDS_SM90_MORE = 5 * 96 + 3 * 32 + 2 * 1400 + 1504 * 64 + 2 * 1024 + 384
+WORDS_SM90_MORE = 5 * 96 + 3 * 32 + 2 * 1400 + (1504 + 704) * 64 + 128 + 2 * 1024 + 384
 WORDS_SM90 = 18 * 64 + (64 + 64 + 128 + 192 + 8) * 64 + 256 + 2 * (2 * 18 * 32 + 128) + 1400
 
 

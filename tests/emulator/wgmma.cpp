@@ -4,8 +4,8 @@
 namespace emu {
 namespace {
 
-// A tile in shared memory by its descriptor, of rows (of M or N) by 16 of k; in chunks of 16 bytes, which are
-// 8 of k, or 8 rows where it is transposed.
+// A tile in shared memory by its descriptor, of rows (of M or N) by 32 bytes of k; in chunks of 16 bytes, which
+// are 8 or 16 of k, or 8 rows where it is transposed: elements of two bytes then.
 struct Tile {
   // bytes; a chunk's place follows from them as the PTX manual's canonical layouts say
   uint32_t start, lead, stride;
@@ -27,7 +27,7 @@ struct Tile {
            where);
   }
   // k innermost: lines of one row, 8 rows to the next by `stride`. Transposed: lines of one k, 8 of k to the
-  // next by `stride`, and a line's rows to the next ones by `lead`.
+  // next by `stride`, and a line's rows to the next ones by `lead`. `k` in units of two bytes.
   uint32_t chunk(int row, int k) const {
     const int line = width / 2;  // elements
     const uint32_t address = transposed
@@ -37,10 +37,19 @@ struct Tile {
   }
 };
 
-// values[row * 16 + k]. A warp reads its 16 rows of the left operand, each warp all of the right one.
-std::vector<float> read_tile(const Tile& tile, int rows, float (*element)(uint16_t), int group,
-                             bool all_warps, const Where& where) {
-  std::vector<float> values(rows * 16);
+// The value of element `at` behind `from`.
+float element_at(const void* from, int at, const Element& element) {
+  uint16_t bits = 0;
+  std::memcpy(&bits, static_cast<const char*>(from) + at * element.bytes, element.bytes);
+  return element.value(bits);
+}
+
+// values[row * depth + k], with a depth of 32 bytes. A warp reads its 16 rows of the left operand, each warp all
+// of the right one.
+std::vector<float> read_tile(const Tile& tile, int rows, const Element& element, int group, bool all_warps,
+                             const Where& where) {
+  const int depth = 32 / element.bytes;
+  std::vector<float> values(rows * depth);
   const Event event{wgmma_agent(group), warpgroups[group].groups + 1, where};
   const int rows_of_chunk = tile.transposed ? 8 : 1, k_of_chunk = tile.transposed ? 1 : 8;
   for (int row = 0; row < rows; row += rows_of_chunk)
@@ -48,24 +57,25 @@ std::vector<float> read_tile(const Tile& tile, int rows, float (*element)(uint16
       const uint32_t place = check_shared(tile.chunk(row, k), 16, 16, "wgmma", where);
       for (int warp = all_warps ? 0 : row / 16; warp < (all_warps ? 4 : row / 16 + 1); ++warp)
         record_read(place, 16, event, "wgmma", where, cluster.threads[128 * group + 32 * warp], true);
-      for (int i = 0; i < 8; ++i) {
-        uint16_t bits;
-        std::memcpy(&bits, shared_bytes(place + 2 * i), 2);
-        values[tile.transposed ? (row + i) * 16 + k : row * 16 + k + i] = element(bits);
-      }
+      for (int i = 0; i < 16 / element.bytes; ++i)
+        values[tile.transposed ? (row + i) * depth + k : row * depth + k * 2 / element.bytes + i] =
+            element_at(shared_bytes(place), i, element);
     }
   return values;
 }
 
-// The left operand from registers: as that of mma_m16n8k16, for each warp's 16 rows.
+// The left operand from registers: as that of mma_m16n8k16, or m16n8k32, for each warp's 16 rows. A register
+// has the elements of four bytes of k.
 template <class Offers>
-std::vector<float> read_registers(const Offers& offers, float (*element)(uint16_t)) {
-  std::vector<float> values(64 * 16);
+std::vector<float> read_registers(const Offers& offers, const Element& element) {
+  const int depth = 32 / element.bytes, wide = 4 / element.bytes;
+  std::vector<float> values(64 * depth);
   for (int t = 0; t < 128; ++t)
     for (int i = 0; i < 4; ++i)
-      for (int e = 0; e < 2; ++e) {
-        const int row = 16 * (t / 32) + t % 32 / 4 + 8 * (i % 2), k = 2 * (t % 4) + 8 * (i / 2) + e;
-        values[row * 16 + k] = element(uint16_t(offers[t]->a.registers[i] >> 16 * e));
+      for (int e = 0; e < wide; ++e) {
+        const int row = 16 * (t / 32) + t % 32 / 4 + 8 * (i % 2),
+                  k = wide * (t % 4) + depth / 2 * (i / 2) + e;
+        values[row * depth + k] = element_at(&offers[t]->a.registers[i], e, element);
       }
   return values;
 }
@@ -134,8 +144,7 @@ void wgmma_wait(uint32_t left, const Where& where) {
   clock = std::max(clock, up_to);
 }
 
-void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*element)(uint16_t),
-           const Where& where) {
+void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, Element element, const Where& where) {
   struct Offer {
     float* d;
     Operand a, b;
@@ -161,6 +170,7 @@ void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*eleme
       if (offers[i]->a.descriptor != a.descriptor || offers[i]->b.descriptor != b.descriptor ||
           offers[i]->accumulate != accumulate)
         fail("wgmma: threads have different descriptors", where);
+    const int depth = 32 / element.bytes;
     const auto left = a.registers ? read_registers(offers, element)
                                   : read_tile(Tile(a, where), 64, element, group_number, false, where);
     const auto right = read_tile(Tile(b, where), n, element, group_number, true, where);
@@ -173,7 +183,7 @@ void wgmma(float* d, int n, Operand a, Operand b, bool accumulate, float (*eleme
         const int row = 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2),
                   column = 8 * (i / 4) + 2 * (t % 4) + i % 2;
         float sum = accumulate ? to.value[i] : 0;
-        for (int k = 0; k < 16; ++k) sum += left[row * 16 + k] * right[column * 16 + k];
+        for (int k = 0; k < depth; ++k) sum += left[row * depth + k] * right[column * depth + k];
         to.value[i] = sum;
       }
       to.group = group.groups + 1;

@@ -19,6 +19,8 @@ from torch.nn.parameter import is_lazy
 from vtok_fast import parity
 from vtok_fast.dispatch import native
 from vtok_fast.dispatch.backends import Reason
+from vtok_fast.ops.causal_conv3d import e4m3
+from vtok_fast.parity import Parity
 from vtok_fast.swap.adapters import (
     cosmos,
     diffusers_cogvideox,
@@ -47,7 +49,8 @@ from vtok_fast.swap.patch import EVERYTHING, Calls, Patch, Skip, Swap, described
 from vtok_fast.swap.pipeline import of_pipeline
 from vtok_fast.swap.record import Entry
 from vtok_fast.swap.report import Report
-from vtok_fast.swap.results import Incomparable, close, equal
+from vtok_fast.swap.results import Incomparable, close, equal, psnr
+from vtok_fast.swap.results import fast as fast_contract
 from vtok_fast.swap.watch import is_swapped
 from vtok_fast.swap.whole import costs
 
@@ -101,7 +104,10 @@ def accelerate(model: Any, *, example: Any = None, check: bool = True, contract:
             inputs that it gets there, and the whole model end to end; without, on small random inputs of its
             own.
         check: measure each swap against its contract and undo one that fails.
-        contract: "close" may replace arithmetic; "exact" allows only what is bit-equal to the eager chain.
+        contract: "close" may replace arithmetic; "exact" allows only what is bit-equal to the eager chain;
+            "fast" also rounds what convolutions multiply to e4m3 on a Hopper GPU, and on a CPU simulates it,
+            in modules that stay within `vtok_fast.parity.FAST` of float64. The others are as under "close".
+            With ``example`` the scales come from it; without, from each input.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, nor a pipeline with a ``vae``.
@@ -131,11 +137,13 @@ def accelerate(model: Any, *, example: Any = None, check: bool = True, contract:
         measured: dict[_Candidate, _Measurement | str] = {}
         whole: _Whole | None = None
         if check and arguments is None:
-            measured = {c: _measure(c, _sample(c), {}) for c in candidates if c.swap.sample}
+            measured = {c: _measure(c, _sample(c), {}, contract) for c in candidates if c.swap.sample}
         elif check and arguments is not None:
             measured, whole = _measure_on_example(model, arguments, candidates, report)
         for c in candidates:
-            _install(c, measured.get(c), report)
+            _install(c, measured.get(c), report, check)
+        if contract == "fast":
+            _calibrate(model, arguments, report)
         if report._patches:
             report._on_revert.append(_share_weight_cache(model))
         if check and arguments is not None and report._patches:
@@ -189,9 +197,16 @@ class _Cost:
 
 @dataclass(frozen=True)
 class _Measurement:
+    """``narrow``: of the swap with operands of e4m3, where it has such."""
+
     parity: parity.Parity
     eager: _Cost
     fast: _Cost
+    narrow: tuple[Parity, _Cost] | None = None
+
+    def rounded(self) -> bool:
+        """Whether rounding to e4m3 keeps to the contract *fast*."""
+        return self.narrow is not None and self.narrow[0].ok
 
 
 def _propose(model: nn.Module, report: Report, *, sharded: bool) -> list[_Candidate]:
@@ -314,12 +329,13 @@ def _computes(module: nn.Module) -> bool:
     )
 
 
-def _install(c: _Candidate, measured: _Measurement | str | None, report: Report) -> None:
+def _install(c: _Candidate, measured: _Measurement | str | None, report: Report, check: bool) -> None:
     if not c.swap.what:
         report._patches.append(Patch(c.module, c.swap, Calls(warned=["not here"]), c.place))
         report._patches[-1].install()
         return
-    entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract=report.contract)
+    contract = "close" if report.contract == "fast" and check else report.contract
+    entry = Entry(c.path, type(c.module).__name__, c.swap.what, contract=contract)
     if isinstance(measured, str):
         report.skipped.append(replace(entry, why=measured))
         return
@@ -337,16 +353,63 @@ def _install(c: _Candidate, measured: _Measurement | str | None, report: Report)
         if not measured.parity.ok:
             report.skipped.append(replace(entry, why=f"failed its contract: {measured.parity}"))
             return
+        if measured.narrow is not None:
+            entry = _with_narrow(entry, *measured.narrow)
     patch = Patch(c.module, c.swap, report._calls_of(c.path), c.place)
+    if report.contract == "fast":
+        rounds = not check or (measured is not None and measured.rounded())
+        patch.switch.scales = e4m3.Scales() if rounds else e4m3.OFF
     patch.install()
     report._patches.append(patch)
     report.swapped.append(entry)
 
 
+def _with_narrow(entry: Entry, judged: parity.Parity, cost: _Cost) -> Entry:
+    """What stands in the report of a module whose convolutions were rounded to e4m3 for the check."""
+    if not judged.ok:
+        return replace(entry, note=f"not rounded to e4m3, which is beyond its contract: {judged}")
+    return replace(
+        entry,
+        contract="fast",
+        what=f"{entry.what}, operands of e4m3",
+        error=judged.error,
+        bound=judged.bound,
+        fast_ms=cost.ms,
+        fast_bytes=cost.bytes,
+        note=f"error before rounding to e4m3: {entry.error:.1e}",
+    )
+
+
+def _calibrate(model: nn.Module, args: tuple | None, report: Report) -> None:
+    """Records on the example the scales of all convolutions that are to be rounded to e4m3; and notes where
+    nothing is rounded, or not by a GPU."""
+    if not any(e.contract == "fast" for e in report.swapped):
+        report.notes.append(
+            "Nothing is rounded to e4m3: no swapped module has a convolution that can be rounded and keeps "
+            "to its contract with it, or the GPU is not a Hopper."
+        )
+        return
+    if not any(t.is_cuda for t in (*model.parameters(), *model.buffers())):
+        report.notes.append(
+            "There is no GPU here: rounding to e4m3 is simulated, which shows its error and takes longer."
+        )
+    if args is None:
+        return
+    scales = [s for p in report._patches if (s := p.switch.scales) is not None and s is not e4m3.OFF]
+    for each in scales:
+        each.recording = True
+    try:
+        with torch.no_grad():
+            model(*args)
+    finally:
+        for each in scales:
+            each.recording = False
+
+
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def _measure(c: _Candidate, args: tuple | str, kwargs: dict[str, Any]) -> _Measurement | str:
+def _measure(c: _Candidate, args: tuple | str, kwargs: dict[str, Any], contract: str) -> _Measurement | str:
     """Runs a copy of the module as it is, in float64, and swapped; or says why that is not possible. The
     module itself is not touched."""
     if isinstance(args, str):
@@ -369,6 +432,7 @@ def _measure(c: _Candidate, args: tuple | str, kwargs: dict[str, Any]) -> _Measu
             patch = Patch(probe, c.swap, Calls(c.path, warned=["not here"]))
             patch.install()
             fast, fast_cost = _measured(getattr(probe, c.swap.attribute), args, kwargs)
+            narrow = _measure_narrow(patch, args, kwargs) if contract == "fast" else None
         if patch.calls.bypassed:
             return f"the class's own method takes the call: {patch.calls.why}"
         step = "comparing the results"
@@ -376,9 +440,22 @@ def _measure(c: _Candidate, args: tuple | str, kwargs: dict[str, Any]) -> _Measu
             judged = c.swap.judge(fast[0], eager[0], ref64[0])
         else:
             judged = close(fast, eager, ref64)
+        if narrow is not None:
+            narrow = fast_contract(narrow[0], ref64), narrow[1]
     except Exception as error:
         return f"cannot be measured: {step} raised {described(error)}"
-    return _Measurement(judged, eager_cost, fast_cost)
+    return _Measurement(judged, eager_cost, fast_cost, narrow)
+
+
+def _measure_narrow(patch: Patch, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, _Cost] | None:
+    """The swap's result with operands of e4m3, scaled by these inputs, and its cost; None where it multiplies
+    nothing that is rounded."""
+    patch.switch.scales = scales = e4m3.Scales()
+    method = getattr(patch.module, patch.swap.attribute)
+    _call(method, args, kwargs)
+    found = _measured(method, args, kwargs) if scales.ran else None
+    patch.switch.scales = None
+    return found
 
 
 def _call(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -449,12 +526,12 @@ def _measure_on_example(
         if c.swap.sample is None:
             continue
         if c.swap.attribute != "forward":  # no hook sees such a call
-            measured[c] = _measure(c, _sample(c), {})
+            measured[c] = _measure(c, _sample(c), {}, report.contract)
             continue
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, c: _Candidate = c) -> None:
             if c not in measured:
-                measured[c] = _measure(c, args, kwargs)
+                measured[c] = _measure(c, args, kwargs, report.contract)
 
         handles.append(c.module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
@@ -539,6 +616,9 @@ def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Re
     errors = [entry.error for entry in report.swapped if entry.error is not None]
     try:
         p = close(fast[0], whole.eager[0], whole.ref64[0], inside=math.hypot(*errors))
+        if any(e.contract == "fast" for e in report.swapped):
+            p = fast_contract(fast[0], whole.ref64[0])
+            report.psnr = psnr(fast[0], whole.ref64[0])
     except Exception as error:
         why = str(error) if isinstance(error, (Incomparable, ValueError)) else described(error)
         report.notes.append(f"not measured end to end: {why}")
@@ -547,10 +627,10 @@ def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Re
         "",
         type(model).__name__,
         "end to end",
-        "" if p.ok else f"beyond its contract: {p}",
-        "close",
+        "" if p.ok or p.contract == "fast" else f"beyond its contract: {p}",
+        p.contract,
         p.error,
-        p.bound,
+        None if p.contract == "fast" else p.bound,  # rounding adds up along a model, by no rule
         *costs(lambda: model(*args), report._patches, _wait_for_gpu),
     )
     for (z, levels), (z_eager, _), (z64, _) in zip(fast[1], whole.eager[1], whole.ref64[1]):

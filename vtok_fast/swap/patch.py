@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok_fast.dispatch.backends import Reason
+from vtok_fast.ops.causal_conv3d.e4m3 import Scales
 from vtok_fast.parity import Parity
 from vtok_fast.swap import autocast
 from vtok_fast.swap.guard import Guard, first_tensor, parts_of, why_bypassed, why_patched, why_weights
@@ -127,11 +128,13 @@ class _Switch:
 
     ``hands_on``: whether an example showed that nothing looks at the strides of the result, if the input is
     not channels-last. ``fed_by``: those whose results this one gets, and must not take for the caller's.
+    ``scales``: within which the swap runs under the contract *fast*.
     """
 
     def __init__(self, module: nn.Module, place: Place):
         self.over, self.place, self._module = False, place, ref(module)
         self.hands_on, self.fed_by = False, ()
+        self.scales: Scales | None = None
         self._local = local()
 
     def is_fed(self) -> bool:
@@ -218,7 +221,11 @@ def _method(swap: Swap, guard: Guard, layout: OwnLayout, calls: Calls, switch: _
             stays = (hands_on or switch.place is Place.INSIDE) and not module._forward_hooks
             stays = stays or only_moves and switch.place is Place.ANYWHERE or switch.place is Place.UNCHANGED
             own = stays or layout.of(module, args, kwargs, inner=inner)
-            result = function(module, *args, **kwargs)
+            if switch.scales is None or torch.compiler.is_compiling():
+                result = function(module, *args, **kwargs)
+            else:
+                with switch.scales:
+                    result = function(module, *args, **kwargs)
             if type(result) is not Skip:
                 if not torch.compiler.is_dynamo_compiling():
                     calls.ran += 1

@@ -44,6 +44,7 @@ class Record:
         self.swapped: list[Entry] = []
         self.skipped: list[Entry] = []
         self.end_to_end: Entry | None = None
+        self.psnr: float | None = None
         self.tokens: list[TokenParity] = []
         self.notes: list[str] = []
         self._calls: dict[str, Calls] = {}

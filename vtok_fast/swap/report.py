@@ -26,11 +26,14 @@ class Report(Record):
 
     Attributes:
         swapped, skipped: lists of `Entry`, in the model's order.
-        contract: "close" or "exact".
+        contract: "close", "exact" or "fast". Each entry has its own: under "fast" a module that multiplies
+            nothing in e4m3, or failed with it, is "close".
         model: the name of the model's class.
         end_to_end: the whole model's error and bound, time and memory on ``example``, with a ``why`` where it
             is beyond the bound (a token that falls to the other side of a rounding threshold does that: see
             ``tokens``); None where no example was given.
+        psnr: of the whole model's result on ``example`` against float64, in dB, by the result's own range;
+            None where nothing is multiplied in e4m3.
         tokens: a `vtok_fast.parity.TokenParity` for each FSQ quantizer of the model, on ``example``.
         notes: what else could not be measured, and why.
     """
@@ -95,6 +98,7 @@ class Report(Record):
             "swapped": [asdict(e) for e in self.swapped],
             "skipped": [asdict(e) for e in self.skipped],
             "end_to_end": None if self.end_to_end is None else asdict(self.end_to_end),
+            "psnr": self.psnr,
             "tokens": [asdict(t) | {"ok": t.ok} for t in self.tokens],
             "notes": self.notes,
             "ran": self.ran(),

@@ -30,6 +30,30 @@ def close(fast: Any, eager: Any, ref64: Any, *, inside: float = 0.0) -> parity.P
     return max(measured, key=lambda p: (not p.ok, p.error / p.bound if p.bound else 0.0))
 
 
+def fast(y: Any, ref64: Any) -> parity.Parity:
+    """The worst over all floating point tensors of the *fast* contract.
+
+    Raises Incomparable.
+    """
+    measured = [parity.fast(f, r) for f, r in _floating(y, ref64)]
+    return max(measured, key=lambda p: (not p.ok, p.error))
+
+
+def psnr(y: Any, ref64: Any) -> float:
+    """`parity.psnr` of the largest floating point tensor: of a model that decodes, the video.
+
+    Raises Incomparable.
+    """
+    return parity.psnr(*max(_floating(y, ref64), key=lambda pair: pair[0].numel()))
+
+
+def _floating(y: Any, ref64: Any) -> list[tuple[Tensor, ...]]:
+    pairs = [(_real(f), _real(r)) for f, r in _tensors(y, ref64) if f.is_floating_point() or f.is_complex()]
+    if not pairs:
+        raise Incomparable("the result holds no floating point tensor")
+    return pairs
+
+
 def equal(fast: Any, eager: Any, ref64: Any = None) -> parity.Parity:
     """The worst over all tensors of the *exact* contract between a swapped and an eager result.
 

@@ -74,6 +74,18 @@ inline Status causal_conv3d_sm90_call(Tensor x, Tensor weight, Tensor cache, Con
                             stream_of(queue));
 }
 
+inline Status causal_conv3d_sm90_e4m3_call(Tensor x, Tensor weight, Tensor cache, ConvGeometry geometry,
+                                           Tensor bias, Tensor residual, Tensor out,
+                                           std::optional<float> alpha, bool silu, Triple depth_to_space,
+                                           Tensor x_scale, Quintuple choice, Tensor workspace, Tensor need,
+                                           Queue queue) {
+  VTOK_RETURN_IF_ERROR(use(queue));
+  const ConvProblem p = with_epilogue(conv_problem(x, weight, cache, geometry), bias, residual, out, alpha,
+                                      silu, depth_to_space);
+  return causal_conv3d_sm90_e4m3(p, x_scale, sm90_choice(choice, need), workspace.data,
+                                 bytes_of(workspace, need), stream_of(queue));
+}
+
 inline Status causal_conv3d_sm90_dgrad_call(Tensor x, Tensor weight, Tensor cache, ConvGeometry geometry,
                                             Tensor grad, Tensor grad_x, Tensor grad_cache, Quintuple choice,
                                             Tensor workspace, Tensor need, Queue queue) {

@@ -35,6 +35,11 @@ Status causal_conv3d_sm80(const ConvProblem& problem, Sm80Choice choice, void* w
                           int64_t* workspace_bytes, void* stream);
 Status causal_conv3d_sm90(const ConvProblem& problem, Sm90Choice choice, void* workspace,
                           int64_t* workspace_bytes, void* stream);
+// The same with operands of e4m3: x and the cache divided by x_scale, one float32, a power of two, on the device;
+// each output's weights by a power of two that brings the largest to between 224 and 448. Rounded to nearest even,
+// 448 at most. No upsampling, no groups; input channels a multiple of 16.
+Status causal_conv3d_sm90_e4m3(const ConvProblem& problem, const Tensor& x_scale, Sm90Choice choice,
+                               void* workspace, int64_t* workspace_bytes, void* stream);
 
 // grad: (B, O, To, Ho, Wo), channel stride 1, the gradient of the convolution's own result (before bias,
 // SiLU, blend and depth-to-space). The gradients are written, not accumulated; an absent one is not computed.

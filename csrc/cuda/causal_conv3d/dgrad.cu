@@ -224,7 +224,7 @@ Status run_dgrad(const RunTask& run, const ConvProblem& problem, const Tensor& g
   FoldParams fold = {};
   const bool folds = make_domain(problem, forward, &task.source, &fold) || grad_cache;
   task.chunks = bind_source(grad, {}, problem.groups, &task.source);
-  task.dtype = problem.x.dtype;
+  task.dtype = task.operands = problem.x.dtype;
   task.tf32 = problem.allow_tf32;
   task.weight = mirrored_weight(problem, forward);
   Workspace workspace(workspace_base, workspace_bytes);

@@ -47,7 +47,7 @@ RelaidWeight weight_of(const ConvProblem& problem, const Source& s) {
 
 Epilogue epilogue_of(const ConvProblem& problem, const RelaidWeight& w) {
   const Tensor &out = problem.out, &residual = problem.residual;
-  const int bytes = element_size(problem.x.dtype), outputs = int(problem.weight.size[0]);
+  const int bytes = element_size(problem.out.dtype), outputs = int(problem.weight.size[0]);
   Epilogue e = {};
   e.out = out.data;
   e.residual = residual.data;
@@ -93,14 +93,16 @@ Status run_forward(const RunTask& run, const ConvProblem& problem, void* workspa
   VTOK_RETURN_IF_ERROR(make_source(problem, &task.source));
   VTOK_RETURN_IF_ERROR(check_output(problem, task.source));
   task.chunks = bind_source(problem.x, problem.cache, problem.groups, &task.source);
-  task.dtype = problem.x.dtype;
+  task.dtype = problem.out.dtype;
+  task.operands = problem.x.dtype;
   task.tf32 = problem.allow_tf32;
   task.weight = weight_of(problem, task.source);
   task.epilogue = epilogue_of(problem, task.weight);
   VTOK_RETURN_IF_ERROR(upsample_residual(problem, task.source, &task.epilogue));
   // One after the other on the stream, and so in the same scratch memory.
   int64_t most = 0;
-  for (ConvTask& part : merge_taps(task)) {
+  // Sums of weights would be rounded to e4m3 otherwise than the weights.
+  for (ConvTask& part : task.operands == DType::e4m3 ? std::vector<ConvTask>{task} : merge_taps(task)) {
     int64_t bytes_of_part = *workspace_bytes;
     Workspace workspace(workspace_base, &bytes_of_part);
     VTOK_RETURN_IF_ERROR(run(part, workspace));

@@ -86,7 +86,7 @@ Status relay_weight(const RelaidWeight& w, DType dtype, void* to, float* bias_to
 
 Status make_source(const ConvProblem& p, Source* source) {
   if (p.x.rank != 5 || p.weight.rank != 5) return Status::Invalid("x and weight must have 5 dimensions");
-  if (p.x.dtype != DType::f32 && p.x.dtype != DType::f16 && p.x.dtype != DType::bf16)
+  if (!is_float(p.x.dtype) && p.x.dtype != DType::e4m3)
     return Status::Unsupported("x: float32, bfloat16 or float16 only");
   if (p.groups < 1 || p.weight.size[0] % p.groups || p.weight.size[1] * p.groups != p.x.size[1])
     return Status::Invalid("weight: expected (O, " + std::to_string(p.x.size[1]) + " / groups, kt, kh, kw)");

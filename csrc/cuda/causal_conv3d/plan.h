@@ -74,7 +74,8 @@ struct ConvTask {
   bool chunks;  // 16-byte chunks of channels can be read
   Epilogue epilogue;
   RelaidWeight weight;
-  DType dtype;
+  DType dtype;     // of the output, and of the weights as they come
+  DType operands;  // what the kernel multiplies: that, or e4m3
   bool tf32;
 };
 // The task as several with fewer taps, where taps read the same elements (an upsampled input, a single

@@ -3,5 +3,5 @@
 #include "cuda/causal_conv3d/sm90_kernel.cuh"
 
 namespace vtok::cuda {
-Sm90Variants sm90_variants_bf16() { return sm90_variants_of<__nv_bfloat16>(); }
+Sm90Variants sm90_variants_bf16() { return sm90_variants_of<__nv_bfloat16, __nv_bfloat16>(); }
 }  // namespace vtok::cuda

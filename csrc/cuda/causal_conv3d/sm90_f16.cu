@@ -3,5 +3,5 @@
 #include "cuda/causal_conv3d/sm90_kernel.cuh"
 
 namespace vtok::cuda {
-Sm90Variants sm90_variants_f16() { return sm90_variants_of<__half>(); }
+Sm90Variants sm90_variants_f16() { return sm90_variants_of<__half, __half>(); }
 }  // namespace vtok::cuda

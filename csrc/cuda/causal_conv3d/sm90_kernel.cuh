@@ -36,6 +36,10 @@
 // 64 loads zeros but multiplies only ceil(C / 16) steps. Strides and dilations make the patch larger, no
 // more: a stride of 2 in the plane loads x once, like stride 1, where element strides of the tensor map would
 // load it for every tap.
+//
+// Operands of e4m3 are the same bytes: 128 channels a slab where there were 64, 32 a step where there were 16, at
+// the same cycles. So the table holds for them with twice the channels. Their scales are powers of two, and come
+// to the sums at the end, in float32.
 #pragma once
 #include "cuda/causal_conv3d/sm90_params.h"
 #include "cuda/ptx_sm90.cuh"
@@ -168,9 +172,10 @@ __device__ void load_patches(const Sm90Maps& maps, const Sm90Params& p, const Sh
         // -1: out of bounds, so zeros
         int frame = -1;
         if (i >= 0) frame = cached ? s.cached - s.used_cache + i : i - s.used_cache;
-        ptx::tma_load(
-            shared.patch(ring.stage) + f * p.frame_rows * kSlabBytes, cached ? &maps.cache : &maps.x, full,
-            {at.slab * 64, unit.w * s.stride[2] - s.pad[2], unit.h * s.stride[1] - s.pad[1], frame, unit.b});
+        ptx::tma_load(shared.patch(ring.stage) + f * p.frame_rows * kSlabBytes,
+                      cached ? &maps.cache : &maps.x, full,
+                      {at.slab * p.slab_channels, unit.w * s.stride[2] - s.pad[2],
+                       unit.h * s.stride[1] - s.pad[1], frame, unit.b});
       }
       ring.advance(p.patch_stages);
       at.advance(unit, p.slabs);
@@ -190,7 +195,7 @@ __device__ void load_weights(const Sm90Maps& maps, const Sm90Params& p, const Sh
       const int first = p.tile[0] == 1 ? at.dt % p.source.time_taps * taps : 0;
       for (int tap = 0; tap < taps; ++tap) {
         const uint32_t full = shared.weight_full(ring.stage), to = shared.weight(ring.stage);
-        const int place[3] = {at.slab * 64, first + tap, unit.n0 * N + rank * rows};
+        const int place[3] = {at.slab * p.slab_channels, first + tap, unit.n0 * N + rank * rows};
         if (p.cluster == 1)
           ptx::mbarrier_wait(shared.weight_empty(ring.stage), ring.parity ^ 1);
         else
@@ -252,8 +257,10 @@ struct TapShift {
 
 // ---- the warpgroups that multiply -------------------------------------------------------------------------
 
-template <class T, int M, int N>
+// Operands are of type In, the bias and the output of type T.
+template <class In, class T, int M, int N>
 struct Sm90Multiplier {
+  static constexpr bool kScaled = std::is_same_v<In, ptx::E4m3>;
   static constexpr int kBlocks = M / 128;  // of 64 rows, in a warpgroup's half of the tile
   static constexpr bool kPipelined = sm90_pipelined(M, N);
   using Shared = Sm90Shared<M, N>;
@@ -313,7 +320,11 @@ struct Sm90Multiplier {
 #pragma unroll
     for (int k = 0; k < Steps; ++k)
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) ptx::wgmma_m64k16<T, N>(acc[i], a[i][k], b + 2 * k);
+      for (int i = 0; i < kBlocks; ++i)
+        if constexpr (kScaled)
+          ptx::wgmma_m64k32_e4m3<N>(acc[i], a[i][k], b + 2 * k);
+        else
+          ptx::wgmma_m64k16<In, N>(acc[i], a[i][k], b + 2 * k);
     ptx::wgmma_commit();
   }
 
@@ -328,11 +339,11 @@ struct Sm90Multiplier {
     weights.advance(p.weight_stages);
   }
 
-  // All taps of one patch, of which Steps x 16 channels count. The tensor cores never run dry between the taps:
-  // the next group of products is issued, then the one before is waited for, and while one is under way the
-  // registers of the other are loaded anew. So a stage of weights is given up when products of the next tap are
-  // under way: there must be two. A group is 256 cycles of the tensor cores: half of a tap where a warpgroup
-  // has 128 rows, a whole one where it has 64.
+  // All taps of one patch, of which Steps x 32 bytes of channels count. The tensor cores never run dry between
+  // the taps: the next group of products is issued, then the one before is waited for, and while one is under
+  // way the registers of the other are loaded anew. So a stage of weights is given up when products of the next
+  // tap are under way: there must be two. A group is 256 cycles of the tensor cores: half of a tap where a
+  // warpgroup has 128 rows, a whole one where it has 64.
   template <int Steps>
   __device__ void patch() {
     ptx::mbarrier_wait(shared.patch_full(patches.stage), patches.parity);
@@ -419,8 +430,9 @@ struct Sm90Multiplier {
     }
   }
 
+  // A sum begins as its channel's bias; one of e4m3 products as 0, and its bias comes with its scale.
   __device__ void start(const Sm90Unit& unit) {
-    const T* bias = unit.split == 0 ? static_cast<const T*>(p.bias) : nullptr;
+    const T* bias = !kScaled && unit.split == 0 ? static_cast<const T*>(p.bias) : nullptr;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j)
 #pragma unroll
@@ -430,6 +442,27 @@ struct Sm90Multiplier {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) acc[i][j * 4 + e] = acc[i][j * 4 + 2 + e] = value;
       }
+  }
+  __device__ void scale_sums(int n0, bool biased) {
+    const float of_x = ptx::ld_global(p.x_scale);
+    const int first = n0 + lane % 4 * 2;
+    const float2* scales = reinterpret_cast<const float2*>(p.weight_scale + first);
+    const T* biases = biased ? static_cast<const T*>(p.bias) + first : nullptr;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      if (n0 + j * 8 >= p.outputs) break;  // of which there are 8, 16, ...
+      const float2 scale = ptx::ld_global(scales + j * 4);
+      const float bias[2] = {biases ? ptx::to_float(ptx::ld_global(biases + j * 8)) : 0,
+                             biases ? ptx::to_float(ptx::ld_global(biases + j * 8 + 1)) : 0};
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+        for (int half = 0; half < 4; half += 2) {
+          float* d = &acc[i][j * 4 + half];
+          d[0] = fmaf(d[0], of_x * scale.x, bias[0]);
+          d[1] = fmaf(d[1], of_x * scale.y, bias[1]);
+        }
+    }
   }
 
   __device__ static uint32_t pack(float lo, float hi) {
@@ -517,9 +550,9 @@ struct Sm90Multiplier {
   }
 };
 
-template <class T, int M, int N, int Piece>
+template <class In, class T, int M, int N, int Piece>
 __device__ void multiply_tiles(const Sm90Params& p, const Sm90Shared<M, N>& shared, int group, int rank) {
-  Sm90Multiplier<T, M, N> x(p, shared, group);
+  Sm90Multiplier<In, T, M, N> x(p, shared, group);
   uint32_t parity = 0;
   for (int u = blockIdx.x / p.cluster; u < p.units; u += gridDim.x / p.cluster) {
     const Sm90Unit unit(p, u, rank);
@@ -537,6 +570,7 @@ __device__ void multiply_tiles(const Sm90Params& p, const Sm90Shared<M, N>& shar
         x.template patch<1>();
       if (++slab == p.slabs) slab = 0;
     }
+    if constexpr (Sm90Multiplier<In, T, M, N>::kScaled) x.scale_sums(unit.n0 * N, p.bias && unit.split == 0);
     if (p.splits > 1) {
       x.store_partial(unit);
     } else if (unit.exists) {
@@ -556,7 +590,7 @@ constexpr int kPieceOf = N % 64 == 0   ? 64
                          : N % 32 == 0 ? 32
                                        : 16;
 
-template <class T, int M, int N>
+template <class In, class T, int M, int N>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     conv_sm90_kernel(const __grid_constant__ Sm90Maps maps, const __grid_constant__ Sm90Params p) {
   const Sm90Shared<M, N> shared(p);
@@ -592,7 +626,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       store_tiles<M, N, kPieceOf<N>>(maps, p, shared, rank);
   } else {
     ptx::setmaxnreg_inc<224>();
-    multiply_tiles<T, M, N, kPieceOf<N>>(p, shared, group - 1, rank);
+    multiply_tiles<In, T, M, N, kPieceOf<N>>(p, shared, group - 1, rank);
   }
   if (p.cluster > 1) {  // a block stays until no other writes to its shared memory any more
     __syncwarp();
@@ -601,17 +635,17 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   }
 }
 
-template <class T, int M, int N>
+template <class In, class T, int M, int N>
 constexpr Sm90Variant sm90_variant() {
-  return {M, N, kPieceOf<N>, conv_sm90_kernel<T, M, N>};
+  return {M, N, kPieceOf<N>, conv_sm90_kernel<In, T, M, N>};
 }
 
-template <class T>
+template <class In, class T>
 Sm90Variants sm90_variants_of() {
-  static const Sm90Variant all[] = {sm90_variant<T, 256, 160>(), sm90_variant<T, 256, 128>(),
-                                    sm90_variant<T, 256, 96>(),  sm90_variant<T, 128, 144>(),
-                                    sm90_variant<T, 128, 128>(), sm90_variant<T, 128, 112>(),
-                                    sm90_variant<T, 128, 96>(),  sm90_variant<T, 128, 64>()};
+  static const Sm90Variant all[] = {sm90_variant<In, T, 256, 160>(), sm90_variant<In, T, 256, 128>(),
+                                    sm90_variant<In, T, 256, 96>(),  sm90_variant<In, T, 128, 144>(),
+                                    sm90_variant<In, T, 128, 128>(), sm90_variant<In, T, 128, 112>(),
+                                    sm90_variant<In, T, 128, 96>(),  sm90_variant<In, T, 128, 64>()};
   return {all, int(std::size(all))};
 }
 

@@ -7,7 +7,7 @@
 namespace vtok::cuda {
 
 constexpr int kSm90Threads = 384;  // a warpgroup of producers and two that multiply
-// 64 channels: a row of a patch and of the weights, and the width of the swizzle
+// 64 channels, or 128 of e4m3: a row of a patch and of the weights, and the width of the swizzle
 constexpr int kSlabBytes = 128;
 constexpr int kMostPatchStages = 8, kMostWeightStages = 8;
 constexpr int kSm90BarrierBytes = 16 * (kMostPatchStages + kMostWeightStages) + 16;
@@ -16,8 +16,10 @@ constexpr int kSm90BarrierBytes = 16 * (kMostPatchStages + kMostWeightStages) + 
 struct Sm90Params {
   Source source;  // of the time axis everything is used, of the others stride, pad and out
   Epilogue epilogue;
-  const void* bias;  // in the type of x, or null
-  float* partial;    // [splits][positions][partial_stride], where splits > 1
+  const void* bias;  // in the type of the output, or null
+  // Of e4m3 operands: a power of two for x, and one for each output. Values are those times these.
+  const float *x_scale, *weight_scale;
+  float* partial;  // [splits][positions][partial_stride], where splits > 1
   int partial_stride, outputs;
   int tile[3], tiles[3];  // output positions of a tile, at most M; tiles along each axis
   int tiles_m, tiles_n, splits, cluster;
@@ -26,7 +28,7 @@ struct Sm90Params {
   int row_step[3];  // rows of the patch from one tap to the next
   int patch_width, patch_frames, frame_rows;  // frame_rows: of a frame in a patch, a multiple of 8
   int frame_bytes_loaded, patch_bytes, patch_stages, weight_stages;
-  int slabs, last_steps;  // slices of 64 channels, and steps of 16 in the last of them
+  int slabs, slab_channels, last_steps;  // slices of channels, and steps of 32 bytes in the last of them
 };
 
 struct Sm90Maps {  // channels first, then width, height, time, batch; the weights: channels, taps, outputs
@@ -55,6 +57,8 @@ struct Sm90Variants {
 };
 Sm90Variants sm90_variants_bf16();
 Sm90Variants sm90_variants_f16();
+Sm90Variants sm90_variants_e4m3_bf16();  // of operands and of the output
+Sm90Variants sm90_variants_e4m3_f16();
 
 inline int sm90_shared_bytes(const Sm90Variant& v, int patch_bytes, int patch_stages, int weight_stages) {
   return 1024 + patch_bytes * patch_stages + v.n * kSlabBytes * weight_stages + v.m * v.n * 2 +

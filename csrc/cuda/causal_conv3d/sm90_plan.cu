@@ -9,6 +9,7 @@
 
 #include "cuda/causal_conv3d/sm80_kernel.cuh"
 #include "cuda/causal_conv3d/plan.h"
+#include "cuda/causal_conv3d/sm90_e4m3.h"
 #include "cuda/causal_conv3d/sm90_params.h"
 
 namespace vtok::cuda {
@@ -55,14 +56,15 @@ Views views_of(const ConvTask& task) {
   const int64_t batch = s.positions / (int64_t(s.out[0]) * s.out[1] * s.out[2]),
                 rows = s.row_units * s.unit_bytes;
   const int64_t columns = s.col_units * s.unit_bytes, channels = task.weight.channels;
+  const int element = element_size(task.operands);
   Views v = {};
   v.x = {s.x,
          {channels, s.length[2], s.length[1], s.length[0] - s.used_cache, batch},
-         {2, columns, rows, s.frame_bytes, s.batch_bytes}};
+         {element, columns, rows, s.frame_bytes, s.batch_bytes}};
   if (s.used_cache)
     v.cache = {s.cache,
                {channels, s.length[2], s.length[1], s.cached, batch},
-               {2, columns, rows, s.cache_frame_bytes, s.cache_batch_bytes}};
+               {element, columns, rows, s.cache_frame_bytes, s.cache_batch_bytes}};
   auto strides = [](View& view, const int64_t (&stride)[4]) {
     view.stride[0] = 2;
     for (int i = 0; i < 4; ++i) view.stride[4 - i] = stride[i] * 2;
@@ -84,6 +86,7 @@ const char* why_not(const ConvTask& task, const Views& v, const Device& device) 
   if (device.capability != 90) return "the GPU's compute capability is not 9.0";
   if (task.dtype != DType::f16 && task.dtype != DType::bf16) return "bfloat16 and float16 only";
   if (task.weight.groups != 1) return "groups must be 1";
+  if (!task.chunks && task.operands == DType::e4m3) return "input channels must be a multiple of 16";
   if (!task.chunks)
     return "input channels must be a multiple of 8, and addresses and strides multiples of 16 bytes";
   if (e.channels != e.all_channels) return "depth_to_space has no kernel here";
@@ -106,8 +109,10 @@ const char* why_not(const ConvTask& task, const Views& v, const Device& device) 
 
 // ---- the choice -------------------------------------------------------------------------------------------
 
-Sm90Variants variants_for(DType dtype) {
-  return dtype == DType::f16 ? sm90_variants_f16() : sm90_variants_bf16();
+Sm90Variants variants_for(const ConvTask& task) {
+  if (task.operands == DType::e4m3)
+    return task.dtype == DType::f16 ? sm90_variants_e4m3_f16() : sm90_variants_e4m3_bf16();
+  return task.dtype == DType::f16 ? sm90_variants_f16() : sm90_variants_bf16();
 }
 
 // What a multiprocessor would take if it had each resource to itself.
@@ -195,7 +200,8 @@ Cycles cycles_of_unit(const Sm90Variant& v, const Sm90Params& p, const ConvTask&
   constexpr double kL2 = 24, kShared = 128;  // bytes a cycle and multiprocessor
   const double outer = p.tile[0] == 1 ? p.source.time_taps : 1;
   const double taps = outer * p.taps[0] * p.taps[1] * p.taps[2];
-  const double steps = taps * ((task.weight.channels + 15) / 16) * (v.m / 64), slabs = taps * p.slabs;
+  const int bytes = task.weight.channels * element_size(task.operands);
+  const double steps = taps * ((bytes + 31) / 32) * (v.m / 64), slabs = taps * p.slabs;
   const double weights = slabs * v.n * kSlabBytes,
                patches = outer * p.slabs * p.patch_frames * p.frame_bytes_loaded;
   return {steps * (v.n / 2), (steps * (2048 * banks + v.n * 32) + weights + patches) / kShared,
@@ -225,7 +231,8 @@ double predicted_cycles(const Sm90Variant& v, const Sm90Params& p, const ConvTas
   const int64_t batch = s.positions / (int64_t(s.out[0]) * s.out[1] * s.out[2]);
   const int64_t tiles = batch * p.tiles[0] * p.tiles[1] * p.tiles[2];
   const int64_t units = divide_up(tiles, cluster) * divide_up(task.weight.outputs, v.n) * splits;
-  const double read = double(batch) * s.length[0] * s.length[1] * s.length[2] * task.weight.channels * 2;
+  const double read = double(batch) * s.length[0] * s.length[1] * s.length[2] * task.weight.channels *
+                      element_size(task.operands);
   const double written = double(s.positions) * task.weight.outputs * (task.epilogue.residual ? 4 : 2);
   double cycles = std::max(double(divide_up(units, std::max(chip / cluster, 1))) * tile,
                            (read + written) / (kMemory * chip));
@@ -251,7 +258,7 @@ std::vector<int> parts_of(int length, int most, bool eights = false) {
 Plan search(Sm90Params p, const ConvTask& task, Sm90Choice wish, const Device& device) {
   Plan best;
   const Source& s = p.source;
-  const Sm90Variants variants = variants_for(task.dtype);
+  const Sm90Variants variants = variants_for(task);
   const bool frames_together = s.before == 0 && s.after == 0 && s.out[0] > 1;
   for (int i = 0; i < variants.count; ++i) {
     const Sm90Variant& v = variants.begin[i];
@@ -296,6 +303,7 @@ Status choose(const Sm90Params& p, const ConvTask& task, Sm90Choice wish, const 
   static std::map<std::vector<int64_t>, Plan> known;
   const Source& s = p.source;
   std::vector<int64_t> key = {int64_t(task.dtype),
+                              int64_t(task.operands),
                               s.positions,
                               task.weight.channels,
                               task.weight.outputs,
@@ -342,7 +350,7 @@ Status encode_view(TensorMap& map, const View& view, DType dtype, int channels, 
                           {},
                           {uint32_t(channels), uint32_t(box[2]), uint32_t(box[1]), uint32_t(box[0]), 1},
                           {1, 1, 1, 1, 1},
-                          channels * 2};
+                          channels * element_size(dtype)};
   for (int i = 0; i < 5; ++i) {
     const bool single = i > 0 && view.size[i] == 1;
     shape.size[i] = uint64_t(view.size[i]);
@@ -376,13 +384,14 @@ bool read_in_place(const RelaidWeight& w, WeightRows* rows) {
 
 Status encode_weights(TensorMap& map, const WeightRows& rows, const RelaidWeight& w, DType dtype,
                       int box_outputs) {
+  const int element = element_size(dtype);
   const uint64_t taps = uint64_t(w.kernel[0]) * w.kernel[1] * w.kernel[2];
   return encode(map, address_of(rows.data),
                 {dtype,
                  3,
                  {uint64_t(w.channels), taps, uint64_t(w.outputs)},
-                 {2, uint64_t(rows.tap_bytes), uint64_t(rows.output_bytes)},
-                 {64, 1, uint32_t(box_outputs)},
+                 {uint64_t(element), uint64_t(rows.tap_bytes), uint64_t(rows.output_bytes)},
+                 {uint32_t(kSlabBytes / element), 1, uint32_t(box_outputs)},
                  {1, 1, 1},
                  128});
 }
@@ -417,7 +426,9 @@ void report(const Plan& plan, int64_t units, int64_t* to) {
   std::copy(std::begin(numbers), std::end(numbers), to);
 }
 
-Status run_task(ConvTask& task, Sm90Choice choice, Workspace& workspace, void* stream_handle) {
+// `narrow`: how x and the cache become e4m3, where that is what the kernel multiplies.
+Status run_task(ConvTask& task, Sm90Choice choice, Workspace& workspace, void* stream_handle,
+                const NarrowInputs* narrow = nullptr) {
   Device device;
   VTOK_RETURN_IF_ERROR(current_device(device));
   ConvTask merged = task;  // the sum of splits takes the original axes
@@ -433,8 +444,10 @@ Status run_task(ConvTask& task, Sm90Choice choice, Workspace& workspace, void* s
   p.epilogue = task.epilogue;
   p.outputs = w.outputs;
   p.bias = w.bias;
-  p.slabs = (w.channels + 63) / 64;
-  p.last_steps = ((w.channels - 1) % 64) / 16 + 1;
+  const int element = element_size(task.operands), channel_bytes = w.channels * element;
+  p.slabs = (channel_bytes + kSlabBytes - 1) / kSlabBytes;
+  p.slab_channels = kSlabBytes / element;
+  p.last_steps = (channel_bytes - 1) % kSlabBytes / 32 + 1;
   Plan plan;
   VTOK_RETURN_IF_ERROR(choose(p, merged, choice, device, &plan));
   shape_patch(p, plan.tile);
@@ -453,25 +466,32 @@ Status run_task(ConvTask& task, Sm90Choice choice, Workspace& workspace, void* s
   p.partial_stride = w.outputs;
 
   WeightRows rows;
-  const bool direct = read_in_place(w, &rows);
+  const bool direct = !narrow && read_in_place(w, &rows);
   const int64_t taps = int64_t(w.kernel[0]) * w.kernel[1] * w.kernel[2];
-  void* relaid = direct ? nullptr : workspace.take(w.outputs * taps * w.channels * 2);
-  if (!direct) rows = {relaid, w.channels * 2, taps * w.channels * 2};
+  void* relaid = direct ? nullptr : workspace.take(w.outputs * taps * channel_bytes);
+  if (!direct) rows = {relaid, channel_bytes, taps * channel_bytes};
+  float* weight_scale = narrow ? workspace.take<float>(w.outputs) : nullptr;
+  p.weight_scale = weight_scale;
+  p.x_scale = narrow ? narrow->x_scale : nullptr;
   if (p.splits > 1)
     p.partial = workspace.take<float>(int64_t(p.splits) * p.source.positions * p.partial_stride);
 
   // Also where only a question is asked: what the driver refuses, another kernel runs.
   Sm90Maps maps = {};
   const int patch[3] = {1, patch_height(p), p.patch_width};
-  VTOK_RETURN_IF_ERROR(encode_view(maps.x, v.x, task.dtype, 64, patch));
+  VTOK_RETURN_IF_ERROR(encode_view(maps.x, v.x, task.operands, p.slab_channels, patch));
   maps.cache = maps.out = maps.residual = maps.x;
-  if (v.cache.data) VTOK_RETURN_IF_ERROR(encode_view(maps.cache, v.cache, task.dtype, 64, patch));
-  VTOK_RETURN_IF_ERROR(encode_weights(maps.weight, rows, w, task.dtype, variant.n / p.cluster));
+  if (v.cache.data)
+    VTOK_RETURN_IF_ERROR(encode_view(maps.cache, v.cache, task.operands, p.slab_channels, patch));
+  VTOK_RETURN_IF_ERROR(encode_weights(maps.weight, rows, w, task.operands, variant.n / p.cluster));
   VTOK_RETURN_IF_ERROR(encode_view(maps.out, v.out, task.dtype, variant.piece, p.tile));
   if (v.residual.data)
     VTOK_RETURN_IF_ERROR(encode_view(maps.residual, v.residual, task.dtype, variant.piece, p.tile));
   if (workspace.only_counts()) return Status::Ok();
-  if (!direct) {
+  if (narrow) {
+    VTOK_RETURN_IF_ERROR(narrow_inputs(*narrow, stream_handle));
+    VTOK_RETURN_IF_ERROR(narrow_weight(w, task.dtype, relaid, weight_scale, stream_handle));
+  } else if (!direct) {
     RelaidWeight relay = w;
     relay.k_frame = w.kernel[1] * w.kernel[2] * w.channels;
     relay.bias = nullptr;
@@ -495,6 +515,26 @@ Status causal_conv3d_sm90(const ConvProblem& problem, Sm90Choice choice, void* w
                           int64_t* workspace_bytes, void* stream) {
   const RunTask run = [&](ConvTask& task, Workspace& from) { return run_task(task, choice, from, stream); };
   return run_forward(run, problem, workspace, workspace_bytes);
+}
+
+// x and the cache are written to scratch memory, channels-last without gaps, as e4m3.
+Status causal_conv3d_sm90_e4m3(const ConvProblem& problem, const Tensor& x_scale, Sm90Choice choice,
+                               void* workspace, int64_t* workspace_bytes, void* stream) {
+  if (problem.x.dtype != DType::f16 && problem.x.dtype != DType::bf16)
+    return Status::Unsupported("sm90: bfloat16 and float16 only");
+  if (x_scale.rank != 1 || x_scale.size[0] != 1 || x_scale.dtype != DType::f32)
+    return Status::Invalid("x_scale: expected one float32");
+  ConvProblem narrow = problem;
+  narrow.x = as_e4m3(problem.x);
+  narrow.cache = as_e4m3(problem.cache);
+  const RunTask run = [&](ConvTask& task, Workspace& from) {
+    char *x = from.take(narrow.x.numel()), *cache = problem.cache ? from.take(narrow.cache.numel()) : nullptr;
+    task.source.x = x;
+    task.source.cache = cache;
+    const NarrowInputs inputs = {problem.x, problem.cache, x, cache, static_cast<const float*>(x_scale.data)};
+    return run_task(task, choice, from, stream, &inputs);
+  };
+  return run_forward(run, narrow, workspace, workspace_bytes);
 }
 
 Status causal_conv3d_sm90_dgrad(const ConvProblem& problem, const Tensor& grad, const Tensor& grad_x,

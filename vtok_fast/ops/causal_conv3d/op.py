@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import backends, native
-from vtok_fast.ops.causal_conv3d import checks, cpu, sm80, sm90
+from vtok_fast.ops.causal_conv3d import checks, cpu, e4m3, sm80, sm90
 from vtok_fast.ops.causal_conv3d.call import ConvCall, Geometry, run
 from vtok_fast.reference import causal_conv3d as reference
 
@@ -113,7 +113,8 @@ def causal_conv3d(
             alpha = float(alpha)
     call = ConvCall(x, weight, bias, cache, residual, geometry, alpha, activation, depth_to_space)
     if native.is_plain(x, weight, bias, cache, residual):
-        y = run(call, backend)
+        narrow = e4m3.run_within(call) if backend is None else None
+        y = run(call, backend) if narrow is None else narrow
     elif native.is_transformed():
         backends.insist_on_reference("causal_conv3d", backend)
         y = _definition(call)
