@@ -27,6 +27,8 @@ from vtok_fast.dispatch.tuning import power_of_two
 from vtok_fast.kernels import on_device_of, tuned_tile, unit_of
 
 SUMS = 4096  # values of a tile whose sums stay in registers
+TILES_AHEAD = 3  # of the sums: so many are under way while one is added up
+GROUP_LAST_FIRST = True  # the second reading of a video begins at its end
 STATISTICS = 1024  # sums that one step of the statistics reads: eight for each thread
 MAX_CHANNELS = 8192  # of a group of kind layer or rms: one tile holds them
 CHAINS = {"once": 0, "wan": 1, "ltx": 2}
@@ -519,6 +521,7 @@ def sums_kernel(
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Per WIDTH channels of one group, over a part of an instance's positions: an origin, the mean less that,
     and the sum of squared differences from the mean (without CENTER the sum of squares). Programs (instances
@@ -562,7 +565,7 @@ def sums_kernel(
         )
         origin = tl.sum(v, 0) / tl.minimum(count, BLOCK)
     square = tl.zeros((BLOCK, BLOCK_C), tl.float32)
-    for first in tl.range(begin, end, BLOCK, num_stages=3):
+    for first in tl.range(begin, end, BLOCK, num_stages=STAGES):
         v = _differences(
             x,
             residual,
@@ -717,14 +720,17 @@ def group_kernel(
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
 ):
-    """The result, given the statistics. Programs (instances x blocks of positions, blocks of channels)."""
+    """The result, given the statistics. Programs (instances x blocks of positions, blocks of channels).
+    LAST_FIRST: the end of the video comes first, which the sums have left in the cache."""
     plane *= PLANE_UNIT
     channels *= CHANNEL_UNIT
     positions = span * plane
     blocks = tl.cdiv(positions, BLOCK)
-    instance = tl.program_id(0) // blocks
-    q = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    task = tl.num_programs(0) - 1 - tl.program_id(0) if LAST_FIRST else tl.program_id(0)
+    instance = task // blocks
+    q = task % blocks * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b, t, p = _place(instance, q, frames, span, plane, FLAT)
     inside = c < channels
@@ -955,6 +961,7 @@ def statistics(
         block,
         block_c,
         width,
+        TILES_AHEAD,
         num_warps=warps,
     )
     wide = min(triton.next_power_of_2(columns // groups), 32)
@@ -1089,5 +1096,6 @@ def norm_act(
             flat,
             block,
             block_c,
+            GROUP_LAST_FIRST,
             num_warps=warps,
         )

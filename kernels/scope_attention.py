@@ -4,10 +4,11 @@ and nothing else.
 A block belongs to one segment, so all of its rows see the same keys: whole key blocks need no mask, and only
 the last one of a range, where it is ragged, masks columns. The backward pass of the keys is the same walk
 over the transposed scope, one program per block of keys, so that every gradient is summed in a fixed order
-without atomics (FlashAttention-2, arXiv 2307.08691).
+without atomics (FlashAttention-2, arXiv 2307.08691). Several programs may share a block that sees far more
+than the others; each then leaves its part in a slot, and a second kernel adds the parts up in their order.
 
 Heads larger than 128 are split: scores are summed over chunks of the head, and each program makes 128 columns
-    of the result.
+of the result.
 Strides travel in units of 8 elements: the compiler then knows that rows are aligned, whatever the lengths,
 and no length is specialized on.
 """
@@ -27,10 +28,12 @@ from vtok_fast.kernels import on_device_of
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 STRIDE_UNIT = tl.constexpr(8)  # elements, in which strides are counted
-ITEM = tl.constexpr(8)  # numbers of an item of a work list: see `attend`
+ITEM = tl.constexpr(5)  # numbers of an item of a work list: see `attend`
 LARGEST_WHOLE_HEAD = 128  # on every GPU; Hopper has room for some larger ones
 LARGEST_IN_TWO_LOOPS = tl.constexpr(128)
 SMALLEST_SCALE = 2.0**-126
+SCALE_IN_EXPONENT = True  # of the forward pass
+HALF_STEPS = True  # of the forward pass, for what whole steps leave of a range of keys
 LARGEST_ROW_STRIDE = 2**24  # elements: a block has at most 128 rows, whose distances are int32
 
 # ---- kernels -----------------------------------------------------------------------------------------------
@@ -94,6 +97,13 @@ def _task(blocks, batch_heads, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _store_part(partial, slot, batch_heads, bh, rows, columns, x, mask, D: tl.constexpr, BLOCK: tl.constexpr):
+    """What one of several programs made of a block of BLOCK rows goes to its slot, in float32."""
+    at = (slot.to(tl.int64) * batch_heads + bh) * BLOCK + rows
+    tl.store(partial + at[:, None] * D + columns[None, :], x, mask=mask)
+
+
+@triton.jit
 def _forward_step(
     acc,
     total,
@@ -117,6 +127,7 @@ def _forward_step(
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
     NEGATIVE: tl.constexpr,
+    IN_EXPONENT: tl.constexpr,
     MASK: tl.constexpr,
 ):
     keys = tl.arange(0, BLOCK_N)
@@ -134,7 +145,10 @@ def _forward_step(
         s = -s
     if MASK:
         s = tl.where(keys_in_bounds[None, :], s, -float("inf"))
-    higher = tl.maximum(top, tl.max(s, 1) * scale)  # the scale is positive: it moves into the exponent
+    if not IN_EXPONENT:
+        s *= scale
+        scale = 1.0
+    higher = tl.maximum(top, tl.max(s, 1) * scale)  # the scale is positive
     p = tl.exp2(s * scale - higher[:, None])
     shrink = tl.exp2(top - higher)
     v_tile = _load(v, v_row_stride, keys, columns, keys_in_bounds, D, MASK, BLOCK_D > D)
@@ -193,9 +207,12 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     NEGATIVE: tl.constexpr,
+    IN_EXPONENT: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """One block of queries over some of its keys, with an online softmax in base 2: ``scale`` is positive and
-    has a factor of log2(e); NEGATIVE: scores change their sign first."""
+    has a factor of log2(e); NEGATIVE: scores change their sign first; IN_EXPONENT: the scale costs no product
+    of its own. What whole steps leave of a range takes steps of REST keys."""
     SPLIT: tl.constexpr = CHUNK < D
     ONE_LOOP: tl.constexpr = BLOCK_D > LARGEST_IN_TWO_LOOPS
     chunk, bh, item, start, end, first, last = _task(blocks, batch_heads, D // BLOCK_D if BLOCK_D < D else 1)
@@ -212,10 +229,9 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    skip, stop, slot = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
+    slot = tl.load(item + 4)
     for r in range(first, last):
-        lo = tl.maximum(tl.load(ranges + 2 * r), tl.where(r == first, skip, 0))
-        hi = tl.minimum(tl.load(ranges + 2 * r + 1), tl.where(r == last - 1, stop, 0x7FFFFFFF))
+        lo, hi = tl.load(ranges + 2 * r), tl.load(ranges + 2 * r + 1)
         # A second copy of the loop, without masks, where registers allow it
         whole = lo if ONE_LOOP else lo + (hi - lo) // BLOCK_N * BLOCK_N
         for n in range(lo, whole, BLOCK_N):
@@ -242,9 +258,10 @@ def forward_kernel(
                 CHUNK,
                 SPLIT,
                 NEGATIVE,
+                IN_EXPONENT,
                 False,
             )
-        for n in range(whole, hi, BLOCK_N):
+        for n in range(whole, hi, REST):
             acc, total, top = _forward_step(
                 acc,
                 total,
@@ -264,18 +281,19 @@ def forward_kernel(
                 columns,
                 D,
                 BLOCK_D,
-                BLOCK_N,
+                REST,
                 CHUNK,
                 SPLIT,
                 NEGATIVE,
+                IN_EXPONENT,
                 True,
             )
     acc = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)  # a query that sees nothing gives zeros
     mask = in_bounds[:, None] & (columns < D)[None, :]
     total = top + tl.log2(total)
     if slot >= 0:  # one of several programs of this block: `combine_kernel` adds them up
+        _store_part(partial, slot, batch_heads, bh, rows, columns, acc, mask, D, BLOCK_M)
         at = (slot.to(tl.int64) * batch_heads + bh) * BLOCK_M
-        tl.store(partial + (at + rows)[:, None] * D + columns[None, :], acc, mask=mask)
         tl.store(partial_lse + at + rows, total, mask=in_bounds & (chunk == 0))
     else:
         out += (
@@ -484,6 +502,7 @@ def queries_kernel(
     lse,
     delta,
     dq,
+    partial,
     blocks,
     ranges,
     q_batch_stride,
@@ -592,12 +611,18 @@ def queries_kernel(
                 SPLIT,
                 True,
             )
-    dq += (b * dq_batch_stride + h * dq_head_stride + start.to(tl.int64) * dq_row_stride) * STRIDE_UNIT
-    tl.store(
-        dq + rows[:, None] * (dq_row_stride * STRIDE_UNIT) + columns[None, :],
-        (acc * (scale * LN_2)).to(dq.dtype.element_ty),
-        mask=in_bounds[:, None] & (columns < D)[None, :],
-    )
+    acc *= scale * LN_2
+    mask = in_bounds[:, None] & (columns < D)[None, :]
+    slot = tl.load(item + 4)
+    if slot >= 0:  # one of several programs of this block: `add_kernel` adds them up
+        _store_part(partial, slot, batch_heads, bh, rows, columns, acc, mask, D, BLOCK_M)
+    else:
+        dq += (b * dq_batch_stride + h * dq_head_stride + start.to(tl.int64) * dq_row_stride) * STRIDE_UNIT
+        tl.store(
+            dq + rows[:, None] * (dq_row_stride * STRIDE_UNIT) + columns[None, :],
+            acc.to(dq.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @triton.jit(
@@ -623,6 +648,8 @@ def keys_kernel(
     delta,
     dk,
     dv,
+    partial_dk,
+    partial_dv,
     blocks,
     ranges,
     q_batch_stride,
@@ -733,17 +760,59 @@ def keys_kernel(
                 ds = p * (dp - delta_rows[None, :])
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     mask = in_bounds[:, None] & (columns < D)[None, :]
-    dk += (b * dk_batch_stride + h * dk_head_stride + start.to(tl.int64) * dk_row_stride) * STRIDE_UNIT
-    dv += (b * dv_batch_stride + h * dv_head_stride + start.to(tl.int64) * dv_row_stride) * STRIDE_UNIT
     dk_acc *= scale * LN_2
+    slot = tl.load(item + 4)
+    if slot >= 0:  # one of several programs of this block: `add_kernel` adds them up
+        _store_part(partial_dk, slot, batch_heads, bh, keys, columns, dk_acc, mask, D, BLOCK_N)
+        _store_part(partial_dv, slot, batch_heads, bh, keys, columns, dv_acc, mask, D, BLOCK_N)
+    else:
+        dk += (b * dk_batch_stride + h * dk_head_stride + start.to(tl.int64) * dk_row_stride) * STRIDE_UNIT
+        dv += (b * dv_batch_stride + h * dv_head_stride + start.to(tl.int64) * dv_row_stride) * STRIDE_UNIT
+        tl.store(
+            dk + keys[:, None] * (dk_row_stride * STRIDE_UNIT) + columns[None, :],
+            dk_acc.to(dk.dtype.element_ty),
+            mask=mask,
+        )
+        tl.store(
+            dv + keys[:, None] * (dv_row_stride * STRIDE_UNIT) + columns[None, :],
+            dv_acc.to(dv.dtype.element_ty),
+            mask=mask,
+        )
+
+
+@triton.jit(
+    do_not_specialize=["out_batch_stride", "out_head_stride", "out_row_stride", "heads", "batch_heads"]
+)
+def add_kernel(
+    partial,
+    merges,
+    out,
+    out_batch_stride,
+    out_head_stride,
+    out_row_stride,
+    heads,
+    batch_heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Some rows of a gradient that several programs made parts of: their sum, in their order. Programs and
+    ``merges`` as for `combine_kernel`."""
+    merge = merges + tl.program_id(0) // batch_heads * 4
+    bh = tl.program_id(0) % batch_heads
+    start, end, slot, slots = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2), tl.load(merge + 3)
+    b, h = (bh // heads).to(tl.int64), bh % heads
+    rows, columns = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    mask = (rows < end - start)[:, None] & (columns < D)[None, :]
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for i in range(slots):
+        at = ((slot.to(tl.int64) + i) * batch_heads + bh) * BLOCK_M + rows
+        acc += tl.load(partial + at[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    out += (b * out_batch_stride + h * out_head_stride + start.to(tl.int64) * out_row_stride) * STRIDE_UNIT
     tl.store(
-        dk + keys[:, None] * (dk_row_stride * STRIDE_UNIT) + columns[None, :],
-        dk_acc.to(dk.dtype.element_ty),
-        mask=mask,
-    )
-    tl.store(
-        dv + keys[:, None] * (dv_row_stride * STRIDE_UNIT) + columns[None, :],
-        dv_acc.to(dv.dtype.element_ty),
+        out + rows[:, None] * (out_row_stride * STRIDE_UNIT) + columns[None, :],
+        acc.to(out.dtype.element_ty),
         mask=mask,
     )
 
@@ -768,7 +837,7 @@ class Config(NamedTuple):
 # size.
 _NARROW = {
     "forward": {
-        16: ((128, 64, 4, 3), {}),
+        16: ((128, 64, 4, 3), {120: (128, 64, 8, 3)}),
         32: ((128, 64, 4, 3), {}),
         64: ((128, 64, 4, 3), {120: (128, 64, 8, 3)}),
         128: ((128, 64, 8, 3), {"hip": (64, 64, 4, 2), 100: (128, 32, 8, 2), 120: (64, 64, 8, 2)}),
@@ -779,7 +848,7 @@ _NARROW = {
         32: ((128, 64, 4, 3), {}),
         64: ((128, 64, 8, 3), {"hip": (64, 64, 4, 2)}),
         128: ((64, 64, 8, 2), {"hip": (64, 32, 4, 2), 90: (128, 64, 8, 2)}),
-        256: ((128, 64, 8, 2), {"hip": (64, 64, 8, 2)}),
+        256: ((128, 64, 8, 2), {"hip": (64, 64, 8, 2), 120: (64, 64, 8, 2)}),
     },
     "keys": {
         16: ((64, 128, 8, 2), {"hip": (32, 64, 4, 2)}),
@@ -787,20 +856,20 @@ _NARROW = {
         64: ((32, 128, 8, 2), {90: (64, 128, 8, 2), 100: (64, 128, 8, 2)}),
         128: (
             (64, 64, 8, 2),
-            {"hip": (32, 64, 4, 2), 80: (32, 128, 8, 2), 90: (32, 128, 8, 2), 120: (32, 64, 8, 2)},
+            {"hip": (32, 64, 4, 2), 90: (32, 128, 8, 2), 120: (32, 64, 8, 2)},
         ),
-        256: ((64, 64, 8, 2), {"hip": (32, 64, 8, 2), 90: (32, 128, 8, 2), 100: (32, 128, 8, 2)}),
+        256: ((64, 64, 8, 2), {"hip": (16, 64, 8, 2), 90: (32, 128, 8, 2), 100: (32, 128, 8, 2)}),
     },
 }
 _SHORT = {
-    "forward": dict.fromkeys((16, 32, 128, 256), (32, 64, 4, 2))
-    | {64: (32, 32, 4, 2)},  # 64 keys spill on 8.6 and 8.9
+    "forward": dict.fromkeys((32, 128, 256), (32, 64, 4, 2))
+    | {16: (32, 64, 8, 2), 64: (32, 32, 4, 2)},  # 64 keys spill on 8.6 and 8.9
     "queries": {
         16: (32, 32, 4, 2),
         32: (32, 64, 4, 2),
         64: (32, 64, 4, 2),
-        128: (32, 32, 4, 2),
-        256: (32, 64, 4, 2),
+        128: (32, 32, 8, 2),
+        256: (32, 64, 8, 2),
     },
     "keys": {
         16: (64, 32, 4, 2),
@@ -810,6 +879,7 @@ _SHORT = {
         256: (64, 32, 4, 2),
     },
 }
+_SHORT_ON_AMD = {("queries", 256): (32, 64, 4, 2)}  # where that differs
 # float32 without TF32 runs on the ordinary units, whose operands are registers.
 _FLOAT32 = {
     "forward": {
@@ -880,6 +950,8 @@ def config(kernel: str, dim: int, itemsize: int, gpu: int | str, short: bool = F
         tile = _FLOAT32[kernel][head]
     elif short:
         tile = _SHORT[kernel][head]
+        if family == "hip":
+            tile = _SHORT_ON_AMD.get((kernel, head), tile)
     else:
         default, others = _NARROW[kernel][head]
         tile = others.get(family, default)
@@ -944,6 +1016,15 @@ def constants(dim: int, c: Config) -> dict[str, int]:
     }
 
 
+def rest(c: Config) -> int:
+    """Keys of a step of the forward pass over what whole steps leave of a range: half as many for blocks of
+    128 rows and whole heads, where a loop over them takes fewer registers than a masked copy of the other.
+    (Elsewhere, and in the gradient of queries, registers spill.)"""
+    whole = c.chunk == c.block_d <= LARGEST_IN_TWO_LOOPS.value
+    halved = HALF_STEPS and c.block_m >= 128 and c.block_n >= 64 and whole
+    return c.block_n // 2 if halved else c.block_n
+
+
 def _launch(
     kernel: str, c: Config, blocks: Tensor, batch_heads: int, x: Tensor, *args: object, **more: object
 ) -> None:
@@ -976,15 +1057,15 @@ def attend(
 ) -> None:
     """Writes ``out`` and ``lse`` (B, heads, Sq).
 
-    ``work`` (n, 8) int32 are, for each block of at most ``c.block_m`` queries, its first row, the one after
-    its last, the same of its ranges, the first key of the first of them and the end of the last, and -1.
-    Where several programs share a block's keys, each has an item of its own, with a slot for its result in
-    place of -1, of which there are ``slots``; ``merges`` are then what `combine_kernel` adds up.
+    ``work`` (n, 5) int32 are, for each block of at most ``c.block_m`` queries, its first row, the one after
+    its last, the same of its ranges, and -1. Where several programs share a block's keys, each has an item of
+    its own, with a slot for its result in place of -1, of which there are ``slots``; ``merges`` are then what
+    `combine_kernel` adds up.
     """
     b, h, q_len, dim = q.shape
     partial = partial_lse = lse  # of no use
     if slots:
-        partial = torch.empty(slots * b * h, c.block_m, dim, dtype=torch.float32, device=q.device)
+        partial = _partial(slots, q, c.block_m)
         partial_lse = torch.empty(slots * b * h, c.block_m, dtype=torch.float32, device=q.device)
     _launch(
         "forward",
@@ -1009,26 +1090,40 @@ def attend(
         # It multiplies -inf where a key is masked, so that it is never 0
         max(abs(scale) * LOG2_E.value, SMALLEST_SCALE),
         NEGATIVE=scale < 0,
+        IN_EXPONENT=SCALE_IN_EXPONENT,
+        REST=rest(c),
     )
     if slots:
-        block_d = triton.next_power_of_2(dim)
-        rows = min(c.block_m, max(1, 4096 // block_d))
+        grid, tile = _merging(out, merges, c.block_m)
         with on_device_of(q):
-            combine_kernel[(len(merges) * b * h, c.block_m // rows)](
-                partial,
-                partial_lse,
-                merges,
-                out,
-                lse,
-                *_strides(out),
-                q_len,
-                h,
-                b * h,
-                D=dim,
-                BLOCK_D=block_d,
-                BLOCK_M=c.block_m,
-                ROWS=rows,
+            combine_kernel[grid](
+                partial, partial_lse, merges, out, lse, *_strides(out), q_len, h, b * h, **tile
             )
+
+
+def _partial(slots: int, x: Tensor, block: int) -> Tensor:
+    """Room for what several programs make of blocks of rows of ``x``, for each head of each video."""
+    b, h, _, dim = x.shape
+    return torch.empty(slots * b * h, block, dim, dtype=torch.float32, device=x.device)
+
+
+def _merging(out: Tensor, merges: Tensor, block: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile of a kernel that makes one of several parts of blocks of rows."""
+    b, h, _, dim = out.shape
+    block_d = triton.next_power_of_2(dim)
+    rows = min(block, max(1, 4096 // block_d))
+    tile = {"D": dim, "BLOCK_D": block_d, "BLOCK_M": block, "ROWS": rows}
+    return (len(merges) * b * h, block // rows), tile
+
+
+def _add(partial: Tensor, merges: Tensor | None, out: Tensor, block: int) -> None:
+    """Writes the sum of their parts to the rows of ``out`` that ``merges`` names."""
+    if merges is None:
+        return
+    b, h = out.shape[:2]
+    grid, tile = _merging(out, merges, block)
+    with on_device_of(out):
+        add_kernel[grid](partial, merges, out, *_strides(out), h, b * h, **tile)
 
 
 def delta(out: Tensor, grad: Tensor) -> Tensor:
@@ -1053,17 +1148,20 @@ def queries_gradient(
     lse: Tensor,
     delta: Tensor,
     dq: Tensor,
-    blocks: Tensor,
+    work: Tensor,
     ranges: Tensor,
+    merges: Tensor | None,
+    slots: int,
     scale: float,
     c: Config,
 ) -> None:
-    """Writes ``dq``; blocks as for `attend`."""
+    """Writes ``dq``; the plan is as for `attend`."""
     b, h, q_len, _ = q.shape
+    partial = _partial(slots, q, c.block_m) if slots else lse  # else of no use
     _launch(
         "queries",
         c,
-        blocks,
+        work,
         b * h,
         q,
         q,
@@ -1073,7 +1171,8 @@ def queries_gradient(
         lse,
         delta,
         dq,
-        blocks,
+        partial,
+        work,
         ranges,
         *_strides(q, k, v, grad, dq),
         q_len,
@@ -1082,6 +1181,7 @@ def queries_gradient(
         h // k.shape[1],
         scale * LOG2_E.value,
     )
+    _add(partial, merges, dq, c.block_m)
 
 
 def keys_gradient(
@@ -1093,19 +1193,22 @@ def keys_gradient(
     delta: Tensor,
     dk: Tensor,
     dv: Tensor,
-    blocks: Tensor,
+    work: Tensor,
     ranges: Tensor,
+    merges: Tensor | None,
+    slots: int,
     scale: float,
     c: Config,
 ) -> None:
-    """Writes ``dk`` and ``dv``; ``blocks``, of at most ``c.block_n`` keys, and ``ranges`` are of the
-    transposed scope."""
+    """Writes ``dk`` and ``dv``; the plan is that of the transposed scope, in blocks of at most ``c.block_n``
+    keys."""
     b, h, q_len, _ = q.shape
     kv_heads = k.shape[1]
+    parts = [_partial(slots, x, c.block_n) if slots else lse for x in (k, v)]
     _launch(
         "keys",
         c,
-        blocks,
+        work,
         b * kv_heads,
         q,
         q,
@@ -1116,7 +1219,8 @@ def keys_gradient(
         delta,
         dk,
         dv,
-        blocks,
+        *parts,
+        work,
         ranges,
         *_strides(q, k, v, grad, dk, dv),
         q_len,
@@ -1125,3 +1229,5 @@ def keys_gradient(
         h // kv_heads,
         scale * LOG2_E.value,
     )
+    for partial, out in zip(parts, (dk, dv)):
+        _add(partial, merges, out, c.block_n)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vtok_fast.dispatch import tuning
 from vtok_fast.dispatch.tuning import power_of_two
 from vtok_fast.kernels import on_device_of, tuned_tile, unit_of
 
@@ -25,6 +26,7 @@ BUDGET, CAPACITY, ROWS = 1, 2, 4  # bits of the error flag
 STRATEGIES = {"elbo": 0, "global_elbo": 1, "bin": 2, "elbo_ema": 1}
 SELECT_BLOCK, SELECT_WARPS = 4096, 16  # eight warps spill on 10.0
 FEW = 8192  # tokens of a clip whose keys fit into the registers of one program; twice as many spill
+ENOUGH = 1024  # programs of the scores, which fill a GPU; where there are fewer, each does less
 CLIPS = 128  # totals that are added up at a time
 # Integers that differ from call to call: nothing is compiled anew for one that happens to be 1 or a multiple
 # of 16. Those that say what is aligned are counted in units that the compiler knows.
@@ -438,6 +440,8 @@ def router_scores(video: Tensor, reconstruction: Tensor, grid: tuple[int, int, i
     block_columns = min(triton.next_power_of_2(columns), 128)
     block_rows = min(triton.next_power_of_2(grid[1]), 8)
     cells = max(1, min(triton.next_power_of_2(w), 2048 // block_columns // block_rows))
+    if b * t * h * triton.cdiv(w, cells) < ENOUGH:
+        cells = min(cells, 8)
     cells, warps = tuned_tile(
         "token_packing",
         video,
@@ -498,6 +502,15 @@ def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) 
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     if keep.numel() and scores.shape[1] <= FEW:
         block = 1024 if scores.shape[1] <= 1024 else FEW
+        (block, warps) = tuning.chosen(
+            "token_packing",
+            scores.device,
+            (block, max(4, block // 512)),
+            tiles_few,
+            "select few",
+            scores.dtype,
+            power_of_two(scores.shape[1]),
+        )
         with on_device_of(scores):
             select_few_kernel[(scores.shape[0],)](
                 scores,
@@ -507,7 +520,7 @@ def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) 
                 scores.shape[1],
                 strictly,
                 block,
-                num_warps=max(4, block // 512),
+                num_warps=warps,
             )
     elif keep.numel():
         unit = unit_of(scores.shape[1])
@@ -534,6 +547,12 @@ def select_tokens(scores: Tensor, budget: Tensor, strictly: bool, flag: Tensor) 
                 num_warps=warps,
             )
     return keep
+
+
+def tiles_few(tile: tuple[int, int]) -> list[tuple[int, int]]:
+    """What a tuning table may choose for `select_few_kernel`, whose block holds the clip: more warps."""
+    block, warps = tile
+    return [(block, n) for n in (warps, 2 * warps) if n <= 32]
 
 
 def tiles(channels: int, planar: bool) -> tuple[int, int]:

@@ -50,7 +50,8 @@ def attention(
     itemsize = 4 if element == "fp32" else 2
     c = c or scope_attention.config(kernel, dim, itemsize, gpu, short)
     function, constants = scope_attention.KERNELS[kernel], scope_attention.constants(dim, c)
-    constants |= {"NEGATIVE": False} if kernel == "forward" else {}
+    if kernel == "forward":
+        constants |= {"NEGATIVE": False, "IN_EXPONENT": True, "REST": scope_attention.rest(c)}
     return with_types(function, element, constants, c.num_warps, c.num_stages)
 
 
@@ -121,6 +122,7 @@ def every(gpu: int | str, heads: tuple[int, ...] = (64, 128, 512)) -> dict[str, 
     found["delta"] = with_types(scope_attention.delta_kernel, "bf16", delta, 4, 3)
     combine = {"D": 64, "BLOCK_D": 64, "BLOCK_M": 128, "ROWS": 64}
     found["combine"] = with_types(scope_attention.combine_kernel, "bf16", combine, 4, 3)
+    found["add"] = with_types(scope_attention.add_kernel, "bf16", combine, 4, 3)
     return found | dict(_norms(gpu)) | dict(_packing())
 
 

@@ -48,6 +48,8 @@ def described(
         "BLOCK": block,
         "BLOCK_C": width,
         "WIDTH": 1,
+        "STAGES": kernels.TILES_AHEAD,
+        "LAST_FIRST": kernels.GROUP_LAST_FIRST,
         "HOW": sum((n | (unit.bit_length() - 1) << 2) << 4 * i for i, n in enumerate(near)),
         "CHANNEL_UNIT": 1 if planar else unit,
         "PLANE_UNIT": unit if planar else 1,

@@ -29,11 +29,19 @@ PAIRS = {
             "_WHOLE",
             {"forward": {}, "queries": {}, "keys": {}},
         ),
+        Undone("whole steps for what is left", "vtok_fast.kernels.scope_attention", "HALF_STEPS", False),
+        Undone("a product for the scale", "vtok_fast.kernels.scope_attention", "SCALE_IN_EXPONENT", False),
     ),
     "norm_act": (
         Undone("SiLU by division", "vtok_fast.kernels.norm_act", "is_fast", lambda x, silu: False),
+        Undone("sums that wait for each tile", "vtok_fast.kernels.norm_act", "TILES_AHEAD", 1),
+        Undone("the video's beginning first", "vtok_fast.kernels.norm_act", "GROUP_LAST_FIRST", False),
         Undone("sums for each channel", "vtok_fast.kernels.norm_act", "joined", lambda size, block_c: 1),
         Undone("strides in units of 1", "vtok_fast.kernels.norm_act", "unit_of", lambda *sizes: 1),
+    ),
+    "token_packing": (
+        Undone("selection by histograms", "vtok_fast.kernels.token_packing", "FEW", 0),
+        Undone("wide programs of scores", "vtok_fast.kernels.token_packing", "ENOUGH", 0),
     ),
 }
 

@@ -196,7 +196,8 @@ def build(case: Case, settings: Settings) -> Trial:
         Candidate("eager", calls["eager"], "eager", inputs=inputs),
         Candidate("vtok_fast", calls["ours"], "ours", inputs=inputs),
     ]
-    choices = ["a program for each block"] + ["large heads in chunks"] * (case.dim > 128)
+    choices = ["a program for each block", "a product for the scale", "whole steps for what is left"]
+    choices += ["large heads in chunks"] * (case.dim > 128)
     candidates += undone("scope_attention", candidates[1], settings, *choices)
     missing: dict[str, str] = {}
     if case.flex and not settings.compile:

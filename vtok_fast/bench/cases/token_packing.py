@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vtok_fast.bench.harness import Candidate, Settings, Trial, backend_of, dtype_name, with_compiled
 from vtok_fast.bench.own import Own
+from vtok_fast.bench.pairs import undone
 from vtok_fast.ops.token_packing import (
     PackedTokens,
     pack_tokens,
@@ -147,7 +148,8 @@ def _router(case: Case, settings: Settings) -> Trial:
         "backend": backend_of(ours.call),
     }
     wrong = None if torch.equal(ours.call(), want) else "another mask than the reference"
-    return Trial(str(case), case.kind, [eager, *found, ours], facts, missing, wrong)
+    variants = undone("token_packing", ours, settings)
+    return Trial(str(case), case.kind, [eager, *found, ours, *variants], facts, missing, wrong)
 
 
 def _moving(case: Case, settings: Settings) -> Trial:

@@ -4,6 +4,8 @@ waiting for it."""
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,14 +22,13 @@ from vtok_fast.ops.scope_attention.csr import CSR
 from vtok_fast.ops.scope_attention.scope import Scope
 from vtok_fast.ops.token_packing.packed_tokens import SCOPE, note_error
 
-LAST = 2**31 - 1  # as the end of the keys: all of them
 SHARES_BLOCKS = True  # among several programs, where one block is much longer than the others
 SHORT = 32  # mean rows of a segment from which on it counts as short
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Plan(NamedTuple):
-    """What the kernels need besides the tensors, on their device: ``work`` (n, 8), ``ranges`` and, where
+    """What the kernels need besides the tensors, on their device: ``work`` (n, 5), ``ranges`` and, where
     several programs share a block, ``merges`` (m, 4) and the number of their results; all int32, as
     `vtok_fast.kernels.scope_attention.attend` describes them."""
 
@@ -38,9 +39,9 @@ class Plan(NamedTuple):
 
 
 def work_list(scope: Scope, block: int, exact: bool) -> Tensor:
-    """(n, 8) int32 on the scope's device: for each block of at most ``block`` rows, its first row, the one
-    after its last, the same of its ranges, and that one program walks over all of their keys. The most work
-    comes first, so that the last programs to end are short.
+    """(n, 5) int32 on the scope's device: for each block of at most ``block`` rows, its first row, the one
+    after its last, the same of its ranges, and that one program walks over all of them. The most work comes
+    first, so that the last programs to end are short.
 
     Unless it is to be ``exact``, n is an upper bound and surplus entries are empty blocks, so that nothing
     synchronizes.
@@ -55,47 +56,51 @@ def work_list(scope: Scope, block: int, exact: bool) -> Tensor:
     start = torch.minimum(start, end)
     keys = F.pad((ranges[:, 1] - ranges[:, 0]).cumsum(0), (1, 0))
     order = ((keys[r[s + 1]] - keys[r[s]]) * (end > start)).argsort(descending=True, stable=True)
-    whole = [torch.full((n,), fill, dtype=torch.int64, device=scope.device) for fill in (0, LAST, -1, 0)]
-    return torch.stack((start, end, r[s], r[s + 1], *whole), 1)[order].int()
+    return torch.stack((start, end, r[s], r[s + 1], torch.full_like(start, -1)), 1)[order].int()
 
 
-def shared_out(
-    work: Tensor, scope: Scope, block_n: int, copies: int, places: int
-) -> tuple[Tensor, Tensor | None, int]:
-    """The work list of a scope on the host with long blocks cut into parts: (work, merges, slots)."""
+def shared_out(work: Tensor, scope: Scope, step: int, rest: int, copies: int, places: int) -> Plan:
+    """The plan of a scope on the host whose long blocks are cut into parts, each with ranges of its own.
+    ``work`` is that of whole blocks; the others are as in `Sharing`."""
     ranges = scope.safe()[0].ranges.tolist()
     items = work.tolist()
-    steps = [sum(-(-(hi - lo) // block_n) for lo, hi in ranges[item[2] : item[3]]) for item in items]
+    each = [schedule.steps_over(hi - lo, step, rest) for lo, hi in ranges]
+    steps = tuple(sum(each[item[2] : item[3]]) for item in items)
     longest = schedule.longest_part(steps, copies, places)
     if longest is None:
-        return work, None, 0
+        return Plan(work, scope.safe()[0].ranges)
     found, merges, slots = [], [], 0
     for item, n in zip(items, steps):
         parts = schedule.parts_of(n, longest)
         if parts == 1:
             found.append((n, item))
             continue
-        cuts = _cut(ranges, item[2], item[3], block_n, parts)
+        cuts = _cut(ranges[item[2] : item[3]], step, parts)
         merges.append((item[0], item[1], slots, len(cuts)))
-        for i, (length, first, last, skip, stop) in enumerate(cuts):
-            found.append((length, [item[0], item[1], first, last, skip, stop, slots + i, 0]))
+        for slot, (length, part) in enumerate(cuts, slots):
+            found.append((length, [*item[:2], len(ranges), len(ranges) + len(part), slot]))
+            ranges += part
         slots += len(cuts)
     found.sort(key=lambda pair: -pair[0])  # stable
     items = [item for _, item in found]
-    return *(torch.tensor(rows, dtype=torch.int32, device="cpu") for rows in (items, merges)), slots
+    return Plan(
+        *(torch.tensor(rows, dtype=torch.int32, device="cpu") for rows in (items, ranges, merges)), slots
+    )
 
 
-def _cut(ranges: list[list[int]], first: int, last: int, block_n: int, parts: int) -> list[tuple[int, ...]]:
-    """(steps, first range, the one after the last, first key of the first, end of the last) of each part.
-    Cuts lie between steps of ``block_n`` keys, so that no part has a ragged step more than the whole."""
-    places = [
-        (r, n, min(n + block_n, ranges[r][1])) for r in range(first, last) for n in range(*ranges[r], block_n)
-    ]
-    bounds = [len(places) * i // parts for i in range(parts + 1)]
+def _cut(ranges: list[list[int]], step: int, parts: int) -> list[tuple[int, list[list[int]]]]:
+    """(steps, ranges) of each part. Cuts lie between steps of so many keys, so that no part has a ragged step
+    more than the whole."""
+    steps = [(i, n, min(n + step, hi)) for i, (lo, hi) in enumerate(ranges) for n in range(lo, hi, step)]
+    bounds = [len(steps) * i // parts for i in range(parts + 1)]
     return [
-        (b - a, places[a][0], places[b - 1][0] + 1, places[a][1], places[b - 1][2])
-        for a, b in zip(bounds, bounds[1:])
+        (b - a, [[run[0][1], run[-1][2]] for _, run in _runs(steps[a:b])]) for a, b in zip(bounds, bounds[1:])
     ]
+
+
+def _runs(steps: list[tuple[int, int, int]]) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+    """The steps of each range."""
+    return ((i, list(run)) for i, run in itertools.groupby(steps, key=lambda one: one[0]))
 
 
 def clamped(scope: Scope) -> CSR:
@@ -112,14 +117,29 @@ def safe_mask(scope: Scope, device: torch.device) -> Tensor:
     return Scope._make(*clamped(scope), scope.q_len, scope.k_len).mask().to(device)
 
 
-def prepared(
-    scope: Scope, block: int, device: torch.device, sharing: tuple[int, int, int] | None = None
-) -> Plan:
+class Sharing(NamedTuple):
+    """What decides whether several programs share a block: how many rows they walk over in a step, and in one
+    over what whole steps leave of a range; how many programs each block has in any case; and how many
+    programs run at a time."""
+
+    step: int
+    rest: int
+    copies: int
+    places: int
+
+
+def sharing_of(x: Tensor, step: int, rest: int, c: Any) -> Sharing:
+    """For results of the shape of ``x``, (B, heads, rows, D), made with a tile of the kernels."""
+    b, h, _, dim = x.shape
+    return Sharing(step, rest, b * h * max(dim // c.block_d, 1), places(x.device, c))
+
+
+def prepared(scope: Scope, block: int, device: torch.device, sharing: Sharing | None = None) -> Plan:
     """The plan of a scope on the device of the tensors, cached on the scope.
 
     Args:
-        sharing: (keys of a step, heads of all videos, programs that run at a time), where several programs
-            may share a block of a scope that is or was on the host; values of others are not waited for.
+        sharing: where several programs may share a block of a scope that is or was on the host; values of
+            others are not waited for.
 
     Raises RuntimeError where the plan of a scope on the host would have to be made while a CUDA graph is
     recorded.
@@ -133,11 +153,11 @@ def prepared(
             refuse_recording(device, "the plan of a scope on the host")
         source = scope if is_recording(device) else known
         host = source.device.type == "cpu"
-        work, merges, slots = work_list(source, block, exact=host), None, 0
+        plan = Plan(work_list(source, block, exact=host), clamped(source).ranges)
         if sharing is not None and host:
-            work, merges, slots = shared_out(work, source, *sharing)
-        tensors = work, clamped(source).ranges, merges
-        return Plan(*(None if t is None else t.to(device, non_blocking=True) for t in tensors), slots)
+            plan = shared_out(plan.work, source, *sharing)
+        tensors = (None if t is None else t.to(device, non_blocking=True) for t in plan[:3])
+        return Plan(*tensors, plan.slots)
 
     return scope.cached(("work", block, device, sharing), make, device)
 
@@ -177,7 +197,7 @@ def run(call: ScopeCall, gpu: int | str | None = None) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     target = kernels.aligned(out)
     c = _config("forward", q, scope, gpu)
-    plan = prepared(scope, c.block_m, q.device, (c.block_n, q.shape[0] * q.shape[1], places(q.device, c)))
+    plan = prepared(scope, c.block_m, q.device, sharing_of(q, c.block_n, kernels.rest(c), c))
     kernels.attend(*map(kernels.aligned, (q, k, v)), target, lse, *plan, scale, c)
     return out if target is out else out.copy_(target), lse
 
@@ -194,9 +214,11 @@ def run_backward(call: ScopeBackwardCall, gpu: int | str | None = None) -> tuple
     grad, out = map(kernels.aligned, (call.grad, call.out))
     shared = (*map(kernels.aligned, (q, k, v)), grad, call.lse, kernels.delta(out, grad))
     c = _config("queries", q, scope, gpu)
-    kernels.queries_gradient(*shared, dq, *prepared(scope, c.block_m, q.device)[:2], scale, c)
+    plan = prepared(scope, c.block_m, q.device, sharing_of(q, c.block_n, c.block_n, c))
+    kernels.queries_gradient(*shared, dq, *plan, scale, c)
     c = _config("keys", q, back, gpu)
-    kernels.keys_gradient(*shared, dk, dv, *prepared(back, c.block_n, q.device)[:2], scale, c)
+    plan = prepared(back, c.block_n, q.device, sharing_of(k, c.block_m, c.block_m, c))
+    kernels.keys_gradient(*shared, dk, dv, *plan, scale, c)
     return tuple(r if t is r else r.copy_(t) for r, t in zip(results, (dq, dk, dv)))
 
 
