@@ -42,7 +42,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # the readers raise anything for other files, such as KeyError
+    except Exception as error:  # a reader raises anything for a file of another kind, such as KeyError
         said = str(error).partition("\n")[0] if isinstance(error, (RuntimeError, SafetensorError)) else ""
         why = f" ({said})" if said else ""
         raise ValueError(f"path: {path} is truncated or not a checkpoint{why}") from error
