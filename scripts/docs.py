@@ -131,7 +131,7 @@ def scopes(path: Path) -> None:
         "time_invariant(tiv=3, tv=1,\npatches=3, slices=3)": Scope.time_invariant(
             tiv=3, tv=1, patches=3, slices=3
         ),
-        "from_segments(\n[(0, 6, [(0, 2), (8, 12)]), (6, 12, [(3, 9)])], 12, 12)": Scope.from_segments(
+        "from_segments(\n[(0, 6, [(0, 2), (8, 12)]),\n(6, 12, [(3, 9)])], 12, 12)": Scope.from_segments(
             [(0, 6, [(0, 2), (8, 12)]), (6, 12, [(3, 9)])], 12, 12
         ),
     }
