@@ -47,6 +47,7 @@ VTOK_INLINE void transform_tile(const typename E::type* const* pixels, int64_t c
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) columns[i][j] = t[i];
   }
+  vfloat sum = *energy;  // in a register: the compiler cannot tell that v is elsewhere
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     vfloat t[N];
@@ -54,9 +55,10 @@ VTOK_INLINE void transform_tile(const typename E::type* const* pixels, int64_t c
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) store(v + (i * N + j) * v_stride, t[j]);
     if constexpr (!kWinogradChecked) continue;
-    if (i <= 1 || i == N - 1) *energy = fma(t[1], t[1], *energy);
-    if (i == 1) *energy = fma(t[0], t[0], fma(t[N - 1], t[N - 1], *energy));
+    if (i <= 1 || i == N - 1) sum = fma(t[1], t[1], sum);
+    if (i == 1) sum = fma(t[0], t[0], fma(t[N - 1], t[N - 1], sum));
   }
+  *energy = sum;
 }
 
 // The energy of one pixel: the sum of its channels' squares.
