@@ -404,8 +404,8 @@ def test_the_layout_is_that_of_each_call(between, order):
 
 
 def test_errors_of_layers_in_a_row_add_in_quadrature_and_a_less_exact_layer_is_still_found():
-    """kijai/ComfyUI-WanVideoWrapper #1339, as above: what a norm loses on channels-last inputs is no error of
-    the convolution before it, so the bound for the whole does not grow with it."""
+    """kijai/ComfyUI-WanVideoWrapper #1339, as above: the convolution before a norm has no part in what that
+    loses on channels-last inputs, so the bound for the whole does not grow with it."""
     torch.manual_seed(0)
     ref64 = torch.randn(64, 64, dtype=torch.float64)
     unit = torch.randn(64, 64, dtype=torch.float64)
