@@ -12,6 +12,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$(command -v "${PYTHON:-python3}") || { echo "gpu_check: there is no ${PYTHON:-python3}"; exit 1; }
+[ "${PYTHON#/}" != "$PYTHON" ] || PYTHON=$PWD/$PYTHON  # .venv/bin/python, say: a rehearsal runs in another folder
 REHEARSE= SLOW=1
 case ${1:-} in
   --rehearse) REHEARSE=1 ;;
