@@ -34,8 +34,8 @@ and every result is bit-equal. Any other model is handled by the general rule: `
 
 The adapter for LTX Video is also that of `AutoencoderKLLTX2Video`, the one for `AutoencoderKL` that of
 models of the same blocks (`AutoencoderKLFlux2`, `AutoencoderKLTemporalDecoder`, `VQModel`), and one serves
-`AutoencoderKLHunyuanVideo15` and `AutoencoderKLHunyuanImageRefiner`. Those are too large, or too similar, to
-be listed.
+`AutoencoderKLHunyuanVideo15` and `AutoencoderKLHunyuanImageRefiner`; `AutoencoderKLMochi` has its own. Those
+are too large, or too similar, to be listed.
 
 This page is written by `python -m benchmarks.models_page`; `vtok-fast bench models --full` measures.
 """

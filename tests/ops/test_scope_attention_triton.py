@@ -226,7 +226,7 @@ def spans(scope, kernel, dim, copies, multiprocessors=132):
     scope = scope.transposed() if kernel == "keys" else scope
     c = kernels.config(kernel, dim, 2, 90, launcher.is_short(scope))
     block, step = (c.block_n, c.block_m) if kernel == "keys" else (c.block_m, c.block_n)
-    places = schedule.Places(multiprocessors, 8 // c.num_warps).count
+    places = multiprocessors * (8 // c.num_warps)
     whole = launcher.work_list(scope, block, True)
     useful = scope.pairs() / block / step * copies / places
     rest, found = kernels.rest(c) if kernel == "forward" else step, []

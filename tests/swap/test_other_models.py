@@ -47,7 +47,7 @@ MODELS = {
             "layers_per_block": (1,) * 5,
         },
         (1, 3, 7, 32, 32),
-        "CogVideoXCausalConv3d",
+        "MochiResnetBlock3D",
     ),
     "EasyAnimate": (
         "AutoencoderKLMagvit",

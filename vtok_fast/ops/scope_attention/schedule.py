@@ -11,7 +11,6 @@ import functools
 import heapq
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 FIXED = 3  # steps of a key block that the beginning and the end of a program last
 HALF_STEP = 0.8  # of a step: one over half as many keys, 399 instructions of 509 on 9.0
@@ -21,21 +20,10 @@ LEAST_GAIN = 1.1  # below it, one kernel is enough
 MANY = 20_000  # programs, from which on none of them is the longest by much
 
 
-class Places(NamedTuple):
-    """What programs run on: multiprocessors, and how many of the programs one of them holds at a time."""
-
-    multiprocessors: int
-    programs: int
-
-    @property
-    def count(self) -> int:
-        return self.multiprocessors * self.programs
-
-
 def makespan(costs: Sequence[float], places: int) -> float:
     """When the last of the programs ends that are started in this order, in the units of ``costs``."""
-    free = [0] * min(places, len(costs))  # all zero: a heap
-    last = 0
+    free = [0.0] * min(places, len(costs))  # all zero: a heap
+    last = 0.0
     for cost in costs:
         end = free[0] + cost
         heapq.heapreplace(free, end)
@@ -65,7 +53,7 @@ def costs(steps: Sequence[float], copies: int, longest: float | None = None) -> 
 
 
 @functools.lru_cache(256)
-def longest_part(steps: tuple[float, ...], copies: int, places: int) -> int | None:
+def longest_part(steps: tuple[float, ...], copies: int, places: int) -> float | None:
     """The most steps that a program should have, or None where whole blocks end as early, or nearly so.
     Scopes of equal blocks, such as those of one training run, are simulated once."""
     if not steps or len(steps) * copies > MANY:

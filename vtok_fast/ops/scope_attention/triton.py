@@ -83,9 +83,8 @@ def shared_out(work: Tensor, scope: Scope, step: int, rest: int, copies: int, pl
         slots += len(cuts)
     found.sort(key=lambda pair: -pair[0])  # stable
     items = [item for _, item in found]
-    return Plan(
-        *(torch.tensor(rows, dtype=torch.int32, device="cpu") for rows in (items, ranges, merges)), slots
-    )
+    as_tensor = functools.partial(torch.tensor, dtype=torch.int32, device="cpu")
+    return Plan(as_tensor(items), as_tensor(ranges), as_tensor(merges), slots)
 
 
 def _cut(ranges: list[list[int]], step: int, parts: int) -> list[tuple[int, list[list[int]]]]:
@@ -156,8 +155,9 @@ def prepared(scope: Scope, block: int, device: torch.device, sharing: Sharing | 
         plan = Plan(work_list(source, block, exact=host), clamped(source).ranges)
         if sharing is not None and host:
             plan = shared_out(plan.work, source, *sharing)
-        tensors = (None if t is None else t.to(device, non_blocking=True) for t in plan[:3])
-        return Plan(*tensors, plan.slots)
+        move = functools.partial(Tensor.to, device=device, non_blocking=True)
+        merges = None if plan.merges is None else move(plan.merges)
+        return Plan(move(plan.work), move(plan.ranges), merges, plan.slots)
 
     return scope.cached(("work", block, device, sharing), make, device)
 
