@@ -64,6 +64,7 @@ def rounding() -> int:
     return 3 * 2 * huge + (SMALL_OBJECTS + 2 * max(64, 2 * os.cpu_count())) * page
 
 
+@pytest.mark.slow
 def test_a_peak_is_what_was_held_at_a_time():
     """In a process with the allocator as a user has it: other tests pin theirs, and what is freed then
     stays. What came before does not matter. Of small arrays, the allocator may keep one that was freed."""

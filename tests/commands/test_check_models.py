@@ -13,6 +13,7 @@ from vtok_fast.commands import check_models
 from vtok_fast.models import VTok
 
 
+@pytest.mark.slow
 def test_every_model_keeps_its_contract(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # no clip of the demo there
     result = CliRunner().invoke(cli.app, ["check", "--models", "--json"])

@@ -29,6 +29,7 @@ def faults(how: str) -> list[str]:
 
 
 @pytest.mark.volatile
+@pytest.mark.slow
 def test_freed_memory_is_used_again():
     keeps, first, *later = faults("keep")
     if keeps == "False":

@@ -67,6 +67,7 @@ def test_the_original_is_seen_as_it_was_tokenized(tmp_path, size):
     assert score(tmp_path / "a.mp4", tmp_path / "b.mp4")["psnr"] == pytest.approx(exact, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_tokens_cost(tmp_path):
     write_video(tmp_path / "a.mp4", clip())
     model = load_model("vidtok/tiny")

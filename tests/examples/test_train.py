@@ -80,7 +80,10 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run, data, tmp_path):
         assert all(torch.equal(resumed[part][key], value) for key, value in unbroken[part].items())
 
 
-@pytest.mark.parametrize("model", ["cosmos", "infotok", "promag", "tivtok", "vtok"])
+@pytest.mark.parametrize(
+    "model",
+    ["infotok", *(pytest.param(m, marks=pytest.mark.slow) for m in ("cosmos", "promag", "tivtok", "vtok"))],
+)
 def test_every_model_trains(data, tmp_path, model):
     crop = ("--crop", "1x16x32x32") if model in ("tivtok", "vtok") else ("--crop", "1x5x32x32")
     result = train(
@@ -96,6 +99,7 @@ def test_every_model_trains(data, tmp_path, model):
     )
 
 
+@pytest.mark.slow
 def test_the_second_stage_trains_the_decoder_alone(run, data, tmp_path, monkeypatch):
     start = run[0] / "model.safetensors"
     result = train("--data", data, "--output", tmp_path, "--steps", 2, "--start", start, "--stage", 2, *SMALL)
@@ -154,6 +158,7 @@ def test_weights_of_losses(monkeypatch):
     assert weights_of("vidtok", "package", False)["lpips"] == 0
 
 
+@pytest.mark.slow
 def test_it_learns(data, tmp_path):
     result = train("--data", data, "--output", tmp_path, "--steps", 40, "--every", 40, "--lr", "3e-3", *SMALL)
     assert result.returncode == 0, result.stderr

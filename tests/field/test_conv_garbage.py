@@ -40,8 +40,8 @@ PIXELS = ((0, 0), (0, 17), (14, 0), (14, 17), (3, 4), (4, 4), (7, 8), (9, 6))  #
 
 
 ISAS = [] if lib is None else lib.supported_isas()
-# The portable instance takes half of the time of them all.
-PACED = [pytest.param(i, marks=[pytest.mark.slow] if i == "portable" and len(ISAS) > 1 else []) for i in ISAS]
+# The instance that runs here; the others take most of the time of them all.
+PACED = [pytest.param(i, marks=[] if i == lib.isa() else [pytest.mark.slow]) for i in ISAS]
 
 
 @pytest.fixture(params=PACED)

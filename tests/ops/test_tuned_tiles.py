@@ -15,6 +15,7 @@ from support.triton_signatures import AFTER, OPTIONAL, compiled, types
 from vtok_fast.kernels import norm_act, scope_attention, tiles_near, token_packing
 
 
+@pytest.mark.slow
 def test_results_under_the_interpreter():
     assert "passed" in run_interpreted(
         Path(__file__).resolve().parents[1] / "support" / "tuned_tiles_interpreted.py"

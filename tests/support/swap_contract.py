@@ -214,6 +214,7 @@ class SwapContract:
             assert y.dtype == torch.float64
             torch.testing.assert_close(y, e, rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.slow
     def test_bfloat16(self, model, x, z):
         ref64 = self.results(copy.deepcopy(model).double(), x.double(), z.double())
         model.bfloat16()

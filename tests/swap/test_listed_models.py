@@ -72,6 +72,7 @@ def test_measured_results_get_a_table():
 
 @pytest.mark.volatile
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.slow
 def test_peak_memory_is_measured_in_a_process_of_its_own():
     available("CogVideoX")
     case = models.Case("CogVideoX", (9, 32, 32), memory=True, small=True)

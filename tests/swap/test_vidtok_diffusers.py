@@ -159,6 +159,7 @@ class TestNotCausal(VidTok):
             assert torch.equal(y, e)
 
 
+@pytest.mark.slow
 class TestTokens(VidTok):
     video, latent = (1, 3, 9, 32, 24), (1, 4, 3, 4, 3)
     options = {"double_z": False, "regularizer": "fsq", "codebook_size": 4096}

@@ -147,6 +147,7 @@ class TestWan21(Wan):
             assert parity.close(model.encoder(x), ref64, expected).ok
 
 
+@pytest.mark.slow
 class TestWan22(Wan):
     video, latent, tile = (1, 3, 5, 64, 32), (1, 6, 2, 4, 2), (3, 2)
     left_alone = {"AvgDown3D", "DupUp3D"}

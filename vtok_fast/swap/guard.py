@@ -246,9 +246,12 @@ def _only_wraps(kind: type, before: type) -> bool:
     return before in kind.__mro__ and all(b.__module__.startswith("torch.distributed.") for b in added)
 
 
-@torch.compiler.assume_constant_result
 def _reviewed(guard: Guard, module: nn.Module, dtype: torch.dtype | None, device: str | None) -> Reason:
     return guard._review(module, dtype, device)
+
+
+# What torch.compiler.assume_constant_result says of a function; it would import dynamo with this package.
+_reviewed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _kind_of(x: Tensor | None) -> tuple[torch.dtype | None, str | None]:

@@ -79,7 +79,8 @@ def _stripped(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Modul
     """A module of the same weights without swaps and hooks, whose attributes may be set."""
     if module not in copies:
         bare = copies[module] = copy.copy(module)
-        for name in [name for name, value in bare.__dict__.items() if is_swapped(value)]:
+        # A forward of the instance may do anything, such as moving weights between devices.
+        for name in [n for n, value in bare.__dict__.items() if n == "forward" or is_swapped(value)]:
             del bare.__dict__[name]
         for name in HOOKS:
             bare.__dict__[name] = type(bare.__dict__[name])()
