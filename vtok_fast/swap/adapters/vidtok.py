@@ -287,6 +287,7 @@ _NETWORK = (
         "norm + SiLU in one pass before conv_out",
         run_out,
         "run_out",
+        contiguous=True,
         covers=("norm_out",),
         probe=only_end,
         sample=lambda m: (random(m.conv_out, 1, _channels(m), 4, 10, 14), None),
@@ -346,12 +347,14 @@ _SWAPS: dict[type, Swap | tuple[Swap, ...]] = {
     blocks.CausalConv3d: Swap(
         "conv with virtual padding",
         causal_conv3d_forward,
+        contiguous=True,
         sample=lambda m: (random(m, 1, m.conv.in_channels, 4, 10, 14),),
         exact=vidtok_exact.causal_conv3d,
     ),
     FSQRegularizer: Swap(
         "thresholds instead of tanh and rounding",
         fsq_forward,
+        contiguous=True,
         sample=lambda m: (random(m, 1, len(m.levels), 4, 10, 14),),
         exact=vidtok_exact.fsq,
         judge=judge_fsq,
