@@ -47,7 +47,10 @@ def accelerated(monkeypatch, model, **options):
 
 def test_the_first_lines_are_the_verdict_and_the_whole_model():
     model = VidTok("tiny").eval()
-    report = vtok_fast.accelerate(model, example=torch.rand(1, 3, 5, 32, 32) * 2 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = vtok_fast.accelerate(model, example=torch.rand(1, 3, 5, 32, 32) * 2 - 1)
+    assert not report.notes
     first, second = str(report).splitlines()[:2]
     assert report.ok and first.startswith(f"VidTok: OK: {len(report.swapped)} modules swapped")
     e = report.end_to_end
@@ -78,6 +81,41 @@ def test_a_failure_is_one(monkeypatch, tmp_path):
     assert any("FAILED" in word for word in words) and figure._suptitle.get_color() == report_picture.RED
     assert "vtok_fast.accelerate(Slow)" in figure._suptitle.get_text()
     assert report.to_dict()["ok"] is False
+
+
+class Cancels(Slow):
+    """What is left of a layer's result without most of it: an error of the layer counts a hundred times."""
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return y - torch.round(y, decimals=2)
+
+
+def test_swaps_are_taken_out_until_the_whole_model_is_within_its_contract(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Cancels(wrong=9e-7).eval(), torch.randn(1, 4, 40)
+    with torch.no_grad():
+        eager = model(x)
+    report = accelerated(monkeypatch, model, example=x)
+    assert [e.path for e in report.swapped] == ["a"] and report.end_to_end.why == ""
+    (taken,) = (e for e in report.skipped if e.path == "b")
+    assert taken.error > taken.bound and "the whole model was beyond its contract" in taken.why
+    assert "by itself it had an error of" in taken.note
+    assert not report.ok and "FAILED" in str(report) and "b" not in report.ran()
+    assert report.end_to_end.error <= report.end_to_end.bound
+    with torch.no_grad():
+        assert torch.equal(model(x), eager) and report.ran() == {"a": 1}
+    report.revert()
+    assert "forward" not in vars(model.a) and "forward" not in vars(model.b)
+
+
+def test_nothing_is_left_where_no_swap_may_stay(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Cancels(wrong=9e-7).eval(), torch.randn(1, 4, 40)
+    model.a.wrong = 8e-7
+    report = accelerated(monkeypatch, model, example=x)
+    assert not report.swapped and not report.active and report.end_to_end.error <= report.end_to_end.bound
+    assert {e.path for e in report.skipped if "whole model" in e.why} == {"a", "b"}
 
 
 def test_the_picture_of_what_holds_is_not_red(monkeypatch):

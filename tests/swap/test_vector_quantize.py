@@ -123,6 +123,7 @@ def test_tokens_that_differ_are_counted_with_their_distance_to_the_threshold():
     differ = int((ours != eager).sum())
     assert differ > 0 and entry.note.startswith(f"{differ} of {eager.numel()} tokens differ")
     assert float(entry.note.split("the furthest ")[1].split(" ulp")[0]) < 20 and entry.error == 0
+    assert report.ok  # those tokens may differ, so nothing is taken out for the sake of the whole
 
 
 def test_a_wrong_token_far_from_a_threshold_fails():

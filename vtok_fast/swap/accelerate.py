@@ -105,7 +105,8 @@ def accelerate(model: Any, *, example: Any = None, check: bool = True, contract:
         example: the model's input, a tensor or a tuple of arguments. With it every swap is checked on the
             inputs that it gets there, and the whole model end to end; without, on small random inputs of its
             own.
-        check: measure each swap against its contract and undo one that fails.
+        check: measure each swap against its contract and undo one that fails; with ``example`` also those with
+            the largest errors, as long as the whole model is beyond its contract.
         contract: "close" may replace arithmetic; "exact" allows only what is bit-equal to the eager chain;
             "fast" also rounds what convolutions multiply to e4m3 on a Hopper GPU, and on a CPU simulates it,
             in modules that stay within `vtok_fast.parity.FAST` of float64. The others are as under "close".
@@ -357,6 +358,7 @@ def _install(c: _Candidate, measured: _Measurement | str | None, report: Report,
             return
         if measured.narrow is not None:
             entry = _with_narrow(entry, *measured.narrow)
+        report._differ |= getattr(measured.parity, "differ", 0) > 0
     patch = Patch(c.module, c.swap, report._calls_of(c.path), c.place)
     if report.contract == "fast":
         rounds = not check or (measured is not None and measured.rounded())
@@ -587,15 +589,17 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 
 def _let_flow(model: nn.Module, args: tuple, report: Report) -> None:
     """Lets results stay channels-last where nothing looked at their strides on the example."""
+    for patch in report._patches:
+        patch.switch.hands_on, patch.switch.fed_by = False, ()
     try:
         with torch.no_grad(), followed(report._patches) as flow, executed() as code:
             result = model(*args)
         unread = flow.unread(result)
     except Exception as error:  # code that cannot be followed keeps PyTorch's layout
-        report.notes.append(f"the layout of results was not followed: {described(error)}")
+        report._note(f"the layout of results was not followed: {described(error)}")
         return
     if branching := code.branching() if unread else None:
-        report.notes.append(
+        report._note(
             f"Results keep PyTorch's layout: {branching} tests something, so another call may read them."
         )
         return
@@ -606,25 +610,37 @@ def _let_flow(model: nn.Module, args: tuple, report: Report) -> None:
 
 
 def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Report) -> None:
-    try:
-        fast = _run(model, args)
-    except Exception as error:  # it ran as it was
-        why = f"with the swaps the model raised {described(error)} on the example"
-        report._take_out(lambda calls: why)
-        return
-    report._take_out(
-        lambda calls: f"the class's own method takes the calls: {calls.why}" if calls.unused else None
-    )
-    errors = [entry.error for entry in report.swapped if entry.error is not None]
-    try:
-        p = close(fast[0], whole.eager[0], whole.ref64[0], inside=math.hypot(*errors))
-        if any(e.contract == "fast" for e in report.swapped):
-            p = fast_contract(fast[0], whole.ref64[0])
-            report.psnr = psnr(fast[0], whole.ref64[0])
-    except Exception as error:
-        why = str(error) if isinstance(error, (Incomparable, ValueError)) else described(error)
-        report.notes.append(f"not measured end to end: {why}")
-        return
+    """Judges the whole model. While it is beyond its contract, swaps are taken out, those with the largest
+    errors first, one, then two, then four: the model is within its contract at the end."""
+    share = 1
+    while True:
+        try:
+            fast = _run(model, args)
+        except Exception as error:  # it ran as it was
+            why = f"with the swaps the model raised {described(error)} on the example"
+            report._take_out(lambda calls: why)
+            return
+        report._take_out(
+            lambda calls: f"the class's own method takes the calls: {calls.why}" if calls.unused else None
+        )
+        try:
+            p = _judged(fast, whole, report)
+        except Exception as error:
+            why = str(error) if isinstance(error, (Incomparable, ValueError)) else described(error)
+            report.notes.append(f"not measured end to end: {why}")
+            return
+        report.tokens = [
+            parity.tokens(z, z_eager, z64, levels)
+            for (z, levels), (z_eager, _), (z64, _) in zip(fast[1], whole.eager[1], whole.ref64[1])
+        ]
+        measured = [entry for entry in report.swapped if entry.error is not None]
+        if p.ok or p.contract == "fast" or report.flips or not measured:
+            break
+        measured.sort(key=lambda entry: -(entry.error or 0.0))
+        report._take_back([entry.path for entry in measured[:share]], p)
+        share *= 2
+        if report._patches:
+            _let_flow(model, args, report)
     report.end_to_end = Entry(
         "",
         type(model).__name__,
@@ -635,8 +651,15 @@ def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Re
         None if p.contract == "fast" else p.bound,  # rounding adds up along a model, by no rule
         *costs(lambda: model(*args), report._patches, _wait_for_gpu),
     )
-    for (z, levels), (z_eager, _), (z64, _) in zip(fast[1], whole.eager[1], whole.ref64[1]):
-        report.tokens.append(parity.tokens(z, z_eager, z64, levels))
+
+
+def _judged(result: tuple, whole: _Whole, report: Report) -> Parity:
+    """The whole model's result against its contract."""
+    if any(e.contract == "fast" for e in report.swapped):
+        report.psnr = psnr(result[0], whole.ref64[0])
+        return fast_contract(result[0], whole.ref64[0])
+    errors = [entry.error for entry in report.swapped if entry.error is not None]
+    return close(result[0], whole.eager[0], whole.ref64[0], inside=math.hypot(*errors))
 
 
 # ---- the cache of transformed weights ----------------------------------------------------------------------

@@ -11,10 +11,11 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -112,14 +113,15 @@ def followed(patches: Iterable[Patch]) -> Iterator[Flow]:
     patches = [p for p in patches if p.switch.place in places and p.swap.attribute == "forward"]
 
     def traced(patch: Patch, flow: Flow) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             flow.takes((args, kwargs), patch)
             with torch._C.DisableTorchFunction():
                 result = patch.method(*args, **kwargs)
             flow.made(result, patch)
             return result
 
-        return forward
+        forward.__guard__ = None  # type: ignore[attr-defined]  # as of a swap, which no other one minds
+        return MethodType(forward, patch.module)
 
     flow = Flow()
     try:

@@ -48,6 +48,13 @@ class Record:
         self.tokens: list[TokenParity] = []
         self.notes: list[str] = []
         self._calls: dict[str, Calls] = {}
+        self._differ = False  # tokens of a swapped quantizer from eager's, as they may
+
+    @property
+    def flips(self) -> bool:
+        """Whether a token fell to the other side of a rounding threshold on the example, as it may: that
+        changes many pixels."""
+        return self._differ or any(tokens.flips for tokens in self.tokens)
 
     @property
     def bypassed(self) -> dict[str, Bypassed]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtok_fast.dispatch.backends import Reason
 from vtok_fast.io.files import write_atomically
+from vtok_fast.parity import Parity
 from vtok_fast.swap import report_picture, summary
 from vtok_fast.swap.patch import Calls
 from vtok_fast.swap.record import Record
@@ -79,6 +80,20 @@ class Report(Record):
                 del self._calls[path]
             calls.ran, calls.bypassed, calls.why = 0, 0, ""
         self._warned.clear()
+
+    def _take_back(self, paths: list[str], whole: Parity) -> None:
+        """Takes out swaps that are within their contracts, for the sake of the whole model, which is not."""
+        why = f"the whole model was beyond its contract with it: {whole}"
+        self._take_out(lambda calls: why if calls.path in paths else None)
+        for i, entry in enumerate(self.skipped):
+            if entry.why is why:
+                own = f"by itself it had an error of {entry.error:.1e}, {entry.bound:.1e} allowed"
+                self.skipped[i] = replace(entry, error=whole.error, bound=whole.bound, note=own)
+
+    def _note(self, note: str) -> None:
+        """What is said once."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def revert(self) -> None:
         """Gives the model back as it was. Calling it again does nothing."""

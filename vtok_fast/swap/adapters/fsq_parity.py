@@ -23,9 +23,10 @@ EPS32 = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class TokensAgainstEager(Parity):
-    """*exact* against float64, with a ``note`` on the tokens that differ from the eager ones."""
+    """*exact* against float64, with a ``note`` on the tokens that ``differ`` from the eager ones."""
 
     note: str = ""
+    differ: int = 0
 
 
 def compare(z: Tensor, levels: Sequence[int], dim: int, indices: Tensor, eager: Tensor) -> TokensAgainstEager:
@@ -61,4 +62,5 @@ def compare(z: Tensor, levels: Sequence[int], dim: int, indices: Tensor, eager: 
         0.0,
         mismatches=wrong + unexplained,
         note=note,
+        differ=count,
     )
