@@ -113,7 +113,7 @@ class SwapContract:
 
     def test_every_module_meets_its_contract_on_an_example(self, model, x):
         report = vtok_fast.accelerate(model, example=self.example(x))
-        assert not any("failed" in e.why for e in report.skipped), report
+        assert not any("failed" in e.why or "the whole model was" in e.why for e in report.skipped), report
         assert report.end_to_end is not None and (
             report.end_to_end.error <= report.end_to_end.bound or report.tokens
         ), report

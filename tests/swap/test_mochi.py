@@ -19,7 +19,7 @@ pytestmark = pytest.mark.needs_native
 class TestMochi(contract.SwapContract):
     video, latent = (1, 3, 13, 32, 48), (1, 4, 3, 4, 6)
     part = "decoder.block_in.resnets.0"
-    exact_swaps = False  # every convolution of its class pads
+    left_alone = {"SiLU", "FourierFeatures", "Linear", "LpNorm"}
 
     def make(self):
         return diffusers.AutoencoderKLMochi(
@@ -37,6 +37,12 @@ class TestMochi(contract.SwapContract):
 
     def example(self, x):
         return x
+
+    def check(self, *args, **options):
+        """Fourier features multiply every error: with tiles of 4 the encoder has 2.5 times eager's, where only
+        layers are checked. With tiles of 2 it has no more than eager."""
+        with vtok_fast.algorithm("winograd2"):
+            return super().check(*args, **options)
 
     def test_batches(self, model):
         self.check(model, contract.noise(2, 3, 7, 32, 32), contract.noise(2, 4, 2, 4, 4))

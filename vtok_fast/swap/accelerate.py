@@ -105,8 +105,8 @@ def accelerate(model: Any, *, example: Any = None, check: bool = True, contract:
         example: the model's input, a tensor or a tuple of arguments. With it every swap is checked on the
             inputs that it gets there, and the whole model end to end; without, on small random inputs of its
             own.
-        check: measure each swap against its contract and undo one that fails; with ``example`` also those with
-            the largest errors, as long as the whole model is beyond its contract.
+        check: measure each swap against its contract and undo one that fails; with ``example`` also those
+            with the largest errors, as long as the whole model is beyond its contract.
         contract: "close" may replace arithmetic; "exact" allows only what is bit-equal to the eager chain;
             "fast" also rounds what convolutions multiply to e4m3 on a Hopper GPU, and on a CPU simulates it,
             in modules that stay within `vtok_fast.parity.FAST` of float64. The others are as under "close".
@@ -618,7 +618,7 @@ def _measure_end_to_end(model: nn.Module, args: tuple, whole: _Whole, report: Re
             fast = _run(model, args)
         except Exception as error:  # it ran as it was
             why = f"with the swaps the model raised {described(error)} on the example"
-            report._take_out(lambda calls: why)
+            report._take_out(lambda calls: why)  # noqa: B023  # called at once
             return
         report._take_out(
             lambda calls: f"the class's own method takes the calls: {calls.why}" if calls.unused else None

@@ -120,7 +120,7 @@ def followed(patches: Iterable[Patch]) -> Iterator[Flow]:
             flow.made(result, patch)
             return result
 
-        forward.__guard__ = None  # type: ignore[attr-defined]  # as of a swap, which no other one minds
+        forward.__guard__ = None  # as of a swap, which no other one minds
         return MethodType(forward, patch.module)
 
     flow = Flow()

@@ -251,7 +251,7 @@ def _reviewed(guard: Guard, module: nn.Module, dtype: torch.dtype | None, device
 
 
 # What torch.compiler.assume_constant_result says of a function; it would import dynamo with this package.
-_reviewed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_reviewed._dynamo_marked_constant = True
 
 
 def _kind_of(x: Tensor | None) -> tuple[torch.dtype | None, str | None]:
