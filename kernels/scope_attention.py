@@ -884,14 +884,14 @@ _SHORT_ON_AMD = {("queries", 256): (32, 64, 4, 2)}  # where that differs
 _FLOAT32 = {
     "forward": {
         16: (32, 32, 4, 2),
-        32: (32, 32, 8, 2),
+        32: (32, 32, 4, 2),
         64: (32, 32, 8, 2),
         128: (32, 16, 8, 2),
         256: (32, 16, 8, 2),
     },
     "queries": {
         16: (64, 32, 4, 2),
-        32: (64, 32, 8, 2),
+        32: (32, 32, 4, 2),
         64: (32, 32, 8, 2),
         128: (16, 16, 4, 2),
         256: (16, 16, 4, 2),
@@ -963,8 +963,8 @@ def config(kernel: str, dim: int, itemsize: int, gpu: int | str, short: bool = F
 def variants(kernel: str, c: Config) -> list[Config]:
     """What a tuning table may choose instead of ``c`` (which is among them): half as many rows of the result,
     with twice as many warps for each or, in narrow heads, as many; half as many rows of what is walked over;
-    fewer stages; a head that is held whole in chunks. In half precision none spills where c does not; in
-    float32 some do by a few bytes, which measuring them judges."""
+    fewer stages; a head that is held whole in chunks. Some spill by a few bytes where c does not, which
+    measuring them judges."""
     held, walked = ("block_n", "block_m") if kernel == "keys" else ("block_m", "block_n")
     shapes = [c]
     if getattr(c, held) >= (64 if c.block_d < 128 else 128):

@@ -42,12 +42,14 @@ def compile_kernel(kernel, dim, element, cc, short=False, c=None):
     return attention(kernel, dim, element, cc, short, c).on(cc, compile_for)
 
 
-def judge(resources, dim, cc, element, short=False):
+def judge(resources, dim, cc, element, kernel, short=False):
     assert_fits(resources, cc, spills=16 if cc == 90 and dim in (256, 512) else 0)  # of a whole head
-    if element != "fp32":  # blocks of 32 rows are too small for the instructions of 9.0 and 10.0
-        assert resources.has(
-            "mma.sync" if short else {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}[cc]
-        )
+    if element != "fp32":
+        # Blocks of 32 rows are too small for the instructions of 9.0 and 10.0: short segments, and the
+        # gradients of keys where a whole head of 512 leaves room for no more.
+        small = short or (cc, dim, kernel) == (90, 512, "keys")
+        own = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}[cc]
+        assert resources.has("mma.sync" if small else own)
         if dim >= 64:  # rows are known to be aligned although no length is: threads copy 16 bytes at a time
             assert resources.has(r"cp\.async\.cg\.shared\.global.* 0x10")
 
@@ -55,7 +57,7 @@ def judge(resources, dim, cc, element, short=False):
 @pytest.mark.parametrize("cc", CAPABILITIES)
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
 def test_kernels_fit(kernel, cc):
-    judge(compile_kernel(kernel, 64, "bf16", cc), 64, cc, "bf16")
+    judge(compile_kernel(kernel, 64, "bf16", cc), 64, cc, "bf16", kernel)
 
 
 @pytest.mark.slow
@@ -64,17 +66,15 @@ def test_kernels_fit(kernel, cc):
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("dim", HEADS)
 def test_every_kernel_fits(kernel, dim, element, cc):
-    judge(compile_kernel(kernel, dim, element, cc), dim, cc, element)
+    judge(compile_kernel(kernel, dim, element, cc), dim, cc, element, kernel)
     if element != "fp32":  # which has no other blocks for short segments
-        judge(compile_kernel(kernel, dim, element, cc, short=True), dim, cc, element, short=True)
+        judge(compile_kernel(kernel, dim, element, cc, short=True), dim, cc, element, kernel, short=True)
 
 
 def variants_fit(kernel, dim, element, cc):
     for short in (False, True) if element != "fp32" else (False,):
         for c in kernels.variants(kernel, kernels.config(kernel, dim, ELEMENTS[element], cc, short))[1:]:
-            assert_fits(
-                compile_kernel(kernel, dim, element, cc, c=c), cc, spills=16 if c.block_d > 128 else 0
-            )
+            assert_fits(compile_kernel(kernel, dim, element, cc, c=c), cc, spills=16)
 
 
 @pytest.mark.parametrize("cc", (80, 90))
