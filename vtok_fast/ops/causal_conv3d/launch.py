@@ -79,17 +79,19 @@ def launch(function: Callable[..., None], like: Tensor, *args: Any) -> None:
     these shapes needed. The arguments begin with x and the weights."""
     key = (function.__name__, args[0][2], args[1][2], args[-1])
     room = _scratch.get(key, UNKNOWN)
-    needed = launch_with(function, like.device, args, room)
+    needed = launch_with(function, like, args, room)
     if needed != room:
         if len(_scratch) >= 4096:
             _scratch.clear()
         _scratch[key] = needed
 
 
-def launch_with(function: Callable[..., None], device: torch.device, args: tuple[Any, ...], room: int) -> int:
-    """Launches on the device's current stream. Scratch memory comes from torch's allocator: ``room`` bytes,
-    and where the launcher needs more, it says so and does nothing else. Returns the bytes that it needs."""
-    if device.type != "cuda":  # the emulator of the tests
+def launch_with(function: Callable[..., None], like: Tensor, args: tuple[Any, ...], room: int) -> int:
+    """Launches on the current stream of the tensor's device. Scratch memory comes from torch's allocator:
+    ``room`` bytes, and where the launcher needs more, it says so and does nothing else. Returns the bytes
+    that it needs."""
+    device = like.device
+    if not like.is_cuda:  # the emulator of the tests
         return _launch_on((0, 0), function, device, args, room)
     with torch.cuda.device(device):
         queue = device.index, torch.cuda.current_stream(device).cuda_stream

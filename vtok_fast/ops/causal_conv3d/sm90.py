@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vtok_fast.dispatch import native
@@ -67,26 +66,28 @@ class _Known:
 
     Attributes:
         reason: why the kernel cannot run them; ``...`` where nobody has asked.
-        shape: of the output.
+        shape, strides: of the output.
+        geometry: as the native module takes it.
         layouts: what the launcher is told of x, weight, cache, bias, residual and the output but their
             addresses; None where a launch copies one of them first.
         scratch: bytes of scratch memory by the choice of the tile.
     """
 
-    __slots__ = ("layouts", "reason", "scratch", "shape")
+    __slots__ = ("geometry", "layouts", "reason", "scratch", "shape", "strides")
 
     def __init__(self, call: ConvCall) -> None:
         self.reason: Any = ...
         self.scratch: dict[Choice, int] = {}
         out = call.empty_output(device="meta")
-        self.shape = out.shape
+        self.shape, self.strides = out.shape, out.stride()
+        self.geometry = call.geometry.native()
         args, _ = _forward_args(call, out, copied=False)
         tensors = (args[0], args[1], args[2], args[4], args[5], args[6])
         x, cache = inputs(call.x, call.cache, call.geometry.groups, copied=False)
         given = (call.x, call.cache, call.residual)
         copied = any(a is not b for a, b in zip(given, (x, cache, channels_last(call.residual, False))))
         in_a_row = call.bias is None or call.bias.is_contiguous()
-        self.layouts = [t and t[1:] for t in tensors] if in_a_row and not copied else None
+        self.layouts: Any = [t and t[1:] for t in tensors] if in_a_row and not copied else None
 
 
 _calls: dict[tuple[Any, ...], _Known] = {}
@@ -186,30 +187,40 @@ def plan(call: ConvCall, out: Tensor, *, lib: Any = None, choice: Choice = ANY) 
 
 def forward(call: ConvCall, out: Tensor | None = None, *, lib: Any = None, choice: Choice = ANY) -> Tensor:
     """Runs a checked call into ``out``: the final shape, channels_last_3d; a fresh one where it is None."""
-    known, device = _known(call), call.x.device
+    known = _known(call)
+    expected = out is None or out.shape == known.shape and out.is_contiguous(memory_format=LAST)
     if out is None:
-        out = torch.empty(known.shape, dtype=call.x.dtype, device=device, memory_format=LAST)
-    args, _alive = _quick_args(call, out, known) or _forward_args(call, out)
+        out = call.x.new_empty_strided(known.shape, known.strides)
+    args, _alive = expected and _quick_args(call, out, known) or _forward_args(call, out)
     launcher = (lib or native.lib()).causal_conv3d_sm90
     room = known.scratch.get(choice, UNKNOWN)
-    known.scratch[choice] = launch_with(launcher, device, (*args, choice), room)
+    needed = launch_with(launcher, call.x, (*args, choice), room)
+    if needed != room:
+        known.scratch[choice] = needed
     return out
 
 
 def _quick_args(call: ConvCall, out: Tensor, known: _Known) -> tuple[tuple, None] | None:
-    """What `_forward_args` gives, from what is known of it; None where that does not suffice."""
-    if known.layouts is None or out.shape != known.shape or not out.is_contiguous(memory_format=LAST):
+    """What `_forward_args` gives, from what is known of it; None where that does not suffice, or a tensor has
+    no memory, which the long way says."""
+    if known.layouts is None:
         return None
-    x, weight, bias, cache, residual, geometry, alpha, activation, ratios = call
-    at: list[Any] = []
-    for tensor, layout in zip((x, weight, cache, bias, residual, out), known.layouts):
-        if tensor is None:
-            at.append(None)
-        elif address := tensor.data_ptr():
-            at.append((address, *layout))
-        else:  # no memory: the long way says so
-            return None
-    args = (*at[:3], geometry.native(), *at[3:], alpha, activation == "silu", ratios)
+    x, weight, bias, cache, residual, _, alpha, activation, ratios = call
+    of_x, of_weight, of_cache, of_bias, of_residual, of_out = known.layouts
+    at = [
+        tensor if tensor is None else (tensor.data_ptr(), *layout)
+        for tensor, layout in (
+            (x, of_x),
+            (weight, of_weight),
+            (cache, of_cache),
+            (bias, of_bias),
+            (residual, of_residual),
+            (out, of_out),
+        )
+    ]
+    if any(a is not None and not a[0] for a in at):
+        return None
+    args = (*at[:3], known.geometry, *at[3:], alpha, activation == "silu", ratios)
     return args, None
 
 
