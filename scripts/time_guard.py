@@ -34,7 +34,7 @@ def blocks() -> Iterator[tuple[str, Any, nn.Module, tuple]]:
     x, z = torch.randn(1, 8, 1, 2, 2), torch.randn(1, 4, 1, 2, 2)
     own = VidTok("tiny").decoder.mid.block_1
     yield "WanResidualBlock", diffusers_wan, wan.decoder.mid_block.resnets[0], (x,)
-    yield "VidTok ResnetBlock", vidtok, own, (torch.randn(1, own.conv1.in_channels, 1, 2, 2),)
+    yield "VidTok ResnetBlock", vidtok, own, (torch.randn(1, own.conv1.conv.in_channels, 1, 2, 2),)
     yield "CogVideoXResnetBlock3D", diffusers_cogvideox, cog.decoder.mid_block.resnets[0], (x, None, z)
 
 

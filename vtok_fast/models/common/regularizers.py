@@ -134,7 +134,8 @@ class FSQRegularizer(nn.Module):
         size = self.basis.new_tensor(self.levels)
         q = indices.unsqueeze(-1).long() // self.basis % size - self.width
         codes = (q / self.width).flatten(-2).to(dtype)
-        return self.project_out(codes).movedim(-1, 1)
+        # Contiguous, as forward gives them: what a convolution makes of codes has their layout.
+        return self.project_out(codes).movedim(-1, 1).contiguous()
 
     def entropy_weight(self, step: int) -> float:
         if step >= self.entropy_loss_annealing_steps:
