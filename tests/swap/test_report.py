@@ -161,3 +161,15 @@ def test_whole_costs_leave_the_model_as_it_was(monkeypatch):
         warnings.simplefilter("error")
         report.revert()
     assert "forward" not in model.a.__dict__
+
+
+def test_the_first_call_keeps_nothing():
+    """Else small things that stay lie between the large buffers of the first call."""
+    model = VidTok("tiny").eval()
+    report = vtok_fast.accelerate(model, check=False)
+    guards = [patch.method.__func__.__guard__ for patch in report._patches]
+    watches = [guard._watch for guard in guards]
+    assert None not in watches
+    with torch.no_grad():
+        model.decode(model.encode(torch.rand(1, 3, 5, 16, 16)))
+    assert all(guard._watch is watch for guard, watch in zip(guards, watches))

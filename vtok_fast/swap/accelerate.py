@@ -153,6 +153,8 @@ def accelerate(model: Any, *, example: Any = None, check: bool = True, contract:
             _let_flow(model, arguments, report)
         if arguments is not None and whole is not None and report._patches:
             _measure_end_to_end(model, arguments, whole, report)
+        for patch in report._patches:
+            patch.prime()
     except BaseException:
         report.revert()
         raise

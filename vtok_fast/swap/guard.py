@@ -184,6 +184,12 @@ class Guard:
         self._watch = watched(look(module, self._tree, self._called, self._ignored), self._hooks)
         return None
 
+    def prime(self, module: nn.Module) -> None:
+        """Looks before the first call. What a look keeps would otherwise lie between the large buffers of
+        that call, and the heap could not use their room again: twice the memory in a VidTok's first pass."""
+        if self._review(module, None, None) is None:
+            self._watch = watched(look(module, self._tree, self._called, self._ignored), self._hooks)
+
     def _review(self, module: nn.Module, dtype: torch.dtype | None, device: str | None) -> Reason:
         """Reads the parts one by one. ``dtype``, ``device``: of the input, None where there is none."""
         weights: list[tuple[str, nn.Module]] = []

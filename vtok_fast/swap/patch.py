@@ -183,6 +183,10 @@ class Patch:
             self.module.__dict__[self.swap.attribute] = self.method
             self.installed = True
 
+    def prime(self) -> None:
+        """Looks at the module before the first call, when all swaps are in place."""
+        self.method.__func__.__guard__.prime(self.module)
+
     def remove(self) -> None:
         """Takes the swap out. Something that was put over it in the meantime stays, and finds the class's own
         method under it."""
