@@ -24,6 +24,7 @@ import vtok_fast  # noqa: E402
 from vtok_fast.commands.load_model import PACKAGED, fingerprint  # noqa: E402
 from vtok_fast.commands.tokenize import tokenize  # noqa: E402
 from vtok_fast.corpus.drive import make_corpus  # noqa: E402
+from vtok_fast.corpus.engines import Supervisor  # noqa: E402
 from vtok_fast.corpus.manifest import NAME  # noqa: E402
 from vtok_fast.io.token_windows import TokenWindows  # noqa: E402
 
@@ -193,3 +194,31 @@ def test_what_cannot_be_is_refused(videos, tmp_path):
     with pytest.raises(RuntimeError, match="vidtok/nothing"):
         make_corpus([str(videos)], tmp_path / "out", model="vidtok/nothing")
     assert not (tmp_path / "out").exists()
+
+
+KILLED = """
+import os, signal, sys
+if "vtok_fast.corpus.child" in sys.orig_argv:
+    with open({count!r}, "a") as file:
+        file.write("x")
+        started = file.tell()
+    if started <= {kills}:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kills", (1, 2))
+def test_a_process_that_is_killed_while_it_loads_is_started_once_more(tmp_path, monkeypatch, kills):
+    count = tmp_path / "count"
+    (tmp_path / "sitecustomize.py").write_text(KILLED.format(count=str(count), kills=kills))
+    monkeypatch.syspath_prepend(tmp_path)
+    supervisor = Supervisor({"folder": str(tmp_path), "model": "vidtok/tiny", "accelerate": False})
+    try:
+        if kills == 1:
+            assert supervisor.facts()["model"] == "vidtok/tiny"
+        else:
+            with pytest.raises(RuntimeError, match="loads vidtok/tiny ended its process by SIGKILL"):
+                supervisor.facts()
+    finally:
+        supervisor.close()
+    assert count.read_text() == "xx"

@@ -22,6 +22,7 @@ from typing import Any
 
 from vtok_fast.corpus.manifest import Row
 
+STARTS = 2  # of a process that is lost while it loads the model: somebody may have killed it
 LOST = 5  # times that a clip is given out again after its actor or its machine was lost
 
 
@@ -64,15 +65,17 @@ class Supervisor:
             return
         threads = {"OMP_NUM_THREADS": str(self.job["threads"])} if self.job.get("threads") else {}
         env = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "vtok_fast.corpus.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        facts = self._ask(self.job)
-        if facts is None:
+        for _ in range(STARTS):
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "vtok_fast.corpus.child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=env,
+            )
+            if (facts := self._ask(self.job)) is not None:
+                break
+        else:
             raise RuntimeError(f"the process that loads {self.job['model']} {self._ended()}")
         if "fatal" in facts:
             raise RuntimeError(facts["fatal"])
