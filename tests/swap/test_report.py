@@ -118,6 +118,17 @@ def test_nothing_is_left_where_no_swap_may_stay(monkeypatch):
     assert {e.path for e in report.skipped if "whole model" in e.why} == {"a", "b"}
 
 
+class Overflows(Slow):
+    def forward(self, x):
+        return super().forward(x) * 1e38 * 1e38 * 1e-38 * 1e-38  # infinite on the way, but not in float64
+
+
+def test_no_swap_is_taken_out_where_the_model_itself_is_beyond_its_contract(monkeypatch):
+    report = accelerated(monkeypatch, Overflows().eval(), example=torch.randn(1, 4, 12))
+    assert [e.path for e in report.swapped] == ["a", "b"]
+    assert "values that are not finite" in report.end_to_end.why and not report.ok
+
+
 def test_the_picture_of_what_holds_is_not_red(monkeypatch):
     report = accelerated(monkeypatch, Slow())
     figure = report_picture.draw(report)
@@ -173,3 +184,16 @@ def test_the_first_call_keeps_nothing():
     with torch.no_grad():
         model.decode(model.encode(torch.rand(1, 3, 5, 16, 16)))
     assert all(guard._watch is watch for guard, watch in zip(guards, watches))
+
+
+class DTensor(nn.Parameter):
+    """By its name a sharded weight, which is whole by the time it is used, or the swap does not run."""
+
+
+def test_weights_that_no_kernel_takes_are_seen_at_the_first_call(monkeypatch):
+    model, x = Slow().eval(), torch.randn(1, 4, 12)
+    model.b.weight = DTensor(model.b.weight.detach())
+    report = accelerated(monkeypatch, model, check=False)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="sharded"):
+        model(x)
+    assert report.ran() == {"a": 1, "b": 0} and "sharded" in report.bypassed["b"].why

@@ -185,9 +185,9 @@ class Guard:
         return None
 
     def prime(self, module: nn.Module) -> None:
-        """Looks before the first call. What a look keeps would otherwise lie between the large buffers of
-        that call, and the heap could not use their room again: twice the memory in a VidTok's first pass."""
-        if self._review(module, None, None) is None:
+        """Looks before the first call, as for an input like the weights. What a look keeps would otherwise
+        lie between the large buffers of that call, and the heap could not use their room again."""
+        if self._review(module, *_kind_of(next(module.parameters(), None))) is None:
             self._watch = watched(look(module, self._tree, self._called, self._ignored), self._hooks)
 
     def _review(self, module: nn.Module, dtype: torch.dtype | None, device: str | None) -> Reason:

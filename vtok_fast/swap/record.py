@@ -12,7 +12,8 @@ from vtok_fast.swap.patch import Calls
 class Entry:
     """One module. ``error`` and ``bound`` are relative to float64 (see `vtok_fast.parity`), times in
     milliseconds and the most memory that tensors took in bytes, both on the check's inputs; None where
-    nothing was measured. ``note`` is what else the check saw."""
+    nothing was measured. ``note`` is what else the check saw; ``differ`` how many tokens are not eager's, as
+    is allowed beside a threshold."""
 
     path: str
     kind: str
@@ -26,6 +27,7 @@ class Entry:
     eager_bytes: int | None = None
     fast_bytes: int | None = None
     note: str = ""
+    differ: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,12 @@ class Record:
         self.tokens: list[TokenParity] = []
         self.notes: list[str] = []
         self._calls: dict[str, Calls] = {}
-        self._differ = False  # tokens of a swapped quantizer from eager's, as they may
 
     @property
     def flips(self) -> bool:
         """Whether a token fell to the other side of a rounding threshold on the example, as it may: that
         changes many pixels."""
-        return self._differ or any(tokens.flips for tokens in self.tokens)
+        return any(e.differ for e in self.swapped) or any(tokens.flips for tokens in self.tokens)
 
     @property
     def bypassed(self) -> dict[str, Bypassed]:

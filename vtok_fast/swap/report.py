@@ -85,10 +85,10 @@ class Report(Record):
         """Takes out swaps that are within their contracts, for the sake of the whole model, which is not."""
         why = f"the whole model was beyond its contract with it: {whole}"
         self._take_out(lambda calls: why if calls.path in paths else None)
-        for i, entry in enumerate(self.skipped):
-            if entry.why is why:
-                own = f"by itself it had an error of {entry.error:.1e}, {entry.bound:.1e} allowed"
-                self.skipped[i] = replace(entry, error=whole.error, bound=whole.bound, note=own)
+        self.skipped = [
+            replace(e, error=whole.error, bound=whole.bound, note=summary.own_error(e)) if e.why == why else e
+            for e in self.skipped
+        ]
 
     def _note(self, note: str) -> None:
         """What is said once."""

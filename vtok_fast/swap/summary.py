@@ -24,6 +24,13 @@ def memory(e: Entry) -> float | None:
     return e.fast_bytes / e.eager_bytes if e.eager_bytes and e.fast_bytes is not None else None
 
 
+def own_error(e: Entry) -> str:
+    """The error that a module had by itself; empty where it was not measured."""
+    if e.error is None or e.bound is None:
+        return ""
+    return f"by itself it had an error of {e.error:.1e}, {e.bound:.1e} allowed"
+
+
 def failed(report: Record) -> list[Entry]:
     """The swaps that were beyond their bound, and were taken back."""
     return [
