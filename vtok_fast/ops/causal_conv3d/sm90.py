@@ -191,7 +191,8 @@ def forward(call: ConvCall, out: Tensor | None = None, *, lib: Any = None, choic
     expected = out is None or out.shape == known.shape and out.is_contiguous(memory_format=LAST)
     if out is None:
         out = call.x.new_empty_strided(known.shape, known.strides)
-    args, _alive = expected and _quick_args(call, out, known) or _forward_args(call, out)
+    quick = _quick_args(call, out, known) if expected else None
+    args, _alive = quick or _forward_args(call, out)
     launcher = (lib or native.lib()).causal_conv3d_sm90
     room = known.scratch.get(choice, UNKNOWN)
     needed = launch_with(launcher, call.x, (*args, choice), room)
@@ -206,20 +207,14 @@ def _quick_args(call: ConvCall, out: Tensor, known: _Known) -> tuple[tuple, None
     if known.layouts is None:
         return None
     x, weight, bias, cache, residual, _, alpha, activation, ratios = call
-    of_x, of_weight, of_cache, of_bias, of_residual, of_out = known.layouts
-    at = [
-        tensor if tensor is None else (tensor.data_ptr(), *layout)
-        for tensor, layout in (
-            (x, of_x),
-            (weight, of_weight),
-            (cache, of_cache),
-            (bias, of_bias),
-            (residual, of_residual),
-            (out, of_out),
-        )
-    ]
-    if any(a is not None and not a[0] for a in at):
-        return None
+    at: list[Any] = []
+    for tensor, layout in zip((x, weight, cache, bias, residual, out), known.layouts):
+        if tensor is None:
+            at.append(None)
+        elif address := tensor.data_ptr():
+            at.append((address, *layout))
+        else:
+            return None
     args = (*at[:3], known.geometry, *at[3:], alpha, activation == "silu", ratios)
     return args, None
 
